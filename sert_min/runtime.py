@@ -1,0 +1,100 @@
+"""What every script needs around its real work: one-line errors, device, dtype and threads."""
+
+import errno
+import os
+import sys
+import time
+
+import torch
+
+
+class SertError(Exception):
+    """A problem that the user can mend. The message is one line and names the fix."""
+
+
+def run_script(main, args) -> None:
+    """Run `main(args)`; known errors become one line on stderr and a non-zero exit status."""
+    try:
+        main(args)
+    except SertError as e:
+        sys.exit(f"error: {printable(str(e))}")
+    except KeyboardInterrupt:
+        print("\ninterrupted; repeat the same command to continue", file=sys.stderr)
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory; give a smaller --rows or --block-questions")
+    except OSError as e:
+        hints = {
+            errno.ENOSPC: "free some space, then repeat the same command to continue",
+            errno.EDQUOT: "free some space, then repeat the same command to continue",
+            errno.EROFS: "choose a writable folder with --out-dir",
+            errno.EEXIST: "a file is in the way, choose a folder with --out-dir",
+            errno.ENOTDIR: "a file is in the way, choose a folder with --out-dir",
+            errno.EACCES: "choose a folder that you may use with --out-dir",
+        }
+        if e.errno not in hints:
+            raise
+        where = f": {printable(str(e.filename))}" if e.filename else ""  # writes carry no name
+        sys.exit(f"error: {e.strerror}{where}; {hints[e.errno]}")
+
+
+def printable(text: str) -> str:
+    """`text` on one line without control characters: model and data text is not trusted."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU; a device that is not there is an error."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, ok in there.items() if ok)
+    kind = name.split(":")[0]
+    if kind not in there:
+        raise SertError(f"--device {name} is unknown; choose auto, cpu, cuda or mps")
+    if not there[kind]:
+        raise SertError(f"--device {name} is not available here; leave it out or use --device cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise SertError(f"--device {name} is not available here; use --device {kind}") from None
+
+
+def pick_dtype(name: str, device: torch.device, n_params: int) -> torch.dtype:
+    """`auto` takes bf16 where matrix products are fast in it, else fp32; small models fp32."""
+    if name == "auto":
+        fast = (device.type == "cuda" and torch.cuda.is_bf16_supported()) or (
+            device.type == "cpu"
+            and getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # private: may go away
+        )
+        name = "bf16" if fast and n_params > 20e6 else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def pick_threads(n_params: int) -> int:
+    """Set and return PyTorch's CPU threads: OMP_NUM_THREADS, else one for a small model, else
+    the faster of one and all on a product of the model's shape (more threads can be slower where
+    cores are shared)."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return torch.get_num_threads()
+    everything = torch.get_num_threads()
+    if n_params < 20e6 or everything == 1:
+        torch.set_num_threads(1)
+        return 1
+    x, w = torch.randn(200, 768), torch.randn(3072, 768)
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            times.append(time.perf_counter() - start)
+        return sorted(times)[4]
+
+    threads = min((1, everything), key=seconds)
+    torch.set_num_threads(threads)
+    return threads

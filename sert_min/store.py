@@ -1,0 +1,200 @@
+"""Files that survive a kill: durable JSONL, atomic files and folders, one writer per folder.
+
+A line or a file is either wholly there or not there. A torn last line (the machine died while it
+was written) is set aside in `NAME.torn`, never glued to the next record.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sert_min.runtime import SertError
+
+
+def to_line(record: dict) -> str:
+    """One JSON object per line, keys in the record's own order, ASCII only."""
+    return json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def read_jsonl(path: Path | str) -> Iterator[dict]:
+    """Yield the records of a JSONL file; a line that is no JSON object is an error with its
+    number. Reads line by line, so that memory stays flat."""
+    try:
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    record = json.loads(line.decode("utf-8"))
+                except (ValueError, RecursionError) as e:
+                    raise SertError(
+                        f"{path} line {number} is not JSON ({str(e)[:80]}); "
+                        "remove that line or make the file again"
+                    ) from None
+                if not isinstance(record, dict):
+                    raise SertError(f"{path} line {number} is not a JSON object; remove that line")
+                yield record
+    except FileNotFoundError:
+        raise SertError(f"{path} does not exist; check the path") from None
+    except IsADirectoryError:
+        raise SertError(f"{path} is a folder, not a file; check the path") from None
+
+
+def read_json(path: Path | str) -> dict:
+    """The JSON object in `path`."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SertError(f"{path} does not exist; check the path") from None
+    except IsADirectoryError:
+        raise SertError(f"{path} is a folder, not a file; check the path") from None
+    except (ValueError, RecursionError):
+        raise SertError(f"{path} is not valid JSON; make the file again") from None
+    if not isinstance(value, dict):
+        raise SertError(f"{path} is not a JSON object; make the file again")
+    return value
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new names in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path | str, chunks: str | Iterable[str]) -> None:
+    """Replace `path` by the text; a reader sees the old content or the new, nothing between."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(part, "w", encoding="utf-8") as f:
+            f.writelines([chunks] if isinstance(chunks, str) else chunks)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def append_durable(path: Path | str, text: str) -> None:
+    """Append whole lines and wait until they are on the disk. On failure (a full disk, say) the
+    file is cut back to what it held before."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        before = os.fstat(fd).st_size
+        try:
+            data = memoryview(text.encode())
+            while data:
+                data = data[os.write(fd, data) :]
+            os.fsync(fd)
+        except OSError as e:
+            os.ftruncate(fd, before)
+            raise OSError(e.errno, e.strerror, str(path)) from None
+    finally:
+        os.close(fd)
+    if before == 0:
+        sync_folder(Path(path).parent)
+
+
+def set_torn_tail_aside(path: Path | str) -> int:
+    """Cut bytes after the last newline off `path` into `path.torn`; returns how many."""
+    path = Path(path)
+    if not path.exists():
+        return 0
+    with open(path, "r+b") as f:
+        size = end = f.seek(0, os.SEEK_END)
+        while end > 0:  # the last newline, looking backwards in chunks
+            start = max(0, end - 65536)
+            f.seek(start)
+            newline = f.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        if end == size:
+            return 0
+        f.seek(end)
+        with open(path.with_name(path.name + ".torn"), "ab") as torn:
+            torn.write(f.read() + b"\n")
+            torn.flush()
+            os.fsync(torn.fileno())
+        f.truncate(end)
+        os.fsync(f.fileno())
+    return size - end
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that takes its name, durably, if the block succeeds.
+    A folder already there is replaced whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Fixed names: what a killed process left is found here, and one that died between the two
+    # renames below has its old folder put back.
+    part, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.rename(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        for file in part.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        sync_folder(part)
+        if path.exists():
+            os.rename(path, old)
+        try:
+            os.rename(part, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path | str, name: str = ".lock") -> Iterator[None]:
+    """Hold `folder` (made if missing) for this process; a second one is refused."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SertError(
+                f"another process is writing to {folder}; wait for it or choose another --out-dir"
+            ) from None
+        yield
+
+
+def check_settings(path: Path, settings: dict, fix: str) -> None:
+    """Store `settings` (JSON) at `path`, or compare with what is stored there: a difference is an
+    error that shows both values. Work under other settings is never mixed into a folder."""
+    settings = json.loads(json.dumps(settings))
+    if not path.exists():
+        write_atomic(path, json.dumps(settings, indent=1) + "\n")
+        return
+    stored = read_json(path)
+    differ = [k for k in stored.keys() | settings.keys() if stored.get(k) != settings.get(k)]
+    if differ:
+        shown = "; ".join(
+            f"{k}: {stored.get(k)} there, {settings.get(k)} now" for k in sorted(differ)
+        )
+        raise SertError(f"{path.parent} holds a run with other settings ({shown}); {fix}")
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
