@@ -1,0 +1,144 @@
+"""The definition of `sample_and_score` in plain PyTorch; it is also what runs on the CPU.
+
+The idea. Keep the k best tokens of a row, of these the smallest set that holds the share p of
+their mass, and draw from it with one uniform number: walk the kept tokens in id order and stop
+where their cumulative probability passes it (inverse CDF). The uniform comes from Philox, a random
+function of (seed, stream, position) with no state: a row draws the same token in any batch, in any
+order, after any restart. Scoring is apart from drawing: the log-prob is that of the drawn token
+under the whole vocabulary at temperature 1, whatever was cut off for the draw.
+
+Cost for B rows of V logits: one pass for the log-sum-exp, one for the top k; with k off, a sort.
+"""
+
+import torch
+from torch import Tensor
+
+# Philox4x32-10: multipliers and key increments (Salmon et al., SC 2011, "Parallel random numbers:
+# as easy as 1, 2, 3", table 2).
+PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+
+
+def mul_hi_lo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * m for 32-bit values in int64: the product wraps around at 2^64
+    into the sign, which keeps all of its bits."""
+    product = a * m
+    return (product >> 32) & WORD, product & WORD
+
+
+def philox(seed: int, stream: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random 32-bit words per row (int64 [B]): key = seed, counter = (position, 0, stream
+    low, stream high). The same bits as Triton's `tl.philox(seed, position, 0, low, high)`."""
+    k0, k1 = seed & WORD, (seed >> 32) & WORD
+    c0, c1 = position & WORD, torch.zeros_like(stream)
+    c2, c3 = stream & WORD, (stream >> 32) & WORD
+    for _ in range(10):
+        hi0, lo0 = mul_hi_lo(c0, PHILOX_M[0])
+        hi1, lo1 = mul_hi_lo(c2, PHILOX_M[1])
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + PHILOX_W[0]) & WORD, (k1 + PHILOX_W[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def uniform(seed: int, stream: Tensor, position: Tensor) -> Tensor:
+    """One number in [0, 1) per row, float64 [B], on a grid of 2^-24."""
+    return (philox(seed, stream, position)[0] >> 8).double() * 2.0**-24
+
+
+def best_first(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row, descending, ties by lowest id: values and ids [B, k]."""
+    V = logits.shape[-1]
+    if k < V:
+        values, ids = logits.topk(k + 1)  # one more, to see whether a tie crosses the border
+        values, border = values[:, :k], values[:, k]
+        tied = (values[:, 1:] == values[:, :-1]).any(1) | (values[:, -1] == border)
+        ids = ids[:, :k]
+        if not tied.any():
+            return values, ids
+        # topk promises no order among equals: sort the tied rows, stably.
+        v, i = logits[tied].sort(descending=True, stable=True)
+        values[tied], ids[tied] = v[:, :k], i[:, :k]
+        return values, ids
+    return logits.sort(descending=True, stable=True)
+
+
+def per_row(name: str, value, like: Tensor, dtype, low, high) -> Tensor:
+    """A setting given as a number or [B] tensor -> [B] tensor; numbers are checked for range."""
+    if not isinstance(value, Tensor) and not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+    value = torch.as_tensor(value, dtype=dtype, device=like.device)
+    if value.dim() > 1 or value.numel() not in (1, like.shape[0]):
+        raise ValueError(f"{name} must be a number or have one value per row")
+    return value.expand(like.shape[0])
+
+
+def sample_and_score(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    seed: int = 0,
+    streams: Tensor | None = None,
+    position: int | Tensor = 0,
+) -> tuple[Tensor, Tensor]:
+    """Draw one token per row and score it.
+
+    logits [B, V] float -> tokens int64 [B], logprobs fp32 [B]: the log-prob of each drawn token
+    under softmax(logits), temperature 1, full vocabulary. temperature 0 is argmax; top_k 0 and
+    top_p 1 are off; top-k comes first, top-p acts on the renormalised rest (the order of Hugging
+    Face). Ties go to the lowest id. The draw is a function of (row, settings, seed, stream,
+    position) alone. `streams` int64 [B] defaults to 0..B-1; `position`, temperature, top_k, top_p
+    are numbers or [B] tensors. A row with NaN, +inf or nothing but -inf gives token -1 and
+    log-prob NaN; no exception, so that nobody has to wait for the device. Wrong shapes and numbers
+    out of range are a ValueError.
+    """
+    if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
+        raise ValueError(f"logits must be float [B, V], not {logits.dtype} {list(logits.shape)}")
+    B, V = logits.shape
+    temperature = per_row("temperature", temperature, logits, torch.float32, 0.0, 1e30)
+    top_p = per_row("top_p", top_p, logits, torch.float64, 0.0, 1.0)
+    top_k = per_row("top_k", top_k, logits, torch.int64, 0, 2**31)
+    position = per_row("position", position, logits, torch.int64, 0, 2**31)
+    if streams is None:
+        streams = torch.arange(B, device=logits.device)
+    if streams.shape != (B,) or streams.dtype != torch.int64:
+        raise ValueError(f"streams must be int64 [{B}], not {streams.dtype} {list(streams.shape)}")
+    if B == 0:
+        return streams.clone(), logits.float().sum(1)
+
+    # 1. Score: log-sum-exp over the whole vocabulary, relative to the best logit (near -100, where
+    # GPT-2's logits lie, fp32 has steps of 1e-5). It is finite exactly for usable rows.
+    logits = logits.float()
+    best = logits.amax(-1)  # [B]
+    lse = (logits - best[:, None]).exp_().sum(-1).log()
+    usable = lse.isfinite()
+    logits = torch.where(usable[:, None], logits, 0.0) if not usable.all() else logits
+
+    # 2. Top-k: candidates in descending order; each row keeps its own first k of them.
+    k = torch.where((top_k <= 0) | (top_k > V), V, top_k)
+    k = torch.where(temperature == 0, 1, k)
+    values, ids = best_first(logits, int(k.max()))  # [B, K]
+    K = values.shape[1]
+    keep = torch.arange(K, device=logits.device) < k[:, None]
+    keep &= values > float("-inf")
+
+    # 3. Top-p on the renormalised rest: a token stays while the mass before it is below p.
+    heat = torch.where(temperature == 0, 1.0, temperature).double()
+    mass = ((values.double() - values[:, :1]) / heat[:, None]).exp() * keep  # [B, K]
+    share = mass / mass.sum(1, keepdim=True)
+    before = share.cumsum(1) - share
+    keep &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    keep[:, 0] = True  # the best token always stays
+
+    # 4. Inverse CDF over the kept tokens in id order, with one uniform.
+    by_id = torch.where(keep, ids, V).argsort(1)  # dropped ones go last
+    cdf = (mass * keep).gather(1, by_id).cumsum(1)
+    u = uniform(seed, streams, position)
+    drawn = (cdf <= (u * cdf[:, -1])[:, None]).sum(1)
+    drawn = drawn.clamp_max(K - 1).minimum(keep.sum(1) - 1)[:, None]
+    rank = by_id.gather(1, drawn)
+    tokens = torch.where(usable, ids.gather(1, rank).squeeze(1), -1)
+    logprobs = values.gather(1, rank).squeeze(1) - best - lse
+    return tokens, torch.where(usable, logprobs, float("nan"))

@@ -1,0 +1,324 @@
+"""Stage 1a: many continuations of each question, decoded together [SERT §II-A-1].
+
+A *block* is a fixed number of consecutive questions; all that follows happens inside one block.
+    1. Prefill: each prompt runs through the model once; its keys and values are kept once.
+    2. Branch: the five most probable first tokens start five branches of five rows each.
+    3. Decode: up to `rows` rows at a time take one token per step. A row attends to its prompt's
+       shared keys (25 rows read one copy) and to its own; both meet in one softmax.
+    4. Retire: a row that ended makes room for the block's next one.
+Sums in floating point change in the last bits with the number of rows, so the same block always
+runs the same way, whatever ran before it: that makes a run the same bytes after any restart.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kernels import sample_and_score
+from kernels.reference import best_first
+from sert_min.gpt2 import GPT2, causal_attention
+from sert_min.runtime import SertError
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How paths are drawn [SERT §III-A]; the paper's values are the defaults."""
+
+    branches: int = 5
+    samples: int = 5
+    top_k: int = 10
+    top_p: float = 0.95
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    raw: bool = False  # branches * samples plain samples, no branching (Fig. 1's baseline)
+    seed: int = 0
+    rows: int = 200  # live rows
+
+    def check(self) -> "SampleSettings":
+        """Refuse values that mean nothing, naming the flag."""
+        for name in ("branches", "samples", "max_new_tokens", "rows"):
+            if getattr(self, name) < 1:
+                raise SertError(f"--{name.replace('_', '-')} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise SertError("--temperature must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise SertError("--top-p must be above 0 and at most 1 (1 switches it off)")
+        if self.top_k < 0:
+            raise SertError("--top-k must be 0 (off) or more")
+        if not 0 <= self.seed < 2**63:
+            raise SertError("--seed must be from 0 to 2^63 - 1")
+        return self
+
+
+GREEDY = SampleSettings(branches=1, samples=1, temperature=0.0, raw=True)
+
+
+@dataclass
+class Row:
+    """One continuation. token_ids starts with the branch token (unless raw) and leaves the closing
+    end-of-text out; logprobs are at temperature 1 over the full vocabulary, 5 decimals."""
+
+    question: int  # index in the block
+    branch: int  # 0-based; -1 for raw samples
+    sample: int
+    stream: int  # random stream of `sample_and_score`
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    path_start: int = 0  # 1 behind a branch token that is end-of-text
+    finish: str = ""  # eos | length | rejected
+
+
+def stream_of(name: str, branch: int, sample: int) -> int:
+    """Random stream of a path: first 8 bytes of sha256("task/id/branch/sample"), signed."""
+    digest = hashlib.sha256(f"{name}/{branch}/{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def check_lengths(prompts: list[list[int]], names: list[str], model: GPT2, new: int) -> None:
+    """Every prompt with its new tokens must fit into the model's context and vocabulary."""
+    context, vocab = model.config.n_positions, model.config.vocab_size
+    for ids, name in zip(prompts, names):
+        if not ids:
+            raise SertError(f"{name} is empty; give it some text")
+        if max(ids) >= vocab:
+            raise SertError(
+                f"{name} has token id {max(ids)}, the model only {vocab} ids: weights and "
+                "tokenizer do not belong together; use the files of one model"
+            )
+        if len(ids) + new > context:
+            raise SertError(
+                f"{name} has {len(ids)} tokens; with --max-new-tokens {new} that exceeds the "
+                f"context of {context}: lower --max-new-tokens, or leave this question out"
+            )
+
+
+@dataclass
+class Prompts:
+    """What prefill leaves of Q prompts: per layer keys and values [Q, H, P, D], shared by rows."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    lengths: Tensor  # [Q]
+    mask: Tensor  # [Q, P] 0 at a prompt's tokens, -inf at padding
+    logits: Tensor  # [Q, V] at each prompt's last token
+
+
+def prefill(model: GPT2, prompts: list[list[int]], n_vocab: int) -> Prompts:
+    """Run each prompt once. Padding stands on the right, where causal attention never looks."""
+    device = model.wte.weight.device
+    P = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), P, dtype=torch.long)
+    for i, p in enumerate(prompts):
+        ids[i, : len(p)] = torch.tensor(p)
+    lengths = torch.tensor([len(p) for p in prompts])
+    keys, values = [], []
+
+    def attend(layer, q, k, v):  # [Q, P, H, D]
+        keys.append(k.transpose(1, 2).contiguous())
+        values.append(v.transpose(1, 2).contiguous())
+        return causal_attention(layer, q, k, v)
+
+    hidden = model(ids.to(device), attend=attend)  # [Q, P, C]
+    last = hidden[torch.arange(len(prompts)), lengths - 1]  # [Q, C]
+    mask = torch.where(torch.arange(P) < lengths[:, None], 0.0, float("-inf"))
+    logits = model.logits(last)[:, :n_vocab]
+    return Prompts(keys, values, lengths.to(device), mask.to(device), logits)
+
+
+def first_rows(prompts: Prompts, names: list[str], s: SampleSettings, eot: int) -> list[Row]:
+    """All rows of a block in order, each with its first token if that is a branch [SERT §II-A-1].
+    """
+    rows = []
+    if s.raw:
+        for q, name in enumerate(names):
+            for i in range(s.branches * s.samples):
+                rows.append(Row(q, -1, i, stream_of(name, -1, i)))
+        return rows
+    if s.branches > prompts.logits.shape[1]:
+        raise SertError(f"--branches {s.branches} is more than the vocabulary holds; lower it")
+    top, ids = best_first(prompts.logits, s.branches)  # [Q, K], ties by lowest id
+    logprobs = top - prompts.logits.logsumexp(-1, keepdim=True)
+    if not logprobs.isfinite().all():
+        bad = int((~logprobs.isfinite()).any(1).nonzero()[0])
+        raise SertError(f"{names[bad]}: the model's logits are NaN or infinite; check its weights")
+    for q, name in enumerate(names):
+        for b, (token, lp) in enumerate(zip(ids[q].tolist(), logprobs[q].tolist())):
+            for i in range(s.samples):
+                row = Row(q, b, i, stream_of(name, b, i), [token], [round(lp, 5)])
+                row.path_start = int(token == eot)
+                rows.append(row)
+    return rows
+
+
+class Decoder:
+    """The live rows of a block and their own keys and values, in static buffers.
+
+    Slots 0..n-1 are live; `rows[slot]` is the Row there. Own keys and values of layer l stand in
+    keys[l][slot, :, :t], t being the tokens that the row has fed so far."""
+
+    def __init__(self, model: GPT2, prompts: Prompts, n_rows: int, max_tokens: int):
+        c = model.config
+        shape = (c.n_layer, n_rows, c.n_head, max_tokens, c.n_embd // c.n_head)
+        like = prompts.keys[0]
+        self.model, self.prompts, self.device = model, prompts, like.device
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
+        self.rows: list[Row] = []
+
+    def place(self, slot: int, row: Row) -> None:
+        """Put a fresh row into a slot; stale keys behind its length are masked away."""
+        self.rows[slot : slot + 1] = [row]
+
+    def remove(self, slot: int) -> None:
+        """Drop a row; the last live row moves into its slot, so that live rows stay together."""
+        last = len(self.rows) - 1
+        if slot != last:
+            t = len(self.rows[last].token_ids)
+            self.keys[:, slot, :, :t] = self.keys[:, last, :, :t]
+            self.values[:, slot, :, :t] = self.values[:, last, :, :t]
+            self.rows[slot] = self.rows[last]
+        self.rows.pop()
+
+    def group(self) -> None:
+        """Index tensors that bring rows of one question together for its shared prompt: rows lie
+        in any order, so each question of the live window gets a table of its J slots at most."""
+        of = [row.question for row in self.rows]
+        self.first, G = min(of), max(of) - min(of) + 1
+        tables: list[list[int]] = [[] for _ in range(G)]
+        for slot, q in enumerate(of):
+            tables[q - self.first].append(slot)
+        J = max(map(len, tables))
+        flat = [0] * len(of)
+        for g, table in enumerate(tables):
+            for j, slot in enumerate(table):
+                flat[slot] = g * J + j
+        padded = [table + [0] * (J - len(table)) for table in tables]
+        self.slots = torch.tensor(padded, device=self.device)  # [G, J]
+        self.flat = torch.tensor(flat, device=self.device)  # [n] -> place in G * J
+        self.of = torch.tensor(of, device=self.device)  # [n]
+        self.streams = torch.tensor([row.stream for row in self.rows], device=self.device)
+        self.prompt_mask = self.prompts.mask[self.of][:, None]  # [n, 1, P]
+
+    def step(self) -> Tensor:
+        """Feed each live row's last token; hidden states [n, C]."""
+        t = torch.tensor([len(row.token_ids) for row in self.rows], device=self.device)  # [n]
+        ids = torch.tensor([row.token_ids[-1] for row in self.rows], device=self.device)
+        n, T, P = len(self.rows), int(t.max()), self.prompts.mask.shape[1]
+        window = slice(self.first, self.first + len(self.slots))
+        slots, own_slot = torch.arange(n, device=self.device), t - 1
+        own_mask = torch.where(torch.arange(T, device=self.device) < t[:, None], 0.0, float("-inf"))
+        mask = torch.cat([self.prompt_mask, own_mask[:, None]], -1)  # [n, 1, P + T]
+
+        def by_question(x):  # [n, H, X] -> [G, H, J, X]
+            return x[self.slots].transpose(1, 2)
+
+        def by_row(x):  # [G, H, J, X] -> [n, H, X]
+            return x.transpose(1, 2).flatten(0, 1)[self.flat]
+
+        def attend(layer, q, k, v):  # [n, H, D]
+            keys, values = self.keys[layer][:n], self.values[layer][:n]  # [n, H, Tmax, D]
+            keys[slots, :, own_slot], values[slots, :, own_slot] = k, v
+            shared_k, shared_v = self.prompts.keys[layer][window], self.prompts.values[layer][window]
+            scores = torch.cat(
+                [
+                    by_row(by_question(q) @ shared_k.mT),  # [n, H, P]
+                    (q[:, :, None] @ keys[:, :, :T].mT)[:, :, 0],  # [n, H, T]
+                ],
+                -1,
+            )
+            w = (scores.float() + mask).softmax(-1).to(q.dtype)  # [n, H, P + T]
+            out = by_row(by_question(w[..., :P]) @ shared_v)  # [n, H, D]
+            return out + (w[:, :, None, P:] @ values[:, :, :T])[:, :, 0]
+
+        return self.model(ids, self.prompts.lengths[self.of] + own_slot, attend)
+
+
+@torch.inference_mode()
+def sample_block(
+    model: GPT2,
+    tokenizer,
+    prompts: list[list[int]],
+    names: list[str],
+    s: SampleSettings,
+    reject: Callable[[Row], bool] | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> list[Row]:
+    """All continuations of a block of prompts, in the order (question, branch, sample).
+
+    `names` are "task/id", the root of each row's random stream; `reject(row)` may stop a row early
+    (finish "rejected"); `progress(n)` is told of n new tokens. With s = GREEDY: one greedy
+    continuation per prompt."""
+    check_lengths(prompts, names, model, s.max_new_tokens)
+    n_vocab, eot = min(tokenizer.n_vocab, model.config.vocab_size), tokenizer.eot
+    shared = prefill(model, prompts, n_vocab)
+    rows = first_rows(shared, names, s, eot)
+    done: list[Row] = []
+    waiting = rows[::-1]
+
+    def draw(logits: Tensor, rows: list[Row], streams: Tensor) -> list[bool]:
+        """Append a token to each row; tells which rows have ended."""
+        position = torch.tensor([len(r.token_ids) for r in rows], device=logits.device)
+        tokens, logprobs = sample_and_score(
+            logits,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            seed=s.seed,
+            streams=streams,
+            position=position,
+        )
+        ended = []
+        for row, token, lp in zip(rows, tokens.tolist(), logprobs.tolist()):
+            if token < 0:
+                raise SertError(
+                    f"{names[row.question]}: the model's logits are NaN or infinite; "
+                    "check its weights, or use --dtype fp32"
+                )
+            if token == eot:
+                row.finish = "eos"
+            else:
+                row.token_ids.append(token)
+                row.logprobs.append(round(lp, 5))
+                if reject is not None and reject(row):
+                    row.finish = "rejected"
+                elif len(row.token_ids) >= s.max_new_tokens:
+                    row.finish = "length"
+            ended.append(bool(row.finish))
+        return ended
+
+    def admit() -> Row | None:
+        """The block's next row that still has to be decoded."""
+        while waiting:
+            row = waiting.pop()
+            if s.raw:  # its first token comes from the prompt's own logits
+                logits = shared.logits[row.question : row.question + 1]
+                draw(logits, [row], torch.tensor([row.stream], device=logits.device))
+            elif reject is not None and reject(row):
+                row.finish = "rejected"
+            elif len(row.token_ids) >= s.max_new_tokens:
+                row.finish = "length"
+            if not row.finish:
+                return row
+            done.append(row)
+        return None
+
+    live = Decoder(model, shared, min(s.rows, len(rows)), s.max_new_tokens)
+    while len(live.rows) < live.keys.shape[1] and (row := admit()):
+        live.place(len(live.rows), row)
+    changed = True
+    while live.rows:
+        if changed:
+            live.group()
+        ended = draw(model.logits(live.step())[:, :n_vocab], live.rows, live.streams)
+        progress(len(ended))
+        changed = any(ended)
+        for slot in reversed([i for i, end in enumerate(ended) if end]):
+            done.append(live.rows[slot])
+            if row := admit():
+                live.place(slot, row)
+            else:
+                live.remove(slot)
+    return sorted(done, key=lambda r: (r.question, r.branch, r.sample))
