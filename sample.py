@@ -1,0 +1,469 @@
+"""Stage 1 of SERT: sample 25 continuations per question and keep the latent reasoning paths.
+
+[SERT §II-A, §III-A] The five most probable first tokens each start five nucleus samples; rules then
+drop imitation, option lists, direct answers, short, repetitive and too probable paths, and of what
+is left the least repetitive path of each question is selected for self-training (train.py).
+Choices where the paper is silent stand in the README.
+
+    python sample.py                                    # the embedded micro-world, offline
+    python sample.py --task commonsense_qa --limit 100  # real GPT-2, downloads weights and data
+    torchrun --nproc-per-node 2 sample.py --task strategy_qa   # the same bytes, two processes
+"""
+
+import argparse
+import itertools
+import json
+import os
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sert_min import filters, tasks
+from sert_min.filters import FilterSettings
+from sert_min.generate import Row, SampleSettings, check_lengths, sample_block
+from sert_min.gpt2 import find_model, load_model, model_label, read_sert, weights_hash
+from sert_min.prompts import question_prompt
+from sert_min.runtime import (
+    SertError,
+    pick_device,
+    pick_dtype,
+    pick_threads,
+    printable,
+    run_script,
+)
+from sert_min.store import (
+    append_durable,
+    check_settings,
+    lock_folder,
+    read_json,
+    read_jsonl,
+    to_line,
+    write_atomic,
+)
+from sert_min.tokenizer import load_tokenizer
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    d = SampleSettings()
+    g = p.add_argument_group("what to sample")
+    g.add_argument("--task", choices=tasks.TASKS, default="micro", help="default: %(default)s")
+    g.add_argument("--data-dir", help="read the datasets here instead of downloading them")
+    g.add_argument("--split", choices=("train", "validation", "test"), default="train")
+    g.add_argument("--limit", type=int, help="only the first N questions (default: all)")
+    g.add_argument(
+        "--model", help="gpt2, gpt2-medium, .., a hub id or folder (default: the task's)"
+    )
+    g.add_argument("--out-dir", help="default: out/TASK/MODEL/paths-SPLIT/seedN")
+    g = p.add_argument_group("how paths are drawn [SERT §III-A]")
+    g.add_argument("--branches", type=int, default=d.branches, help="first tokens (%(default)s)")
+    g.add_argument(
+        "--samples", type=int, default=d.samples, help="samples per branch (%(default)s)"
+    )
+    g.add_argument("--raw", action="store_true", help="branches x samples plain samples instead")
+    g.add_argument("--top-k", type=int, default=d.top_k, help="0: off (%(default)s)")
+    g.add_argument("--top-p", type=float, default=d.top_p, help="1: off (%(default)s)")
+    g.add_argument(
+        "--temperature", type=float, default=d.temperature, help="0: greedy (%(default)s)"
+    )
+    g.add_argument("--max-new-tokens", type=int, help="default: the task's (paper: silent, 128)")
+    g.add_argument("--seed", type=int, default=d.seed)
+    g = p.add_argument_group("which paths are kept [SERT §II-A-2]; default: the task's preset")
+    g.add_argument("--patterns", help="kinds to drop, by comma: imitative,options,direct; or none")
+    g.add_argument("--min-tokens", type=int, help="paper: 25; 0: off")
+    g.add_argument("--max-rep2", type=float, help="repeated bigrams, paper: 0.2; 1: off")
+    g.add_argument("--min-perplexity", type=float, help="paper: 5; 0: off")
+    g.add_argument(
+        "--early-reject",
+        action=argparse.BooleanOptionalAction,
+        help="stop a row once it broke a pattern rule (default: on, off for micro)",
+    )
+    g.add_argument("--refilter", action="store_true", help="judge the stored samples anew")
+    g = p.add_argument_group("how it runs")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    g.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+    g.add_argument("--block-questions", type=int, help="questions per block (default 32)")
+    g.add_argument("--rows", type=int, help="rows decoded together (default 200)")
+    g = p.add_argument_group("instead of sampling the task")
+    g.add_argument("--prompt", help="continue this text, --samples times")
+    g.add_argument("--check", action="store_true", help="compare gpt2 with known real outputs")
+    g.add_argument("--dry-run", action="store_true", help="print a prompt and the plan, then stop")
+    return p.parse_args(argv)
+
+
+def filter_settings(args) -> FilterSettings:
+    """The task's preset, moved by the flags that were given."""
+    names = ("min_tokens", "max_rep2", "min_perplexity")
+    chosen = {k: given(getattr(args, k), tasks.preset(args.task)[k]) for k in names}
+    if args.patterns is not None:
+        chosen["patterns"] = filters.parse_patterns(args.patterns)
+    return FilterSettings(**chosen)
+
+
+def given(value, otherwise):
+    """A flag's value, or what stands for it when it is left out (0 is a value)."""
+    return otherwise if value is None else value
+
+
+def sample_settings(args) -> SampleSettings:
+    chosen = {f.name: getattr(args, f.name) for f in fields(SampleSettings)}
+    default = tasks.preset(args.task)["max_new_tokens"]
+    chosen["max_new_tokens"] = given(args.max_new_tokens, default)
+    chosen["rows"] = given(args.rows, SampleSettings.rows)
+    return SampleSettings(**chosen).check()
+
+
+# --- one block ------------------------------------------------------------------------------------
+
+
+def early_reject(questions: list, tokenizer, kinds: tuple):
+    """A test for rows that have broken a pattern rule which no later token can mend."""
+
+    def broken(row: Row) -> bool:
+        text = tokenizer.decode(row.token_ids[row.path_start :])
+        if text.endswith("\ufffd"):  # in the middle of a character: look again at the next token
+            return False
+        return filters.pattern_break(text, questions[row.question], kinds, final=False) is not None
+
+    return broken
+
+
+def block_records(model, tokenizer, questions, suffix, s, rules, reject_kinds, progress) -> list:
+    """Sample and judge one block: 25 path records per question, in order."""
+    prompts = [tokenizer.encode(question_prompt(q, suffix)) for q in questions]
+    names = [f"{q.task}/{q.id}" for q in questions]
+    reject = early_reject(questions, tokenizer, reject_kinds) if reject_kinds else None
+    rows = sample_block(model, tokenizer, prompts, names, s, reject, progress)
+    records = []
+    for row in rows:
+        q = questions[row.question]
+        records.append(
+            {
+                "task": q.task,
+                "id": q.id,
+                "question": q.text,
+                "answer": q.answer,
+                "branch": row.branch,
+                "sample": row.sample,
+                "text": "",
+                "token_ids": row.token_ids,
+                "logprobs": row.logprobs,
+                "path_start": row.path_start,
+                "path_end": len(row.token_ids),
+                "finish": row.finish,
+            }
+        )
+    return judge_records(records, questions, tokenizer, rules)
+
+
+def judge_records(records: list[dict], questions: list, tokenizer, rules) -> list[dict]:
+    """Fill text, path_end, perplexity, rep2 and verdict of whole questions' records."""
+    by_id = {q.id: q for q in questions}
+    for r in records:
+        token_bytes = [tokenizer.to_bytes[i] for i in r["token_ids"]]
+        r.update(filters.judge_path(r, token_bytes, by_id[r["id"]], rules))
+    return filters.select(records)
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def whole_blocks(path: Path, blocks: list[list], per_question: int) -> int:
+    """How many of `blocks` (lists of questions) stand whole at the start of paths.jsonl. What
+    follows them there (a torn block, the short last block of a smaller --limit) is cut off."""
+    if not path.exists():
+        return 0
+    whole = end = 0
+    with open(path, "rb") as f:
+        for block in blocks:
+            wanted = [q.id for q in block for _ in range(per_question)]
+            lines = list(itertools.islice(f, len(wanted)))
+            if [stored_id(line) for line in lines] != wanted:
+                os.truncate(path, end)
+                break
+            whole, end = whole + 1, end + sum(map(len, lines))
+    return whole
+
+
+def stored_id(line: bytes) -> str | None:
+    """The id in a line of paths.jsonl; None for a torn line."""
+    try:
+        return json.loads(line)["id"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def merge_blocks(folder: Path, blocks: list[list], done: int) -> int:
+    """Move finished block files to the end of paths.jsonl, in order; returns how many blocks it
+    holds now."""
+    while done < len(blocks):
+        part = block_file(folder, done, blocks[done])
+        if not part.exists():
+            break
+        append_durable(folder / "paths.jsonl", part.read_text(encoding="utf-8"))
+        part.unlink()
+        done += 1
+    return done
+
+
+def block_file(folder: Path, i: int, block: list) -> Path:
+    return folder / "blocks" / f"{i:06d}-{len(block)}.jsonl"
+
+
+def write_selected(folder: Path) -> None:
+    """selected.jsonl: one record per question that kept any path."""
+    chosen = (r for r in read_jsonl(folder / "paths.jsonl") if r["verdict"] == "selected")
+    write_atomic(folder / "selected.jsonl", map(to_line, chosen))
+
+
+def refilter(folder: Path, stored: dict, questions, tokenizer, rules: FilterSettings) -> None:
+    """New verdicts for the stored samples, question by question; no sampling."""
+    if stored.get("early_reject") and not set(stored["early_reject"]) <= set(rules.patterns or ()):
+        raise SertError(
+            f"{folder} was sampled with early rejection of {','.join(stored['early_reject'])}: "
+            "looser --patterns need new samples (--no-early-reject, another --out-dir)"
+        )
+
+    def lines():
+        group: list[dict] = []
+        for record in read_jsonl(folder / "paths.jsonl"):
+            if group and record["id"] != group[0]["id"]:
+                yield from map(to_line, judge_records(group, questions, tokenizer, rules))
+                group = []
+            group.append(record)
+        yield from map(to_line, judge_records(group, questions, tokenizer, rules))
+
+    write_atomic(folder / "paths.jsonl", lines())
+
+
+# --- what the user sees ---------------------------------------------------------------------------
+
+
+def print_summary(folder: Path, rules: FilterSettings) -> None:
+    """The funnel, three kept and three rejected paths, and what to do next."""
+    print_funnel(filters.count_verdicts(read_jsonl(folder / "paths.jsonl")), rules)
+    shown = {"selected": [], "other": []}
+    for r in read_jsonl(folder / "paths.jsonl"):
+        kind = "selected" if r["verdict"] == "selected" else "other"
+        seen = {x["verdict"] for x in shown["other"]}
+        if len(shown[kind]) < 3 and (kind == "selected" or r["verdict"] not in seen | {"kept"}):
+            shown[kind].append(r)
+    for title, some in (("kept", shown["selected"]), ("rejected", shown["other"])):
+        print(f"\n{title}:")
+        for r in some:
+            print(f"  Q: {printable(r['question'])[:200]}")
+            text = printable(r["text"])[:300] or "(empty)"
+            print(f"     {text}")
+            facts = f"perplexity {r['perplexity']:.2f}, rep-2 {r['rep2']:.2f}"
+            print(f"     -> {r['verdict']} ({facts}, branch {r['branch']})")
+    print(f"\nwrote {folder / 'paths.jsonl'} and {folder / 'selected.jsonl'}")
+
+
+def print_funnel(c: filters.Counts, rules: FilterSettings) -> None:
+    """How many paths each rule saw and dropped."""
+    limits = {
+        "pattern": ", ".join(rules.patterns or ()) or "off",
+        "length": f"at least {rules.min_tokens} tokens",
+        "repetition": f"rep-2 at most {rules.max_rep2}",
+        "perplexity": f"at least {rules.min_perplexity}",
+    }
+    print(f"\n{'rule':<22}{'saw':>9}{'dropped':>9}{'share':>8}   limit")
+    for rule in filters.RULES:
+        saw, dropped = c.seen[rule], c.dropped[rule]
+        print(f"{rule:<22}{saw:>9,}{dropped:>9,}{dropped / max(saw, 1):>8.1%}   {limits[rule]}")
+        for kind in filters.PATTERN_KINDS if rule == "pattern" else ():
+            print(f"  {kind:<20}{'':>9}{c.dropped[f'pattern:{kind}']:>9,}")
+    print(
+        f"{c.passed:,} of {c.paths:,} paths passed; {c.selected:,} of {c.questions:,} questions have "
+        f"a selected path, {c.without_path:,} have none"
+    )
+
+
+def print_prompt_samples(args, model, tokenizer, s: SampleSettings) -> None:
+    """Plain sampling from any text."""
+    s = replace(s, raw=True, branches=1)
+    prompt = tokenizer.encode(args.prompt)
+    for row in sample_block(model, tokenizer, [prompt], ["the prompt"], s):
+        lp = sum(row.logprobs) / max(1, len(row.logprobs))
+        text = "".join(c if c == "\n" else printable(c) for c in tokenizer.decode(row.token_ids))
+        print(f"--- sample {row.sample}: {len(row.token_ids)} tokens, mean log-prob {lp:.2f}")
+        print(args.prompt + text)
+
+
+def check_known_outputs(model, tokenizer) -> None:
+    """Compare next-token log-probs of gpt2 124M with known ones of the real weights."""
+    known = json.loads((Path(tasks.__file__).parent / "gpt2_known_outputs.json").read_text())
+    worst = 0.0
+    for row in known["prompts"]:
+        ids = tokenizer.encode(row["prompt"])
+        if ids != row["token_ids"]:
+            raise SertError(f"token ids of {row['prompt']!r} differ; is this gpt2's tokenizer?")
+        with torch.inference_mode():
+            lp = model.logits(model(torch.tensor([ids], device=model.wte.weight.device))[0, -1])
+        lp = lp.log_softmax(-1).cpu()
+        error = max(abs(lp[i].item() - want) for i, want in zip(row["ids"], row["logprobs"]))
+        worst = max(worst, error)
+        best = lp.topk(len(row["ids"])).indices.tolist()
+        same = sum(a == b for a, b in zip(best, row["ids"]))
+        print(
+            f"{row['prompt'][:50]:50}  {same}/{len(best)} of the top in place, off by {error:.4f}"
+        )
+    if not worst < 0.05:
+        raise SertError(
+            f"log-probs are off by up to {worst:.3f} (limit 0.05): these are not gpt2's 124M "
+            "weights (use --model gpt2 --dtype fp32)"
+        )
+    print("the weights are gpt2's: all log-probs within 0.05 of the known ones")
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def main(args) -> None:
+    s, rules = sample_settings(args), filter_settings(args)
+    if args.limit is not None and args.limit < 1:
+        raise SertError("--limit must be at least 1")
+    if given(args.block_questions, 1) < 1:
+        raise SertError("--block-questions must be at least 1")
+    name = args.model or ("gpt2" if args.check else tasks.default_model(args.task))
+
+    # 1. Data, model, and everything that decides the bytes of this run.
+    folder = find_model(name)
+    tokenizer = load_tokenizer(folder)
+    device = pick_device(args.device)
+    say = print if RANK == 0 else lambda *a, **k: None
+    if args.prompt is not None or args.check:
+        pick_threads(0)
+        model = load_model(folder, device)
+        model.cast_(pick_dtype(args.dtype, device, model.n_params()))
+        if args.check:
+            return check_known_outputs(model, tokenizer)
+        return print_prompt_samples(args, model, tokenizer, s)
+    questions = tasks.load(args.task, args.split, args.data_dir)
+    say(tasks.describe(questions, args.split))
+    suffix = read_sert(folder).get("prompt_suffix", "")
+    out = Path(
+        args.out_dir
+        or f"out/{args.task}/{model_label(name, folder)}"
+        f"/{'paths-raw' if s.raw else 'paths'}-{args.split}/seed{s.seed}"
+    )
+    stored = read_json(out / "settings.json") if (out / "settings.json").exists() else {}
+    if args.refilter and not stored:
+        raise SertError(f"{out} holds no samples; run without --refilter first")
+    early = given(args.early_reject, tasks.preset(args.task)["early_reject"])
+    model = load_model(folder)
+    dtype = args.dtype if args.dtype != "auto" or not stored else stored["dtype"]
+    dtype = pick_dtype(dtype, device, model.n_params())
+    if stored and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(stored["threads"])
+    threads = torch.get_num_threads() if stored else pick_threads(model.n_params())
+    size = args.block_questions or stored.get("block_questions") or 32
+    settings = {
+        "task": args.task,
+        "split": args.split,
+        "data": tasks.data_hash(questions),
+        "model": model_label(name, folder),
+        "weights": weights_hash(folder),
+        "prompt_suffix": suffix,
+        **asdict(s),
+        "rows": args.rows or stored.get("rows") or s.rows,
+        "block_questions": size,
+        "early_reject": list(rules.patterns or ()) if early else [],
+        "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
+        "device": device.type,
+        "threads": threads,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        **asdict(rules),
+    }
+    s = replace(s, rows=settings["rows"])
+    questions = questions[: args.limit]
+    per_question = s.branches * s.samples
+    say(
+        f"model {settings['model']} ({model.n_params() / 1e6:.1f}M parameters), {device.type}, "
+        f"{settings['dtype']}, {threads} thread(s); {len(questions)} questions x {per_question} "
+        f"paths, at most {s.max_new_tokens} tokens each"
+    )
+    say(f"rules: {asdict(rules)}; early rejection {'on' if early else 'off'}")
+    prompts = [tokenizer.encode(question_prompt(q, suffix)) for q in questions]
+    check_lengths(prompts, [f"question {q.id}" for q in questions], model, s.max_new_tokens)
+    blocks = [questions[i : i + size] for i in range(0, len(questions), size)]
+    if args.dry_run:
+        total = len(questions) * per_question * s.max_new_tokens
+        say(f"\nprompt of question {questions[0].id} ({len(prompts[0])} tokens):")
+        say(question_prompt(questions[0], suffix))
+        say(f"\nplan: {len(blocks)} blocks of {size} questions, at most {total:,} tokens, to {out}")
+        return None
+    model.cast_(dtype).to(device)
+
+    # 2. Sample block after block; a finished block is never computed again.
+    with lock_folder(out, f".lock-{RANK}"):
+        if args.refilter:
+            refilter(
+                out, stored, tasks.load(args.task, args.split, args.data_dir), tokenizer, rules
+            )
+            settings = {**stored, **asdict(rules)}
+            write_atomic(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+        else:
+            check_settings(
+                out / "settings.json",
+                settings,
+                "choose another --out-dir, or --refilter if only thresholds of rules differ",
+            )
+            sample_blocks(out, blocks, model, tokenizer, suffix, s, rules, settings)
+        if RANK == 0:
+            write_selected(out)
+            print_summary(out, rules)
+
+
+def sample_blocks(out, blocks, model, tokenizer, suffix, s, rules, settings) -> None:
+    """Compute the blocks that are missing (every WORLD-th one of them) and, on rank 0, put all of
+    them into paths.jsonl in order."""
+    per_question = s.branches * s.samples
+    (out / "blocks").mkdir(exist_ok=True)
+    done = whole_blocks(out / "paths.jsonl", blocks, per_question)
+    todo = [i for i in range(done, len(blocks)) if i % WORLD == RANK]
+    todo = [i for i in todo if not block_file(out, i, blocks[i]).exists()]
+    if RANK == 0 and done:
+        print(f"{done} of {len(blocks)} blocks are there already; going on behind them")
+    tokens = kept = 0
+    start = time.perf_counter()
+    bar = tqdm(total=sum(len(blocks[i]) for i in todo), unit="question", disable=RANK > 0)
+
+    def progress(n: int) -> None:
+        nonlocal tokens
+        tokens += n
+        rate = tokens / (time.perf_counter() - start)
+        bar.set_postfix_str(f"{rate:,.0f} tokens/s, {kept} paths kept", refresh=False)
+        bar.update(0)
+
+    for i in todo:
+        records = block_records(
+            model, tokenizer, blocks[i], suffix, s, rules, settings["early_reject"], progress
+        )
+        kept += sum(r["verdict"] in ("selected", "kept") for r in records)
+        write_atomic(block_file(out, i, blocks[i]), map(to_line, records))
+        if RANK == 0:
+            done = merge_blocks(out, blocks, done)
+        bar.update(len(blocks[i]))
+    bar.close()
+    while RANK == 0 and done < len(blocks):  # the other processes' last blocks
+        time.sleep(0.1)
+        done = merge_blocks(out, blocks, done)
+    if RANK == 0 and tokens:
+        seconds = time.perf_counter() - start
+        append_durable(
+            out / "timings.jsonl",
+            to_line({"processes": WORLD, "tokens": tokens, "seconds": round(seconds, 2)}),
+        )
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args())
