@@ -1,0 +1,123 @@
+"""What a student can do: greedy answers, the paper's metrics with intervals [SERT §III-A].
+
+    Acc   the extracted answer equals the gold one (strict, the headline; lenient beside it)
+    Fmt   share of outputs that end by themselves, state exactly one answer and do not loop
+    Len   words of the whole output            Rep   1 - distinct words / words
+
+The paper gives no formula for Fmt and no unit for Len; these are our readings. Not extractable is
+wrong and counted, never guessed.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from sert_min.filters import rep2
+from sert_min.generate import GREEDY, sample_block
+from sert_min.gpt2 import GPT2
+from sert_min.prompts import extract_answer, extract_lenient, question_prompt, stated_answers
+from sert_min.tasks import Question, majority
+
+MAX_LOOP = 0.5  # rep-2 over words above which an output counts as severely repetitive
+
+
+def greedy(
+    model: GPT2,
+    tokenizer,
+    questions: list[Question],
+    suffix: str = "",
+    max_new_tokens: int = 512,
+    rows: int = 64,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> list[tuple[str, str]]:
+    """(text, finish) of each question's greedy output. A block of `rows` questions is decoded
+    together; the cap shrinks to what the model's context leaves."""
+    outputs = []
+    for i in range(0, len(questions), rows):
+        block = questions[i : i + rows]
+        prompts = [tokenizer.encode(question_prompt(q, suffix)) for q in block]
+        room = model.config.n_positions - max(map(len, prompts))
+        s = replace(GREEDY, max_new_tokens=min(max_new_tokens, room), rows=len(block))
+        names = [f"question {q.id}" for q in block]
+        for row in sample_block(model, tokenizer, prompts, names, s, progress=progress):
+            outputs.append((tokenizer.decode(row.token_ids), row.finish))
+    return outputs
+
+
+def score(question: Question, text: str, finish: str | None) -> dict:
+    """One prediction record: the extracted answers, the verdicts and why."""
+    words = text.split()
+    extracted = extract_answer(text, question)
+    stated = set(stated_answers(text, question))
+    loop = rep2(words)
+    if finish is None:
+        format_ok, reason = None, "finish not recorded"
+    elif finish != "eos":
+        format_ok, reason = False, "does not end"
+    elif not stated:
+        format_ok, reason = False, "states no answer"
+    elif stated == {None}:
+        format_ok, reason = False, "answer not readable"
+    elif len(stated) > 1:
+        format_ok, reason = False, "states several answers"
+    elif loop > MAX_LOOP:
+        format_ok, reason = False, "severely repetitive"
+    else:
+        format_ok, reason = True, "ok"
+    return {
+        "task": question.task,
+        "id": question.id,
+        "question": question.text,
+        "answer": question.answer,
+        "text": text,
+        "extracted": extracted,
+        "extracted_lenient": extract_lenient(text, question),
+        "correct": extracted == question.answer,
+        "finish": finish,
+        "format_ok": format_ok,
+        "reason": reason,
+        "words": len(words),
+        "rep1": round(1 - len(set(words)) / len(words), 5) if words else 0.0,
+        "rep2_words": round(loop, 5),
+    }
+
+
+def share_interval(k: int, n: int) -> tuple[float, float, float]:
+    """(share, low, high): Wilson's 95 % score interval of k out of n (Wilson 1927)."""
+    if n == 0:
+        return math.nan, math.nan, math.nan
+    z, p = 1.959964, k / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return p, middle - half, middle + half
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % interval of a mean, normal approximation."""
+    n = len(values)
+    if n == 0:
+        return math.nan, math.nan, math.nan
+    mean = math.fsum(values) / n
+    variance = math.fsum((v - mean) ** 2 for v in values) / max(1, n - 1)
+    half = 1.959964 * math.sqrt(variance / n)
+    return mean, mean - half, mean + half
+
+
+def summarize(records: Iterable[dict], questions: list[Question]) -> dict:
+    """The metrics of prediction records, each as (value, low, high), and the plain counts."""
+    records = list(records)
+    n = len(records)
+    judged = [r["format_ok"] for r in records if r["format_ok"] is not None]
+    answer, share = majority(questions)
+    return {
+        "n": n,
+        "acc": share_interval(sum(r["correct"] for r in records), n),
+        "acc_lenient": share_interval(
+            sum(r["extracted_lenient"] == r["answer"] for r in records), n
+        ),
+        "unparseable": sum(r["extracted"] is None for r in records),
+        "fmt": share_interval(sum(judged), len(judged)),
+        "len": mean_interval([r["words"] for r in records]),
+        "rep": mean_interval([r["rep1"] for r in records]),
+        "majority": (answer, share),
+    }
