@@ -80,6 +80,7 @@ def parse_patterns(text: str) -> tuple[str, ...]:
 
 _IMITATIVE = re.compile(r"Question:|Answer:")
 LABEL_WORDS = 8
+LIST_REACH = 200  # characters between the starts of two neighbours of a list of texts
 PROSE = re.compile(
     r"\b(?:is|are|was|were|be|isn['’]t|aren['’]t|would|could|should|can|cannot|can['’]t|will|won['’]t"
     r"|may|might|must|has|have|had|does|do|did|doesn['’]t|don['’]t|seems?|makes?|because|since|if|than"
@@ -113,7 +114,7 @@ class _ChoicePatterns(NamedTuple):
     direct: re.Pattern
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(512)
 def _choice_patterns(choices: tuple[str, ...]) -> _ChoicePatterns:
     words = words_pattern(choices)
     different = sorted({" ".join(c.lower().split()) for c in choices} - {""})
@@ -126,7 +127,7 @@ def _choice_patterns(choices: tuple[str, ...]) -> _ChoicePatterns:
         rf"(?:{label}(?:[ :,–-]{{0,3}}(?:{text}))?|{text})[)\].!?]*"
     )
     return _ChoicePatterns(
-        re.compile(words, re.IGNORECASE),
+        re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE),
         re.compile(rf"(?<!\w)(?:{words}){_GAP}(?:{words})", re.IGNORECASE),
         tuple(
             re.compile(rf"(?<!\w){words_pattern([t])}{_AFTER}", re.IGNORECASE) for t in different
@@ -220,6 +221,8 @@ def _text_list_end(text: str, question: Question, final: bool) -> int | None:
         alone.append({option} if begins else set())
         marked = False
         for i in range(j - 1, -1, -1):
+            if start - spans[i][0] > LIST_REACH:
+                break
             gap = text[spans[i][1] : start]
             if not gap or not _GAP_ONLY.fullmatch(gap):
                 continue

@@ -117,8 +117,9 @@ def strip_answer_sentence(text: str) -> tuple[str, bool]:
 #   a / A place / a place                 -          `a` before another word is an article
 #   the text of two options               -          not unique
 #   no one / no longer / no doubt         -          a word, not an answer (NOT_NO)
-#   yes and no / either (A) or (B) /      -          two answers are none
-#   (A), (B)
+#   (A) mall or (B) library / (A), (B)    A          the one that stands right after the words
+#   yes and no / yes or no / yes/no       -          two answers are none
+#   either (A) or (B)                     -          nothing stands right after
 #   not (C) / unknown / nothing at all    -          never guessed
 #
 # Lenient, shown beside it: strict where that reads something; else the first answer word after
@@ -141,10 +142,11 @@ _SKIP = re.compile(  # one step over what may stand between `the answer is` and 
     re.IGNORECASE,
 )
 _END_OF_WORD = r"(?!\w)(?!['’-]\w)"
-_YES_NO = re.compile(rf"(yes|no){_END_OF_WORD}(?!\s+(?:{NOT_NO})\b)", re.IGNORECASE)
-_TWO_ANSWERS = re.compile(r"""[\s)"'”’*]*(?:/|\band/or\b|\bor\b|\band\b)\s*""", re.IGNORECASE)
+_YES_NO = re.compile(
+    rf"(yes|no){_END_OF_WORD}(?!\s+(?:{NOT_NO})\b)(?!\s*(?:/|and\b|or\b)\s*(?:yes|no)\b)",
+    re.IGNORECASE,
+)
 _SPACE = re.compile(r"""[\s:.,)*"'–-]{0,5}""")
-_COMMA = re.compile(r"""\s*[,;]\s*(?=[(\[{])""")
 _LENIENT_YES_NO = re.compile(r"\b(?:(yes)\b|(no)\b(?=[\s]*(?:[^\w\s]|\Z|\n)))", re.IGNORECASE)
 
 
@@ -174,12 +176,7 @@ def _answer_right_after(text: str, at: int, question: Question) -> str | None:
     while not found and (skip := _SKIP.match(text, at)):
         at = skip.end()
         found = _answer_at(text, at, question)
-    if not found:
-        return None
-    answer, end = found
-    joined = _TWO_ANSWERS.match(text, end) or _COMMA.match(text, end)
-    second = _answer_at(text, joined.end(), question) if joined else None
-    return None if second and second[0] != answer else answer
+    return found[0] if found else None
 
 
 def _answer_at(text: str, at: int, question: Question) -> tuple[str | None, int] | None:
@@ -237,7 +234,7 @@ class _OptionRules(NamedTuple):
     letter_of: dict[str, str | None]  # normalised text -> letter, None where two options share it
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(512)
 def _option_rules(choices: tuple[str, ...]) -> _OptionRules:
     letters, words = LETTERS[: len(choices)], words_pattern(choices)
     any_case = letters + letters.lower()

@@ -6,7 +6,9 @@ the teacher was cut off, its last half sentence. By default only rationales with
 kept, as in Fine-tune-CoT (arXiv 2212.10071), which the paper follows for generation.
 """
 
+import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -15,13 +17,14 @@ from typing import NamedTuple
 
 from sert_min.prompts import (
     SENTENCE_END,
+    answer_text,
     extract_answer,
     extract_lenient,
     strip_answer_sentence,
 )
-from sert_min.runtime import SertError
+from sert_min.runtime import SertError, printable
 from sert_min.store import read_jsonl
-from sert_min.tasks import Question
+from sert_min.tasks import DATA_URL, Question, download, save_checked
 
 ANSWER_TRIGGER = " So the answer is "
 
@@ -38,95 +41,163 @@ class Output(NamedTuple):
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_teacher_file(path: Path, questions: list[Question]) -> dict[str, Output]:
-    """Outputs by question id from any of the known forms, told by ending and content:
+class PublicLog(NamedTuple):
+    """A teacher's outputs at a pinned public commit."""
 
-    .jsonl  our own rationales.jsonl, or rows with rationale, teacher_completion and id or index
+    task: str
+    url: str
+    entries: int  # what a whole file holds; its SHA-256 is not published
+
+
+PUBLIC = {  # names that --teacher-file takes besides paths
+    "davinci": PublicLog(  # text-davinci-002, zero-shot CoT, greedy: the paper's own teacher
+        "strategy_qa", f"{DATA_URL.rpartition('/')[0]}/log/strategyqa_zero_shot_cot.log", 2290
+    ),
+}
+
+
+def public_log(name: str, task: str) -> Path:
+    """The cached file of PUBLIC[name], downloaded once. The commit in its address pins it; whether
+    it is whole is told by the number of its entries."""
+    public = PUBLIC[name]
+    if task != public.task:
+        raise SertError(f"--teacher-file {name} holds {public.task}; give --task {public.task}")
+    cache = Path(os.environ.get("SERT_CACHE") or Path.home() / ".cache" / "sert_min")
+    path = cache / "teacher" / public.url.rpartition("/")[2]
+    data = path.read_bytes() if path.is_file() else b""
+    if len(log_entries(data)) != public.entries:
+        data = download(public.url)
+        if (found := len(log_entries(data))) != public.entries:
+            raise SertError(
+                f"{public.url} has {found} entries instead of {public.entries}; repeat (a cut "
+                "download?), or get the file elsewhere and give its path"
+            )
+        save_checked(path, data, hashlib.sha256(data).hexdigest(), public.url)
+    return path
+
+
+def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, Output], Counter]:
+    """(outputs by question id, counts of what was left over) from a name in PUBLIC or a file of any
+    of the known forms, told by ending and content:
+
+    .jsonl  our own rationales.jsonl, or rows with question, rationale, teacher_completion and maybe
+            id (else index: the row number in the dataset)
     .log    a log of zero_shot_cot (arXiv 2205.11916)
-    .json   LLM outputs of distilling-step-by-step (arXiv 2305.02301): a list, file name .._N.json,
-            or a folder of them
+    .json   LLM outputs of distilling-step-by-step (arXiv 2305.02301): one file train_CoT_N.json or
+            a folder of them
     """
+    path = Path(name)
+    if name in PUBLIC and not path.exists():
+        path = public_log(name, questions[0].task)
     if not path.exists():
         raise SertError(f"--teacher-file {path} does not exist; check the path")
     try:
-        if path.suffix == ".log":
-            found = read_log(path.read_text(encoding="utf-8"), questions, path.name)
-        elif path.is_dir() or path.suffix == ".json":
-            found = read_step_by_step(path, questions)
+        if path.is_dir() or path.suffix == ".json":
+            found, left = read_step_by_step(path, questions)
+        elif path.suffix == ".log":
+            found, left = read_rows(log_entries(path.read_bytes()), questions, path.name)
         else:
-            found = read_rows(read_jsonl(path), questions, path.name)
-    except (UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as e:
+            found, left = read_rows(read_jsonl(path), questions, path.name)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise SertError(
             f"--teacher-file {path} is in none of the known forms ({type(e).__name__}: "
             f"{str(e)[:80]}); see README, Teachers"
         ) from None
     if not found:
         raise SertError(f"--teacher-file {path} has no output for any question of this task")
-    return found
+    return found, left
 
 
-def read_rows(rows: Iterable[dict], questions: list[Question], source: str) -> dict[str, Output]:
-    """JSONL rows; joined by id, else by row number and text, else by text (the first of two)."""
+def read_rows(
+    rows: Iterable[dict], questions: list[Question], source: str
+) -> tuple[dict[str, Output], Counter]:
+    """Join rows to questions by id (or row number) if the text agrees, else by text. Of two outputs
+    for one question the first holds."""
     by_id = {q.id: q for q in questions}
     by_text: dict[str, Question] = {}
     for q in questions:
         by_text.setdefault(stem(q), q)
     found: dict[str, Output] = {}
+    left: Counter = Counter()
     for row in rows:
         text = row["question"].strip()
         q = by_id.get(str(row.get("id", row.get("index"))))
         if q is None or text not in (stem(q), q.text):
-            q = by_text.get(text)
+            q = by_text.get(text.split(" Answer choices:")[0].strip())
         if q is None or q.id in found:
+            left["other questions" if q is None else "repeated questions"] += 1
             continue
-        completion = row.get("teacher_completion")
-        if completion is None and row.get("teacher_answer") is not None:
-            completion = f"{row['teacher_answer']}."
-        found[q.id] = Output(row["rationale"], completion, row.get("finish"), source)
-    return found
+        completion, finish = row.get("teacher_completion"), row.get("finish")
+        if completion is None and "teacher_answer" in row:  # our own record: read and cleaned
+            answer = row["teacher_answer"]
+            completion, finish = f"{answer_text(q, answer)}." if answer else "", "stop"
+        found[q.id] = Output(as_text(row["rationale"]), as_text(completion), finish, source)
+    return found, left
 
 
-def read_log(text: str, questions: list[Question], source: str) -> dict[str, Output]:
-    """A zero_shot_cot log: questions in shuffled order, each with reasoning, a second trigger
-    (`Therefore, the answer (..) is`) and `pred_before`, the answer as the teacher gave it."""
-    by_text: dict[str, Question] = {}
-    for q in questions:
-        by_text.setdefault(stem(q), q)
+def as_text(value) -> str | None:
+    """A string or None; anything else is a row in another form."""
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError(f"a {type(value).__name__} where a text was expected")
+
+
+LOG_ENTRY = re.compile(
+    r"^Q: (?P<q>.*?)\nA: Let's think step by step\.(?P<r>.*)"
+    r"\nTherefore, (?:among [A-Z] through [A-Z], )?the answer(?: \([^)\n]*\))? is\b.*?"
+    r"^pred_before : (?P<a>.*?)\npred_after :",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def log_entries(log: bytes) -> list[dict]:
+    """The entries of a zero_shot_cot log as rows. Each has the question, the reasoning, the trigger
+    of the second request on a line of its own (the last such line: reasoning may say "Therefore,
+    the .. is" as well) and `pred_before`, the answer as the teacher gave it."""
+    blocks = re.split(r"^\*{20,}$", log.decode("utf-8", "replace"), flags=re.MULTILINE)
+    return [
+        {
+            "question": m["q"].split(" Answer Choices:")[0],
+            "rationale": m["r"].strip(),
+            "teacher_completion": m["a"].strip(),
+        }
+        for m in map(LOG_ENTRY.search, blocks)
+        if m
+    ]
+
+
+def read_step_by_step(path: Path, questions: list[Question]) -> tuple[dict[str, Output], Counter]:
+    """distilling-step-by-step: train_CoT_N.json holds outputs N * 1000.. in the order of the train
+    set. An output may run on into a made-up next question."""
     found: dict[str, Output] = {}
-    entry = re.compile(
-        r"^Q: (?P<q>.*?)\nA: Let's think step by step\.(?P<r>.*?)"
-        r"\n?Therefore, (?:the|among)[^\n]*? is\b.*?^pred_before : (?P<a>.*?)\npred_after :",
-        re.DOTALL | re.MULTILINE,
-    )
-    for block in re.split(r"^\*{20,}$", text, flags=re.MULTILINE):
-        m = entry.search(block)
-        if m is None:
-            continue
-        asked = m["q"].split(" Answer Choices:")[0].strip()
-        q = by_text.get(asked)
-        if q is not None and q.id not in found:
-            found[q.id] = Output(m["r"].strip(), m["a"].strip(), None, source)
-    return found
-
-
-def read_step_by_step(path: Path, questions: list[Question]) -> dict[str, Output]:
-    """distilling-step-by-step: file N of a thousand outputs each, in the order of the train set."""
-    files = sorted(path.glob("*_CoT_*.json")) if path.is_dir() else [path]
-    found: dict[str, Output] = {}
-    for file in files:
+    left: Counter = Counter()
+    for file in sorted(path.glob("train_CoT_*.json")) if path.is_dir() else [path]:
         number = re.search(r"_(\d+)\.json$", file.name)
         if number is None:
             raise ValueError(f"{file.name} does not end in _N.json")
         first = int(number[1]) * 1000
-        outputs = json.loads(file.read_text(encoding="utf-8"))
-        for q, output in zip(questions[first : first + 1000], outputs):
+        outputs = json.loads(file.read_bytes())
+        belongs = questions[first : first + 1000]
+        left["other questions"] += max(0, len(outputs) - len(belongs))
+        for q, output in zip(belongs, outputs):
             said = output.split("Q:")[0].strip()
-            rationale, _, completion = said.rpartition("So the answer is")
-            if not rationale:
-                rationale, completion = said, None
-            completion = completion.strip() if completion else None
+            rationale, trigger, completion = said.partition("So the answer is")
+            completion = completion.strip() if trigger else None
             found[q.id] = Output(rationale.strip(), completion, None, file.name)
-    return found
+    check_order(found, questions)
+    return found, left
+
+
+def check_order(found: dict[str, Output], questions: list[Question]) -> None:
+    """Nothing but the order ties such an output to its question: at least the options that the
+    answers name must be those of their questions."""
+    pairs = [(q, found[q.id].completion) for q in questions if q.id in found and q.choices]
+    named = [(q, c.lower()) for q, c in pairs if c]
+    fit = sum(any(choice.lower() in c for choice in q.choices) for q, c in named)
+    if fit < len(named) / 2:
+        raise ValueError(
+            f"{len(named) - fit} of {len(named)} answers name no option of their question"
+        )
 
 
 def stem(q: Question) -> str:
@@ -146,14 +217,16 @@ def teacher_answer(output: Output, q: Question) -> str | None:
 
 
 def clean(output: Output) -> tuple[str, bool, bool]:
-    """(rationale as the student will read it, lost its answer sentence, lost a half sentence)."""
+    """(rationale as the student will read it, lost its answer sentence, lost a half sentence). It
+    is one paragraph without control characters. A rationale without any full sentence stays."""
     text = output.rationale.strip()
     ends = [m.end() for m in SENTENCE_END.finditer(text)]
-    halved = bool(ends) and ends[-1] < len(text) and output.finish in ("length", None)
+    cut = output.finish in (None, "length", "content_filter")
+    halved = cut and bool(ends) and ends[-1] < len(text)
     if halved:
-        text = text[: ends[-1]].strip()
+        text = text[: ends[-1]]
     text, had_answer = strip_answer_sentence(text)
-    return " ".join(text.split()), had_answer, halved
+    return " ".join(printable(text).split()), had_answer, halved
 
 
 def rationale_records(
@@ -175,7 +248,7 @@ def rationale_records(
         counts["lost a closing answer sentence"] += had_answer
         counts["lost a half sentence at the end"] += halved
         if not text:
-            reason = "empty"
+            reason = "empty"  # filtered, refused, all thinking, or nothing but an answer
         elif keep == "right" and answer is None:
             reason = "answer not readable"
         elif keep == "right" and answer != q.answer:

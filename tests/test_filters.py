@@ -1,6 +1,7 @@
 """The filter rules: labelled strings, hand-computed numbers, and the properties that early
 rejection stands on. Each test names the bug it guards."""
 
+import doctest
 import math
 
 import pytest
@@ -37,6 +38,7 @@ LABELLED = [
     (FIVE, " (a) bank\n(b) library\n", "options"),
     (FIVE, " (A) a school, (B) a church, (C) a park. I would choose the church.", "options"),
     (FIVE, " (A) bank. (B) library. (C) mall. All of them have doors.", "options"),
+    (FIVE, " (A) a busy bank. (B) a quiet library. I know both.", "options"),
     (FIVE, " A. bank\nB. library\nC. mall", "options"),
     (FIVE, " A) bank B) library", "options"),
     (FIVE, " 1. bank 2. library", "options"),
@@ -45,6 +47,7 @@ LABELLED = [
     (FIVE, " (B) is wrong because libraries are quiet, and so (A) is the one that fits.", None),
     (FIVE, " I think (A) fits, as it keeps money safe and the guards can watch people.", None),
     (FIVE, " (B) library (B) library (B) library", None),
+    (FIVE, " (A) at the corner of the old street near the river, (B) by the park", None),
     (FIVE, " A bank (A) has guards. They would not like two open doors. Thus (A).", None),
     (FIVE, " (A) is safe. People bring money there every day of the week. (B) is not.", None),
     # options by text
@@ -67,6 +70,7 @@ LABELLED = [
     (FIVE, " A library is quiet. A bank is not. A mall is too large for such a door.", None),
     (FIVE, " Banks and libraries and malls have doors, and only one keeps money.", None),
     (FIVE, " The bank, the bank, the bank.", None),
+    (FIVE, " They like the bank. Library. Library.", None),
     (FIVE, " A riverbank, library or mallard.", None),
     (YES_NO, " Yes or no", "options"),
     (YES_NO, " Yes/No. It floats.", "options"),
@@ -279,6 +283,12 @@ def test_trim_to_sentence(tokens, end):
     assert filters.trim_to_sentence([b"."] + [t.encode() for t in tokens], 1) == end + 1
 
 
+def test_the_worked_examples_of_the_docstrings():
+    """Guards examples that have gone stale."""
+    found = doctest.testmod(filters)
+    assert found.attempted >= 2 and not found.failed
+
+
 def test_rep2_by_hand():
     """Guards counting tokens for bigrams, and the empty path."""
     assert filters.rep2([]) == filters.rep2([5]) == 0.0
@@ -334,6 +344,12 @@ def test_thresholds_are_inclusive():
     assert got["verdict"] == "repetition" and got["rep2"] == 0.2
     got = judged(words, FilterSettings((), 6, 0.2, 4.001), logprobs=logprobs)
     assert got["verdict"] == "perplexity" and got["perplexity"] == pytest.approx(4.0)
+
+
+def test_a_perplexity_of_just_the_threshold_stays():
+    """Guards `<=`: only below is dropped."""
+    at = FilterSettings((), None, None, math.e)
+    assert judged([" a", " b"], at, logprobs=[-1.0, -1.0])["verdict"] == "kept"
 
 
 def test_end_of_text_branch_counts_in_perplexity_only():
@@ -434,6 +450,8 @@ def test_select():
     ]  # fmt: skip
     assert records[2]["verdict"] == "kept"  # the input is left alone
     assert filters.select(got) == got
+    tie = filters.select([record("1", 1, 0, 0.1), record("1", 0, 3, 0.1)])
+    assert [r["verdict"] for r in tie] == ["kept", "selected"]  # the branch goes first
 
 
 def test_counts():

@@ -1,0 +1,71 @@
+"""Shared by all tests: one thread, no network, a tiny model, and the real data where it is."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tests start
+os.environ["HF_HUB_OFFLINE"] = "1"  # transformers would ask the hub about local folders
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from sert_min.gpt2 import GPT2, GPT2Config, save_model
+from sert_min.tokenizer import END, byte_alphabet
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # real data; not part of the repository
+MERGES = ["h e", "e s", "Ġ t", "Ġt he", "Ġ y", "Ġy es", "Ġ n", "Ġn o", "a n", "an s", "w e", "we r"]
+
+torch.set_num_threads(1)
+
+
+def shared(*parts: str) -> Path:
+    """A file or folder of ../shared; the test is skipped where that does not exist."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"../shared/{'/'.join(parts)} is not here")
+    return path
+
+
+def write_tiny_tokenizer(folder: Path, merges: list[str] = MERGES) -> int:
+    """vocab.json and merges.txt: 256 bytes, a few merges, <|endoftext|>; returns how many ids."""
+    tokens = [*byte_alphabet(), *(m.replace(" ", "") for m in merges), END]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    return len(tokens)
+
+
+def make_tiny_model(folder: Path, seed: int = 0, **config) -> Path:
+    """A small random GPT-2 in our own format; `config` overrides fields of GPT2Config."""
+    source = folder.with_name(folder.name + "-tokenizer")
+    source.mkdir(parents=True)
+    n_vocab = write_tiny_tokenizer(source)
+    small = {"vocab_size": n_vocab, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    ends = {"bos_token_id": n_vocab - 1, "eos_token_id": n_vocab - 1}
+    model = GPT2(GPT2Config(**{**small, **ends, **config})).init_weights_(seed)
+    save_model(model, folder, source, {"method": "random", "seed": seed})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A test that reaches for another machine fails with its address."""
+    for name in ("connect", "connect_ex"):
+        real = getattr(socket.socket, name)
+
+        def guarded(self, address, real=real):
+            host = address[0] if isinstance(address, tuple) else "localhost"  # else: a unix socket
+            if host not in ("localhost", "::1") and not str(host).startswith("127."):
+                raise AssertionError(f"a test reached for the network: {address}")
+            return real(self, address)
+
+        monkeypatch.setattr(socket.socket, name, guarded)

@@ -1,0 +1,288 @@
+"""sample.py as a user runs it: records, resume, refusal, several processes, bad input."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_tiny_model, shared
+
+import sample
+from sert_min.runtime import SertError
+from sert_min.store import read_jsonl
+
+FIELDS = [
+    "task",
+    "id",
+    "question",
+    "answer",
+    "branch",
+    "sample",
+    "text",
+    "token_ids",
+    "logprobs",
+    "path_start",
+    "path_end",
+    "finish",
+    "perplexity",
+    "rep2",
+    "verdict",
+]
+# a random model's babble passes these rules now and then
+LOOSE = ["--patterns", "none", "--min-tokens", "2", "--min-perplexity", "0", "--max-rep2", "0.9"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("sample") / "model", n_positions=512)
+
+
+def arguments(model: Path, out: Path, *more: str) -> list[str]:
+    base = ["--model", str(model), "--out-dir", str(out), "--max-new-tokens", "6", "--limit", "6"]
+    return [*base, "--block-questions", "2", "--device", "cpu", *LOOSE, *more]
+
+
+def run(model: Path, out: Path, *more: str) -> list[dict]:
+    sample.main(sample.parse_args(arguments(model, out, *more)))
+    return list(read_jsonl(out / "paths.jsonl"))
+
+
+def in_process(model: Path, out: Path, *more: str, **env) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "sample.py"), *arguments(model, out, *more)],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_records_and_selection(model, tmp_path):
+    """Guards the record format that train.py, evaluate.py and other people's tools read."""
+    records = run(model, tmp_path)
+    assert len(records) == 6 * 25
+    assert [list(r) for r in records] == [FIELDS] * 150
+    for r in records:
+        assert len(r["token_ids"]) == len(r["logprobs"]) <= 6
+        assert 0 <= r["path_start"] <= r["path_end"] <= len(r["token_ids"])
+        assert all(lp == round(lp, 5) <= 0 for lp in r["logprobs"])
+    order = [(r["id"], r["branch"], r["sample"]) for r in records]
+    first = list(dict.fromkeys(r["id"] for r in records))
+    assert order == [(i, b, s) for i in first for b in range(5) for s in range(5)]
+    selected = list(read_jsonl(tmp_path / "selected.jsonl"))
+    assert selected == [r for r in records if r["verdict"] == "selected"]
+    assert 0 < len(selected) == len({r["id"] for r in selected})
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["top_p"] == 0.95 and settings["dtype"] == "fp32" and settings["weights"]
+
+
+def test_rerun_changes_nothing_and_a_raised_limit_keeps_whole_blocks(model, tmp_path):
+    """Guards against sampling twice, and against a short last block surviving a larger --limit:
+    the result must be that of the larger run from the start."""
+    run(model, tmp_path / "a", "--limit", "3")
+    before = (tmp_path / "a/paths.jsonl").read_bytes()
+    run(model, tmp_path / "a", "--limit", "3")
+    assert (tmp_path / "a/paths.jsonl").read_bytes() == before
+    run(model, tmp_path / "a", "--limit", "5")
+    run(model, tmp_path / "b", "--limit", "5")
+    assert (tmp_path / "a/paths.jsonl").read_bytes() == (tmp_path / "b/paths.jsonl").read_bytes()
+    run(model, tmp_path / "a", "--limit", "2")  # a smaller one takes nothing away
+    assert (tmp_path / "a/paths.jsonl").read_bytes() == (tmp_path / "b/paths.jsonl").read_bytes()
+
+
+def test_a_torn_file_is_mended(model, tmp_path):
+    """Guards against a half-written block: bytes cut anywhere must come back the same."""
+    run(model, tmp_path)
+    whole = (tmp_path / "paths.jsonl").read_bytes()
+    rng = random.Random(0)
+    for _ in range(4):
+        (tmp_path / "paths.jsonl").write_bytes(whole[: rng.randrange(len(whole))])
+        run(model, tmp_path)
+        assert (tmp_path / "paths.jsonl").read_bytes() == whole
+
+
+def test_killed_at_random_moments(model, tmp_path):
+    """Guards "nothing lost": ten SIGKILLs while blocks are sampled and written, each followed by
+    the same command; paths.jsonl and selected.jsonl end up byte-identical."""
+    flags = ["--limit", "12", "--max-new-tokens", "24"]
+    run(model, tmp_path / "whole", *flags)
+    out, rng, kills = tmp_path / "killed", random.Random(7), 0
+    for _ in range(40):
+        p = in_process(model, out, *flags, PYTHONUNBUFFERED="1")
+        while not p.stdout.readline().startswith("rules:"):  # sampling is about to begin
+            assert p.poll() is None
+        time.sleep(rng.uniform(0, 0.6) if kills < 10 else 60)
+        if p.poll() is None:
+            p.send_signal(signal.SIGKILL)
+            kills += 1
+        p.communicate()
+        if p.returncode == 0:
+            break
+    assert kills >= 5 and p.returncode == 0, f"{kills} kills: the run is too short for this test"
+    for name in ("paths.jsonl", "selected.jsonl"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_two_processes_merge_to_the_same_bytes(model, tmp_path):
+    """Guards SPEC-level promise: which process computes a block must not show in its bytes."""
+    run(model, tmp_path / "one")
+    both = [in_process(model, tmp_path / "two", RANK=str(r), WORLD_SIZE="2") for r in (1, 0)]
+    for p in both:
+        text, _ = p.communicate(timeout=120)
+        assert p.returncode == 0, text
+    for name in ("paths.jsonl", "selected.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert not list((tmp_path / "two/blocks").iterdir())
+
+
+def test_other_settings_are_refused_with_both_values(model, tmp_path):
+    """Guards against mixing samples of two temperatures in one file (lm-eval and inspect_ai had
+    caches that did)."""
+    run(model, tmp_path)
+    before = (tmp_path / "paths.jsonl").read_bytes()
+    for flag, old, new in (("--temperature", "1.0", "0.5"), ("--top-k", "10", "3")):
+        with pytest.raises(SertError, match=rf"{old} there, {new} now.*--out-dir"):
+            run(model, tmp_path, flag, new)
+    with pytest.raises(SertError, match="min_tokens: 2 there, 3 now.*--refilter"):
+        run(model, tmp_path, "--min-tokens", "3")
+    assert (tmp_path / "paths.jsonl").read_bytes() == before
+
+
+def test_refilter_judges_stored_samples_anew(model, tmp_path):
+    """Guards --refilter: new verdicts equal those of a run with these rules from the start, the
+    samples stay, and going back gives the first bytes."""
+    first = run(model, tmp_path / "a")
+    bytes_before = (tmp_path / "a/paths.jsonl").read_bytes()
+    again = run(model, tmp_path / "a", "--min-tokens", "5", "--refilter")
+    assert [r["token_ids"] for r in again] == [r["token_ids"] for r in first]
+    assert again == run(model, tmp_path / "b", "--min-tokens", "5")
+    assert again != first
+    assert (tmp_path / "a/selected.jsonl").read_bytes() == (
+        tmp_path / "b/selected.jsonl"
+    ).read_bytes()
+    run(model, tmp_path / "a", "--refilter")
+    assert (tmp_path / "a/paths.jsonl").read_bytes() == bytes_before
+    with pytest.raises(SertError, match="no samples"):
+        run(model, tmp_path / "nothing", "--refilter")
+
+
+def test_looser_patterns_on_an_early_rejected_run_are_refused(model, tmp_path):
+    """Guards against judging rows that were stopped early by rules that would have let them on."""
+    flags = ["--early-reject", "--patterns", "imitative,options"]
+    run(model, tmp_path, *flags)
+    with pytest.raises(SertError, match="--no-early-reject"):
+        run(model, tmp_path, "--patterns", "options", "--refilter")
+
+
+def test_raw_sampling(model, tmp_path):
+    """Guards the baseline of Fig. 1: 25 plain samples, branch -1, their own folder by default."""
+    records = run(model, tmp_path, "--raw")
+    assert {r["branch"] for r in records} == {-1}
+    assert [r["sample"] for r in records[:25]] == list(range(25))
+    assert all(r["path_start"] == 0 for r in records)
+
+
+def test_second_process_is_refused(model, tmp_path):
+    """Guards against two writers in one folder."""
+    from sert_min.store import lock_folder
+
+    with lock_folder(tmp_path, ".lock-0"), pytest.raises(SertError, match="another process"):
+        run(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--top-p", "0"], "--top-p must be above 0"),
+        (["--top-p", "nan"], "--top-p"),
+        (["--temperature", "-1"], "--temperature must be 0"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--top-k", "-1"], "--top-k"),
+        (["--branches", "0"], "--branches must be at least 1"),
+        (["--branches", "99999"], "--branches 99999 is more than the vocabulary"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--rows", "0"], "--rows must be at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["--max-new-tokens", "600"], "exceeds the context of 512: lower --max-new-tokens"),
+        (["--seed", "-1"], "--seed"),
+        (["--patterns", "rude"], "--patterns"),
+        (["--max-rep2", "2"], "--max-rep2"),
+        (["--device", "tpu"], "--device tpu is unknown"),
+        (["--block-questions", "0"], "--block-questions must be at least 1"),
+        (["--model", "./nowhere"], "no such folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, flags, message):
+    """Guards against tracebacks, and against half-made folders after a typo."""
+    out = tmp_path / "out"
+    with pytest.raises(SertError) as e:
+        run(model, out, *flags)
+    assert message in str(e.value) and "\n" not in str(e.value)
+    assert not (out / "paths.jsonl").exists()
+
+
+def test_errors_reach_the_shell_in_one_line(model, tmp_path):
+    """Guards exit status and stderr of the real script."""
+    p = in_process(model, tmp_path / "out", "--top-p", "0")
+    text, _ = p.communicate(timeout=60)
+    assert p.returncode == 1 and text.startswith("error: --top-p") and text.count("\n") == 1
+
+
+def test_dry_run_and_prompt(model, tmp_path, capsys):
+    """Guards that --dry-run writes nothing and shows the very prompt, and that --prompt works on
+    text with a literal end-of-text in it."""
+    sample.main(sample.parse_args(arguments(model, tmp_path / "out", "--dry-run")))
+    shown = capsys.readouterr().out
+    assert "Question: " in shown and "\nAnswer:" in shown and "3 blocks" in shown
+    assert not (tmp_path / "out").exists()
+    flags = ["--prompt", "Say <|endoftext|> twice", "--samples", "3"]
+    sample.main(sample.parse_args(arguments(model, tmp_path / "out", *flags)))
+    shown = capsys.readouterr().out
+    assert shown.count("--- sample") == 3 and shown.count("Say <|endoftext|> twice") == 3
+
+
+def test_check_refuses_other_weights(model, monkeypatch):
+    """Guards --check: it must fail on anything but gpt2's own weights and tokenizer."""
+    with pytest.raises(SertError, match="is this gpt2's tokenizer"):
+        sample.main(sample.parse_args(["--check", "--model", str(model), "--device", "cpu"]))
+
+
+def test_full_disk(model, tmp_path):
+    """Guards against a broken file when the disk is full: one line, and the same command goes on
+    once there is room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small tmpfs can't be mounted here")
+    try:
+        p = in_process(model, disk / "out")
+        text, _ = p.communicate(timeout=60)
+        assert p.returncode == 1 and "No space left on device" in text and "Traceback" not in text
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        p = in_process(model, disk / "out")
+        text, _ = p.communicate(timeout=60)
+        assert p.returncode == 0, text
+        run(model, tmp_path / "whole")
+        assert (disk / "out/paths.jsonl").read_bytes() == (
+            tmp_path / "whole/paths.jsonl"
+        ).read_bytes()
+    finally:
+        subprocess.run(["umount", str(disk)])
+
+
+@pytest.mark.parametrize("task", ["commonsense_qa", "strategy_qa"])
+def test_real_questions(model, tmp_path, task):
+    """Guards the path from the real files through prompts to records."""
+    folder = make_tiny_model(tmp_path / "wide", n_positions=1024)
+    flags = ["--task", task, "--data-dir", str(shared("data")), "--limit", "2"]
+    records = run(folder, tmp_path / "out", *flags)
+    assert len(records) == 50 and records[0]["task"] == task
+    assert records[0]["answer"] in ("A", "B", "C", "D", "E", "yes", "no")
