@@ -1,0 +1,169 @@
+"""From hidden states to (token, log-prob): the LM-head product and the sampler in one kernel.
+
+The idea. The logits are needed once, to be summed and compared; so they never go to memory. A
+program takes a tile of rows and a strip of the vocabulary. It computes the strip's logits block by
+block in registers (tensor cores, fp32 sums) and keeps, per row, what sample_score.py keeps of a
+stream: a running log-sum-exp and the best K. The strips' results are merged by the same small
+kernel. Scoring given tokens is the same without the best K: the log-sum-exp, and one dot product
+for the token itself.
+
+Precision. GPT-2's logits lie near -100, where bf16 numbers are 0.5 apart: sums are fp32. Inputs in
+bf16 would still cost up to some hundredths, so an fp32 matrix can be handed over as bf16 pieces
+(`bf16_pieces`): x = hi + lo, and x w = hi hi + lo hi + hi lo, side by side as one product of three
+times the depth, with an error near 2^-16 of the terms.
+
+Cost for B rows, width C, V tokens, at 2 bytes a number: 2 V C bytes of weights (77 MB for GPT-2:
+16 us at 4.8 TB/s) and 2 B V C operations (77 MFLOP a row: 0.1 ms for 1,000 rows at 800 TFLOP/s). The
+logits that stay on chip would cost another 8 B V bytes (400 MB for 1,000 rows: 84 us).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.sample_score import BIG, merge
+
+
+@triton.jit
+def keep_best_rows(x, cols, best, ids):
+    """sample_score.keep_best for R rows at once: x [R, N], cols [N], best, ids [R, K]. Goes on
+    until no row has anything to insert."""
+    top, worst = tl.max(x, 1), tl.min(best, 1)
+    while tl.max((top > worst).to(tl.int32), 0) > 0:
+        enters = (top > worst)[:, None]
+        at = tl.min(tl.where(x == top[:, None], cols[None, :], 2147483647), 1)
+        is_worst = best == worst[:, None]
+        out = tl.max(tl.where(is_worst, ids, -1), 1)
+        leaves = enters & is_worst & (ids == out[:, None])
+        best = tl.where(leaves, top[:, None], best)
+        ids = tl.where(leaves, at[:, None], ids)
+        x = tl.where(enters & (cols[None, :] == at[:, None]), float("-inf"), x)
+        top, worst = tl.max(x, 1), tl.min(best, 1)
+    return best, ids
+
+
+@triton.jit
+def head_kernel(
+    hidden, h_stride, weight, w_stride, B, V, C, span, temperature, t_stride, top_k, k_stride,
+    part_max, part_sum, part_best, part_ids, strips,
+    K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (row tile, strip): log-sum-exp and, if K > 0, the best K of BLOCK_B rows over `span`
+    tokens. hidden [B, C], weight [V, C]; rows of both are contiguous."""
+    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    strip = tl.program_id(1)
+    row_ok = rows < B
+    depth = tl.arange(0, BLOCK_C)
+    h_ptr = hidden + rows.to(tl.int64)[:, None] * h_stride + depth[None, :]
+    m = tl.full([BLOCK_B], float("-inf"), tl.float32)
+    s = tl.zeros([BLOCK_B], tl.float32)
+    if K > 0:
+        slots = tl.arange(0, K)
+        heat = tl.load(temperature + rows * t_stride, mask=row_ok, other=1.0)
+        k = tl.load(top_k + rows * k_stride, mask=row_ok, other=1)
+        k = tl.where(heat == 0.0, 1, k)
+        opened = slots[None, :] < k[:, None]
+        best = tl.where(opened, float("-inf"), float("inf"))  # closed slots are never the worst
+        ids = tl.zeros([BLOCK_B, K], tl.int32) + slots[None, :] + BIG
+    start = strip * span
+    end = tl.minimum(start + span, V)
+    for at in range(start, end, BLOCK_V):
+        cols = at + tl.arange(0, BLOCK_V)
+        w_ptr = weight + cols.to(tl.int64)[:, None] * w_stride + depth[None, :]
+        x = tl.zeros([BLOCK_B, BLOCK_V], tl.float32)
+        for c in range(0, C, BLOCK_C):
+            inside = (c + depth)[None, :] < C
+            h = tl.load(h_ptr + c, mask=row_ok[:, None] & inside, other=0.0)
+            w = tl.load(w_ptr + c, mask=(cols < V)[:, None] & inside, other=0.0)
+            x = tl.dot(h, tl.trans(w), x, input_precision=PRECISION)
+        x = tl.where((cols < end)[None, :], x + 0.0, float("-inf"))  # the vocabulary's ragged end
+        higher = tl.maximum(m, tl.max(x, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        s = s * tl.exp(m - shift) + tl.sum(tl.exp(x - shift[:, None]), 1)
+        m = higher
+        if K > 0:
+            best, ids = keep_best_rows(x, cols, best, ids)
+    out = rows.to(tl.int64) * strips + strip
+    tl.store(part_max + out, m, mask=row_ok)
+    tl.store(part_sum + out, s, mask=row_ok)
+    if K > 0:
+        best = tl.where(opened, best, float("-inf"))
+        at_slot = out[:, None] * K + slots[None, :]
+        tl.store(part_best + at_slot, best, mask=row_ok[:, None])
+        tl.store(part_ids + at_slot, ids, mask=row_ok[:, None])
+
+
+def bf16_pieces(x: Tensor, weight: bool) -> Tensor:
+    """fp32 [N, C] -> bf16 [N, 3 C] such that pieces(h) @ pieces(w).T is h @ w.T up to about 2^-16
+    of the terms: [hi, lo, hi] for hidden states against [hi, hi, lo] for the weight."""
+    hi = x.bfloat16()
+    lo = (x - hi.float()).bfloat16()
+    return torch.cat([hi, hi, lo] if weight else [hi, lo, hi], -1)
+
+
+def tiles(B: int, V: int, K: int) -> tuple[int, int, int, int, int]:
+    """BLOCK_B, BLOCK_V, BLOCK_C, span, strips: enough programs to fill a large GPU, strips of
+    whole blocks."""
+    block_b = 16 if B <= 16 else 64
+    block_v, block_c = 128, 64
+    blocks = triton.cdiv(V, block_v)
+    wanted = max(1, min(blocks, 256 // triton.cdiv(B, block_b)))
+    span = triton.cdiv(blocks, wanted) * block_v
+    return block_b, block_v, block_c, span, triton.cdiv(V, span)
+
+
+def run_head(hidden, weight, temperature, top_k, K: int, blocks=None):
+    """Launch head_kernel; returns part_max, part_sum [B, strips], candidates and strips."""
+    B, C = hidden.shape
+    V = weight.shape[0]
+    block_b, block_v, block_c, span, strips = blocks or tiles(B, V, K)
+    part = torch.empty(B * strips * (2 + K), dtype=torch.float32, device=hidden.device)
+    part_max, part_sum, part_best = part.split([B * strips, B * strips, B * strips * K])
+    part_ids = torch.empty(B * strips * K, dtype=torch.int32, device=hidden.device)
+    head_kernel[(triton.cdiv(B, block_b), strips)](
+        hidden, hidden.stride(0), weight, weight.stride(0), B, V, C, span,
+        temperature, temperature.stride(0), top_k, top_k.stride(0),
+        part_max, part_sum, part_best, part_ids, strips,
+        K=K, BLOCK_B=block_b, BLOCK_V=block_v, BLOCK_C=block_c,
+        PRECISION="tf32x3" if hidden.dtype == torch.float32 else "tf32",
+        num_warps=4 if block_b < 64 else 8, num_stages=3,
+    )  # fmt: skip
+    return part_max, part_sum, part_best, part_ids, strips
+
+
+def launch(
+    hidden: Tensor,
+    weight: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    max_k: int,
+    seed: int,
+    streams: Tensor,
+    position: Tensor,
+    blocks=None,
+) -> tuple[Tensor, Tensor]:
+    """Checked settings (kernels/__init__.py), max_k <= 64 -> tokens, logprobs."""
+    B = hidden.shape[0]
+    K = max(16, triton.next_power_of_2(max_k))
+    *parts, strips = run_head(hidden, weight, temperature, top_k, K, blocks)
+    tokens = torch.empty(B, dtype=torch.int64, device=hidden.device)
+    logprobs = torch.empty(B, dtype=torch.float32, device=hidden.device)
+    settings = (
+        temperature, temperature.stride(0), top_k, top_k.stride(0), top_p, top_p.stride(0),
+    )  # fmt: skip
+    random = (seed, streams, position, position.stride(0))
+    merge(*parts, strips, K, settings, random, tokens, logprobs)
+    return tokens, logprobs
+
+
+def launch_score(hidden: Tensor, weight: Tensor, targets: Tensor, blocks=None) -> Tensor:
+    """Log-prob fp32 [B] of the given tokens int64 [B]; no logits in memory."""
+    B = hidden.shape[0]
+    unused = torch.zeros(1, device=hidden.device).expand(B)
+    part_max, part_sum, _, _, strips = run_head(hidden, weight, unused, unused, 0, blocks)
+    lse = (part_max + part_sum.log()).view(B, strips).logsumexp(-1)
+    logit = (hidden.float() * weight[targets].float()).sum(-1)
+    return logit - lse
