@@ -2,8 +2,117 @@
 
     from kernels import sample_and_score
     tokens, logprobs = sample_and_score(logits, temperature=0.8, top_k=10, top_p=0.95, seed=1)
+
+reference.py is the definition and what runs on the CPU. On CUDA the Triton kernels run:
+sample_score.py from logits, head_sample_score.py from hidden states. They need nothing else of this
+repository. Read the three files in this order.
 """
 
-from kernels.reference import sample_and_score
+import torch
+from torch import Tensor
 
-__all__ = ["sample_and_score"]
+from kernels import reference
+
+FUSE_ROWS = 256  # above, on Hopper, a library product and a second kernel are expected to be faster
+BACKENDS = (None, "reference", "triton")  # None: Triton on CUDA, the reference elsewhere
+
+
+def use_triton(x: Tensor, backend: str | None) -> bool:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
+    return backend == "triton" or (backend is None and x.is_cuda)
+
+
+def highest(top_k, settled: Tensor) -> int:
+    """The largest top_k of a step. Numbers cost nothing; a tensor on a GPU is waited for (give a
+    number where the step is captured in a CUDA graph)."""
+    if isinstance(top_k, Tensor):
+        return int(settled.max()) if len(settled) else 1
+    return top_k if top_k > 0 else 2**31
+
+
+def sample_and_score(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    seed: int = 0,
+    streams: Tensor | None = None,
+    position: int | Tensor = 0,
+    backend: str | None = None,
+    **launch,
+) -> tuple[Tensor, Tensor]:
+    """Draw one token per row of logits [B, V] (fp32, bf16 or fp16; rows may be strided) and score
+    it: tokens int64 [B], logprobs fp32 [B]. The contract is reference.sample_and_score's. `launch`
+    goes to the kernel's launcher (block, parts)."""
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given |= {"streams": streams, "position": position}
+    if not use_triton(logits, backend):
+        return reference.sample_and_score(logits, seed=seed, **given)
+    if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
+        raise ValueError(f"logits must be float [B, V], not {logits.dtype} {list(logits.shape)}")
+    from kernels import sample_score  # here, so that machines without Triton can import the rest
+
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    heat, k, p, streams, position = reference.checked(logits, logits.shape[1], **given)
+    if len(logits) == 0:
+        return streams, logits.float().sum(1)
+    max_k = min(highest(top_k, k), logits.shape[1])
+    return sample_score.launch(logits, heat, k, p, max_k, seed, streams, position, **launch)
+
+
+def head_sample_and_score(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    seed: int = 0,
+    streams: Tensor | None = None,
+    position: int | Tensor = 0,
+    backend: str | None = None,
+    **launch,
+) -> tuple[Tensor, Tensor]:
+    """sample_and_score of the logits hidden [B, C] @ weight [V, C].T. On a GPU they are not stored if
+    top_k is 1 to 64 and B at most FUSE_ROWS, or `launch` (blocks) is given to the fused kernel; else
+    they are computed first, in fp32. Both of one dtype: fp32, bf16, fp16; sums are fp32."""
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit")
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given |= {"streams": streams, "position": position}
+    if use_triton(hidden, backend):
+        from kernels import head_sample_score, sample_score
+
+        heat, k, p, streams, position = reference.checked(hidden, len(weight), **given)
+        max_k = min(highest(top_k, k), len(weight))
+        fuse = launch or len(hidden) <= FUSE_ROWS
+        if len(hidden) and max_k <= sample_score.MAX_K and fuse:
+            hidden, weight = hidden.contiguous(), weight.contiguous()
+            settings = (heat, k, p, max_k, seed, streams, position)
+            return head_sample_score.launch(hidden, weight, *settings, **launch)
+    logits = fp32_product(hidden, weight)
+    return sample_and_score(logits, seed=seed, backend=backend, **given)
+
+
+def score(
+    hidden: Tensor, weight: Tensor, targets: Tensor, backend: str | None = None, **launch
+) -> Tensor:
+    """Log-probs fp32 [B] of given tokens int64 [B] under softmax(hidden @ weight.T); the logits are
+    never all in memory."""
+    if use_triton(hidden, backend) and len(hidden):
+        from kernels import head_sample_score
+
+        return head_sample_score.launch_score(
+            hidden.contiguous(), weight.contiguous(), targets, **launch
+        )
+    return reference.score(hidden, weight, targets)
+
+
+def fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden @ weight.T as fp32 [B, V], not rounded to a lower dtype on the way."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return hidden.float() @ weight.float().T

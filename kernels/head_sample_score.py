@@ -45,7 +45,7 @@ def keep_best_rows(x, cols, best, ids):
 
 @triton.jit
 def head_kernel(
-    hidden, h_stride, weight, w_stride, B, V, C, span, temperature, t_stride, top_k, k_stride,
+    hidden, h_stride, weight, w_stride, B, V, C, span, top_k, k_stride,
     part_max, part_sum, part_best, part_ids, strips,
     K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -61,9 +61,7 @@ def head_kernel(
     s = tl.zeros([BLOCK_B], tl.float32)
     if K > 0:
         slots = tl.arange(0, K)
-        heat = tl.load(temperature + rows * t_stride, mask=row_ok, other=1.0)
         k = tl.load(top_k + rows * k_stride, mask=row_ok, other=1)
-        k = tl.where(heat == 0.0, 1, k)
         opened = slots[None, :] < k[:, None]
         best = tl.where(opened, float("-inf"), float("inf"))  # closed slots are never the worst
         ids = tl.zeros([BLOCK_B, K], tl.int32) + slots[None, :] + BIG
@@ -103,32 +101,34 @@ def bf16_pieces(x: Tensor, weight: bool) -> Tensor:
     return torch.cat([hi, hi, lo] if weight else [hi, lo, hi], -1)
 
 
-def tiles(B: int, V: int, K: int) -> tuple[int, int, int, int, int]:
+def tiles(B: int, V: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     """BLOCK_B, BLOCK_V, BLOCK_C, span, strips: enough programs to fill a large GPU, strips of
-    whole blocks."""
-    block_b = 16 if B <= 16 else 64
-    block_v, block_c = 128, 64
+    whole blocks; smaller tiles for fp32, which takes more registers."""
+    if dtype == torch.float32:
+        block_b, block_v, block_c = 16 if B <= 16 else 32, 64, 32
+    else:
+        block_b, block_v, block_c = 16 if B <= 16 else 64, 128, 64
     blocks = triton.cdiv(V, block_v)
     wanted = max(1, min(blocks, 256 // triton.cdiv(B, block_b)))
     span = triton.cdiv(blocks, wanted) * block_v
     return block_b, block_v, block_c, span, triton.cdiv(V, span)
 
 
-def run_head(hidden, weight, temperature, top_k, K: int, blocks=None):
+def run_head(hidden, weight, top_k, K: int, blocks=None):
     """Launch head_kernel; returns part_max, part_sum [B, strips], candidates and strips."""
     B, C = hidden.shape
     V = weight.shape[0]
-    block_b, block_v, block_c, span, strips = blocks or tiles(B, V, K)
+    block_b, block_v, block_c, span, strips = blocks or tiles(B, V, hidden.dtype)
     part = torch.empty(B * strips * (2 + K), dtype=torch.float32, device=hidden.device)
     part_max, part_sum, part_best = part.split([B * strips, B * strips, B * strips * K])
     part_ids = torch.empty(B * strips * K, dtype=torch.int32, device=hidden.device)
     head_kernel[(triton.cdiv(B, block_b), strips)](
         hidden, hidden.stride(0), weight, weight.stride(0), B, V, C, span,
-        temperature, temperature.stride(0), top_k, top_k.stride(0),
+        top_k, top_k.stride(0),
         part_max, part_sum, part_best, part_ids, strips,
         K=K, BLOCK_B=block_b, BLOCK_V=block_v, BLOCK_C=block_c,
         PRECISION="tf32x3" if hidden.dtype == torch.float32 else "tf32",
-        num_warps=4 if block_b < 64 else 8, num_stages=3,
+        num_warps=4 if block_b == 16 else 8, num_stages=2 if hidden.dtype == torch.float32 else 3,
     )  # fmt: skip
     return part_max, part_sum, part_best, part_ids, strips
 
@@ -145,10 +145,10 @@ def launch(
     position: Tensor,
     blocks=None,
 ) -> tuple[Tensor, Tensor]:
-    """Checked settings (kernels/__init__.py), max_k <= 64 -> tokens, logprobs."""
+    """Settings from reference.checked, max_k <= 64 -> tokens, logprobs."""
     B = hidden.shape[0]
     K = max(16, triton.next_power_of_2(max_k))
-    *parts, strips = run_head(hidden, weight, temperature, top_k, K, blocks)
+    *parts, strips = run_head(hidden, weight, top_k, K, blocks)
     tokens = torch.empty(B, dtype=torch.int64, device=hidden.device)
     logprobs = torch.empty(B, dtype=torch.float32, device=hidden.device)
     settings = (
@@ -163,7 +163,7 @@ def launch_score(hidden: Tensor, weight: Tensor, targets: Tensor, blocks=None) -
     """Log-prob fp32 [B] of the given tokens int64 [B]; no logits in memory."""
     B = hidden.shape[0]
     unused = torch.zeros(1, device=hidden.device).expand(B)
-    part_max, part_sum, _, _, strips = run_head(hidden, weight, unused, unused, 0, blocks)
+    part_max, part_sum, _, _, strips = run_head(hidden, weight, unused, 0, blocks)
     lse = (part_max + part_sum.log()).view(B, strips).logsumexp(-1)
     logit = (hidden.float() * weight[targets].float()).sum(-1)
     return logit - lse

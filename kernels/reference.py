@@ -10,6 +10,8 @@ under the whole vocabulary at temperature 1, whatever was cut off for the draw.
 Cost for B rows of V logits: one pass for the log-sum-exp, one for the top k; with k off, a sort.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -63,14 +65,41 @@ def best_first(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return logits.sort(descending=True, stable=True)
 
 
+@lru_cache(256)
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number on a device, filled there: a copy from the host could not be captured in a graph."""
+    return torch.full((), value, dtype=dtype, device=device)
+
+
 def per_row(name: str, value, like: Tensor, dtype, low, high) -> Tensor:
     """A setting given as a number or [B] tensor -> [B] tensor; numbers are checked for range."""
-    if not isinstance(value, Tensor) and not low <= value <= high:
-        raise ValueError(f"{name} must be from {low} to {high}, not {value}")
-    value = torch.as_tensor(value, dtype=dtype, device=like.device)
+    if not isinstance(value, Tensor):
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+        value = constant(value, dtype, like.device)
+    value = value.to(like.device, dtype)
     if value.dim() > 1 or value.numel() not in (1, like.shape[0]):
         raise ValueError(f"{name} must be a number or have one value per row")
     return value.expand(like.shape[0])
+
+
+def checked(
+    x: Tensor, V: int, temperature, top_k, top_p, streams: Tensor | None, position
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The settings of a step on rows x [B, ..] over V tokens as [B] tensors: temperature, top_k from
+    1 to V (off: V; greedy: 1), top_p, streams, position. What can't be meant is a ValueError."""
+    B = x.shape[0]
+    temperature = per_row("temperature", temperature, x, torch.float32, 0.0, 1e30)
+    top_k = per_row("top_k", top_k, x, torch.int64, 0, 2**31)
+    top_p = per_row("top_p", top_p, x, torch.float64, 0.0, 1.0)
+    position = per_row("position", position, x, torch.int64, 0, 2**31)
+    if streams is None:
+        streams = torch.arange(B, device=x.device)
+    if streams.shape != (B,) or streams.dtype != torch.int64:
+        raise ValueError(f"streams must be int64 [{B}], not {streams.dtype} {list(streams.shape)}")
+    top_k = torch.where((top_k <= 0) | (top_k > V), V, top_k)
+    top_k = torch.where(temperature == 0, 1, top_k)
+    return temperature, top_k, top_p, streams.to(x.device), position
 
 
 def sample_and_score(
@@ -96,17 +125,15 @@ def sample_and_score(
     """
     if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
         raise ValueError(f"logits must be float [B, V], not {logits.dtype} {list(logits.shape)}")
-    B, V = logits.shape
-    temperature = per_row("temperature", temperature, logits, torch.float32, 0.0, 1e30)
-    top_p = per_row("top_p", top_p, logits, torch.float64, 0.0, 1.0)
-    top_k = per_row("top_k", top_k, logits, torch.int64, 0, 2**31)
-    position = per_row("position", position, logits, torch.int64, 0, 2**31)
-    if streams is None:
-        streams = torch.arange(B, device=logits.device)
-    if streams.shape != (B,) or streams.dtype != torch.int64:
-        raise ValueError(f"streams must be int64 [{B}], not {streams.dtype} {list(streams.shape)}")
-    if B == 0:
-        return streams.clone(), logits.float().sum(1)
+    home = logits.device
+    if home.type == "mps":  # no float64 there
+        logits, streams = logits.cpu(), streams if streams is None else streams.cpu()
+    V = logits.shape[1]
+    temperature, k, top_p, streams, position = checked(
+        logits, V, temperature, top_k, top_p, streams, position
+    )
+    if len(logits) == 0:
+        return streams.to(home), logits.float().sum(1).to(home)
 
     # 1. Score: log-sum-exp over the whole vocabulary, relative to the best logit (near -100, where
     # GPT-2's logits lie, fp32 has steps of 1e-5). It is finite exactly for usable rows.
@@ -117,14 +144,12 @@ def sample_and_score(
     logits = torch.where(usable[:, None], logits, 0.0) if not usable.all() else logits
 
     # 2. Top-k: candidates in descending order; each row keeps its own first k of them.
-    k = torch.where((top_k <= 0) | (top_k > V), V, top_k)
-    k = torch.where(temperature == 0, 1, k)
     values, ids = best_first(logits, int(k.max()))  # [B, K]
     K = values.shape[1]
     keep = torch.arange(K, device=logits.device) < k[:, None]
-    keep &= values > float("-inf")
 
     # 3. Top-p on the renormalised rest: a token stays while the mass before it is below p.
+    # A logit of -inf has no mass: kept or not, it is never drawn.
     heat = torch.where(temperature == 0, 1.0, temperature).double()
     mass = ((values.double() - values[:, :1]) / heat[:, None]).exp() * keep  # [B, K]
     share = mass / mass.sum(1, keepdim=True)
@@ -136,9 +161,19 @@ def sample_and_score(
     by_id = torch.where(keep, ids, V).argsort(1)  # dropped ones go last
     cdf = (mass * keep).gather(1, by_id).cumsum(1)
     u = uniform(seed, streams, position)
-    drawn = (cdf <= (u * cdf[:, -1])[:, None]).sum(1)
-    drawn = drawn.clamp_max(K - 1).minimum(keep.sum(1) - 1)[:, None]
+    drawn = (cdf <= (u * cdf[:, -1])[:, None]).sum(1, keepdim=True)  # u < 1: it is a kept one
     rank = by_id.gather(1, drawn)
     tokens = torch.where(usable, ids.gather(1, rank).squeeze(1), -1)
     logprobs = values.gather(1, rank).squeeze(1) - best - lse
-    return tokens, torch.where(usable, logprobs, float("nan"))
+    return tokens.to(home), torch.where(usable, logprobs, float("nan")).to(home)
+
+
+def score(hidden: Tensor, weight: Tensor, targets: Tensor, block: int = 8192) -> Tensor:
+    """Log-prob fp32 [B] of given tokens: hidden [B, C] against weight [V, C], the vocabulary in
+    blocks, so that only B x block logits exist at a time."""
+    hidden = hidden.float()
+    parts = [
+        (hidden @ weight[i : i + block].float().T).logsumexp(-1)
+        for i in range(0, len(weight), block)
+    ]
+    return (hidden * weight[targets].float()).sum(-1) - torch.stack(parts).logsumexp(0)

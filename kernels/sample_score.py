@@ -89,10 +89,10 @@ def draw(best, ids, heat, top_p, u):
 @triton.jit
 def store_result(tokens, logprobs, row, token, logit, m, s):
     """Write a row's token and log-prob; a row without a finite log-sum-exp gets (-1, NaN)."""
-    lse = m + tl.log(s)
-    usable = (lse == lse) & (lse < float("inf")) & (lse > float("-inf"))
+    lse = tl.log(s)  # relative to m: near -100 their sum would cost digits
+    usable = (tl.abs(m) < float("inf")) & (s > 0.0) & (s < float("inf"))  # false for NaN
     tl.store(tokens + row, tl.where(usable, token, -1).to(tl.int64))
-    tl.store(logprobs + row, tl.where(usable, logit - lse, float("nan")))
+    tl.store(logprobs + row, tl.where(usable, logit - m - lse, float("nan")))
 
 
 # --- kernels --------------------------------------------------------------------------------------
@@ -108,7 +108,6 @@ def stream_kernel(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heat = tl.load(temperature + row * t_stride)
     k = tl.load(top_k + row * k_stride)
-    k = tl.where(heat == 0.0, 1, k)  # temperature 0 is argmax
     slots = tl.arange(0, K)
     best = tl.where(slots < k, float("-inf"), float("inf"))  # closed slots are never the worst
     ids = BIG + slots
@@ -156,7 +155,6 @@ def merge_kernel(
     s = tl.sum(tl.where(ss == 0.0, 0.0, ss * tl.exp(ms - shift)), 0)
     heat = tl.load(temperature + row * t_stride)
     k = tl.load(top_k + row * k_stride)
-    k = tl.where(heat == 0.0, 1, k)
     slots = tl.arange(0, K)
     best = tl.where(slots < k, float("-inf"), float("inf"))
     ids = BIG + slots
@@ -212,7 +210,6 @@ def search_kernel(
     row_ptr = logits + row * row_stride
     heat = tl.load(temperature + row * t_stride)
     k = tl.load(top_k + row * k_stride).to(tl.int32)
-    k = tl.where(heat == 0.0, 1, k)
     heat = tl.where(heat == 0.0, 1.0, heat).to(tl.float64)
     p = tl.load(top_p + row * p_stride)
     # 1. Log-sum-exp.
@@ -298,8 +295,8 @@ def launch(
     block: int = 2048,
     parts: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Checked settings (kernels/__init__.py) -> tokens, logprobs. Settings are [B] tensors, which
-    may be expanded numbers (stride 0); top_k is 1..V; `max_k` is at least its maximum."""
+    """Settings from reference.checked -> tokens, logprobs. They are [B] tensors, which may be
+    expanded numbers (stride 0); top_k is 1 (greedy) to V (off); `max_k` is at least its maximum."""
     B, V = logits.shape
     device = logits.device
     tokens = torch.empty(B, dtype=torch.int64, device=device)

@@ -129,8 +129,7 @@ def prefill(model: GPT2, prompts: list[list[int]], n_vocab: int) -> Prompts:
 
 
 def first_rows(prompts: Prompts, names: list[str], s: SampleSettings, eot: int) -> list[Row]:
-    """All rows of a block in order, each with its first token if that is a branch [SERT §II-A-1].
-    """
+    """All rows of a block in order, each with its first token if that is a branch [SERT §II-A-1]."""
     rows = []
     if s.raw:
         for q, name in enumerate(names):
@@ -221,7 +220,8 @@ class Decoder:
         def attend(layer, q, k, v):  # [n, H, D]
             keys, values = self.keys[layer][:n], self.values[layer][:n]  # [n, H, Tmax, D]
             keys[slots, :, own_slot], values[slots, :, own_slot] = k, v
-            shared_k, shared_v = self.prompts.keys[layer][window], self.prompts.values[layer][window]
+            shared_k = self.prompts.keys[layer][window]  # [G, H, P, D]
+            shared_v = self.prompts.values[layer][window]
             scores = torch.cat(
                 [
                     by_row(by_question(q) @ shared_k.mT),  # [n, H, P]

@@ -196,14 +196,18 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
     def fetch(*files: str) -> Path | None:
-        """The first of `files` that the repository has. Offline, one that is not cached may be
-        one that it never had, so the next is tried before that is an error."""
+        """The first of `files` that the repository has. Files of a known commit never change, so
+        they are looked for in the cache first; offline, one that is not cached may be one that
+        the repository lacks, so all are tried before that is an error."""
         unreachable = None
-        for file in files:
+        tries = [(file, True) for file in files if revision] + [(file, False) for file in files]
+        for file, only_cached in tries:
             try:
-                return Path(hf_hub_download(repo, file, revision=revision))
+                path = hf_hub_download(repo, file, revision=revision, local_files_only=only_cached)
+                return Path(path)
             except errors.LocalEntryNotFoundError:
-                unreachable = unreachable or file
+                if not only_cached:
+                    unreachable = unreachable or file
             except errors.EntryNotFoundError:
                 pass
             except errors.HFValidationError:

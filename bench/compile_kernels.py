@@ -1,0 +1,115 @@
+"""Compile every kernel variant for A100 (sm_80) and H100/H200 (sm_90); no GPU is needed.
+
+Prints registers, spills to local memory and shared memory of each, read from the compiled code with
+the cuobjdump that Triton brings along.
+
+    python bench/compile_kernels.py
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import head_sample_score, sample_score
+
+TYPES = {
+    "logits": None, "hidden": None, "weight": None,  # the variant's dtype
+    "temperature": "*fp32", "top_k": "*i64", "top_p": "*fp64", "streams": "*i64",
+    "position": "*i64", "tokens": "*i64", "logprobs": "*fp32", "part_max": "*fp32",
+    "part_sum": "*fp32", "part_best": "*fp32", "part_ids": "*i32", "seed": "i64",
+}  # fmt: skip
+ALIGNED = ("hidden", "weight", "h_stride", "w_stride", "C")  # as at run time for width 768
+
+
+def variants() -> list[tuple]:
+    """(kernel, constexprs, dtype, warps, stages) of every configuration that the launchers use."""
+    s, h = sample_score, head_sample_score
+    found = []
+    for K in (16, 32, 64):
+        for dtype in ("fp32", "bf16", "fp16"):
+            for parts in (1, 8):
+                constants = {"K": K, "BLOCK": 2048, "PARTS": parts}
+                found.append((s.stream_kernel, constants, dtype, 4, 3))
+        for parts in (32, 256):
+            found.append((s.merge_kernel, {"K": K, "PARTS": parts, "BLOCK": 1024}, "fp32", 4, 3))
+    for dtype in ("fp32", "bf16"):
+        found.append((s.search_kernel, {"BLOCK": 2048}, dtype, 4, 3))
+    for rows, warps in ((16, 4), (64, 8)):
+        for K in (0, 16, 32, 64):
+            tile = {"K": K, "BLOCK_B": rows, "BLOCK_V": 128, "BLOCK_C": 64, "PRECISION": "tf32"}
+            found.append((h.head_kernel, tile, "bf16", warps, 3))
+        tile = {**tile, "K": 16, "BLOCK_B": min(rows, 32), "BLOCK_V": 64, "BLOCK_C": 32}
+        tile["PRECISION"] = "tf32x3"
+        found.append((h.head_kernel, tile, "fp32", warps, 2))
+    return found
+
+
+def compile_one(kernel, constants: dict, dtype: str, warps: int, stages: int, sm: int) -> dict:
+    names = kernel.arg_names
+    types = {
+        n: "constexpr" if n in constants else (TYPES[n] or f"*{dtype}") if n in TYPES else "i64"
+        if n in ("row_stride", "h_stride", "w_stride") else "i32"
+        for n in names
+    }  # fmt: skip
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in ALIGNED if n in names}
+    source = ASTSource(
+        kernel, types, {(names.index(n),): v for n, v in constants.items()}, attributes
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(built.asm["cubin"])
+        f.flush()
+        said = subprocess.run(
+            [tool, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True
+        ).stdout
+    stack, local = (int(re.search(rf"{what}:(\d+)", said)[1]) for what in ("STACK", "LOCAL"))
+    return {
+        "kernel": kernel.__name__,
+        "target": f"sm_{sm}",
+        "dtype": dtype,
+        **{k: v for k, v in constants.items()},
+        "warps": warps,
+        "registers": int(re.search(r"REG:(\d+)", said)[1]),
+        "spill_bytes": stack + local,
+        "shared_bytes": built.metadata.shared,
+        "tensor_cores": bool(re.search(r"wgmma|mma\.sync", built.asm["ptx"])),
+    }
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--json", action="store_true", help="the last line is JSON")
+    args = p.parse_args()
+    warnings.filterwarnings("ignore")
+    rows = []
+    for sm in (80, 90):
+        for variant in variants():
+            r = compile_one(*variant, sm)
+            rows.append(r)
+            keys = ("K", "BLOCK", "PARTS", "BLOCK_B", "BLOCK_V", "BLOCK_C", "PRECISION")
+            shape = " ".join(f"{k}={r[k]}" for k in keys if k in r)
+            print(
+                f"{r['kernel']:14} {r['target']} {r['dtype']:5} {shape:58} {r['registers']:4} "
+                f"registers {r['spill_bytes']:4} spilled {r['shared_bytes']:7} shared"
+            )
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        worst = max(r["spill_bytes"] for r in rows)
+        print(f"{len(rows)} variants compiled, at most {worst} bytes spilled")
+
+
+if __name__ == "__main__":
+    main()

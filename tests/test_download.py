@@ -1,0 +1,303 @@
+"""download_model through the real huggingface_hub, against an HTTP server on this machine.
+
+The hub client reads its settings when it is imported, so each load runs in a process of its own
+with HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE in its environment. These are forked from one that has
+imported the rest.
+"""
+
+import hashlib
+import http.server
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tokenizers
+from conftest import ROOT, make_tiny_model
+
+from sert_min.gpt2 import HUB, load_model, weights_hash
+
+MAIN = "0123456789abcdef0123456789abcdef01234567"  # the commit of `main`
+SHORT = "model.safetensors"
+
+# Reads {"name", "env"} lines; answers each with what became of the model, as one line. Waiting
+# between retries is left out, unless SLEEP is set.
+LOADER = """
+import json, os, sys, time
+import safetensors.torch
+from sert_min.gpt2 import find_model, load_model, weights_hash
+from sert_min.runtime import SertError
+from sert_min.tokenizer import load_tokenizer
+assert not {"transformers", "huggingface_hub"} & sys.modules.keys()
+
+def load(name):
+    try:
+        folder = find_model(name)
+        load_model(folder)
+        ids = load_tokenizer(folder).encode("the yes")
+        return {"folder": str(folder), "hash": weights_hash(folder), "ids": ids}
+    except SertError as e:
+        return {"error": str(e)}
+    finally:
+        assert "transformers" not in sys.modules
+
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.environ.update(request["env"])
+        if "SLEEP" not in os.environ:
+            time.sleep = lambda seconds: None
+        print(json.dumps(load(request["name"])), flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(json.dumps({"crashed": request}), flush=True)  # the traceback is on stderr
+"""
+
+
+class Hub:
+    """What huggingface_hub needs of the hub: HEAD and GET of /{repo}/resolve/{revision}/{file}."""
+
+    def __init__(self):
+        self.repos: dict[str, Path] = {}
+        self.revisions: dict[str, str] = {}  # repo -> the only commit it has
+        self.cut = None  # "short": GET announces and sends less; "broken": it stops half-way
+        self.status = 200
+        self.asked: list[str] = []
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self):
+                hub.answer(self)
+
+            do_GET = do_HEAD
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def add(self, repo: str, folder: Path, commit: str = MAIN) -> None:
+        self.repos[repo], self.revisions[repo] = folder, commit
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, request) -> None:
+        repo, _, rest = request.path.lstrip("/").partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        self.asked.append(f"{request.command} {revision}/{name}")
+        commit = self.revisions.get(repo)
+        headers, body = {"Content-Length": "0"}, b""
+        if self.status != 200:
+            status = self.status
+        elif commit is None:
+            status, headers["X-Error-Code"] = 404, "RepoNotFound"
+        elif revision not in ("main", commit):
+            status, headers["X-Error-Code"] = 404, "RevisionNotFound"
+        elif not (self.repos[repo] / name).is_file():
+            status, headers["X-Error-Code"] = 404, "EntryNotFound"
+            headers["X-Repo-Commit"] = commit
+        else:
+            status, body = 200, (self.repos[repo] / name).read_bytes()
+            headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": commit}
+            start = int(request.headers.get("Range", "bytes=0-")[6:].rstrip("-"))
+            if start:  # older clients continue a file that was cut
+                status, body = 206, body[start:]
+            announced = len(body)
+            if request.command == "GET" and name == SHORT and self.cut:
+                body = body[: len(body) // 2]
+                announced = len(body) if self.cut == "short" else announced
+            headers["Content-Length"] = str(announced)
+        request.send_response(status)
+        for header in headers.items():
+            request.send_header(*header)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(body)
+            request.close_connection = request.close_connection or self.cut == "broken"
+
+
+@pytest.fixture
+def hub():
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+@pytest.fixture(scope="module")
+def loader():
+    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("proxy")}
+    for name in ("HF_TOKEN", "HF_HUB_CACHE"):
+        env.pop(name, None)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", LOADER], cwd=ROOT, env=env, **pipes)
+    yield process
+    process.stdin.close()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.fixture
+def load(tmp_path, hub, loader):
+    """load(name, **environment) -> what LOADER said, under its own empty Hugging Face cache."""
+
+    def run(name: str, home: str = "home", **environment) -> dict:
+        env = {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            **environment,
+        }
+        loader.stdin.write(json.dumps({"name": name, "env": env}) + "\n")
+        loader.stdin.flush()
+        result = json.loads(loader.stdout.readline())
+        assert "crashed" not in result
+        if "error" in result:
+            assert "\n" not in result["error"] and name.split("/")[-1] in result["error"]
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Path:
+    """One file of weights, vocab.json and merges.txt, as openai-community/gpt2."""
+    return make_tiny_model(tmp_path_factory.mktemp("hub") / "whole")
+
+
+@pytest.fixture(scope="session")
+def sharded(whole, tmp_path_factory) -> Path:
+    """The same model as newer transformers write it: shards with an index, tokenizer.json."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("hub") / "sharded"
+    model = transformers.AutoModelForCausalLM.from_pretrained(whole)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert not (folder / SHORT).exists() and len(list(folder.glob("model-*"))) > 2
+    files = (str(whole / name) for name in ("vocab.json", "merges.txt"))
+    bpe = tokenizers.ByteLevelBPETokenizer(*files)
+    bpe.add_special_tokens(["<|endoftext|>"])
+    bpe.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def cached(tmp_path, home="home") -> list[str]:
+    """Names that a later run could take for files of a model."""
+    return sorted(p.name for p in (tmp_path / home).rglob("snapshots/*/*"))
+
+
+def test_named_model_comes_from_its_pinned_revision(hub, load, whole):
+    """Guards the pinned commit, and the second start: no request, no network, no hub."""
+    repo, commit = HUB["gpt2"]
+    hub.add(repo, whole, commit)
+    first = load("gpt2")
+    assert first["hash"] == weights_hash(whole) and Path(first["folder"]).name == commit
+    asked = [a for a in hub.asked if "/api/" not in a and "main" in a.split(" ")[1]]
+    assert not asked, "asked for main instead of the pinned commit"
+    hub.asked.clear()
+    assert load("gpt2") == first
+    assert not [a for a in hub.asked if "resolve" in a or commit in a], "asked again"
+    hub.close()
+    assert load("gpt2", HF_HUB_OFFLINE="1") == first
+    assert load("gpt2") == first, "a cached model needs no hub"
+
+
+def test_sharded_model_with_tokenizer_json_only(hub, load, sharded, whole):
+    """Guards the offline start of a model that lacks model.safetensors, merges.txt and vocab.json:
+    the hub can't be asked then whether it has them."""
+    hub.add("someone/tiny", sharded)
+    first = load("someone/tiny")
+    assert Path(first["folder"]).name == MAIN
+    ours = load_model(Path(first["folder"])).state_dict()
+    assert all((ours[k] == v).all() for k, v in load_model(whole).state_dict().items())
+    hub.add("someone/tiny", whole)
+    assert load("someone/tiny", home="other")["ids"] == first["ids"]
+    hub.close()
+    for offline in "10":
+        start = time.perf_counter()
+        assert load("someone/tiny", HF_HUB_OFFLINE=offline, SLEEP="1") == first
+        assert time.perf_counter() - start < 15, "waits for files that were never there"
+
+
+def test_all_files_come_from_one_commit(hub, load, whole):
+    """Guards weights of one commit with the config of another: `main` may move in between."""
+    hub.add("someone/tiny", whole)
+    load("someone/tiny")
+    assert [a for a in hub.asked if "/" in a and " main/" in a] == [
+        "HEAD main/config.json",
+        "GET main/config.json",
+    ]
+
+
+def test_unknown_models_are_refused(hub, load, whole, tmp_path):
+    """Guards tracebacks for a wrong name, a revision that is gone, a repository without weights,
+    one of another architecture, and one with pickles only."""
+    assert "is not on the hub" in load("someone/nothing")["error"]
+    assert "is not on the hub" in load("gpt3")["error"]
+    assert "neither a folder nor a hub id" in load("what is/this?")["error"]
+    hub.add(HUB["distilgpt2"][0], whole, MAIN)
+    assert "is not on the hub" in load("distilgpt2")["error"]
+    other = tmp_path / "other"
+    other.mkdir()
+    hub.add("someone/other", other)
+    assert "no config.json" in load("someone/other")["error"]
+    (other / "config.json").write_text('{"model_type": "llama"}')
+    (other / SHORT).write_bytes(b"must not be asked for")
+    hub.add("someone/other", other, "f" * 40)
+    assert "'llama', not gpt2" in load("someone/other")["error"]
+    assert not [a for a in hub.asked if a.endswith(SHORT)]
+    shutil.copy(whole / "config.json", other)
+    (other / SHORT).rename(other / "pytorch_model.bin")
+    hub.add("someone/other", other, "e" * 40)
+    assert "pickle files are refused" in load("someone/other")["error"]
+    assert SHORT not in cached(tmp_path)
+
+
+def test_unreachable_hub_is_one_line(hub, load):
+    """Guards a hang or a traceback without a network, and offline with an empty cache."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for environment in ({"HF_ENDPOINT": closed}, {"HF_HUB_OFFLINE": "1"}):
+        error = load("gpt2", **environment)["error"]
+        assert "can't be reached" in error and "HF_ENDPOINT" in error and "HF_HUB_OFFLINE" in error
+    assert not hub.asked
+    proxy = {"http_proxy": closed, "NO_PROXY": "", "no_proxy": ""}
+    assert "gpt2" in load("gpt2", **proxy)["error"]
+    hub.status = 503
+    assert "can't be reached" in load("gpt2")["error"]
+    hub.status = 200  # a server that is no hub: no commit, no ETag
+    hub.answer = lambda request: (
+        request.send_response(200),
+        request.send_header("Content-Length", "0"),
+        request.end_headers(),
+    )
+    assert "HF_ENDPOINT" in load("gpt2")["error"]
+
+
+@pytest.mark.parametrize("cut", ["short", "broken"])
+def test_truncated_download_is_not_kept(cut, hub, load, whole, tmp_path):
+    """Guards half a file that the next run takes for whole; then the next run mends it."""
+    hub.add(HUB["gpt2"][0], whole, HUB["gpt2"][1])
+    hub.cut = cut
+    error = load("gpt2")["error"]
+    assert "download of model.safetensors failed" in error and "try again" in error
+    assert cached(tmp_path) == ["config.json"]
+    assert "is not in the local cache" in load("gpt2", HF_HUB_OFFLINE="1")["error"]
+    hub.cut = None
+    assert load("gpt2")["hash"] == weights_hash(whole)

@@ -1,0 +1,413 @@
+"""Block sampling: the cached, batched decoder against plain forward passes of the same model.
+
+The model is random but loud (weights eight times GPT-2's), so that attention decides the logits; a
+vocabulary of 61 makes rows end at all lengths. Nothing here reads a file.
+"""
+
+import hashlib
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from kernels import sample_and_score
+from sert_min import generate
+from sert_min.generate import GREEDY, Prompts, SampleSettings, sample_block, stream_of
+from sert_min.gpt2 import GPT2, GPT2Config
+from sert_min.runtime import SertError
+
+CONFIG = GPT2Config(vocab_size=61, n_positions=128, n_embd=64, n_layer=2, n_head=4)
+PAPER = SampleSettings(max_new_tokens=24)
+
+
+class Words:
+    """All that sample_block asks of a tokenizer."""
+
+    def __init__(self, n_vocab: int = 61, eot: int = 60):
+        self.n_vocab, self.eot = n_vocab, eot
+
+
+def loud_model(**config) -> GPT2:
+    model = GPT2(replace(CONFIG, **config)).init_weights_(0).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p *= 8
+    return model
+
+
+def make_prompts(n: int, seed: int = 0, vocab: int = 60) -> tuple[list[list[int]], list[str]]:
+    """Prompts of 1 to 40 tokens and their names."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 41, (n,), generator=g).tolist()
+    prompts = [torch.randint(0, vocab, (length,), generator=g).tolist() for length in lengths]
+    return prompts, [f"test/{i}" for i in range(n)]
+
+
+@torch.inference_mode()
+def plain_logits(model: GPT2, prompt: list[int], ids: list[int]) -> torch.Tensor:
+    """Logits [len(ids) + 1, V] for each token of `ids` and the one after, by one full forward."""
+    hidden = model(torch.tensor([prompt + ids]))[0]
+    return model.logits(hidden[len(prompt) - 1 :])
+
+
+def logprob_error(model, prompts, rows, n_vocab=None) -> torch.Tensor:
+    """Stored log-probs minus a plain forward's, all rows in one tensor."""
+    errors = []
+    for row in rows:
+        logits = plain_logits(model, prompts[row.question], row.token_ids)[:-1, :n_vocab]
+        want = logits.log_softmax(-1).gather(1, torch.tensor(row.token_ids)[:, None])[:, 0]
+        errors.append(torch.tensor(row.logprobs) - want)
+    return torch.cat(errors)
+
+
+def row_keys(rows) -> list[tuple]:
+    return [(row.question, row.branch, row.sample) for row in rows]
+
+
+def count_flips(rows, others) -> tuple[int, int]:
+    """Rows whose ids differ (each holds one flip, what follows it is a consequence), and tokens."""
+    flips = sum(a.token_ids != b.token_ids for a, b in zip(rows, others, strict=True))
+    return flips, sum(len(row.token_ids) for row in rows)
+
+
+# --- against plain forwards ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("rows", [1000, 33, 1])
+def test_logprobs_equal_full_forward(raw, rows):
+    """Guards against a wrong position, mask, cache slot or prompt, also after rows retired and
+    others took their place (rows 33 of 225): prompts of 1 to 40 tokens share one block. A shifted
+    position or a missing prompt token changes log-probs by more than 0.1, as is checked here."""
+    model = loud_model()
+    prompts, names = make_prompts(9 if rows > 1 else 2)
+    s = replace(PAPER, raw=raw, rows=rows)
+    got = sample_block(model, Words(), prompts, names, s)
+    branches = [-1] if raw else range(5)
+    per_branch = 25 if raw else 5
+    want = [(q, b, i) for q in range(len(names)) for b in branches for i in range(per_branch)]
+    assert row_keys(got) == want
+    assert {row.finish for row in got} == {"eos", "length"}
+    error = logprob_error(model, prompts, got).abs().max().item()
+    print(f"\nraw={raw} rows={rows}: log-prob error {error:.1e}")
+    assert error < 1e-4  # 5e-6 of it is the rounding to 5 decimals
+    other = [p[1:] or [(p[0] + 1) % 60] for p in prompts]
+    assert logprob_error(model, other, got).abs().median() > 0.1
+
+
+@pytest.mark.parametrize("rows", [1000, 40])
+def test_stale_cache_is_never_read(monkeypatch, rows):
+    """Guards against attention to slots that a row has not written: they hold huge numbers."""
+    plain_init = generate.Decoder.__init__
+
+    def init(self, *args):
+        plain_init(self, *args)
+        self.keys.fill_(1e4)
+        self.values.fill_(-1e4)
+
+    monkeypatch.setattr(generate.Decoder, "__init__", init)
+    model, (prompts, names) = loud_model(), make_prompts(5)
+    got = sample_block(model, Words(), prompts, names, replace(PAPER, rows=rows))
+    assert logprob_error(model, prompts, got).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"n_head": 1, "n_layer": 1},
+        {"n_inner": 24, "tie_word_embeddings": False, "activation_function": "relu"},
+    ],
+)
+def test_decoder_honours_the_config(config):
+    """Guards against a decoder that scales scores by itself or reads the wrong head."""
+    model, (prompts, names) = loud_model(**config), make_prompts(3)
+    got = sample_block(model, Words(), prompts, names, replace(PAPER, max_new_tokens=8))
+    assert logprob_error(model, prompts, got).abs().max() < 1e-3
+
+
+def test_greedy_equals_one_by_one():
+    """Guards against a batch that gives other ids than each prompt alone, and against temperature
+    0 that still samples (odds by luck below 1e-100)."""
+    model, (prompts, names) = loud_model(), make_prompts(40, seed=1)
+    eot = 7
+    got = sample_block(model, Words(eot=eot), prompts, names, replace(GREEDY, max_new_tokens=32))
+    finishes = set()
+    for prompt, row in zip(prompts, got, strict=True):
+        ids: list[int] = []
+        while len(ids) < 32 and (token := plain_logits(model, prompt, ids)[-1].argmax()) != eot:
+            ids.append(int(token))
+        assert row.token_ids == ids
+        assert row.finish == ("length" if len(ids) == 32 else "eos")
+        finishes.add(row.finish)
+    assert finishes == {"eos", "length"}
+
+
+def test_branches_are_the_top_tokens():
+    """Guards against samples that all share one first token, exactly where this method branches:
+    each question's branches are the five best tokens of a plain forward, in order."""
+    model, (prompts, names) = loud_model(), make_prompts(8)
+    got = sample_block(model, Words(), prompts, names, replace(PAPER, max_new_tokens=2))
+    for q, prompt in enumerate(prompts):
+        best = plain_logits(model, prompt, [])[-1].topk(5).indices.tolist()
+        firsts = [row.token_ids[0] for row in got if row.question == q]
+        assert firsts == [token for token in best for _ in range(5)]
+
+
+def test_tied_branches_take_the_lowest_ids():
+    """Guards against topk's arbitrary order among equals."""
+    logits = torch.zeros(2, 5000)
+    logits[0, [4000, 3000, 77]] = 2.0
+    logits[1, 4999] = 1.0
+    prompts = Prompts([], [], torch.tensor([1, 1]), torch.zeros(2, 1), logits)
+    rows = generate.first_rows(prompts, ["a/0", "a/1"], SampleSettings(samples=1), eot=9)
+    assert [row.token_ids[0] for row in rows] == [77, 3000, 4000, 0, 1, 4999, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_rows_can_be_drawn_by_hand(raw):
+    """Guards against a wrong stream, seed, position or setting on its way to the sampler, an end
+    that is recorded or overlooked and a cap that forgets the branch token: a few whole rows are
+    drawn again, one token at a time, from plain forwards (odds by luck below 1e-100)."""
+    model, (prompts, names) = loud_model(), make_prompts(6)
+    s = replace(PAPER, raw=raw, seed=2**62 + 5, temperature=1.3, top_k=7, top_p=0.9)
+    got = sample_block(model, Words(), prompts, names, s)
+    for row in got[::3]:
+        ids, finish = [] if raw else row.token_ids[:1], ""
+        stream = torch.tensor([stream_of(names[row.question], row.branch, row.sample)])
+        while not finish:
+            token, _ = sample_and_score(
+                plain_logits(model, prompts[row.question], ids)[-1:],
+                temperature=1.3,
+                top_k=7,
+                top_p=0.9,
+                seed=2**62 + 5,
+                streams=stream,
+                position=len(ids),
+            )
+            if token == 60:
+                finish = "eos"
+            else:
+                ids.append(token.item())
+                finish = "length" if len(ids) == 24 else ""
+        assert (row.token_ids, row.finish) == (ids, finish)
+        assert len(row.logprobs) == len(ids) and row.path_start == 0
+
+
+def test_streams_are_sha256():
+    """Guards against streams that depend on the process (Python's hash) or on byte order; the
+    digests come from sha256sum."""
+    digest = "1e5ad2bc97d48492daa152ec1a8cd286ccfab8d6aaf8fd21496026229c074236"
+    name = "commonsense_qa/075e483d21c29a511267ef62bedc0461"
+    assert hashlib.sha256(f"{name}/2/4".encode()).hexdigest() == digest
+    assert stream_of(name, 2, 4) == -7888946899073213922
+    assert stream_of("micro/17", -1, 24) == -1159658554570602996
+
+
+# --- ends ----------------------------------------------------------------------------------------
+
+
+def test_end_of_text_as_a_branch():
+    """Guards against a branch token that is end-of-text ending its path at once: sampling goes on
+    behind it, and only the path starts later [Fig. 2, Top-5]."""
+    model, (prompts, names) = loud_model(), make_prompts(4)
+    eot = plain_logits(model, prompts[2], [])[-1].topk(3).indices[2].item()
+    got = sample_block(model, Words(eot=eot), prompts, names, PAPER)
+    behind = [row for row in got if row.token_ids[0] == eot]
+    assert {row.branch for row in behind if row.question == 2} == {2}
+    assert any(len(row.token_ids) > 3 for row in behind)
+    for row in got:
+        assert row.path_start == (row.token_ids[0] == eot)
+        assert eot not in row.token_ids[1:]
+        assert len(row.token_ids) == len(row.logprobs) <= 24
+        assert (row.finish == "length") == (len(row.token_ids) == 24)
+    assert logprob_error(model, prompts, got).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_shortest_cap(raw):
+    """Guards against a cap of 1 that still decodes: the branch token, or one draw, is all."""
+    model, (prompts, names) = loud_model(), make_prompts(3)
+    s = replace(PAPER, max_new_tokens=1, raw=raw)
+    got = sample_block(model, Words(), prompts, names, s)
+    assert len(got) == 75
+    assert all(len(row.token_ids) == (row.finish == "length") for row in got)
+
+
+def test_reject_stops_rows_and_leaves_the_others():
+    """Guards against early rejection that changes which tokens the other rows draw, or that looks
+    at rows too late: rejected rows are prefixes of what they would have been (in fp32 a flip may
+    change at most one row here; measured 0)."""
+    model, (prompts, names) = loud_model(), make_prompts(8)
+    seen = []
+
+    def reject(row) -> bool:
+        seen.append(len(row.token_ids))
+        return sum(row.token_ids[-2:]) % 11 == 0
+
+    for s in (replace(PAPER, rows=30), replace(PAPER, rows=30, raw=True)):
+        seen.clear()
+        full = sample_block(model, Words(), prompts, names, s)
+        got = sample_block(model, Words(), prompts, names, s, reject)
+        assert min(seen) == 1 and len(seen) == sum(len(row.token_ids) for row in got)
+        assert {row.finish for row in got} == {"eos", "length", "rejected"}
+        changed = 0
+        for a, b in zip(got, full, strict=True):
+            n = len(a.token_ids)
+            stopped = bool(a.token_ids) and reject(a)
+            assert (a.finish == "rejected") == stopped
+            changed += b.token_ids[:n] != a.token_ids or (not stopped and n != len(b.token_ids))
+        assert changed <= 1
+
+
+def test_questions_finish_out_of_order():
+    """Guards against a wrong prompt window once a question in the middle, or the first, has no
+    live rows left while its neighbours go on."""
+    model, (prompts, names) = loud_model(), make_prompts(6)
+    for over in ({1, 2}, {0, 3}, {0, 1, 4, 5}, {5}):
+
+        def reject(row, over=over) -> bool:
+            return row.question in over and len(row.token_ids) > 2
+
+        got = sample_block(model, Words(), prompts, names, replace(PAPER, rows=150), reject)
+        assert logprob_error(model, prompts, got).abs().max() < 1e-4
+
+
+def test_progress_counts_tokens():
+    """Guards against a rate that counts rows or steps."""
+    told: list[int] = []
+    model, (prompts, names) = loud_model(), make_prompts(3)
+    rows = sample_block(model, Words(), prompts, names, PAPER, progress=told.append)
+    drawn = sum(len(row.token_ids) - 1 + (row.finish == "eos") for row in rows)
+    assert sum(told) == drawn
+
+
+# --- the same block, the same bytes --------------------------------------------------------------
+
+
+def test_same_block_same_bytes():
+    """Guards against anything that outlives a block: the same block before and after another."""
+    model, (prompts, names) = loud_model(), make_prompts(7)
+    s = replace(PAPER, rows=50)
+    first = [asdict(row) for row in sample_block(model, Words(), prompts, names, s)]
+    sample_block(model, Words(), *make_prompts(3, seed=9), s)
+    again = [asdict(row) for row in sample_block(model, Words(), prompts, names, s)]
+    assert first == again
+    other = sample_block(model, Words(), prompts, names, replace(s, seed=1))
+    assert sum(a["token_ids"] == b.token_ids for a, b in zip(first, other)) < 20
+
+
+def test_flips_across_blocks():
+    """Guards against draws that depend on the block: of 32 questions in blocks of 1, 7 and 32 and
+    with few live rows, almost all rows are the same (a wrong stream or position: none)."""
+    model, (prompts, names) = loud_model(), make_prompts(32)
+    longer = replace(PAPER, max_new_tokens=64)
+    base = sample_block(model, Words(), prompts, names, longer)
+    for size, live in [(1, 200), (7, 200), (32, 200), (32, 17), (7, 90)]:
+        s, got = replace(longer, rows=live), []
+        for i in range(0, 32, size):
+            got += sample_block(model, Words(), prompts[i : i + size], names[i : i + size], s)
+        flips, tokens = count_flips(base, got)
+        rate = flips / tokens * 1e6
+        print(f"\nblocks of {size}, {live} rows: {flips} flips in {tokens}, {rate:.0f} per million")
+        assert flips <= 2
+
+
+def test_rows_of_a_branch_differ():
+    """Guards against 25 equal samples: rows of one branch differ (two equal rows of 20 tokens have
+    odds below 1e-6)."""
+    model, (prompts, names) = loud_model(), make_prompts(4)
+    got = sample_block(model, Words(), prompts, names, PAPER)
+    long = [tuple(row.token_ids) for row in got if len(row.token_ids) > 20]
+    assert len(long) > 20 and len(set(long)) == len(long)
+
+
+# --- precision -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_bf16_equals_plain_bf16(raw):
+    """Guards against logits or residuals rounded to bf16 on the sampler's way only. Both paths
+    round keys, values and scores, in another order; the median error must stay below 0.03."""
+    model, (prompts, names) = loud_model().cast_(torch.bfloat16), make_prompts(6)
+    got = sample_block(model, Words(), prompts, names, replace(PAPER, raw=raw))
+    error = logprob_error(model, prompts, got).abs()
+    print(f"\nbf16 log-prob error: median {error.median():.4f}, maximum {error.max():.3f}")
+    assert error.median() < 0.03 and error.max() < 0.5
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 250
+    return text
+
+
+def test_prompts_that_do_not_fit():
+    """Guards against an index error deep in the model: one line that names the question."""
+    model, fine = loud_model(), [1, 2, 3]
+    cases = [
+        ([1] * 105, "exceeds the context of 128"),  # 105 + 24 new
+        ([], "empty"),
+        ([1, 61], "do not belong together"),
+    ]
+    for bad, message in cases:
+        with pytest.raises(SertError) as error:
+            sample_block(model, Words(), [fine, bad], ["test/0", "test/1"], PAPER)
+        assert message in one_line(error) and "test/1" in one_line(error)
+    exact = sample_block(model, Words(), [[1] * 104], ["test/0"], PAPER)
+    assert logprob_error(model, [[1] * 104], exact).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_nan_names_the_question(raw):
+    """Guards against tokens drawn from NaN: broken for all, for one prompt, or only once a row of
+    the longest prompt reaches a bad position."""
+    prompts, names = [[1] * 10, [2] * 30, [3] * 20], ["test/0", "test/1", "test/2"]
+    s = replace(PAPER, raw=raw)
+    for table, row, question in [("wpe", 0, 0), ("wte", 2, 1), ("wpe", 50, 1)]:
+        model = loud_model(tie_word_embeddings=False)
+        getattr(model, table).weight.data[row] = float("nan")
+        with pytest.raises(SertError) as error:
+            sample_block(model, Words(), prompts, names, s)
+        assert one_line(error).startswith(names[question]) and "NaN" in one_line(error)
+    model = loud_model()
+    model.h[1].mlp.c_fc.weight.data[3, 5] = float("nan")
+    with pytest.raises(SertError, match="test/0.*NaN"):
+        sample_block(model, Words(), prompts, names, s)
+
+
+def test_ids_without_a_token_are_never_drawn():
+    """Guards against ids of a padded vocabulary: the model has 61, the tokenizer 50."""
+    model, (prompts, names) = loud_model(), make_prompts(6, vocab=50)
+    words = Words(n_vocab=50, eot=49)
+    for s in (PAPER, replace(PAPER, raw=True, top_k=0, top_p=1.0, temperature=2.0)):
+        got = sample_block(model, words, prompts, names, s)
+        assert max(max(row.token_ids, default=0) for row in got) < 50
+        assert logprob_error(model, prompts, got, n_vocab=50).abs().max() < 1e-4
+
+
+def test_settings_are_checked():
+    """Guards against values that mean nothing: one line that names the flag."""
+    wrong = {
+        "--branches": {"branches": 0},
+        "--samples": {"samples": -1},
+        "--max-new-tokens": {"max_new_tokens": 0},
+        "--rows": {"rows": 0},
+        "--temperature": {"temperature": -1.0},
+        "--top-p": {"top_p": 0.0},
+        "--top-k": {"top_k": -5},
+        "--seed": {"seed": -1},
+    }
+    wrong_again = [{"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": 1.01}]
+    for flag, values in [*wrong.items(), *(("--t", v) for v in wrong_again)]:
+        with pytest.raises(SertError) as error:
+            SampleSettings(**values).check()
+        assert flag in one_line(error)
+    assert SampleSettings().check() == SampleSettings()
+    with pytest.raises(SertError, match="--branches 62"):
+        sample_block(loud_model(), Words(), [[1]], ["test/0"], replace(PAPER, branches=62))

@@ -1,0 +1,398 @@
+"""gpt2.py against transformers, a float64 head and real GPT-2 logits; damaged folders refused.
+
+`PYTHONPATH=. python tests/test_gpt2.py` measures the bf16 error of a random network of gpt2's size.
+"""
+
+import json
+import math
+import shutil
+import struct
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import shared, write_tiny_tokenizer
+from safetensors.torch import load_file, save_file
+
+from sert_min import gpt2
+from sert_min.gpt2 import GPT2, GPT2Config, load_model, model_label, read_sert, save_model
+from sert_min.runtime import SertError
+
+CONFIGS = {
+    "one layer": {"n_layer": 1, "n_embd": 48, "n_head": 3, "vocab_size": 97, "n_positions": 40},
+    "six layers, epsilon": {"n_layer": 6, "n_head": 8, "layer_norm_epsilon": 1e-2},
+    "square mlp": {"n_inner": 64, "n_head": 1},  # all four products square but c_attn
+    "n_inner, relu": {"n_inner": 40, "n_layer": 3, "activation_function": "relu"},
+    "exact gelu": {"activation_function": "gelu", "vocab_size": 1000, "n_positions": 17},
+    "silu": {"activation_function": "silu", "n_layer": 4, "n_head": 16},
+    "tanh gelu of torch": {"activation_function": "gelu_pytorch_tanh"},
+    "unscaled": {"scale_attn_weights": False},
+    "scaled by layer": {"scale_attn_by_inverse_layer_idx": True, "n_layer": 5},
+    "untied": {"tie_word_embeddings": False, "n_head": 2},
+}
+STYLES = ("prefix", "bare", "sharded")
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+def hf_model(**config):
+    """A transformers GPT-2 whose every parameter is random: zero biases would hide mistakes."""
+    small = {"vocab_size": 131, "n_positions": 33, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**small, **config})).eval()
+    for p in model.parameters():
+        p.data.normal_(1.0 if p.dim() == 1 and float(p.data[0]) == 1 else 0.0, 0.1)
+    return model
+
+
+def write_hf(model, folder, style: str) -> None:
+    """transformers' own folder, in one of the forms that are met on the hub."""
+    size = "60KB" if style == "sharded" else "1GB"
+    model.save_pretrained(folder, max_shard_size=size)
+    if style == "sharded":
+        assert len(list(folder.glob("model-*.safetensors"))) > 2
+    if style == "bare":  # as openai-community/gpt2: no prefix, the causal masks stored
+        file, c = folder / "model.safetensors", model.config
+        tensors = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+        for layer in range(c.n_layer):
+            mask = torch.ones(c.n_positions, c.n_positions).tril()[None, None]
+            tensors[f"h.{layer}.attn.bias"] = mask
+            tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def logit_difference(ours: GPT2, theirs) -> float:
+    c = ours.config
+    ids = torch.randint(
+        c.vocab_size, (3, c.n_positions), generator=torch.Generator().manual_seed(1)
+    )
+    return float((ours.logits(ours(ids)) - theirs(ids).logits).abs().max())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_transformers(name, tmp_path):
+    """Guards the import: a forgotten transpose, scale, activation, epsilon, bias or shard."""
+    theirs = hf_model(**CONFIGS[name])
+    worst = 0.0
+    for style in STYLES:
+        write_hf(theirs, tmp_path / style, style)
+        worst = max(worst, logit_difference(load_model(tmp_path / style), theirs))
+    print(f"{name}: largest logit difference {worst:.1e}")
+    assert worst < 1e-4
+
+
+def test_aliases_of_the_config_are_read(tmp_path):
+    """Guards against a silent 12 heads where the file says `num_attention_heads: 4`."""
+    theirs = hf_model(n_embd=48)
+    write_hf(theirs, tmp_path, "prefix")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for alias, name in gpt2.ALIASES.items():
+        config[alias] = config.pop(name)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.n_head == 4
+    assert logit_difference(load_model(tmp_path), theirs) < 1e-4
+
+
+@pytest.mark.parametrize("forgotten", ["attn.c_proj.weight", "mlp.c_fc.weight"])
+def test_parity_notices_a_forgotten_transpose(forgotten, tmp_path, monkeypatch):
+    """The power of the test above: square matrices pass every shape check untransposed."""
+    theirs = hf_model(n_inner=64)
+    write_hf(theirs, tmp_path, "bare")
+    rest = tuple(name for name in gpt2.TRANSPOSED if name != forgotten)
+    monkeypatch.setattr(gpt2, "TRANSPOSED", rest)
+    assert logit_difference(load_model(tmp_path), theirs) > 0.01
+
+
+@pytest.mark.parametrize("name", ["one layer", "n_inner, relu", "scaled by layer", "untied"])
+def test_our_folder_opens_in_transformers(name, tmp_path):
+    """Guards the export: vLLM and lm-eval open what AutoModel opens, without remote code."""
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    n_vocab = write_tiny_tokenizer(source)
+    config = {"n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 64, **CONFIGS[name]}
+    model = GPT2(GPT2Config(**{**config, "vocab_size": n_vocab})).init_weights_(0)
+    for p in model.parameters():  # biases and LayerNorm too
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    folder = tmp_path / "model"
+    save_model(model, folder, source, {"method": "sert"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    assert logit_difference(model, theirs) < 1e-5
+    assert tokenizer.decode(tokenizer("Is the answer yes?")["input_ids"]) == "Is the answer yes?"
+    assert read_sert(folder) == {"method": "sert"}
+    again = load_model(folder)
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
+    assert not list(tmp_path.glob(".*")), "left something beside the folder"
+    assert (folder / "model.safetensors").stat().st_mode & 0o044, "others can't read the weights"
+
+
+def test_saving_over_a_model_keeps_its_tokenizer(tmp_path):
+    """Guards `tokenizer_from` being the very folder that is replaced."""
+    write_tiny_tokenizer(tmp_path)
+    shutil.copy(tmp_path / "vocab.json", tmp_path / "tokenizer_config.json")
+    model = GPT2(GPT2Config(300, 16, 16, 1, 2)).init_weights_(0)
+    save_model(model, tmp_path / "m", tmp_path, {"step": 1})
+    save_model(model, tmp_path / "m", tmp_path / "m", {"step": 2})
+    assert read_sert(tmp_path / "m") == {"step": 2}
+    assert (tmp_path / "m" / "merges.txt").exists() and (tmp_path / "m" / "vocab.json").exists()
+
+
+def test_labels_tell_local_models_apart(tmp_path, monkeypatch):
+    """Guards two models of one folder name, and a local folder called gpt2, sharing outputs."""
+    write_tiny_tokenizer(tmp_path)
+    labels = set()
+    for seed, where in enumerate(["a/gpt2", "b/gpt2", "gpt2"]):
+        model = GPT2(GPT2Config(300, 16, 16, 1, 2)).init_weights_(seed)
+        save_model(model, tmp_path / where, tmp_path, {})
+        monkeypatch.chdir(tmp_path)
+        labels.add(model_label(where, gpt2.find_model(where)))
+    assert len(labels) == 3 and all(label.startswith("gpt2-") for label in labels)
+    save_model(model, tmp_path / "child", tmp_path, {"root": "../gpt2 x"})
+    assert model_label(str(tmp_path / "child"), tmp_path / "child") == "..-gpt2-x"
+
+
+# --- precision -----------------------------------------------------------------------------------
+
+
+def log_probs_in_float64(hidden, weight):
+    return (hidden.double() @ weight.double().T).log_softmax(-1)
+
+
+def model_with_head(weight) -> GPT2:
+    """A network of which only the head matters: `logits` is called with given hidden states."""
+    model = GPT2(GPT2Config(weight.shape[0], 8, weight.shape[1], 1, 1)).init_weights_(0)
+    model.wte.weight.data = weight.float()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_near_minus_100_are_those_of_a_float64_head(dtype):
+    """Guards bf16 logits: at -100 they are 0.5 apart. GPT-2's embeddings share a direction which
+    its last hidden states oppose, so random weights alone would hide it."""
+    g = torch.Generator().manual_seed(0)
+    common = torch.randn(768, generator=g) / math.sqrt(768)  # about length 1
+    weight = 0.14 * torch.randn(20000, 768, generator=g) + 2 * common
+    hidden = 0.8 * torch.randn(16, 768, generator=g) - 50 * common
+    model = model_with_head(weight).cast_(dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach the head
+        logits = model.logits(hidden)
+    exact = log_probs_in_float64(hidden, weight)
+    error = (logits.double().log_softmax(-1) - exact).abs().max()
+    rounded = (logits.bfloat16().double().log_softmax(-1) - exact).abs().max()
+    print(f"logits {logits.mean():.0f}, error {error:.1e}; rounded to bf16 {rounded:.2f}")
+    assert logits.dtype == torch.float32 and -140 < logits.mean() < -70
+    assert error < 0.01 < rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_logits_keep_their_top_ten(dtype):
+    """Guards the order of real GPT-2's best tokens. The hidden states of the golden rows are not
+    published; five hidden states and a head that give exactly these logits come from an SVD."""
+    rows = np.load(shared("golden", "gpt2_logits.npz"))["logits"]  # [5, V]
+    prompts = json.loads(shared("golden", "gpt2_prompts.json").read_text())
+    u, s, vt = np.linalg.svd(rows.astype(np.float64), full_matrices=False)
+    hidden, weight = torch.tensor(u * s).float(), torch.tensor(vt.T).float()
+    logits = model_with_head(weight).cast_(dtype).logits(hidden)
+    exact = torch.tensor(rows).double().log_softmax(-1)
+    ours = logits.log_softmax(-1)
+    rounded = logits.bfloat16().float().log_softmax(-1)
+    broken = 0
+    for row, prompt in enumerate(prompts):
+        ids = [t["id"] for t in prompt["top"]]
+        assert ours[row].topk(10).indices.tolist() == ids
+        stated = torch.tensor([t["logprob"] for t in prompt["top"]])
+        assert (ours[row, ids] - stated).abs().max() < 1e-3
+        broken += rounded[row].topk(10).indices.tolist() != ids
+    error, bf16 = (ours - exact).abs().max(), (rounded - exact).abs().max()
+    print(f"error {error:.1e}; bf16 {bf16:.2f} and breaks the top ten of {broken} of 5 rows")
+    assert error < 0.01 and bf16 > 0.1 and broken == 5
+
+
+@torch.no_grad()
+def bf16_error(config: GPT2Config, rows: int, length: int):
+    """Absolute log-prob differences (bf16 against fp32) of ours and of transformers."""
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**vars(config))).eval()
+    ours = GPT2(config).init_weights_(0).eval()
+    common = torch.randn(config.n_embd, generator=torch.Generator().manual_seed(1))
+    common /= common.norm()
+    ours.wte.weight.data = 7 * ours.wte.weight.data + 2 * common  # 0.14, as real GPT-2's
+    ours.ln_f.bias.data -= 50 * common  # logits near -100, as real GPT-2's
+    state = {}
+    for name, p in ours.state_dict().items():
+        state[f"transformer.{name}"] = p.t() if name.endswith(gpt2.TRANSPOSED) else p
+    theirs.load_state_dict(state | {"lm_head.weight": ours.wte.weight})
+    ids = torch.randint(config.vocab_size, (rows, length))
+    exact = ours.logits(ours(ids)).log_softmax(-1)
+    assert (theirs(ids).logits.log_softmax(-1) - exact).abs().max() < 1e-3
+    ours.cast_(torch.bfloat16)
+    theirs.to(torch.bfloat16)
+    return [
+        (logits.float().log_softmax(-1) - exact).abs().flatten()
+        for logits in (ours.logits(ours(ids)), theirs(ids).logits)
+    ]
+
+
+def report_bf16(config: GPT2Config, rows: int, length: int) -> list[tuple[float, float]]:
+    numbers = []
+    for name, error in zip(("ours", "transformers"), bf16_error(config, rows, length)):
+        numbers.append((float(error.median()), float(error.max())))
+        median, worst = numbers[-1]
+        print(f"bf16 log-prob error, {name}: median {median:.4f}, maximum {worst:.4f}")
+    return numbers
+
+
+def test_bf16_network_is_no_worse_than_transformers():
+    """Guards the whole bf16 path: residual stream, LayerNorm and head stay fp32."""
+    (median, worst), (their_median, their_worst) = report_bf16(
+        GPT2Config(2000, 64, 256, 4, 4), rows=4, length=64
+    )
+    assert median < their_median and worst < their_worst and median < 0.02
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_hf(hf_model(), tmp_path / "hf", "bare")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"model_type": "llama"}, "llama"),
+        ({"model_type": None}, "gpt2"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"activation_function": "quick_gelu"}, "quick_gelu"),
+        ({"activation_function": ["relu"]}, "activation_function"),
+        ({"n_head": 5}, "n_head"),
+        ({"n_head": 0}, "n_head"),
+        ({"n_layer": "2"}, "n_layer"),
+        ({"n_embd": 2**40}, "n_embd"),
+        ({"n_positions": None}, "n_positions"),
+        ({"n_inner": -3}, "n_inner"),
+        ({"n_inner": 99}, "mlp.c_fc"),
+        ({"n_layer": 3}, "h.2."),
+        ({"n_layer": 1}, "h.1."),
+        ({"vocab_size": 130}, "wte.weight"),
+        ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon"),
+        ({"tie_word_embeddings": False}, "lm_head.weight"),
+    ],
+)
+def test_configs_are_refused_by_name(change, named, folder):
+    """Guards against computing something else than the config asks for."""
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SertError) as e:
+        load_model(folder)
+    assert named in one_line(e)
+
+
+def change_tensors(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda t: t["h.0.ln_1.weight"].fill_(math.nan), "h.0.ln_1.weight holds NaN"),
+        (lambda t: t["wte.weight"][3, 3].fill_(math.inf), "wte.weight holds NaN or inf"),
+        (lambda t: t.pop("h.1.mlp.c_fc.bias"), "h.1.mlp.c_fc.bias is missing"),
+        (lambda t: t.update({"score.weight": torch.ones(2, 64)}), "score.weight"),
+        (lambda t: t.update({"h.2.ln_1.bias": torch.ones(64)}), "h.2.ln_1.bias"),
+        (lambda t: t.update({"wpe.weight": torch.ones(9, 64)}), "wpe.weight has shape"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(131, 64)}), "tie_word_embeddings"),
+    ],
+)
+def test_tensors_are_checked(change, named, folder):
+    """Guards NaN, missing, extra and misshapen tensors, and a head that is not the tied one."""
+    change_tensors(folder, change)
+    with pytest.raises(SertError) as e:
+        load_model(folder)
+    assert named in one_line(e)
+
+
+def test_a_stored_copy_of_the_tied_head_is_fine(folder):
+    """Guards against refusing files that store the tied head a second time."""
+    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["wte.weight"].clone()}))
+    assert logit_difference(load_model(folder), hf_model()) < 1e-4
+
+
+def test_damaged_weight_files_are_refused(folder):
+    """Guards tracebacks, or worse a model, from a truncated or garbled file."""
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    header = struct.unpack("<Q", whole[:8])[0]
+    garbage = struct.pack("<Q", 50) + b"\xff" * 50 + whole[58:]
+    for damaged in (
+        b"",
+        whole[:5],
+        whole[: 8 + header // 2],
+        whole[:-1],
+        whole + b"x",
+        garbage,
+        struct.pack("<Q", 2**63) + whole[8:],
+        struct.pack("<Q", 2) + b"{}",
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(SertError) as e:
+            load_model(folder)
+        assert "again" in one_line(e) or "missing" in one_line(e)
+
+
+def test_index_cannot_leave_the_folder(folder):
+    """Guards a foreign index that names files elsewhere, is odd, or names shards not there."""
+    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
+    index = folder / "model.safetensors.index.json"
+    for weight_map in (
+        {"wte.weight": "../x.safetensors"},
+        {"wte.weight": str(folder.parent / "x.safetensors")},
+        {"wte.weight": "x.bin"},
+        {"wte.weight": ["x.safetensors"]},
+        {"wte.weight": 3, "wpe.weight": "x.safetensors"},
+        {},
+        None,
+    ):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(SertError, match="no usable weight_map"):
+            load_model(folder)
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "model-00001.safetensors"}}))
+    for use in (load_model, gpt2.weights_hash):
+        with pytest.raises(SertError, match="model-00001.safetensors is missing") as e:
+            use(folder)
+        one_line(e)
+
+
+def test_pickle_only_and_empty_folders_are_refused(folder):
+    """Guards against loading pickles, and against tracebacks from an empty folder."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
+    with pytest.raises(SertError, match="pickle weights .* are refused") as e:
+        load_model(folder)
+    one_line(e)
+    for content in ("", "[1]", "{", "\x00", "[" * 100000):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(SertError, match="config.json") as e:
+            load_model(folder)
+        one_line(e)
+    (folder / "config.json").unlink()
+    with pytest.raises(SertError, match="config.json does not exist"):
+        load_model(folder)
+    for name in ("./nowhere", "/nowhere", "a/b/c", "~/model"):
+        with pytest.raises(SertError, match="no such folder"):
+            gpt2.find_model(name)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    report_bf16(GPT2Config(), rows=2, length=64)

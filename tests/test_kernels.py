@@ -1,0 +1,391 @@
+"""The Triton kernels against the reference, token for token: on a GPU if there is one, else in
+Triton's interpreter at small sizes (it runs programs one after another, so it sees no races)."""
+
+import os
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before any module with a kernel is imported
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, shared
+
+pytest.importorskip("triton", reason="triton is not installed on this platform")
+import kernels
+from kernels import head_sample_score, reference, sample_score
+
+NAN, INF = float("nan"), float("inf")
+
+
+def both(logits, temperature=1.0, top_k=0, top_p=1.0, seed=0, streams=None, position=0, **launch):
+    """(tokens, logprobs) of the reference and of the kernel on the same input."""
+    streams = torch.arange(len(logits)) if streams is None else streams
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    given |= {"streams": streams, "position": position}
+    wanted = reference.sample_and_score(logits, **given)
+    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    found = kernels.sample_and_score(logits.to(DEVICE), backend="triton", **on_device, **launch)
+    return wanted, tuple(x.cpu() for x in found)
+
+
+def undecided(logits, top_k, top_p, temperature, seed, streams, position) -> torch.Tensor:
+    """Rows whose draw lies within 1e-6 of a step of the exact CDF (or of top-p): there fp32 sums
+    in another order may give the neighbour. Computed in float64 from scratch."""
+    out = []
+    u = reference.uniform(seed, streams, torch.as_tensor(position).expand(len(logits)))
+    for row, r in zip(logits.double().numpy(), u.tolist()):
+        order = np.lexsort((np.arange(len(row)), -row))
+        kept = order[: top_k or len(row)] if temperature else order[:1]
+        mass = np.exp((row[kept] - row[kept[0]]) / (temperature or 1.0))
+        before = np.cumsum(mass) / mass.sum() - mass / mass.sum()
+        near_p = np.abs(before - top_p).min() < 1e-6 if top_p < 1 else False
+        kept = np.sort(kept[(before < top_p) | (top_p >= 1)])
+        cdf = np.cumsum(np.exp((row[kept] - row.max()) / (temperature or 1.0)))
+        out.append(near_p or np.abs(cdf / cdf[-1] - r).min() < 1e-6)
+    return torch.tensor(out)
+
+
+def pairwise(axes: dict, seed: int) -> list[dict]:
+    """Few settings such that every pair of values of two axes occurs in one of them."""
+    rng, names = random.Random(seed), list(axes)
+    todo = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(names, 2)
+        for x in axes[a]
+        for y in axes[b]
+    }
+    cases = []
+    while todo:
+        tries = [{n: rng.choice(axes[n]) for n in names} for _ in range(30)]
+        (a, x), (b, y) = rng.choice(sorted(todo, key=str))
+        tries = [{**t, a: x, b: y} for t in tries]
+        covers = [set(itertools.combinations(t.items(), 2)) & todo for t in tries]
+        best = max(range(30), key=lambda i: len(covers[i]))
+        cases.append(tries[best])
+        todo -= covers[best]
+    return cases
+
+
+SMALL = pairwise(
+    {
+        "B": [0, 1, 3],
+        "V": [1, 7, 1000],
+        "top_k": [1, 5, 10, 64],
+        "top_p": [1e-6, 0.5, 0.95, 1.0],
+        "temperature": [0.0, 0.5, 1.0, 2.0],
+        "dtype": [torch.float32, torch.bfloat16, torch.float16],
+        "block": [64, 256, 2048],
+        "parts": [None, 1, 3],
+        "stride": [0, 5],
+        "coarse": [False, True],  # many equal logits
+    },
+    seed=0,
+)
+LARGE_K = pairwise(
+    {
+        "B": [1, 2],
+        "V": [7, 300],
+        "top_k": [0, 65, 200, 5000],
+        "top_p": [1e-6, 0.5, 0.95, 1.0],
+        "temperature": [0.5, 1.0],
+        "dtype": [torch.float32, torch.bfloat16],
+        "block": [64, 512],
+        "coarse": [False, True],
+    },
+    seed=1,
+)
+
+
+def label(case):
+    return "-".join(str(v).removeprefix("torch.") for v in case.values())
+
+
+@pytest.mark.parametrize("case", SMALL + LARGE_K, ids=label)
+def test_equals_the_reference(case):
+    """Guards every branch of both kernels: block edges, one and many blocks and parts, ties, dtypes,
+    strides. A wrong token in 1 of 100 rows would pass all these cases with odds below 20 %."""
+    case = dict(case)
+    B, V, dtype = case.pop("B"), case.pop("V"), case.pop("dtype")
+    stride, coarse = case.pop("stride", 0), case.pop("coarse")
+    g = torch.Generator().manual_seed(V * 31 + B)
+    logits = torch.randn(B, V + stride, generator=g) * 4 - 90
+    logits = (logits.round() if coarse else logits).to(dtype)[:, :V]
+    streams = torch.randint(-(2**63), 2**63 - 1, (B,), generator=g)
+    launch = {k: case.pop(k) for k in ("block", "parts") if k in case}
+    (tokens, logprobs), (k_tokens, k_logprobs) = both(
+        logits, **case, seed=2**40 + 3, streams=streams, position=9, **launch
+    )
+    if B == 0:
+        assert k_tokens.shape == (0,) and k_logprobs.shape == (0,)
+        return
+    near = undecided(logits, seed=2**40 + 3, streams=streams, position=9, **case)
+    assert torch.equal(tokens[~near], k_tokens[~near])
+    assert near.sum() <= 1
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+    exact = logits.double().log_softmax(-1).gather(1, k_tokens[:, None])[:, 0]
+    torch.testing.assert_close(k_logprobs.double(), exact, atol=tolerance, rtol=1e-6)
+
+
+def test_real_gpt2_logits():
+    """Guards the real case: V = 50,257, logits between -89 and -136, the method's settings."""
+    rows = torch.from_numpy(np.load(shared("golden", "gpt2_logits.npz"))["logits"])
+    (tokens, logprobs), (k_tokens, k_logprobs) = both(rows, top_k=10, top_p=0.95, seed=5)
+    assert torch.equal(tokens, k_tokens)
+    torch.testing.assert_close(k_logprobs, logprobs, atol=1e-5, rtol=1e-6)
+    known = json.loads(shared("golden", "gpt2_prompts.json").read_text())
+    (_, _), (best, best_lp) = both(rows, temperature=0.0)
+    for row, token, lp in zip(known, best.tolist(), best_lp.tolist()):
+        assert token == row["top"][0]["id"] and abs(lp - row["top"][0]["logprob"]) < 1e-4
+
+
+def test_settings_per_row():
+    """Guards per-row tensors: each row must get its own temperature, k, p and position."""
+    g = torch.Generator().manual_seed(3)
+    logits = torch.randn(4, 300, generator=g) * 3
+    settings = {
+        "temperature": torch.tensor([0.0, 0.7, 1.0, 2.0]),
+        "top_k": torch.tensor([10, 1, 40, 7]),
+        "top_p": torch.tensor([0.9, 1.0, 0.5, 0.95], dtype=torch.float64),
+        "position": torch.tensor([1, 2, 3, 4]),
+    }
+    (tokens, logprobs), found = both(logits, **settings, seed=11)
+    assert torch.equal(tokens, found[0])
+    one_by_one = [
+        both(logits[i : i + 1], **{k: v[i : i + 1] for k, v in settings.items()}, seed=11,
+             streams=torch.tensor([i]))[1][0].item()
+        for i in range(4)
+    ]  # fmt: skip
+    assert found[0].tolist() == one_by_one
+
+
+@pytest.mark.parametrize("top_k", [5, 0])
+def test_odd_rows(top_k):
+    """Guards the silent wrong token: what can't be sampled says so (-1, NaN), what can be is exact
+    next to infinities, equal logits and huge numbers."""
+    V = 300
+    rows = {
+        "all -inf": (torch.full((V,), -INF), False),
+        "one finite": (torch.full((V,), -INF).index_fill(0, torch.tensor([17]), -3.0), True),
+        "last finite": (torch.full((V,), -INF).index_fill(0, torch.tensor([V - 1]), 2.0), True),
+        "NaN": (torch.zeros(V).index_fill(0, torch.tensor([250]), NAN), False),
+        "+inf": (torch.zeros(V).index_fill(0, torch.tensor([4]), INF), False),
+        "equal": (torch.zeros(V), True),
+        "signed zeros": (torch.zeros(V).index_fill(0, torch.tensor([0, 2]), -0.0), True),
+        "huge": (torch.linspace(-1e30, 1e30, V), True),
+        "half -inf": (torch.where(torch.arange(V) % 2 == 0, -INF, torch.arange(V) / 50.0), True),
+    }
+    logits = torch.stack([row for row, _ in rows.values()])
+    (tokens, logprobs), (k_tokens, k_logprobs) = both(logits, top_k=top_k, top_p=0.9, block=128)
+    assert torch.equal(tokens, k_tokens)
+    torch.testing.assert_close(k_logprobs, logprobs, equal_nan=True, atol=1e-5, rtol=1e-6)
+    for (name, (row, usable)), token in zip(rows.items(), k_tokens.tolist()):
+        assert (token >= 0) == usable, name
+        assert not usable or row[token] > -INF, name
+    if top_k == 5:
+        assert k_tokens[5] < 5 and k_tokens[6] < 5  # ties: the five lowest ids
+
+
+def test_a_draw_depends_on_its_row_alone():
+    """Guards batch invariance (FlashInfer uses only the first seed): rows shuffled, alone, and next
+    to others draw the same; other seeds, streams and positions draw otherwise. That 40 rows agree
+    by luck under another seed has odds below 1e-9."""
+    g = torch.Generator().manual_seed(5)
+    logits = torch.randn(1, 50, generator=g).expand(40, 50)
+    streams = torch.randint(0, 2**60, (40,), generator=g)
+    base = both(logits, top_k=40, streams=streams)[1][0]
+    order = torch.randperm(40, generator=g)
+    assert torch.equal(both(logits, top_k=40, streams=streams[order])[1][0], base[order])
+    assert torch.equal(both(logits[:3], top_k=40, streams=streams[:3])[1][0], base[:3])
+    for change in ({"seed": 1}, {"position": 1}, {"streams": streams + 1}):
+        other = both(logits, top_k=40, **{"streams": streams, **change})[1][0]
+        assert not torch.equal(other, base)
+
+
+def chi_square_p(tokens, probabilities) -> float:
+    """p-value of drawn tokens against exact probabilities (Wilson and Hilferty's approximation)."""
+    kept = probabilities > 0
+    counts = np.bincount(tokens, minlength=len(probabilities))
+    assert counts[~kept].sum() == 0, "a token outside the kept set was drawn"
+    expected = probabilities[kept] * len(tokens)
+    x = ((counts[kept] - expected) ** 2 / expected).sum()
+    df = kept.sum() - 1
+    z = ((x / df) ** (1 / 3) - (1 - 2 / (9 * df))) / np.sqrt(2 / (9 * df))
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+def frequencies(n: int) -> float:
+    g = torch.Generator().manual_seed(8)
+    row = torch.randn(48, generator=g) * 1.5
+    order = row.double().argsort(descending=True, stable=True)[:10]
+    share = row.double()[order].softmax(0)
+    keep = order[(share.cumsum(0) - share) < 0.95]
+    exact = np.zeros(48)
+    exact[keep.numpy()] = row.double()[keep].softmax(0).numpy()
+    tokens, _ = kernels.sample_and_score(
+        row.to(DEVICE).expand(n, 48), top_k=10, top_p=0.95, seed=1, backend="triton", block=64,
+        parts=1,
+    )  # fmt: skip
+    return chi_square_p(tokens.cpu().numpy(), exact)
+
+
+def test_frequencies():
+    """Guards the distribution: chi-square against the exact one, p > 0.001 (fixed seed), and no
+    draw outside the kept set. 200,000 draws on a GPU; 300 here, and 5,000 with `-m slow`."""
+    assert frequencies(200_000 if DEVICE == "cuda" else 300) > 0.001
+
+
+@pytest.mark.slow
+def test_frequencies_5000():
+    """The same with 5,000 interpreted draws (about five minutes)."""
+    p = frequencies(5_000)
+    print(f"chi-square p = {p:.4f}")
+    assert p > 0.001
+
+
+# --- from hidden states ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "B, V, C, blocks, dtype, top_k",
+    [
+        (1, 7, 8, (16, 128, 16, 128, 1), torch.float32, 5),  # one ragged block
+        (3, 1000, 48, (16, 128, 32, 512, 2), torch.float32, 10),  # two strips
+        (5, 1000, 40, (16, 128, 32, 128, 8), torch.float16, 10),  # ragged depth, many strips
+        (3, 600, 64, (16, 64, 32, 256, 3), torch.float32, 64),
+        (17, 300, 32, (16, 128, 16, 384, 1), torch.float32, 1),  # a second, nearly empty row tile
+        (3, 1000, 64, None, torch.float32, 10),  # the default tiles
+    ],
+)
+def test_head_equals_product_then_reference(B, V, C, blocks, dtype, top_k):
+    """Guards the fused head: ragged vocabulary, rows and depth, strips, and that no padded token is
+    ever drawn or summed. (bf16 products can't be interpreted: tested on a GPU.)"""
+    g = torch.Generator().manual_seed(V + C)
+    hidden = torch.randn(B, C, generator=g).to(dtype)
+    weight = (torch.randn(V, C, generator=g) * 0.4).to(dtype)
+    exact = hidden.double() @ weight.double().T
+    given = {"top_k": top_k, "top_p": 0.95, "seed": 7, "position": 3}
+    tokens, logprobs = reference.sample_and_score(exact.float(), **given)
+    k_tokens, k_logprobs = kernels.head_sample_and_score(
+        hidden.to(DEVICE), weight.to(DEVICE), backend="triton", blocks=blocks, **given
+    )
+    streams = torch.arange(B)
+    near = undecided(exact, top_k, 0.95, 1.0, 7, streams, 3)
+    assert torch.equal(tokens[~near], k_tokens.cpu()[~near])
+    wanted = exact.log_softmax(-1)
+    torch.testing.assert_close(
+        k_logprobs.cpu().double(),
+        wanted.gather(1, k_tokens.cpu()[:, None])[:, 0],
+        atol=1e-5 if dtype is torch.float32 else 1e-3,
+        rtol=1e-5,
+    )
+    targets = torch.randint(0, V, (B,), generator=g)
+    scored = kernels.score(
+        hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE), backend="triton", blocks=blocks
+    )
+    wanted = wanted.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(scored.cpu().double(), wanted, atol=1e-4, rtol=1e-4)
+    on_cpu = kernels.score(hidden, weight, targets, backend="reference")
+    torch.testing.assert_close(on_cpu.double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_head_with_k_off_falls_back():
+    """Guards large k: the head kernel has 64 slots, more go through the logits."""
+    g = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(2, 16, generator=g), torch.randn(90, 16, generator=g)
+    for top_k in (0, 80):
+        wanted = reference.sample_and_score(hidden @ weight.T, top_k=top_k, top_p=0.9)
+        found = kernels.head_sample_and_score(
+            hidden.to(DEVICE), weight.to(DEVICE), top_k=top_k, top_p=0.9, backend="triton"
+        )
+        assert torch.equal(wanted[0], found[0].cpu())
+
+
+def test_bf16_pieces():
+    """Guards the precision of the head in bf16 pieces on logits near -100 (GPT-2's): within 0.01 of
+    float64 as the log-probs must be, where plain bf16 is off by more than 0.1."""
+    g = torch.Generator().manual_seed(2)
+    common = torch.randn(256, generator=g) * 2
+    hidden = torch.randn(8, 256, generator=g) * 3 + 3 * common
+    weight = torch.randn(1000, 256, generator=g) * 0.15 - 0.03 * common
+    exact = hidden.double() @ weight.double().T
+    assert exact.mean() < -60
+    pieces = [head_sample_score.bf16_pieces(x, w) for x, w in ((hidden, False), (weight, True))]
+    ours = (pieces[0].double() @ pieces[1].double().T).log_softmax(-1)
+    plain = (hidden.bfloat16().double() @ weight.bfloat16().double().T).log_softmax(-1)
+    wanted = exact.log_softmax(-1)
+    assert (ours - wanted).abs().max() < 0.01
+    assert (plain - wanted).abs().max() > 0.1
+
+
+# --- without a GPU: do they compile, do they spill? -----------------------------------------------
+
+
+def test_every_variant_compiles_without_spills():
+    """Guards what the interpreter can't see: each default configuration compiles for A100 (sm_80)
+    and H100/H200 (sm_90), and nothing spills from registers into local memory."""
+    script = [sys.executable, str(ROOT / "bench" / "compile_kernels.py"), "--json"]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    p = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+    assert p.returncode == 0, p.stderr[-2000:]
+    rows = json.loads(p.stdout.splitlines()[-1])
+    assert {r["target"] for r in rows} == {"sm_80", "sm_90"}
+    kinds = {"stream_kernel", "merge_kernel", "search_kernel", "head_kernel"}
+    assert {r["kernel"] for r in rows} == kinds
+    for r in rows:
+        assert r["spill_bytes"] == 0 and r["registers"] <= 255, r
+        assert r["shared_bytes"] <= (163 if r["target"] == "sm_80" else 227) * 1024, r
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_cuda_graph_replays_give_new_draws():
+    """Guards frozen randomness under CUDA graphs: positions live in a tensor, so a replay after
+    they moved draws anew."""
+    logits = torch.randn(64, 50257, device="cuda") * 3
+    streams, position = torch.arange(64, device="cuda"), torch.zeros(64, dtype=torch.int64).cuda()
+    given = {"top_k": 10, "top_p": 0.95, "streams": streams, "position": position}
+    kernels.sample_and_score(logits, **given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens, _ = kernels.sample_and_score(logits, **given)
+    drawn = []
+    for i in range(3):
+        position.fill_(i)
+        graph.replay()
+        drawn.append(tokens.clone())
+        assert torch.equal(tokens.cpu(), reference.sample_and_score(
+            logits.cpu(), **{**given, "streams": streams.cpu(), "position": i})[0])  # fmt: skip
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_wrong_arguments():
+    """Guards the public face: a clear ValueError instead of a wrong draw or a crash in a kernel."""
+    x = torch.zeros(2, 5)
+    for bad in (
+        {"temperature": -1.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"position": -1},
+        {"streams": torch.zeros(3, dtype=torch.int64)},
+        {"top_k": torch.tensor([1, 2, 3])},
+        {"backend": "abacus"},
+    ):
+        with pytest.raises(ValueError):
+            kernels.sample_and_score(x, **bad)
+    with pytest.raises(ValueError):
+        kernels.sample_and_score(torch.zeros(5))
+    with pytest.raises(ValueError):
+        kernels.sample_and_score(torch.zeros(2, 5, dtype=torch.int64))
+    with pytest.raises(ValueError):
+        kernels.head_sample_and_score(torch.zeros(2, 4), torch.zeros(9, 5))
+    assert sample_score.MAX_K == 64

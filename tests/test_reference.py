@@ -1,0 +1,496 @@
+"""The definition of sampling: `kernels.reference` against naive float64 code and known bits.
+
+Random inputs have fixed seeds, so a test that passes once passes always; the odds in the docstrings
+are those of a first run with a fresh seed.
+"""
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import reference, sample_and_score
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(__file__).parents[2] / "shared"
+WORD = 0xFFFFFFFF
+NEAR = 1e-9  # the reference adds up in float64; fp32 kernels need 1e-6
+
+
+# --- independent code to compare with ------------------------------------------------------------
+
+
+def philox_ints(key: tuple, counter: tuple) -> tuple:
+    """Philox4x32-10 in Python integers, from the paper's description."""
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for r in range(10):
+        x, y = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        a, b = (k0 + r * 0x9E3779B9) & WORD, (k1 + r * 0xBB67AE85) & WORD
+        c0, c1, c2, c3 = (y >> 32) ^ c1 ^ a, y & WORD, (x >> 32) ^ c3 ^ b, x & WORD
+    return c0, c1, c2, c3
+
+
+def uniform_ints(seed: int, stream: int, position: int) -> float:
+    counter = (position, 0, stream & WORD, (stream >> 32) & WORD)
+    return (philox_ints((seed & WORD, (seed >> 32) & WORD), counter)[0] >> 8) / 2**24
+
+
+def kept_set(row: np.ndarray, temperature: float, k: int, p: float) -> tuple:
+    """Ids in order and probabilities of what may be drawn, and how near top-p came to a border."""
+    order = np.lexsort((np.arange(len(row)), -row))[: 1 if temperature == 0 else k or len(row)]
+    order = order[row[order] > -np.inf]
+    mass = np.exp((row[order] - row[order[0]]) / (temperature or 1.0))
+    before = np.concatenate([[0.0], np.cumsum(mass)[:-1]]) / mass.sum()
+    n = len(order) if p >= 1 else max(1, int((before < p).sum()))
+    border = np.abs(before[1:] - p).min(initial=1.0) if p < 1 else 1.0
+    ids = np.sort(order[:n])
+    mass = np.exp((row[ids] - row[order[0]]) / (temperature or 1.0))
+    return ids, mass / mass.sum(), border
+
+
+def oracle(row, temperature, k, p, u) -> tuple[int, float, bool]:
+    """Token, its log-prob, and whether rounding could decide it (a border is near)."""
+    ids, probs, border = kept_set(row, temperature, k, p)
+    cdf = np.cumsum(probs)
+    token = ids[min(int((cdf <= u).sum()), len(ids) - 1)]
+    near = min(np.abs(cdf[:-1] - u).min(initial=1.0), border) < NEAR
+    top = row.max()
+    return int(token), row[token] - top - np.log(np.exp(row - top).sum()), bool(near)
+
+
+def chi_square_p(counts: np.ndarray, probs: np.ndarray) -> float:
+    """Probability of counts this far from `probs` or farther; rare cells are put together."""
+    order = np.argsort(-probs)
+    counts, expected = counts[order].astype(float), probs[order] * counts.sum()
+    n = max(1, int((expected >= 5).sum()))
+    if n < len(expected):
+        counts = np.append(counts[:n], counts[n:].sum())
+        expected = np.append(expected[:n], expected[n:].sum())
+    counts, expected = counts[expected > 1e-9], expected[expected > 1e-9]
+    x = ((counts - expected) ** 2 / expected).sum()
+    half = torch.tensor([(len(counts) - 1) / 2, x / 2], dtype=torch.float64)
+    return torch.special.gammaincc(half[0], half[1]).item() if len(counts) > 1 else 1.0
+
+
+def random_ints(n: int, bits: int, seed: int) -> list[int]:
+    """Signed integers of `bits` bits, with the corners first."""
+    r = random.Random(seed)
+    corners = [0, -1, 1, 2**31, 2**32, -(2**32), 2 ** (bits - 1) - 1, -(2 ** (bits - 1))]
+    return (corners + [r.getrandbits(bits) - 2 ** (bits - 1) for _ in range(n)])[:n]
+
+
+def golden_rows() -> torch.Tensor:
+    file = SHARED / "golden" / "gpt2_logits.npz"
+    if not file.exists():
+        pytest.skip("real GPT-2 logits (../shared/golden) are not on this machine")
+    return torch.from_numpy(np.load(file)["logits"])
+
+
+# --- random bits ---------------------------------------------------------------------------------
+
+# Random123's kat_vectors, "philox4x32 10": counter, key, result.
+KNOWN_ANSWERS = [
+    ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
+]
+
+
+@pytest.mark.parametrize("counter, key, want", KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, want):
+    """Guards against a wrong constant, round count or word order in the Philox that the other
+    tests compare with (odds by luck 2^-128)."""
+    counter, key, want = (tuple(int(w, 16) for w in x.split()) for x in (counter, key, want))
+    assert philox_ints(key, counter) == want
+
+
+def test_philox_zero_counter_in_torch():
+    """Guards against wrong bits in the torch version at the published zero vector."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    words = [w.item() for w in reference.philox(0, zero, zero)]
+    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+def test_philox_equals_integers():
+    """Guards against lost high bits of seed or stream, sign extension and a product that drops
+    its high word (odds by luck 2^-128 per row)."""
+    seeds, streams = random_ints(40, 64, 1), random_ints(40, 64, 2)
+    positions = [0, 1, 2**31 - 1, 2**31] + [random.Random(3).getrandbits(31) for _ in range(36)]
+    tensors = torch.tensor(streams), torch.tensor(positions)
+    for seed in seeds + [2**64 - 1]:
+        got = torch.stack(reference.philox(seed, *tensors), 1).tolist()
+        for row, stream, position in zip(got, streams, positions):
+            counter = (position, 0, stream & WORD, (stream >> 32) & WORD)
+            assert tuple(row) == philox_ints((seed & WORD, (seed >> 32) & WORD), counter)
+
+
+TRITON_PROGRAM = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def words(seed, stream, position, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    s = tl.load(stream + i)
+    low, high = (s & 0xFFFFFFFF).to(tl.uint32), ((s >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    p = tl.load(position + i).to(tl.uint32)
+    a, b, c, d = tl.philox(tl.load(seed), p, tl.zeros_like(p), low, high)
+    tl.store(out + i, a.to(tl.int64))
+    tl.store(out + N + i, b.to(tl.int64))
+    tl.store(out + 2 * N + i, c.to(tl.int64))
+    tl.store(out + 3 * N + i, d.to(tl.int64))
+
+seeds, streams, positions, file = torch.load(FILE)
+results = []
+for seed in seeds:
+    out = torch.zeros(4, len(streams), dtype=torch.int64)
+    words[(1,)](seed.reshape(1), streams, positions, out, N=len(streams))
+    results.append(out)
+torch.save(torch.stack(results), file)
+"""
+
+
+def test_philox_equals_triton(tmp_path):
+    """Guards against bits that differ between the CPU path and a Triton kernel (odds by luck
+    2^-32 per word). The interpreter runs in a process of its own, as it changes the library."""
+    pytest.importorskip("triton", reason="Triton is not installed here (it is Linux only)")
+    seeds = torch.tensor(random_ints(16, 64, 4))
+    streams = torch.tensor(random_ints(64, 64, 5))
+    positions = torch.tensor([abs(x) % 2**31 for x in random_ints(64, 32, 6)])
+    source, result = tmp_path / "program.py", tmp_path / "words.pt"
+    torch.save((seeds, streams, positions, str(result)), tmp_path / "input.pt")
+    source.write_text(TRITON_PROGRAM.replace("FILE", repr(str(tmp_path / "input.pt"))))
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, source], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for seed, want in zip(seeds.tolist(), torch.load(result)):
+        assert torch.equal(torch.stack(reference.philox(seed, streams, positions)), want)
+
+
+def test_uniform_on_grid():
+    """Guards against a uniform of exactly 1, off the 2^-24 grid, or crooked: the mean of 100k is
+    within five standard errors (odds of failing by luck 6e-7), all 16 sixteenths are hit evenly."""
+    u = reference.uniform(9, torch.arange(100_000) - 50_000, torch.tensor(3).expand(100_000))
+    assert u.dtype == torch.float64 and u.min() >= 0 and u.max() < 1
+    assert ((u * 2**24) % 1 == 0).all() and u.unique().numel() > 99_000
+    assert abs(u.mean() - 0.5) < 5 * (1 / 12 / 100_000) ** 0.5
+    counts = torch.bincount((u * 16).long(), minlength=16).numpy()
+    assert chi_square_p(counts, np.full(16, 1 / 16)) > 0.001
+
+
+# --- token for token -----------------------------------------------------------------------------
+
+LEVELS = {
+    "B": (0, 1, 3, 64),
+    "V": (1, 7, 1000, 50257),
+    "k": (0, 1, 5, 10, "V", "more"),
+    "p": (1e-9, 0.5, 0.95, 1.0),
+    "t": (0.0, 0.5, 1.0, 2.0),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "layout": ("plain", "columns", "rows"),
+    "settings": ("numbers", "tensors"),
+}
+
+
+def pairwise(levels: dict) -> list[dict]:
+    """Random combinations until each pair of levels of two factors has occurred together."""
+    r, names = random.Random(0), list(levels)
+    missing = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(names, 2)
+        for x in levels[a]
+        for y in levels[b]
+    }
+    chosen = []
+    while missing:
+        case = {name: r.choice(values) for name, values in levels.items()}
+        covers = {(a, case[a], b, case[b]) for a, b in itertools.combinations(names, 2)} & missing
+        if len(covers) >= min(8, 1 + len(missing) // 12):
+            chosen.append(case)
+            missing -= covers
+    return chosen
+
+
+def make_logits(case: dict, g: torch.Generator) -> torch.Tensor:
+    """Logits near -100 as GPT-2's are, in the asked dtype and memory layout."""
+    B, V = case["B"], case["V"]
+    x = (torch.randn(B, V, generator=g) * 3 - 100).to(case["dtype"])
+    if case["layout"] == "columns":
+        return x.t().contiguous().t()
+    if case["layout"] == "rows":
+        wide = torch.full((2 * B, V + 5), 3e4, dtype=case["dtype"])
+        wide[::2, 2 : V + 2] = x
+        return wide[::2, 2 : V + 2]
+    return x
+
+
+def test_tokens_equal_oracle():
+    """Guards against any wrong cut, order, tie, renormalisation or index: token for token against
+    naive float64 code, pairwise over shapes, settings, dtypes and layouts. bf16 and fp16 rows are
+    full of ties. Draws within NEAR of a border are counted instead; a wrong token
+    passes by luck with about the largest probability of its kept set, in every row."""
+    g, r = torch.Generator().manual_seed(7), random.Random(7)
+    cases = pairwise(LEVELS)
+    rows = near = 0
+    worst = 0.0
+    for number, case in enumerate(cases):
+        B, V, x = case["B"], case["V"], make_logits(case, g)
+        k = {"V": V, "more": V + 3}.get(case["k"], case["k"])
+        t, p = [case["t"]] * B, [case["p"]] * B
+        k, position = [k] * B, [number] * B
+        if case["settings"] == "tensors":  # a mixture, with the case's own values in row 0
+            for i in range(1, B):
+                t[i], p[i] = r.choice(LEVELS["t"]), r.choice(LEVELS["p"])
+                k[i], position[i] = r.choice((0, 1, 5, 10, V, V + 3)), r.randrange(1000)
+            given = {
+                "temperature": torch.tensor(t),
+                "top_k": torch.tensor(k, dtype=torch.int64),
+                "top_p": torch.tensor(p, dtype=torch.float64),
+                "position": torch.tensor(position, dtype=torch.int64),
+            }
+        else:
+            given = {"temperature": case["t"], "top_p": case["p"], "position": number}
+            given["top_k"] = k[0] if B else 0
+        streams = torch.tensor(random_ints(B, 64, number), dtype=torch.int64)
+        before = x.clone()
+        tokens, logprobs = sample_and_score(x, streams=streams, seed=number, **given)
+        assert tokens.shape == logprobs.shape == (B,)
+        assert tokens.dtype == torch.int64 and logprobs.dtype == torch.float32
+        assert torch.equal(x, before), "the input was changed"
+        for i in range(B):
+            u = uniform_ints(number, streams[i].item(), position[i])
+            row = x[i].double().numpy()
+            token, logprob, close = oracle(row, t[i], k[i], p[i], u)
+            rows, near = rows + 1, near + close
+            if close:
+                continue
+            assert tokens[i] == token, (case, i)
+            worst = max(worst, abs(logprobs[i].item() - logprob))
+    print(f"\n{len(cases)} cases, {rows} rows, {near} too near to call, log-prob error {worst:.1e}")
+    assert near < rows * 0.02
+    assert worst < 1e-5
+
+
+def test_draws_have_the_right_frequencies():
+    """Guards against a bias that single draws do not show: 200k draws each of five settings.
+    p > 0.001, so a right sampler fails with odds of 1 in 200; nothing outside the kept set."""
+    row = torch.randn(200, generator=torch.Generator().manual_seed(3)) * 2 - 100
+    row[50:90] = float("-inf")
+    settings = [(10, 0.95, 1.0), (0, 0.9, 0.7), (0, 1.0, 1.0), (50, 1.0, 2.0), (3, 0.5, 1.0)]
+    for seed, (k, p, t) in enumerate(settings):
+        check_frequencies(row, k, p, t, seed)
+
+
+def check_frequencies(row: torch.Tensor, k: int, p: float, t: float, seed: int) -> None:
+    """200k draws of one row in batches of 2000; half by stream, half by position."""
+    counts = np.zeros(len(row), dtype=np.int64)
+    for i in range(100):
+        n = torch.arange(2000) + 2000 * i
+        streams, position = (n * 0x9E3779B97F4A7C15, 5) if i % 2 else (torch.full_like(n, -7), n)
+        tokens, _ = sample_and_score(
+            row.expand(2000, -1),
+            top_k=k,
+            top_p=p,
+            temperature=t,
+            seed=seed,
+            streams=streams,
+            position=position,
+        )
+        counts += np.bincount(tokens.numpy(), minlength=len(row))
+    ids, probs, _ = kept_set(row.double().numpy(), t, k, p)
+    assert counts[ids].sum() == 200_000, "a draw outside the kept set"
+    assert chi_square_p(counts[ids], probs) > 0.001, (k, p, t)
+
+
+def test_real_rows_have_the_right_frequencies():
+    """Guards against code that only works on made-up logits: real GPT-2 rows (best logits -89 to
+    -136). The 1000 best tokens are drawn 200k times (odds of failing by luck 1 in 1000); the
+    whole row must give the same draws as they do, which top_k 10 makes exact."""
+    rows = golden_rows()
+    best = rows[2].topk(1000).indices.sort().values
+    check_frequencies(rows[2][best], 10, 0.95, 1.0, seed=11)
+    streams = torch.arange(1000) * -977
+    settings = {"top_k": 10, "top_p": 0.95, "seed": 11, "streams": streams}
+    for row in rows:
+        best = row.topk(1000).indices.sort().values
+        cut, _ = sample_and_score(row[best].expand(1000, -1), **settings)
+        whole, _ = sample_and_score(row.expand(1000, -1), **settings)
+        assert torch.equal(best[cut], whole)
+
+
+def test_real_rows_logprobs():
+    """Guards against log-probs that lose digits near -136, where fp32 steps are 1.5e-5: each
+    token is forced by shifting it into reach, and compared with the float64 log-softmax."""
+    rows, worst = golden_rows(), 0.0
+    exact = rows.double().log_softmax(-1)
+    for row, want in zip(rows, exact):
+        tokens, logprobs = sample_and_score(row.expand(60, -1), temperature=50.0, seed=2)
+        assert tokens.unique().numel() > 55  # temperature 50: nearly uniform over 50,257
+        error = (logprobs - want[tokens]).abs() / want[tokens].abs().clamp_min(1)
+        worst = max(worst, error.max().item())
+    greedy, logprobs = sample_and_score(rows, temperature=0)
+    assert torch.equal(greedy, rows.argmax(-1))
+    worst = max(worst, (logprobs - exact.gather(1, greedy[:, None])[:, 0]).abs().max().item())
+    print(f"\nlog-prob error on real rows: {worst:.1e}")
+    assert worst < 2e-6
+
+
+# --- corners -------------------------------------------------------------------------------------
+
+
+def kept_tokens(row: list, n: int = 4000, **settings) -> list[int]:
+    """Which tokens come up in n draws."""
+    tokens, _ = sample_and_score(torch.tensor(row).expand(n, -1), **settings)
+    return tokens.unique().tolist()
+
+
+def test_ties_go_to_the_lowest_id():
+    """Guards against topk's arbitrary order among equals, at the border and inside (a kept token
+    of probability 1/8 stays unseen in 4000 draws with odds 1e-232)."""
+    tied = [1.0, 5.0, 5.0, 5.0, 0.0]
+    assert kept_tokens(tied, top_k=2) == [1, 2]
+    assert kept_tokens(tied, top_k=1) == kept_tokens(tied, temperature=0.0) == [1]
+    assert kept_tokens(tied, top_k=3, top_p=0.6) == [1, 2]
+    assert kept_tokens(tied, top_p=1e-9) == kept_tokens(tied, top_p=0.0) == [1]
+    equal = [0.5] * 1000
+    assert kept_tokens(equal, top_k=8) == list(range(8))
+    assert kept_tokens(equal, top_k=8, top_p=0.5) == list(range(4))
+    border = [0.0] * 5000 + [9.0, 9.0] + [1.0] * 500  # two stand out, then 500 equals
+    assert kept_tokens(border, top_k=4, temperature=50.0) == [5000, 5001, 5002, 5003]
+
+
+def test_order_of_ids_decides_not_order_of_logits(monkeypatch):
+    """Guards against walking the CDF in descending order: same frequencies, other draws than the
+    kernel's. Uniforms 0 and 1 - 2^-24 must give the first and the last kept id that has any mass,
+    and one that hits a border exactly gives the token behind it."""
+    inf = float("inf")
+    row, tie = [-inf, 1.0, 3.0, -50.0, 2.0, -200.0], [-1e6, 0.0, 0.0, -1e6]
+    last = 1 - 2**-24
+    cases = [(row, 3, 0.0, 1), (row, 3, last, 4), (row, 0, 0.0, 1), (row, 0, last, 4)]
+    cases += [(tie, 0, 0.0, 1), (tie, 0, 0.5 - 2**-24, 1), (tie, 0, 0.5, 2), (tie, 0, last, 2)]
+    cases += [([-90.0, 0.0], 0, 0.0, 0)]  # top_p 1 is off: nothing is cut, however unlikely
+    for logits, k, u, want in cases:
+        fixed = torch.tensor([u], dtype=torch.float64)
+        monkeypatch.setattr(reference, "uniform", lambda *_, fixed=fixed: fixed)
+        tokens, _ = reference.sample_and_score(torch.tensor([logits]), top_k=k)
+        assert tokens.item() == want, (k, u)
+
+
+def test_minus_infinity_is_never_drawn():
+    """Guards against masked tokens that come back with k off or above what is left."""
+    inf = float("inf")
+    for settings in ({}, {"top_k": 4}, {"temperature": 2.0}, {"temperature": 0.0}):
+        tokens = kept_tokens([-inf, 1.0, -inf, 1.0, -inf], **settings)
+        assert tokens == ([1] if settings.get("temperature") == 0 else [1, 3])
+    tokens, logprobs = sample_and_score(torch.tensor([[-inf, -7.0, -inf]]))
+    assert tokens.tolist() == [1] and logprobs.tolist() == [0.0]
+
+
+def test_unusable_rows_say_so():
+    """Guards against a silent token from NaN, +inf or nothing but -inf, and against such a row
+    spoiling its neighbours."""
+    inf, nan = float("inf"), float("nan")
+    bad = [[nan, 1, 2], [1, nan, nan], [nan] * 3, [inf, 1, 2], [inf, inf, 1], [-inf] * 3]
+    bad += [[inf, -inf, nan]]
+    x = torch.tensor([[1.0, 2.0, 3.0], *bad, [1.0, 2.0, 3.0]])
+    for settings in ({}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0.0}, {"top_k": 3}):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            n = len(bad)
+            tokens, logprobs = sample_and_score(x.to(dtype), **settings)
+            assert tokens[1 : n + 1].eq(-1).all() and logprobs[1 : n + 1].isnan().all()
+            for i in (0, n + 1):
+                stream = torch.tensor([i])
+                alone = sample_and_score(x[i : i + 1].to(dtype), streams=stream, **settings)
+                assert tokens[i] == alone[0] and logprobs[i] == alone[1]
+
+
+def test_huge_magnitudes():
+    """Guards against overflow on the way: the best of 1e30 wins, with log-prob 0, and equals
+    among huge numbers share."""
+    tokens, logprobs = sample_and_score(
+        torch.tensor([[1e30, -1e30, 9e29], [-1e30, -1.1e30, -2e30]])
+    )
+    assert tokens.tolist() == [0, 0] and logprobs.tolist() == [0.0, 0.0]
+    assert kept_tokens([1e30, 1e30, -3e38]) == [0, 1]
+    assert kept_tokens([1e30, 1e30, 0.0], temperature=1e-20) == [0, 1]
+    assert kept_tokens([1.0, 2.0, 3.0], temperature=1e-45) == [2]
+    assert kept_tokens([1.0, 2.0, 3.0], temperature=1e30) == [0, 1, 2]
+
+
+def test_a_draw_does_not_depend_on_its_batch():
+    """Guards against draws by batch slot and against settings that leak between rows: each row
+    alone, in any order and beside rows of other settings. Log-probs may differ in the last bit."""
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(32, 1000, generator=g) * 3
+    streams = torch.tensor(random_ints(32, 64, 8))
+    settings = {
+        "position": torch.arange(32) * 3,
+        "top_k": torch.arange(32) % 7 * 9,
+        "top_p": 0.3 + 0.05 * (torch.arange(32) % 15).double(),
+        "temperature": torch.arange(32) % 5 / 2,
+    }
+    tokens, logprobs = sample_and_score(x, seed=77, streams=streams, **settings)
+    order = torch.randperm(32, generator=g)
+    for part in [order, order[:7], *order.split(1)]:
+        some = {name: value[part] for name, value in settings.items()}
+        got = sample_and_score(x[part], seed=77, streams=streams[part], **some)
+        assert torch.equal(got[0], tokens[part])
+        assert (got[1] - logprobs[part]).abs().max() < 1e-6
+    again = sample_and_score(x, seed=77, streams=streams, **settings)
+    assert torch.equal(again[0], tokens) and torch.equal(again[1], logprobs)
+
+
+def test_seed_stream_and_position_all_count():
+    """Guards against a word that is left out: seeds, streams and positions that differ in one bit
+    of each half give other draws. Equal draws have odds 1 in 1000 each: of 64, three or more are
+    equal by luck with odds 4e-5."""
+    x = torch.zeros(64, 1000)
+    base = {"seed": 5, "streams": torch.arange(64) + 100, "position": 9}
+    tokens, _ = sample_and_score(x, **base)
+    others = [
+        {"seed": 4},
+        {"seed": 5 + 2**32},
+        {"seed": 5 - 2**63},
+        {"streams": base["streams"] + 1000},
+        {"streams": base["streams"] + 2**32},
+        {"streams": base["streams"] - 2**63},
+        {"position": 8},
+        {"position": 9 + 2**30},
+    ]
+    for other in others:
+        assert (sample_and_score(x, **{**base, **other})[0] == tokens).sum() < 3, other
+    default = sample_and_score(x, seed=5)[0]
+    assert torch.equal(default, sample_and_score(x, seed=5, streams=torch.arange(64))[0])
+
+
+def test_bad_arguments_are_refused():
+    """Guards against settings that would silently mean something else."""
+    x = torch.zeros(2, 5)
+    wrong = [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": -0.1},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"position": -1},
+        {"temperature": torch.ones(3)},
+        {"top_k": torch.ones(2, 2)},
+        {"streams": torch.arange(3)},
+        {"streams": torch.zeros(2)},
+    ]
+    for settings in wrong:
+        with pytest.raises(ValueError):
+            sample_and_score(x, **settings)
+    for logits in (torch.zeros(5), torch.zeros(2, 0), torch.zeros(2, 5, dtype=torch.int64)):
+        with pytest.raises(ValueError):
+            sample_and_score(logits)

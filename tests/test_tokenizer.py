@@ -1,0 +1,405 @@
+"""tokenizer.py against transformers' GPT2Tokenizer, trained BPEs, any text, and damaged files."""
+
+import json
+import random
+import shutil
+import time
+
+import pytest
+import tokenizers
+import transformers
+from conftest import MERGES, make_tiny_model, shared, write_tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sert_min import tasks
+from sert_min.runtime import SertError
+from sert_min.tokenizer import END, Tokenizer, byte_alphabet, load_tokenizer
+
+VOCAB, MERGES_FILE = (  # the names that tiktoken's cache gives to GPT-2's two files
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+)
+AWKWARD = [
+    *(
+        "",
+        " ",
+        "  ",
+        "\n",
+        "\t\n  x",
+        "a\u2028b\u0085c",
+        "\x00\x7f\xad\u00a0",
+        "é e\u0301 ß",
+        "日本語 かな",
+    ),
+    *(
+        "🙂👍🏽 flags 🇩🇪",
+        "I'm you'LL we've 'tis",
+        "3.14 1,000 ½ ٣",
+        "<|endoftext|>",
+        "#version: 0.2",
+    ),
+    *(
+        "Question: Is it?\nAnswer:",
+        " yes\r\n\r\n no ",
+        "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+        "Ġ Ċ",
+    ),
+]
+ANY_TEXT = st.text(st.characters(), max_size=40)  # lone surrogates too
+ORDINARY = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+
+
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory):
+    """GPT-2's vocab.json and merges.txt."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    shutil.copy(shared("tiktoken", VOCAB), folder / "vocab.json")
+    shutil.copy(shared("tiktoken", MERGES_FILE), folder / "merges.txt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def theirs(gpt2_folder):
+    """transformers' tokenizer of the same files."""
+    files = (str(gpt2_folder / name) for name in ("vocab.json", "merges.txt"))
+    return transformers.GPT2Tokenizer(*files)
+
+
+@pytest.fixture(scope="session")
+def only_json(theirs, tmp_path_factory):
+    """A folder with tokenizer.json alone, as newer transformers write it."""
+    folder = tmp_path_factory.mktemp("only-json")
+    theirs.save_pretrained(folder)
+    assert not (folder / "merges.txt").exists()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[str]:
+    """All 13,252 real questions, bare and as prompts."""
+    texts = []
+    for task in ("strategy_qa", "commonsense_qa"):
+        for split in ("train", "test"):
+            texts += [q.text for q in tasks.load(task, split, shared("data"))]
+    assert len(texts) == 2290 + 9741 + 1221
+    stems = [text.split(" Answer choices: ")[0] for text in texts]
+    return stems + [f"Question: {text}\nAnswer:" for text in texts]
+
+
+def test_ids_equal_transformers_on_all_real_questions(gpt2_folder, only_json, theirs, questions):
+    """Guards pre-tokeniser, merge order and vocabulary; both forms of the files. 26,504 texts."""
+    wanted = theirs(questions)["input_ids"]
+    for folder in (gpt2_folder, only_json):
+        ours = load_tokenizer(folder)
+        assert (ours.n_vocab, ours.eot) == (50257, 50256)
+        ids = [ours.encode(text) for text in questions]
+        assert ids == wanted
+        assert [ours.decode(i) for i in ids] == questions
+    print(f"{len(questions):,} texts, {sum(map(len, wanted)):,} ids compared, twice")
+
+
+def test_ids_equal_transformers_on_awkward_text(gpt2_folder, theirs):
+    """Guards white space, digits, contractions and scripts that questions seldom hold."""
+    ours = load_tokenizer(gpt2_folder)
+    rng = random.Random(0)
+    pieces = [t for t in AWKWARD if t != END]
+    mixed = ["".join(rng.choices(pieces, k=6)) for _ in range(2000)]
+    for text in pieces + mixed:
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+
+
+def test_vocabulary_decides_the_ids(gpt2_folder, theirs, tmp_path):
+    """Guards ranks used as ids: a model may number its tokens in any order."""
+    vocab = json.loads((gpt2_folder / "vocab.json").read_text(encoding="utf-8"))
+    ids = list(range(60000))  # with holes
+    random.Random(0).shuffle(ids)
+    vocab = {token: ids[i] for token, i in vocab.items()}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    shutil.copy(gpt2_folder / "merges.txt", tmp_path)
+    ours = load_tokenizer(tmp_path)
+    hf = transformers.GPT2Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    assert ours.eot == vocab[END] != 50256
+    for text in AWKWARD:
+        if text != END:
+            assert ours.encode(text) == hf(text)["input_ids"]
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_end_of_text_in_text_stays_text(gpt2_folder, only_json):
+    """Guards a question or a teacher's text that injects a real end-of-text token."""
+    for folder in (gpt2_folder, only_json):
+        ours = load_tokenizer(folder)
+        ids = ours.encode(f"a {END} b{END}")
+        assert ours.eot not in ids and ours.decode(ids) == f"a {END} b{END}"
+        assert ours.decode([ours.eot]) == END
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("bytes")
+    write_tiny_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+@given(ANY_TEXT)
+def test_any_text_makes_the_round_trip(tiny, text):
+    """Guards crashes on untrusted text; a lone surrogate comes back as U+FFFD."""
+    back = tiny.decode(tiny.encode(text))
+    assert back == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@given(st.lists(st.integers(-(2**70), 2**70) | st.integers(0, 300), max_size=30))
+def test_any_ids_decode(tiny, ids):
+    """Guards tiktoken's KeyError and OverflowError for ids without a token, and cut UTF-8."""
+    assert isinstance(tiny.decode(ids), str)
+
+
+def test_long_runs_are_fast(tiny):
+    """Guards quadratic time or a backtracking limit on long runs of one character."""
+    start = time.perf_counter()
+    for text in (" " * 200_000, "the" * 70_000, "\n \n" * 60_000, "^" * 200_000):
+        assert tiny.decode(tiny.encode(text)) == text
+    assert time.perf_counter() - start < 20
+
+
+# --- other vocabularies --------------------------------------------------------------------------
+
+
+def train_bpe(folder, texts, size, form):
+    """An ordinary BPE of the `tokenizers` package, in either form of files."""
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=size, min_frequency=1, special_tokens=[END])
+    if form == "tokenizer.json":
+        bpe.save(str(folder / form))
+    else:
+        bpe.save_model(str(folder))
+    return bpe
+
+
+@pytest.mark.parametrize("form", ["merges.txt", "tokenizer.json"])
+@pytest.mark.parametrize("alphabet", ["ab", "abc ", "aé 日1'"])
+def test_trained_bpes_agree_with_transformers(form, alphabet, tmp_path):
+    """Guards the difference of the engines: tiktoken merges by the joined token, Hugging Face by
+    the pair. Few letters make many overlapping merges (here END has id 0, not the last)."""
+    rng = random.Random(alphabet)
+    texts = ["".join(rng.choices(alphabet, k=rng.randrange(1, 60))) for _ in range(3000)]
+    bpe = train_bpe(tmp_path, texts[:1000], 900, form)
+    ours = load_tokenizer(tmp_path)
+    assert ours.eot == 0 and ours.n_vocab > 600
+    for text in texts[1000:]:
+        assert ours.encode(text) == bpe.encode(text).ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text("abc", min_size=1, max_size=12), min_size=1, max_size=8), ORDINARY)
+def test_any_training_gives_a_vocabulary_that_is_accepted(tmp_path_factory, texts, other):
+    """Guards check_merges: it must refuse no list that BPE training gives."""
+    folder = tmp_path_factory.mktemp("bpe")
+    bpe = train_bpe(folder, [*texts, other], 400, "merges.txt")
+    ours = load_tokenizer(folder)
+    for text in [*texts, "".join(texts), other]:
+        assert ours.encode(text) == bpe.encode(text).ids
+
+
+def test_merges_that_tiktoken_reads_otherwise_are_refused(tmp_path):
+    """Guards the one case in which the engines differ: `abc` is a + bc here, which no merge
+    allows, yet tiktoken would join them. Also two merges for one token."""
+    for merges in (["b c", "a b", "ab c"], ["a b", "b c", "ab c", "a bc"]):
+        write_tiny_tokenizer(tmp_path, list(dict.fromkeys(merges)))
+        with pytest.raises(SertError, match="never lead to the merge"):
+            load_tokenizer(tmp_path)
+
+
+def test_models_rebuilt_at_one_path_get_their_own_tokenizers(tmp_path):
+    """Guards a cache that goes by path."""
+    write_tiny_tokenizer(tmp_path, MERGES)
+    first = load_tokenizer(tmp_path)
+    write_tiny_tokenizer(tmp_path, ["Ġ y", "o r", "Ġy o"])
+    second = load_tokenizer(tmp_path)
+    assert first.n_vocab != second.n_vocab
+    assert first.encode(" you") != second.encode(" you")
+    assert first.encode("the") == [first.encode("t")[0], 256]  # the old one still works
+
+
+def test_tiny_model_is_one_of_ours(tiny_model_folder):
+    """Guards the fixture that other tests stand on: transformers reads it as we do."""
+    ours = load_tokenizer(tiny_model_folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(tiny_model_folder)
+    text = "Question: Is the answer yes or no?\nAnswer: yes, they were"
+    assert ours.encode(text) == theirs(text)["input_ids"]
+    assert ours.n_vocab == 256 + len(MERGES) + 1 == ours.eot + 1
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+def refused(folder) -> str:
+    with pytest.raises(SertError) as e:
+        load_tokenizer(folder)
+    text = str(e.value)
+    assert "\n" not in text and ("choose" in text or "again" in text or "add them" in text), text
+    return text
+
+
+def edit_json(folder, source, **changes):
+    """tokenizer.json of `source` with dotted names set to other values."""
+    raw = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        place = raw
+        *path, last = name.split("__")
+        for key in path:
+            place = place[key]
+        place[last] = value
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
+@pytest.fixture(scope="module")
+def small_json(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small-json")
+    train_bpe(folder, ["some words, some more words"], 300, "tokenizer.json")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__type": "WordPiece"},
+        {"model__type": "Unigram", "model__vocab": [["a", 0.5]]},
+        {"model__ignore_merges": True},
+        {"model__end_of_word_suffix": "</w>"},
+        {"model__continuing_subword_prefix": "##"},
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}},  # sentencepiece
+        {"pre_tokenizer__use_regex": False},
+        {"pre_tokenizer__add_prefix_space": True},
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}],
+            }
+        },
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel", "use_regex": False}],
+            }
+        },
+    ],
+)
+def test_other_tokenizers_are_refused_by_name(changes, small_json, tmp_path):
+    """Guards ids that differ silently: everything but GPT-2's byte-level BPE is refused."""
+    edit_json(tmp_path, small_json)
+    load_tokenizer(tmp_path)
+    edit_json(tmp_path, small_json, **changes)
+    assert "byte-level BPE" in refused(tmp_path)
+
+
+def test_real_foreign_tokenizers_are_refused(tmp_path):
+    """Guards the same with files of the `tokenizers` package: WordPiece, sentencepiece's BPE."""
+    texts = ["some words, some more words"] * 3
+    for maker in (tokenizers.BertWordPieceTokenizer, tokenizers.SentencePieceBPETokenizer):
+        foreign = maker()
+        foreign.train_from_iterator(texts, vocab_size=100, min_frequency=1)
+        foreign.save(str(tmp_path / "tokenizer.json"))
+        assert "byte-level BPE" in refused(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps({"▁some": 0, "<unk>": 1}))
+    (tmp_path / "merges.txt").write_text("▁ s\n")
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("vocab.json", lambda text: ""),
+        ("vocab.json", lambda text: text[:-20]),
+        ("vocab.json", lambda text: "[1, 2]"),
+        ("vocab.json", lambda text: "[" * 100_000),
+        ("vocab.json", lambda text: text.replace(END, "<|end|>")),
+        ("vocab.json", lambda text: text.replace('"he": 256', '"he": 9999999999999999999999')),
+        ("vocab.json", lambda text: text.replace('"he": 256', f'"he": {2**31}')),
+        ("vocab.json", lambda text: text.replace('"he": 256', '"he": -1')),
+        ("vocab.json", lambda text: text.replace('"he": 256', '"he": 255')),
+        ("vocab.json", lambda text: text.replace('"he": 256', '"he": "256"')),
+        ("vocab.json", lambda text: text.replace('"he": 256', '"he": true')),
+        ("vocab.json", lambda text: text.replace('"he": 256, ', "")),
+        ("merges.txt", lambda text: text.replace("h e\n", "h e x\n")),
+        ("merges.txt", lambda text: text.replace("h e\n", "he\n")),
+        ("merges.txt", lambda text: text.replace("h e\n", "h ▁\n")),
+        ("merges.txt", lambda text: text.replace("h e\n", "h  e\n")),
+        ("merges.txt", lambda text: text.replace("h e\n", "")),
+        ("merges.txt", lambda text: text + "\nq q"),
+        ("merges.txt", None),  # bytes that are no UTF-8
+        ("tokenizer.json", lambda text: "{}"),
+        ("tokenizer.json", lambda text: '{"model": 3}'),
+        ("tokenizer.json", lambda text: "null"),
+        ("tokenizer.json", lambda text: text[: len(text) // 2]),
+    ],
+)
+def test_damaged_files_are_refused(file, change, small_json, tmp_path):
+    """Guards tracebacks, and ids without a meaning, from damaged tokenizer files."""
+    if file == "tokenizer.json":
+        shutil.copy(small_json / file, tmp_path)
+    else:
+        write_tiny_tokenizer(tmp_path)
+    path = tmp_path / file
+    if change is None:
+        path.write_bytes(b"h \xff\n")
+    else:
+        old = path.read_text(encoding="utf-8")
+        assert change(old) != old
+        path.write_text(change(old), encoding="utf-8")
+    refused(tmp_path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_cut_or_garbled_files_never_crash(tmp_path_factory, data):
+    """Guards every other damage: a SertError or a tokenizer that still makes the round trip."""
+    folder = tmp_path_factory.mktemp("garbled")
+    write_tiny_tokenizer(folder)
+    path = folder / data.draw(st.sampled_from(["vocab.json", "merges.txt"]))
+    old = path.read_bytes()
+    at, n = data.draw(st.integers(0, len(old))), data.draw(st.integers(0, 20))
+    path.write_bytes(old[:at] + data.draw(st.binary(max_size=8)) + old[at + n :])
+    try:
+        tokenizer = load_tokenizer(folder)
+    except SertError as e:
+        assert "\n" not in str(e)
+    else:
+        assert tokenizer.decode(tokenizer.encode("the yes 日")) == "the yes 日"
+
+
+def test_windows_line_ends_are_read(tmp_path):
+    """Guards a git checkout that turned merges.txt to CRLF."""
+    write_tiny_tokenizer(tmp_path)
+    wanted = load_tokenizer(tmp_path).encode("the yes")
+    merges = (tmp_path / "merges.txt").read_bytes()
+    (tmp_path / "merges.txt").write_bytes(merges.replace(b"\n", b"\r\n"))
+    assert load_tokenizer(tmp_path).encode("the yes") == wanted
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path):
+    """Guards an index error in the embedding, far from its cause."""
+    folder = make_tiny_model(tmp_path / "m", vocab_size=260)
+    with pytest.raises(SertError, match="269 ids, config.json's vocab_size only 260"):
+        load_tokenizer(folder)
+    assert load_tokenizer(make_tiny_model(tmp_path / "padded", vocab_size=320)).n_vocab == 269
+
+
+def test_folders_without_a_tokenizer_are_refused(tmp_path):
+    """Guards the fall back to somebody else's vocabulary."""
+    assert "has neither" in refused(tmp_path)
+    assert "has neither" in refused(tmp_path / "nowhere")
+    write_tiny_tokenizer(tmp_path)
+    (tmp_path / "vocab.json").unlink()
+    assert "has neither" in refused(tmp_path)
+
+
+def test_byte_alphabet():
+    """Guards the table: 256 different characters, none of them a space."""
+    alphabet = byte_alphabet()
+    assert sorted(alphabet.values()) == list(range(256)) and len(alphabet) == 256
+    assert alphabet["Ġ"] == 32 and alphabet["Ċ"] == 10 and alphabet["A"] == 65
+    assert not any(c.isspace() for c in alphabet)
