@@ -116,3 +116,11 @@ def fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return hidden.float() @ weight.float().T
+
+
+def bf16_pieces(x: Tensor, weight: bool) -> Tensor:
+    """fp32 [N, C] -> bf16 [N, 3 C] such that pieces(h) @ pieces(w).T is h @ w.T up to about 2^-16
+    of the terms: [hi, lo, hi] for hidden states against [hi, hi, lo] for the weight."""
+    hi = x.bfloat16()
+    lo = (x - hi.float()).bfloat16()
+    return torch.cat([hi, hi, lo] if weight else [hi, lo, hi], -1)

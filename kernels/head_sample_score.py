@@ -9,7 +9,7 @@ for the token itself.
 
 Precision. GPT-2's logits lie near -100, where bf16 numbers are 0.5 apart: sums are fp32. Inputs in
 bf16 would still cost up to some hundredths, so an fp32 matrix can be handed over as bf16 pieces
-(`bf16_pieces`): x = hi + lo, and x w = hi hi + lo hi + hi lo, side by side as one product of three
+(`kernels.bf16_pieces`): x = hi + lo, and x w = hi hi + lo hi + hi lo, side by side as one product of three
 times the depth, with an error near 2^-16 of the terms.
 
 Cost for B rows, width C, V tokens, at 2 bytes a number: 2 V C bytes of weights (77 MB for GPT-2:
@@ -91,14 +91,6 @@ def head_kernel(
         at_slot = out[:, None] * K + slots[None, :]
         tl.store(part_best + at_slot, best, mask=row_ok[:, None])
         tl.store(part_ids + at_slot, ids, mask=row_ok[:, None])
-
-
-def bf16_pieces(x: Tensor, weight: bool) -> Tensor:
-    """fp32 [N, C] -> bf16 [N, 3 C] such that pieces(h) @ pieces(w).T is h @ w.T up to about 2^-16
-    of the terms: [hi, lo, hi] for hidden states against [hi, hi, lo] for the weight."""
-    hi = x.bfloat16()
-    lo = (x - hi.float()).bfloat16()
-    return torch.cat([hi, hi, lo] if weight else [hi, lo, hi], -1)
 
 
 def tiles(B: int, V: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:

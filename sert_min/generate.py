@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels import sample_and_score
+from kernels import bf16_pieces, head_sample_and_score
 from kernels.reference import best_first
 from sert_min.gpt2 import GPT2, causal_attention
 from sert_min.runtime import SertError
@@ -103,10 +103,10 @@ class Prompts:
     values: list[Tensor]
     lengths: Tensor  # [Q]
     mask: Tensor  # [Q, P] 0 at a prompt's tokens, -inf at padding
-    logits: Tensor  # [Q, V] at each prompt's last token
+    hidden: Tensor  # [Q, C] at each prompt's last token
 
 
-def prefill(model: GPT2, prompts: list[list[int]], n_vocab: int) -> Prompts:
+def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
     """Run each prompt once. Padding stands on the right, where causal attention never looks."""
     device = model.wte.weight.device
     P = max(map(len, prompts))
@@ -124,22 +124,22 @@ def prefill(model: GPT2, prompts: list[list[int]], n_vocab: int) -> Prompts:
     hidden = model(ids.to(device), attend=attend)  # [Q, P, C]
     last = hidden[torch.arange(len(prompts)), lengths - 1]  # [Q, C]
     mask = torch.where(torch.arange(P) < lengths[:, None], 0.0, float("-inf"))
-    logits = model.logits(last)[:, :n_vocab]
-    return Prompts(keys, values, lengths.to(device), mask.to(device), logits)
+    return Prompts(keys, values, lengths.to(device), mask.to(device), last)
 
 
-def first_rows(prompts: Prompts, names: list[str], s: SampleSettings, eot: int) -> list[Row]:
-    """All rows of a block in order, each with its first token if that is a branch [SERT §II-A-1]."""
+def first_rows(logits: Tensor, names: list[str], s: SampleSettings, eot: int) -> list[Row]:
+    """All rows of a block in order, each with its first token if that is a branch [SERT §II-A-1];
+    logits [Q, V] at the prompts' ends."""
     rows = []
     if s.raw:
         for q, name in enumerate(names):
             for i in range(s.branches * s.samples):
                 rows.append(Row(q, -1, i, stream_of(name, -1, i)))
         return rows
-    if s.branches > prompts.logits.shape[1]:
+    if s.branches > logits.shape[1]:
         raise SertError(f"--branches {s.branches} is more than the vocabulary holds; lower it")
-    top, ids = best_first(prompts.logits, s.branches)  # [Q, K], ties by lowest id
-    logprobs = top - prompts.logits.logsumexp(-1, keepdim=True)
+    top, ids = best_first(logits, s.branches)  # [Q, K], ties by lowest id
+    logprobs = top - logits.logsumexp(-1, keepdim=True)
     if not logprobs.isfinite().all():
         bad = int((~logprobs.isfinite()).any(1).nonzero()[0])
         raise SertError(f"{names[bad]}: the model's logits are NaN or infinite; check its weights")
@@ -253,16 +253,21 @@ def sample_block(
     continuation per prompt."""
     check_lengths(prompts, names, model, s.max_new_tokens)
     n_vocab, eot = min(tokenizer.n_vocab, model.config.vocab_size), tokenizer.eot
-    shared = prefill(model, prompts, n_vocab)
-    rows = first_rows(shared, names, s, eot)
+    shared = prefill(model, prompts)
+    rows = first_rows(model.logits(shared.hidden)[:, :n_vocab], names, s, eot)
+    weight = model.head_weight[:n_vocab]  # fp32 [V, C]
+    in_pieces = weight.is_cuda and shared.keys[0].dtype is torch.bfloat16
+    if in_pieces:  # bf16 tensor cores at fp32's precision
+        weight = bf16_pieces(weight, weight=True)
     done: list[Row] = []
     waiting = rows[::-1]
 
-    def draw(logits: Tensor, rows: list[Row], streams: Tensor) -> list[bool]:
-        """Append a token to each row; tells which rows have ended."""
-        position = torch.tensor([len(r.token_ids) for r in rows], device=logits.device)
-        tokens, logprobs = sample_and_score(
-            logits,
+    def draw(hidden: Tensor, rows: list[Row], streams: Tensor) -> list[bool]:
+        """Append a token to each row, from hidden [n, C]; tells which rows have ended."""
+        position = torch.tensor([len(r.token_ids) for r in rows], device=hidden.device)
+        tokens, logprobs = head_sample_and_score(
+            bf16_pieces(hidden, weight=False) if in_pieces else hidden,
+            weight,
             temperature=s.temperature,
             top_k=s.top_k,
             top_p=s.top_p,
@@ -294,8 +299,8 @@ def sample_block(
         while waiting:
             row = waiting.pop()
             if s.raw:  # its first token comes from the prompt's own logits
-                logits = shared.logits[row.question : row.question + 1]
-                draw(logits, [row], torch.tensor([row.stream], device=logits.device))
+                hidden = shared.hidden[row.question : row.question + 1]
+                draw(hidden, [row], torch.tensor([row.stream], device=hidden.device))
             elif reject is not None and reject(row):
                 row.finish = "rejected"
             elif len(row.token_ids) >= s.max_new_tokens:
@@ -312,7 +317,7 @@ def sample_block(
     while live.rows:
         if changed:
             live.group()
-        ended = draw(model.logits(live.step())[:, :n_vocab], live.rows, live.streams)
+        ended = draw(live.step(), live.rows, live.streams)
         progress(len(ended))
         changed = any(ended)
         for slot in reversed([i for i, end in enumerate(ended) if end]):

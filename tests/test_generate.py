@@ -12,7 +12,7 @@ import torch
 
 from kernels import sample_and_score
 from sert_min import generate
-from sert_min.generate import GREEDY, Prompts, SampleSettings, sample_block, stream_of
+from sert_min.generate import GREEDY, SampleSettings, sample_block, stream_of
 from sert_min.gpt2 import GPT2, GPT2Config
 from sert_min.runtime import SertError
 
@@ -161,8 +161,7 @@ def test_tied_branches_take_the_lowest_ids():
     logits = torch.zeros(2, 5000)
     logits[0, [4000, 3000, 77]] = 2.0
     logits[1, 4999] = 1.0
-    prompts = Prompts([], [], torch.tensor([1, 1]), torch.zeros(2, 1), logits)
-    rows = generate.first_rows(prompts, ["a/0", "a/1"], SampleSettings(samples=1), eot=9)
+    rows = generate.first_rows(logits, ["a/0", "a/1"], SampleSettings(samples=1), eot=9)
     assert [row.token_ids[0] for row in rows] == [77, 3000, 4000, 0, 1, 4999, 0, 1, 2, 3]
 
 

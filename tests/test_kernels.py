@@ -22,7 +22,7 @@ from conftest import ROOT, shared
 
 pytest.importorskip("triton", reason="triton is not installed on this platform")
 import kernels
-from kernels import head_sample_score, reference, sample_score
+from kernels import reference, sample_score
 
 NAN, INF = float("nan"), float("inf")
 
@@ -319,7 +319,7 @@ def test_bf16_pieces():
     weight = torch.randn(1000, 256, generator=g) * 0.15 - 0.03 * common
     exact = hidden.double() @ weight.double().T
     assert exact.mean() < -60
-    pieces = [head_sample_score.bf16_pieces(x, w) for x, w in ((hidden, False), (weight, True))]
+    pieces = [kernels.bf16_pieces(x, w) for x, w in ((hidden, False), (weight, True))]
     ours = (pieces[0].double() @ pieces[1].double().T).log_softmax(-1)
     plain = (hidden.bfloat16().double() @ weight.bfloat16().double().T).log_softmax(-1)
     wanted = exact.log_softmax(-1)
