@@ -1,0 +1,87 @@
+"""What all benchmarks share: interleaved timing, the machine in words, one JSON at the end."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def machine() -> dict:
+    """Device, versions and commit of this run."""
+
+    def package(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{
+            name: package(name) for name in ("torch", "triton", "transformers", "flashinfer-python")
+        },
+        "commit": git.stdout.strip() or None,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
+        return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "cpu"
+
+
+def interleaved(candidates: dict[str, Callable[[], None]], runs: int) -> dict[str, float]:
+    """Median wall seconds of each candidate; one warm-up each, then A B C A B C .., so that drift
+    of the machine hits all alike. Only for work that is done when the call returns."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for f in candidates.values():
+        f()
+    for _ in range(runs):
+        for name, f in candidates.items():
+            start = time.perf_counter()
+            f()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def gpu_medians(candidates: dict[str, Callable], runs: int) -> dict[str, float]:
+    """Median seconds of each candidate on the GPU, interleaved, by CUDA events around each call."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for f in candidates.values():
+        for _ in range(3):
+            f()
+    torch.cuda.synchronize()
+    for _ in range(runs):
+        for name, f in candidates.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            f()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end) / 1e3)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def finish(result: dict, out: str | None) -> None:
+    """Write the JSON, if asked for."""
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {out}")

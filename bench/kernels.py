@@ -1,0 +1,175 @@
+"""Time of one sampling step on a GPU: ours against what people use, and against the hardware.
+
+From logits: one pass of sample_score.py against PyTorch eager (softmax, top-k, cumsum, multinomial,
+gather), the same compiled, transformers' logits warpers, and FlashInfer with a log-sum-exp and a
+gather where it can be imported. From hidden states: the fused head against the product followed by
+the one-pass kernel, and against the bare product. Inputs rotate, so that no candidate reads its
+logits from a warm cache; every candidate gives tokens and log-probs. Draws are checked against the
+reference in the same run.
+
+    python bench/kernels.py --out bench/results/kernels.json     (needs a GPU)
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
+import torch
+import torch.nn.functional as F
+
+import kernels
+from bench.common import finish, gpu_medians, machine
+from kernels import head_sample_score, reference, sample_score
+
+K, P = 10, 0.95
+SHAPES = [(50257, 768), (128256, 768)]  # GPT-2's; a larger vocabulary
+ROWS = [25, 200, 1000, 4000]
+
+
+def eager(logits):
+    """Top-k, then top-p on the renormalised rest, draw, log-prob: as one writes it in PyTorch."""
+    logprobs = F.log_softmax(logits.float(), -1)
+    values, ids = logprobs.topk(K)
+    share = values.softmax(-1)
+    keep = share.cumsum(-1) - share < P
+    drawn = torch.multinomial(torch.where(keep, share, 0.0), 1)
+    return ids.gather(1, drawn), values.gather(1, drawn)
+
+
+def warpers(logits):
+    """transformers' own processors, in the order of generate."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    scores = TopPLogitsWarper(P)(None, TopKLogitsWarper(K)(None, logits))
+    drawn = torch.multinomial(scores.softmax(-1), 1)
+    return drawn, F.log_softmax(logits.float(), -1).gather(1, drawn)
+
+
+def flashinfer_chain():
+    """FlashInfer's sampler plus log-sum-exp and gather; None where it is not installed."""
+    try:
+        from flashinfer.sampling import top_k_top_p_sampling_from_logits
+    except ImportError:
+        return None
+
+    def chain(logits):
+        ids = top_k_top_p_sampling_from_logits(logits, K, P).long()[:, None]
+        return ids, logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)
+
+    return chain
+
+
+def copy_bandwidth(n_bytes: int = 2**30) -> float:
+    """Bytes per second of a device-to-device copy, reads and writes both counted."""
+    a = torch.empty(n_bytes // 4, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * n_bytes / gpu_medians({"copy": lambda: b.copy_(a)}, 20)["copy"]
+
+
+def rotate(make, n: int):
+    """A function that returns a fresh one of n inputs at each call."""
+    inputs = itertools.cycle([make() for _ in range(n)])
+    return lambda: next(inputs)
+
+
+def from_logits(B: int, V: int, runs: int, bandwidth: float) -> dict:
+    n = max(2, min(8, int(2e9 / (B * V * 4))))
+    nxt = rotate(lambda: torch.randn(B, V, device="cuda") * 4 - 100, n)
+    given = {"top_k": K, "top_p": P, "seed": 1}
+    compiled = torch.compile(eager)
+    candidates = {
+        "ours": lambda: kernels.sample_and_score(nxt(), **given),
+        "eager": lambda: eager(nxt()),
+        "compiled": lambda: compiled(nxt()),
+    }
+    try:
+        warpers(nxt())
+        candidates["transformers warpers"] = lambda: warpers(nxt())
+    except ImportError:
+        pass
+    if chain := flashinfer_chain():
+        candidates["flashinfer chain"] = lambda: chain(nxt())
+    times = gpu_medians(candidates, runs)
+    x = nxt()
+    tokens, logprobs = kernels.sample_and_score(x, **given)
+    wanted, wanted_lp = reference.sample_and_score(x.cpu(), **given)
+    bytes_moved = B * V * 4
+    return {
+        "from": "logits", "B": B, "V": V,
+        "us": {k: round(t * 1e6, 2) for k, t in times.items()},
+        "ratio": {k: round(t / times["ours"], 2) for k, t in times.items()},
+        "share_of_bandwidth": round(bytes_moved / times["ours"] / (bandwidth / 2), 3),
+        "tokens_differ": int((tokens.cpu() != wanted).sum()),
+        "logprob_error": float((logprobs.cpu() - wanted_lp).abs().max()),
+    }  # fmt: skip
+
+
+def from_hidden(B: int, V: int, C: int, runs: int) -> dict:
+    weight = torch.randn(V, C, device="cuda") * 0.05
+    w = {1: weight.bfloat16(), 3: kernels.bf16_pieces(weight, weight=True)}
+    given = {"top_k": K, "top_p": P, "seed": 1}
+    hidden = rotate(lambda: torch.randn(B, C, device="cuda"), 4)
+    result = {"from": "hidden", "B": B, "V": V, "C": C, "us": {}, "ratio": {}}
+    for pieces in (1, 3):  # plain bf16; fp32's precision in three bf16 pieces
+
+        def h(pieces=pieces):
+            return hidden().bfloat16() if pieces == 1 else kernels.bf16_pieces(hidden(), False)
+
+        h = rotate(h, 4)
+        block = head_sample_score.tiles(B, V, torch.bfloat16)
+        times = gpu_medians(
+            {
+                "bare product": lambda: torch.mm(h(), w[pieces].T, out_dtype=torch.float32),
+                "product + one pass": lambda: kernels.sample_and_score(
+                    torch.mm(h(), w[pieces].T, out_dtype=torch.float32), **given
+                ),
+                "fused": lambda: kernels.head_sample_and_score(
+                    h(), w[pieces], blocks=block, **given
+                ),
+            },
+            runs,
+        )
+        name = "bf16" if pieces == 1 else "3 bf16 pieces"
+        result["us"][name] = {k: round(t * 1e6, 2) for k, t in times.items()}
+        best = min(times["fused"], times["product + one pass"])
+        result["ratio"][name] = round(best / times["bare product"], 3)
+    x = hidden()
+    fused = kernels.head_sample_and_score(
+        kernels.bf16_pieces(x, False), w[3], blocks=block, **given
+    )
+    exact = reference.sample_and_score((x.double() @ weight.double().T).float().cpu(), **given)
+    result["tokens_differ"] = int((fused[0].cpu() != exact[0]).sum())
+    same = fused[0].cpu() == exact[0]
+    result["logprob_error"] = float((fused[1].cpu() - exact[1]).abs()[same].max())
+    return result
+
+
+def main(argv=None) -> dict:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--quick", action="store_true", help="fewer shapes and runs")
+    p.add_argument("--out", help="write the figures as JSON")
+    args = p.parse_args(argv)
+    if not torch.cuda.is_available():
+        raise SystemExit("error: this benchmark needs a CUDA GPU; without one, see "
+                         "bench/compile_kernels.py for what can be checked")  # fmt: skip
+    runs = 30 if args.quick else 200
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s (reads and writes)")
+    rows = []
+    for V, C in SHAPES[: 1 if args.quick else 2]:
+        for B in ROWS:
+            for r in (from_logits(B, V, runs, bandwidth), from_hidden(B, V, C, runs)):
+                rows.append(r)
+                print(r)
+    result = {"machine": machine(), "copy_bandwidth": bandwidth, "rows": rows}
+    finish(result, args.out)
+    main_row = next(r for r in rows if r["from"] == "logits" and r["B"] == 1000)
+    print(f"ratio to PyTorch eager at 1,000 rows: {main_row['ratio']['eager']}")
+    return result
+
+
+if __name__ == "__main__":
+    assert sample_score.MAX_K >= K
+    main()
