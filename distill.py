@@ -6,7 +6,7 @@ SERT+RD, from the raw student RD. The paper's teacher, text-davinci-002, is gone
 OpenAI-compatible endpoint, a file of existing rationales, or, in the micro-world, its generator.
 
     python distill.py                                    # micro-world, offline
-    python distill.py --task strategy_qa --teacher-file davinci.jsonl
+    python distill.py --task strategy_qa --teacher-file davinci   # the paper's teacher, public log
     OPENAI_API_KEY=.. python distill.py --task commonsense_qa --teacher-model NAME --dry-run
     python distill.py --task strategy_qa --teacher-model llama3 --base-url http://localhost:11434/v1
 """
@@ -14,16 +14,33 @@ OpenAI-compatible endpoint, a file of existing rationales, or, in the micro-worl
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
-from sert_min import prompts, tasks, teacher
+from sert_min import prompts, tasks
 from sert_min.gpt2 import find_model, model_label, read_config, read_sert
-from sert_min.rationales import Output, rationale_records, read_teacher_file, teacher_answer
+from sert_min.rationales import (
+    PUBLIC,
+    Output,
+    rationale_records,
+    read_teacher_file,
+    teacher_answer,
+)
 from sert_min.runtime import SertError, printable, run_script
 from sert_min.store import lock_folder, read_jsonl, to_line, write_atomic
-from sert_min.teacher import Ask, Collection, Endpoint
+from sert_min.teacher import (
+    Ask,
+    Collection,
+    Endpoint,
+    Retry,
+    check_url,
+    collect,
+    missing,
+    read_reply,
+    stored_keys,
+)
 from sert_min.tokenizer import load_tokenizer
 from train import add_training_flags, train_student
 
@@ -36,7 +53,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     g = p.add_argument_group("teacher")
     g.add_argument(
-        "--teacher-file", help="existing rationales (our records, a zero_shot_cot log, ..)"
+        "--teacher-file",
+        help="existing rationales: a path (our records, a zero_shot_cot log, outputs of "
+        f"distilling-step-by-step, ..) or a public file by name ({', '.join(PUBLIC)})",
     )
     g.add_argument("--teacher-model", help="model name at the endpoint; there is no default")
     g.add_argument("--base-url", help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1")
@@ -49,10 +68,13 @@ def parse_args(argv=None) -> argparse.Namespace:
                    default="auto")  # fmt: skip
     g.add_argument("--two-step", action="store_true", help="ask for the answer in a second request")
     g.add_argument("--concurrency", type=int, default=8)
-    g.add_argument("--timeout", type=float, default=120, help="seconds per request")
+    g.add_argument("--timeout", type=float, default=120, help="seconds without an answer")
+    g.add_argument(
+        "--deadline", type=float, default=900, help="seconds per request, retries included"
+    )
     g.add_argument("--insecure", action="store_true", help="send the key over http:// as well")
     g = p.add_argument_group("cost")
-    g.add_argument("--max-requests", type=int, help="of this run")
+    g.add_argument("--max-requests", type=int, help="requests sent by this run, retries included")
     g.add_argument("--max-cost", type=float, help="USD, all runs of this folder together")
     g.add_argument("--price-in", type=float, help="USD per million prompt tokens")
     g.add_argument("--price-out", type=float, help="USD per million completion tokens")
@@ -89,10 +111,16 @@ def pick_student(args) -> tuple[str, str]:
 
 
 def endpoint(args) -> Endpoint:
-    for flag in ("concurrency", "timeout", "teacher_max_tokens"):
+    for flag in ("concurrency", "timeout", "deadline", "teacher_max_tokens"):
         if not getattr(args, flag) > 0:
             raise SertError(f"--{flag.replace('_', '-')} must be above 0")
-    return Endpoint(
+    for flag in ("teacher_temperature", "max_requests", "max_cost", "price_in", "price_out"):
+        value = getattr(args, flag)
+        if value is not None and not 0 <= value < float("inf"):  # nan would switch a cap off
+            raise SertError(f"--{flag.replace('_', '-')} must be a number from 0")
+    if args.max_cost is not None and (args.price_in is None or args.price_out is None):
+        raise SertError("--max-cost needs --price-in and --price-out (USD per million tokens)")
+    e = Endpoint(
         model=args.teacher_model,
         base_url=args.base_url,
         max_tokens=args.teacher_max_tokens,
@@ -101,10 +129,13 @@ def endpoint(args) -> Endpoint:
         completions=args.completions,
         concurrency=args.concurrency,
         timeout=args.timeout,
+        deadline=args.deadline,
         price_in=args.price_in,
         price_out=args.price_out,
         insecure=args.insecure,
     )
+    check_url(e)
+    return e
 
 
 def first_ask(q, args) -> Ask:
@@ -112,145 +143,161 @@ def first_ask(q, args) -> Ask:
     return Ask(q.task, q.id, 0, ({"role": "user", "content": text},))
 
 
-def second_ask(q, args, rationale: str) -> Ask:
-    """The answer to one's own reasoning, in a request of its own."""
-    first = first_ask(q, args).messages[0]
+def second_ask(first: Ask, record: dict, args) -> Ask | None:
+    """With --two-step, the request that a rationale leads to: the answer to it. An empty rationale
+    and an answer lead to none."""
+    said, last = record["text"].strip(), first.messages[-1]["content"]
+    if not args.two_step or not said or last.endswith(ASK_ANSWER):
+        return None
     if args.completions:
-        whole = f"{first['content']} {rationale.strip()}\n{ASK_ANSWER}"
-        return Ask(q.task, q.id, 0, ({"role": "user", "content": whole},))
-    said = {"role": "assistant", "content": rationale}
-    return Ask(q.task, q.id, 0, (first, said, {"role": "user", "content": ASK_ANSWER}))
+        messages = ({"role": "user", "content": f"{last} {said}\n{ASK_ANSWER}"},)
+    else:
+        answer = {"role": "user", "content": ASK_ANSWER}
+        messages = (*first.messages, {"role": "assistant", "content": said}, answer)
+    return Ask(first.task, first.id, first.sample, messages)
 
 
-def collect_outputs(args, questions: list, folder: Path) -> tuple[dict[str, Output], list[str]]:
+def outputs_of(args, questions: list, collection: Collection, e: Endpoint) -> dict[str, Output]:
+    """What the teacher has said so far, by question id; with --two-step only whole pairs."""
+    outputs = {}
+    for q in questions:
+        ask = first_ask(q, args)
+        reply = collection.replies.get(ask.key(e))
+        if reply is None:
+            continue
+        second, answer = second_ask(ask, reply, args), None
+        if second:
+            answer = collection.replies.get(second.key(e))
+            if answer is None:
+                continue
+        completion = answer["text"] if answer else None
+        outputs[q.id] = Output(reply["text"], completion, reply["finish"], e.model)
+    return outputs
+
+
+def check_readable(args, questions: list, outputs: dict[str, Output]) -> None:
+    """Stop early if the teacher's answers can't be read: every further one costs."""
+    if args.keep == "all":
+        return
+    told = [(q, outputs[q.id]) for q in questions if q.id in outputs]
+    n = sum(teacher_answer(output, q) is not None for q, output in told)
+    if n < len(told) / 2:
+        cut = sum(output.finish == "length" for _, output in told)
+        raise SertError(
+            f"only {n} of the first {len(told)} replies state an answer that can be read ({cut} "
+            "were cut off); they are kept. Ask for it with --teacher-suffix ' End with: So the "
+            "answer is ..', or use --two-step, or raise --teacher-max-tokens; --keep all goes on"
+        )
+
+
+def missing_asks(args, questions: list, collection: Collection, e: Endpoint) -> list[Ask]:
+    """What is to ask now: first requests without a reply, and second ones whose first has one."""
+    asks = [first_ask(q, args) for q in questions]
+    return missing(collection, asks, e, lambda ask, record: second_ask(ask, record, args))
+
+
+def ask_teacher(args, questions: list, folder: Path) -> tuple[dict[str, Output], list[str]]:
     """Ask the teacher for what is missing; (outputs by id, why others are missing)."""
     e = endpoint(args)
     collection = Collection(folder / "responses.jsonl").load()
-    asks = [first_ask(q, args) for q in questions]
     if args.import_batch:
+        asks = missing_asks(args, questions, collection, e)
         import_batch(Path(args.import_batch), asks, e, collection)
-    missing = [a for a in asks if a.key(e) not in collection.replies]
-    if args.export_batch:
-        export_batch(Path(args.export_batch), missing, e)
-        raise SystemExit(0)
-    if missing:
-        print(f"{len(asks) - len(missing):,} replies are there, {len(missing):,} to ask for")
-    by_id = {q.id: q for q in questions}
+    asks = missing_asks(args, questions, collection, e)
+    if asks:
+        print(f"{len(questions) - len(asks):,} questions have replies, {len(asks):,} are to ask")
+    checked = False
 
-    def readable(replies: list[dict]) -> None:
-        """Stop early if the teacher's answers can't be read: every further one costs."""
-        if args.two_step or len(replies) < 20 or len(replies) >= 20 + e.concurrency:
-            return
-        outputs = [Output(r["text"], None, r["finish"], "") for r in replies[:20]]
-        n = sum(teacher_answer(o, by_id[r["id"]]) is not None for o, r in zip(outputs, replies))
-        if n < 10:
-            raise SertError(
-                f"only {n} of the first 20 replies state an answer that can be read; they are "
-                "kept. Ask for it with --teacher-suffix ' End with: So the answer is ..', or use "
-                "--two-step, or raise --teacher-max-tokens"
+    def check() -> None:
+        nonlocal checked
+        if not checked and len(collection.replies) >= 20:
+            outputs = outputs_of(args, questions, collection, e)
+            if checked := len(outputs) >= 20:
+                check_readable(args, questions, outputs)
+
+    try:
+        with tqdm(total=len(asks), unit="reply", disable=not asks) as bar:
+
+            def progress(n: int, note: str) -> None:
+                bar.set_postfix_str(note, refresh=bool(note))
+                bar.update(n)
+
+            failures = collect(
+                collection,
+                asks,
+                e,
+                args.max_requests,
+                args.max_cost,
+                check,
+                progress,
+                follow_up=lambda ask, record: second_ask(ask, record, args),
             )
-
-    failures = run_asks(collection, asks, e, args, readable, "rationale")
-    outputs: dict[str, Output] = {}
-    if args.two_step:
-        replied = [(q, collection.replies.get(first_ask(q, args).key(e))) for q in questions]
-        seconds = {q.id: second_ask(q, args, r["text"]) for q, r in replied if r}
-        failures += run_asks(collection, list(seconds.values()), e, args, lambda r: None, "answer")
-    for q in questions:
-        reply = collection.replies.get(first_ask(q, args).key(e))
-        if reply is None:
-            continue
-        completion = None
-        if args.two_step:
-            answer = collection.replies.get(seconds[q.id].key(e))
-            if answer is None:
-                continue
-            completion = answer["text"]
-        outputs[q.id] = Output(reply["text"], completion, reply["finish"], e.model)
-    u, cost = collection.usage, collection.usage.cost(e)
-    print(
-        f"teacher {e.model}: {u.requests:,} replies, {u.tokens_in:,} tokens in, {u.tokens_out:,} out"
-        + (f", {cost:.4f} USD" if cost is not None else "; give --price-in and --price-out for USD")
-    )
-    return outputs, failures
-
-
-def run_asks(collection, asks: list, e: Endpoint, args, check, unit: str) -> list[str]:
-    missing = sum(a.key(e) not in collection.replies for a in asks)
-    with tqdm(total=missing, unit=unit, disable=not missing) as bar:
-        return teacher.collect(
-            collection, asks, e, args.max_requests, args.max_cost, check, bar.update
-        )
+    finally:
+        print(f"teacher {collection.summary(e)}")
+    return outputs_of(args, questions, collection, e), failures
 
 
 def print_plan(args, questions: list, folder: Path) -> None:
-    """What a collection would ask and cost at most."""
+    """What a collection would ask and cost at most. Sends and writes nothing."""
     e = endpoint(args)
     path = folder / "responses.jsonl"
-    replies = Collection(path).load().replies if path.exists() else {}
-    asks = [a for a in (first_ask(q, args) for q in questions) if a.key(e) not in replies]
+    there = stored_keys(path)
+    asks = [a for a in (first_ask(q, args) for q in questions) if a.key(e) not in there]
     print(f"\nprompt of question {questions[0].id}, to {e.url()}:")
-    print(printable_lines(first_ask(questions[0], args).messages[0]["content"]))
-    n = len(asks) * (2 if args.two_step else 1)
-    sent = sum(len(m["content"].encode()) for a in asks for m in a.messages) // 4
+    for line in first_ask(questions[0], args).messages[0]["content"].split("\n"):
+        print(f"  {printable(line)}")
+    bounds = [a.most_tokens(e) for a in asks]
+    if args.two_step:  # the second request sends the first one and its reply again
+        bounds += [(n_in + n_out + len(ASK_ANSWER) + 8, n_out) for n_in, n_out in bounds]
+    n_in, n_out = (sum(b[i] for b in bounds) for i in (0, 1))
     print(
-        f"\nplan: {n:,} requests ({len(questions) - len(asks):,} replies are there), about "
-        f"{sent:,} tokens in, at most {n * args.teacher_max_tokens:,} tokens out"
+        f"\nplan: {len(bounds):,} requests ({len(questions) - len(asks):,} first replies are "
+        f"there), at most {n_in:,} tokens in (a token per byte; English has about 4 bytes) and at "
+        f"most {n_out:,} tokens out"
     )
-    if e.price_in is not None and e.price_out is not None:
-        most = sum(teacher.request_cost(a, e) for a in asks) * (2 if args.two_step else 1)
-        print(f"at most {most:.2f} USD (a token per byte sent, full replies)")
+    if (usd := e.usd(n_in, n_out)) is not None:
+        print(f"at most {usd:.2f} USD; --max-cost is a hard cap")
 
 
-def printable_lines(text: str) -> str:
-    return "\n".join(printable(line) for line in text.split("\n"))
+# --- OpenAI's Batch API ---------------------------------------------------------------------------
 
 
-def export_batch(path: Path, asks: list[Ask], e: Endpoint) -> None:
-    """The missing requests in OpenAI's Batch API form; custom_id is the key of the reply."""
+def export_batch(args, questions: list, folder: Path) -> None:
+    """The missing requests as a batch file; custom_id is the key of the reply."""
+    e, path = endpoint(args), Path(args.export_batch)
+    collection = Collection(folder / "responses.jsonl").load()
     url = "/v1/completions" if e.completions else "/v1/chat/completions"
-    lines = (
-        to_line({"custom_id": a.key(e), "method": "POST", "url": url, "body": e.request(list(a.messages))})
-        for a in asks
-    )  # fmt: skip
+    lines = []
+    for a in missing_asks(args, questions, collection, e):
+        request = {"method": "POST", "url": url, "body": e.request(list(a.messages))}
+        lines.append(to_line({"custom_id": a.key(e), **request}))
     write_atomic(path, lines)
-    print(f"wrote {len(asks):,} requests to {path}; upload it, then --import-batch the output file")
+    print(
+        f"wrote {len(lines):,} requests to {path}; upload it, then repeat this command with "
+        "--import-batch FILE (the batch's output) instead of --export-batch"
+    )
 
 
 def import_batch(path: Path, asks: list[Ask], e: Endpoint, collection: Collection) -> None:
-    """Replies of a batch output file, joined by custom_id; failed or foreign lines are counted."""
+    """Replies of a batch output file, joined by custom_id and read by the rules of live ones;
+    lines without a usable reply are counted."""
     by_key = {a.key(e): a for a in asks}
-    taken = skipped = 0
+    taken = there = unusable = 0
     for row in read_jsonl(path):
-        ask = by_key.get(row.get("custom_id"))
+        key = row.get("custom_id")
+        if key in collection.replies:
+            there += 1
+            continue
         try:
-            body = row["response"]["body"]
-            choice = body["choices"][0]
-            text = choice["text"] if e.completions else choice["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            text = None
-        if ask is None or not isinstance(text, str):
-            skipped += 1
-            continue
-        if row["custom_id"] in collection.replies:
-            continue
-        usage = body.get("usage") or {}
-        collection.add(
-            {
-                "key": row["custom_id"],
-                "task": ask.task,
-                "id": ask.id,
-                "sample": ask.sample,
-                "text": text,
-                "finish": choice.get("finish_reason"),
-                "usage": {k: usage.get(k) for k in ("prompt_tokens", "completion_tokens")},
-                "returned_model": body.get("model"),
-                "request_id": row.get("id"),
-                "attempts": 1,
-            }
-        )
-        taken += 1
-    print(f"{path}: {taken:,} replies taken, {skipped:,} lines without a usable reply")
+            reply = read_reply(row["response"]["body"], e, row["response"].get("request_id"))
+            collection.add(key, by_key[key], {**reply, "attempts": 1})
+            taken += 1
+        except (KeyError, TypeError, AttributeError, Retry):
+            unusable += 1
+    print(
+        f"{path}: {taken:,} replies taken, {there:,} were there, {unusable:,} lines failed or "
+        "belong to no missing request"
+    )
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -261,6 +308,70 @@ def main(args) -> None:
     print(tasks.describe(questions, "train"))
     if args.limit is not None:
         questions, args.limit = questions[: max(1, args.limit)], None
+    check_teacher_flags(args)
+    if args.teacher_model:
+        # Bought replies are shared by all students of a task unless --out-dir is given.
+        name = re.sub(r"[^\w.-]", "-", args.teacher_model)[:80]
+        folder = Path(args.out_dir or f"out/{args.task}/teacher-{name}")
+        if args.dry_run:
+            return print_plan(args, questions, folder)
+        if args.export_batch:
+            with lock_folder(folder, ".lock-responses"):
+                return export_batch(args, questions, folder)
+    name, method = pick_student(args)
+    student = find_model(name)
+    out = Path(
+        args.out_dir or f"out/{args.task}/{model_label(name, student)}/{method}/seed{args.seed}"
+    )
+
+    # 1. Collect.
+    failures: list[str] = []
+    if args.teacher_model:
+        with lock_folder(folder, ".lock-responses"):
+            outputs, failures = ask_teacher(args, questions, folder)
+    elif args.teacher_file:
+        outputs, left = read_teacher_file(args.teacher_file, questions)
+        for what, n in left.items():
+            print(f"{args.teacher_file}: {n:,} outputs for {what} are left out")
+    else:
+        outputs = micro_outputs(questions)
+
+    # 2. Clean and choose.
+    records, counts = rationale_records(questions, outputs, args.keep, fits_context(student))
+    print(f"{len(records):,} rationales for {len(questions):,} questions:")
+    for what, n in counts.items():
+        print(f"  {what:<34}{n:>8,}")
+    if args.dry_run:
+        return None
+    save_records(out, records)
+    if failures:
+        end_with_missing_rows(failures, folder)
+    if args.collect_only:
+        print(f"wrote {out}/rationales.jsonl")
+        return None
+
+    # 3. Train.
+    by_id = {q.id: q for q in questions}
+    kept = [(by_id[r["id"]], r["rationale"]) for r in records if r["kept"]]
+    if not kept:
+        raise SertError(f"no rationale was kept; look at {out}/rationales.jsonl, or use --keep all")
+    pairs = [(q, *prompts.rd_pair(q, text)) for q, text in kept]
+    source = args.teacher_file or args.teacher_model or "micro"
+    args.out_dir = str(out)
+    train_student(args, method, name, pairs, prompts.COT_SUFFIX, source)
+    return None
+
+
+def save_records(out: Path, records: list[dict]) -> None:
+    """Write rationales.jsonl; that of a checkpoint beside it stays what it was trained on."""
+    path, text = out / "rationales.jsonl", "".join(map(to_line, records))
+    if (out / "settings.json").exists() and path.exists() and path.read_text() != text:
+        raise SertError(f"{out} holds a student of other rationales; choose another --out-dir")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text)
+
+
+def check_teacher_flags(args) -> None:
     if args.teacher_file and args.teacher_model:
         raise SertError("give --teacher-file or --teacher-model, not both")
     if not args.teacher_file and not args.teacher_model and args.task != "micro":
@@ -268,69 +379,44 @@ def main(args) -> None:
             f"--task {args.task} needs a teacher: --teacher-model NAME (any OpenAI-compatible "
             "endpoint, see --base-url) or --teacher-file FILE"
         )
-    name, method = pick_student(args)
-    student = find_model(name)
-    label = model_label(name, student)
-    out = Path(args.out_dir or f"out/{args.task}/{label}/{method}/seed{args.seed}")
+    if not args.teacher_model:
+        asked = ("base_url", "export_batch", "import_batch", "max_requests", "max_cost", "two_step")
+        for flag in asked:
+            if getattr(args, flag):
+                raise SertError(f"--{flag.replace('_', '-')} needs --teacher-model")
 
-    # 1. Collect: bought replies are shared by all students of a task unless --out-dir is given.
-    folder, failures = out, []
-    if args.teacher_model and not args.out_dir:
-        folder = Path(f"out/{args.task}/teacher-" + re.sub(r"[^\w.-]", "-", args.teacher_model))
-    if args.dry_run and args.teacher_model:
-        return print_plan(args, questions, folder)
-    if args.teacher_file:
-        outputs = read_teacher_file(Path(args.teacher_file), questions)
-    elif args.teacher_model:
-        with lock_folder(folder, ".lock-responses"):
-            outputs, failures = collect_outputs(args, questions, folder)
-    else:
-        from sert_min import micro
 
-        outputs = {
-            q.id: Output(micro.teacher_rationale(q), prompts.answer_text(q) + ".", "stop", "micro")
-            for q in questions
-        }
+def micro_outputs(questions: list) -> dict[str, Output]:
+    """The micro-world's own teacher: its generator, which is always right."""
+    from sert_min import micro
 
-    # 2. Clean and choose.
+    return {
+        q.id: Output(micro.teacher_rationale(q), prompts.answer_text(q) + ".", "stop", "micro")
+        for q in questions
+    }
+
+
+def fits_context(student: Path) -> Callable:
+    """fits(question, rationale): does its training text fit the student's context?"""
     tokenizer, context = load_tokenizer(student), read_config(student).n_positions
 
     def fits(q, text: str) -> bool:
         prompt, completion = prompts.rd_pair(q, text)
         return len(tokenizer.encode(prompt)) + len(tokenizer.encode(completion)) <= context
 
-    records, counts = rationale_records(questions, outputs, args.keep, fits)
-    print(f"{len(records):,} rationales for {len(questions):,} questions:")
-    for what, n in counts.items():
-        print(f"  {what:<34}{n:>8,}")
-    if args.dry_run:
-        return None
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "rationales.jsonl", map(to_line, records))
-    if failures:
-        for why in failures[:5]:
-            print(f"  missing: {printable(why)}", file=sys.stderr)
-        raise SertError(
-            f"{len(failures):,} rationales are missing; replies so far are in {folder}. "
-            "Repeat the command to ask for the rest"
-        )
-    if args.collect_only:
-        print(f"wrote {out}/rationales.jsonl")
-        return None
+    return fits
 
-    # 3. Train.
-    by_id = {q.id: q for q in questions}
-    pairs = [
-        (by_id[r["id"]], *prompts.rd_pair(by_id[r["id"]], r["rationale"]))
-        for r in records
-        if r["kept"]
-    ]
-    if not pairs:
-        raise SertError("no rationale was kept; look at rationales.jsonl, or use --keep all")
-    source = args.teacher_file or args.teacher_model or "micro"
-    args.out_dir = str(out)
-    train_student(args, method, name, pairs, prompts.COT_SUFFIX, str(source))
-    return None
+
+def end_with_missing_rows(failures: list[str], folder: Path) -> None:
+    """Say what is missing and how to go on; exit status 2."""
+    for why in failures[:5]:
+        print(f"  missing: {printable(why)}", file=sys.stderr)
+    print(
+        f"error: {len(failures):,} rationales are missing; replies so far are in {folder}. Repeat "
+        "the command to ask for the rest",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

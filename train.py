@@ -10,18 +10,28 @@ be read both ways: --loss-on all). `--method finetune` is the baseline without a
 """
 
 import argparse
+import hashlib
 import json
-import time
-from dataclasses import asdict
+import math
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from sert_min import filters, prompts, tasks
-from sert_min.evaluate import greedy, score, summarize
-from sert_min.finetune import TrainSettings, encode_example, fit, loss_sum, n_supervised, pack
-from sert_min.gpt2 import find_model, load_model, model_label, read_sert, save_model, weights_hash
+from sert_min.evaluate import greedy, greedy_cap, score, summarize
+from sert_min.finetune import TrainSettings, encode_example, fit, mean_loss, n_supervised
+from sert_min.gpt2 import (
+    GPT2,
+    find_model,
+    load_model,
+    model_label,
+    read_sert,
+    save_model,
+    weights_hash,
+)
 from sert_min.plots import plot_training
 from sert_min.runtime import (
     SertError,
@@ -32,14 +42,14 @@ from sert_min.runtime import (
     run_script,
 )
 from sert_min.store import (
-    append_durable,
     check_settings,
     lock_folder,
     read_json,
     read_jsonl,
-    to_line,
 )
-from sert_min.tokenizer import load_tokenizer
+from sert_min.tokenizer import Tokenizer, load_tokenizer
+
+VALIDATE = 100  # validation questions answered after each epoch
 
 
 def add_training_flags(p: argparse.ArgumentParser) -> None:
@@ -48,14 +58,18 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("data and model")
     g.add_argument("--task", choices=tasks.TASKS, default="micro", help="default: %(default)s")
     g.add_argument("--data-dir", help="read the datasets here instead of downloading them")
-    g.add_argument("--model", help="student to start from (default: see below)")
+    g.add_argument(
+        "--model", help="student to start from: name, folder or hub id (default: the task's)"
+    )
     g.add_argument("--out-dir", help="default: out/TASK/MODEL/METHOD/seedN")
     g.add_argument("--limit", type=int, help="only the first N examples")
     g = p.add_argument_group("optimisation [SERT §III-A]")
-    g.add_argument("--epochs", type=int, help="default: the task's (paper: 20)")
+    g.add_argument(
+        "--epochs", type=int, help="default: the task's (paper: 20); may be raised later"
+    )
     g.add_argument("--batch-size", type=int, default=d.batch_size, help="default: %(default)s")
     g.add_argument("--lr", type=float, default=d.lr, help="default: %(default)s, constant")
-    g.add_argument("--max-steps", type=int, help="stop after so many steps")
+    g.add_argument("--max-steps", type=int, help="stop after so many steps; may be raised later")
     g.add_argument("--accumulate", type=int, default=d.accumulate, help="split a batch in N parts")
     g.add_argument("--clip", type=float, default=d.clip, help="gradient norm, default %(default)s")
     g.add_argument("--loss-on", choices=("answer", "all"), default="answer", help="all: prompt too")
@@ -65,6 +79,10 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     g.add_argument(
         "--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="bf16: autocast"
+    )
+    g.add_argument("--compile", action="store_true", help="torch.compile model and loss")
+    g.add_argument(
+        "--save-seconds", type=float, default=300, help="between saved states (%(default)s)"
     )
     g.add_argument(
         "--report", type=int, help="test questions for before/after (micro: 100, else 0)"
@@ -93,10 +111,10 @@ def sert_pairs(paths: Path, questions: list) -> list[tuple]:
         if record.get("verdict") != "selected":
             continue
         q = by_id.get(record.get("id"))
-        if q is None or q.text != record["question"]:
+        if q is None or q.text != record.get("question") or not isinstance(record.get("text"), str):
             raise SertError(
-                f"{paths}: question {record.get('id')} is not in this task's train split; "
-                "give the --task that the paths were sampled for"
+                f"{paths}: question {record.get('id')} is not in this task's train split, or its "
+                "record is damaged; give the --task that the paths were sampled for"
             )
         text, had_one = prompts.strip_answer_sentence(record["text"])
         stripped, empty = stripped + had_one, empty + (not text)
@@ -133,107 +151,153 @@ def main(args) -> None:
     train_student(args, args.method, name, pairs, suffix="", source=source)
 
 
+class Run(NamedTuple):
+    """One training: the student it starts from, its examples, and all that decides the result."""
+
+    folder: Path  # of the student
+    model: GPT2
+    tokenizer: Tokenizer
+    out: Path
+    device: torch.device
+    s: TrainSettings
+    settings: dict
+    sert: dict  # what its checkpoints will say of themselves
+    examples: list
+    names: list[str]  # question ids of the examples
+    held: list  # validation examples
+
+
 def train_student(args, method: str, name: str, pairs: list, suffix: str, source: str) -> Path:
     """Train the model `name` on (question, prompt, completion) pairs and save it; returns the run's
     folder. Repeating the call continues it, or does nothing once it is done."""
-    # 1. What decides the result: everything in `settings`, stored beside it.
-    s = TrainSettings(
-        epochs=args.epochs if args.epochs is not None else tasks.preset(args.task)["epochs"],
-        batch_size=args.batch_size,
-        lr=args.lr,
-        max_steps=args.max_steps,
-        seed=args.seed,
-        accumulate=args.accumulate,
-        clip=args.clip,
-    ).check()
-    folder = find_model(name)
-    tokenizer, device = load_tokenizer(folder), pick_device(args.device)
-    model = load_model(folder)
-    label = model_label(name, folder)
+    run = prepare(args, method, name, pairs, suffix, source)
+    out, steps = run.out, run.s.steps(len(run.examples))
+    print(
+        f"{method}: {len(run.examples):,} examples, {n_supervised(run.examples):,} supervised "
+        f"tokens, {steps:,} steps of {run.s.batch_size}; {run.sert['root']} on {run.device}, "
+        f"{run.settings['dtype']}, {run.settings['threads']} thread(s)"
+    )
+    with lock_folder(out):
+        # A longer run starts with the very steps of a shorter one: these two may be raised.
+        fixed = {k: v for k, v in run.settings.items() if k not in ("epochs", "max_steps")}
+        check_settings(out / "settings.json", fixed, "choose another --out-dir")
+        if read_sert(out / "last").get("step") == steps:
+            print(f"{out}/last is there already, trained for {steps:,} steps")
+            return out
+        run.model.to(run.device)
+        asked = report_questions(args)
+        before = greedy_records(run, asked, read_sert(run.folder))
+        fit(
+            run.model,
+            run.examples,
+            run.names,
+            out,
+            run.s,
+            run.settings["dtype"] == "bf16",
+            args.compile,
+            partial(validate, run, args) if run.held else None,
+            args.save_seconds,
+        )
+        title = f"{method}, {args.task}, {run.sert['root']}"
+        plot_training(out / "metrics.jsonl", out / "loss.png", title)
+        save_model(run.model, out / "last", run.folder, {**run.sert, "step": steps})  # it is done
+        if asked:
+            print_before_after(before, greedy_records(run, asked, run.sert), asked, run.tokenizer)
+    print(f"\nwrote {out}/last (Hugging Face format), {out}/metrics.jsonl and {out}/loss.png")
+    return out
+
+
+def prepare(args, method: str, name: str, pairs: list, suffix: str, source: str) -> Run:
+    """Read the student, choose and encode the examples, write down what decides the result."""
+    s, folder = train_settings(args), find_model(name)
+    model, tokenizer, label = load_model(folder), load_tokenizer(folder), model_label(name, folder)
     out = Path(args.out_dir or f"out/{args.task}/{label}/{method}/seed{args.seed}")
-    if args.limit is not None:
-        pairs = pairs[: args.limit]
-    held = []
-    if args.holdout:
-        chosen = {q.id for q in tasks.holdout_split([p[0] for p in pairs])[1]}
-        held = [p for p in pairs if p[0].id in chosen]
-        pairs = [p for p in pairs if p[0].id not in chosen]
-    examples = encode_pairs(pairs, tokenizer, args.loss_on, model.config.n_positions)
-    stored = read_json(out / "settings.json") if (out / "settings.json").exists() else {}
-    threads = pick_threads(model.n_params())
-    dtype = pick_dtype(args.dtype, device, model.n_params())
+    pairs, held = split_pairs(pairs, args)
+    device, machine = resolve_machine(args, out / "settings.json", model.n_params())
     settings = {
         "method": method,
         "task": args.task,
         "model": label,
         "weights": weights_hash(folder),
-        "data": data_hash(pairs),
+        "data": data_hash(pairs + held),
         "prompt_suffix": suffix,
         "loss_on": args.loss_on,
         "holdout": args.holdout,
         **asdict(s),
-        "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
+        **machine,
+    }
+    sert = {
+        "method": method,
+        "root": label,
+        "parents": [*read_sert(folder).get("parents", []), name],
+        **{k: settings[k] for k in ("task", "prompt_suffix", "data", "seed")},
+        "source": source,
+        "settings": settings,
+    }
+    examples, held = (
+        encode_pairs(some, tokenizer, args.loss_on, model.config.n_positions)
+        for some in (pairs, held)
+    )
+    names = [q.id for q, _, _ in pairs]
+    return Run(folder, model, tokenizer, out, device, s, settings, sert, examples, names, held)
+
+
+def validate(run: Run, args, poll) -> dict:
+    """Loss and accuracy on the held-out tenth; the model with the lowest loss is kept in best/."""
+    loss = mean_loss(run.model, run.held, run.settings["dtype"] == "bf16", poll)
+    asked = tasks.load(args.task, "validation", args.data_dir)[:VALIDATE]
+    right = sum(r["correct"] for r in greedy_records(run, asked, run.sert, poll))
+    if loss < best_so_far(run.out / "metrics.jsonl"):
+        save_model(run.model, run.out / "best", run.folder, {**run.sert, "validation_loss": loss})
+    return {"validation_loss": round(loss, 6), "validation_acc": round(right / len(asked), 4)}
+
+
+def train_settings(args) -> TrainSettings:
+    """The flags, with the task's number of epochs where none is given."""
+    if args.limit is not None and args.limit < 1:
+        raise SertError("--limit must be at least 1")
+    chosen = {f.name: getattr(args, f.name) for f in fields(TrainSettings)}
+    if chosen["epochs"] is None:
+        chosen["epochs"] = tasks.preset(args.task)["epochs"]
+    return TrainSettings(**chosen).check()
+
+
+def resolve_machine(args, path: Path, n_params: int) -> tuple[torch.device, dict]:
+    """The device, and what of this machine decides the bytes of the result; a run that goes on
+    keeps what it began with."""
+    stored = read_json(path) if path.exists() else {}
+
+    def chosen(flag: str) -> str:
+        value = getattr(args, flag)
+        return stored.get(flag, value) if value == "auto" else value
+
+    device = pick_device(chosen("device"))
+    dtype = pick_dtype(chosen("dtype"), device, n_params)
+    threads = stored.get("threads") or pick_threads(n_params)
+    torch.set_num_threads(threads)
+    return device, {
         "device": device.type,
-        "threads": stored.get("threads", threads),
+        "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
+        "threads": threads,
+        "compile": args.compile,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
-    torch.set_num_threads(settings["threads"])
-    steps = s.steps(len(examples))
-    print(
-        f"{method}: {len(examples):,} examples, {n_supervised(examples):,} supervised tokens, "
-        f"{steps:,} steps of {s.batch_size}; {label} on {device.type}, {settings['dtype']}, "
-        f"{settings['threads']} thread(s)"
-    )
-    with lock_folder(out):
-        check_settings(out / "settings.json", settings, "choose another --out-dir")
-        sert = {
-            "method": method,
-            "root": label,
-            "parents": [*read_sert(folder).get("parents", []), name],
-            **{k: settings[k] for k in ("task", "prompt_suffix", "data", "seed")},
-            "source": source,
-            "settings": settings,
-        }
-        if read_sert(out / "last").get("step") == steps:
-            print(f"{out}/last is there already, trained for {steps} steps")
-            return out
 
-        # 2. Train.
-        report_on = tasks.load(args.task, "test", args.data_dir)[: report_size(args)]
-        before = greedy_records(model, tokenizer, report_on, read_sert(folder), args.task)
-        model.to(device)
-        bar = tqdm(total=steps, unit="step")
-        best = [float("inf")]
 
-        def after_epoch(epoch: int) -> dict:
-            if not held:
-                return {}
-            loss = mean_loss(model, encode_pairs(held, tokenizer, args.loss_on, 10**9))
-            told = [p[0] for p in held][:100]
-            right = greedy_records(model, tokenizer, told, sert, args.task)
-            if loss < best[0]:
-                best[0] = loss
-                save_model(model, out / "best", folder, {**sert, "epoch": epoch})
-            return {
-                "validation_loss": round(loss, 6),
-                "validation_acc": summarize(right, told)["acc"][0],
-            }
-
-        start = time.perf_counter()
-        best[0] = best_so_far(out / "metrics.jsonl")
-        fit(model, examples, out, s, settings["dtype"] == "bf16", after_epoch, bar=bar)
-        bar.close()
-        save_model(model, out / "last", folder, {**sert, "step": steps})
-        seconds = round(time.perf_counter() - start, 2)
-        append_durable(out / "timings.jsonl", to_line({"steps": steps, "seconds": seconds}))
-        plot_training(out / "metrics.jsonl", out / "loss.png", f"{method}, {args.task}, {label}")
-
-        # 3. Tell what changed.
-        after = greedy_records(model, tokenizer, report_on, sert, args.task)
-        if report_on:
-            print_before_after(before, after, report_on, args.task, tokenizer)
-    print(f"\nwrote {out}/last (Hugging Face format), {out}/metrics.jsonl and {out}/loss.png")
-    return out
+def split_pairs(pairs: list, args) -> tuple[list, list]:
+    """(train, held out) pairs: with --holdout the task's fixed tenth is not trained on."""
+    held = []
+    if args.holdout:
+        held_ids = {q.id for q in tasks.load(args.task, "validation", args.data_dir)}
+        held = [p for p in pairs if p[0].id in held_ids]
+        pairs = [p for p in pairs if p[0].id not in held_ids]
+        if not held:
+            raise SertError("--holdout finds no example of the validation split; leave it out")
+    pairs = pairs[: args.limit]
+    if not pairs:
+        raise SertError("there are no examples to train on; check the input file")
+    return pairs, held
 
 
 def encode_pairs(pairs: list, tokenizer, loss_on: str, context: int) -> list:
@@ -252,55 +316,49 @@ def encode_pairs(pairs: list, tokenizer, loss_on: str, context: int) -> list:
 
 def data_hash(pairs: list) -> str:
     """SHA-256 of all training text, in order."""
-    import hashlib
-
     text = json.dumps([[prompt, completion] for _, prompt, completion in pairs])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@torch.no_grad()
-def mean_loss(model, examples: list) -> float:
-    """Mean loss per supervised token, in batches of 32."""
-    device = model.wte.weight.device
-    parts = [pack(examples[i : i + 32], device) for i in range(0, len(examples), 32)]
-    return sum(loss_sum(model, b).item() for b in parts) / n_supervised(examples)
-
-
 def best_so_far(metrics: Path) -> float:
-    """The lowest validation loss that an interrupted run has logged."""
-    records = read_jsonl(metrics) if metrics.exists() else ()
-    return min((r["validation_loss"] for r in records if "validation_loss" in r), default=1e9)
+    """The lowest validation loss that the run has logged."""
+    losses = (r.get("validation_loss", math.inf) for r in read_jsonl(metrics))
+    return min(losses, default=math.inf)
 
 
 # --- before and after -----------------------------------------------------------------------------
 
 
-def report_size(args) -> int:
-    return args.report if args.report is not None else 100 if args.task == "micro" else 0
+def report_questions(args) -> list:
+    """The test questions of the table of before and after; none on the real tasks by default."""
+    n = args.report if args.report is not None else 100 if args.task == "micro" else 0
+    return tasks.load(args.task, "test", args.data_dir)[:n] if n > 0 else []
 
 
-def greedy_records(model, tokenizer, questions: list, sert: dict, task: str) -> list[dict]:
-    """Prediction records of greedy decoding with the prompt form of the checkpoint."""
-    cap = tasks.preset(task)["max_new_tokens"]
-    outputs = greedy(model, tokenizer, questions, sert.get("prompt_suffix", ""), cap)
+def greedy_records(run: Run, questions: list, sert: dict, progress=lambda _: None) -> list[dict]:
+    """Prediction records of greedy decoding with the prompt form that `sert` names."""
+    suffix, cap = sert.get("prompt_suffix", ""), greedy_cap(run.settings["task"])
+    outputs = greedy(run.model, run.tokenizer, questions, suffix, cap, progress=progress)
     return [score(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
 
 
-def reasons(q, text: str, task: str, tokenizer) -> bool:
+def reasons(q, text: str, tokenizer) -> bool:
     """Is this output a reasoning path? Without its closing answer sentence it breaks no pattern
-    rule and is as long as the task's length rule asks."""
-    text = prompts.strip_answer_sentence(text)[0]
-    long_enough = len(tokenizer.encode(text)) >= tasks.preset(task)["min_tokens"]
-    return long_enough and filters.pattern_break(text, q) is None
+    rule, is as long as the task's rules ask, and does not repeat itself more than they allow."""
+    text, rules = prompts.strip_answer_sentence(text)[0], tasks.preset(q.task)
+    ids = tokenizer.encode(text)
+    if len(ids) < rules["min_tokens"] or filters.rep2(ids) > rules["max_rep2"]:
+        return False
+    return filters.pattern_break(text, q) is None
 
 
-def print_before_after(before, after, questions, task, tokenizer) -> None:
+def print_before_after(before, after, questions, tokenizer) -> None:
     """The table of what training changed in greedy decoding, and three outputs side by side."""
     print(f"\ngreedy decoding, {len(questions)} test questions{'before':>14}{'after':>10}")
     rows = []
     for records in (before, after):
         m = summarize(records, questions)
-        shown = sum(reasons(q, r["text"], task, tokenizer) for q, r in zip(questions, records))
+        shown = sum(reasons(q, r["text"], tokenizer) for q, r in zip(questions, records))
         rows.append((shown / len(records), m["acc"], m["unparseable"]))
     (r0, a0, u0), (r1, a1, u1) = rows
     print(f"{'reasoning outputs':<40}{r0:>10.1%}{r1:>10.1%}")

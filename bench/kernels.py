@@ -106,43 +106,46 @@ def from_logits(B: int, V: int, runs: int, bandwidth: float) -> dict:
     }  # fmt: skip
 
 
+def head_times(weight, make_hidden, B: int, V: int, given: dict, runs: int) -> dict[str, float]:
+    """Seconds of the bare product and of the two ways from hidden states to tokens."""
+    h, blocks = rotate(make_hidden, 4), head_sample_score.tiles(B, V, weight.dtype)
+
+    def product():
+        return torch.mm(h(), weight.T, out_dtype=torch.float32)
+
+    return gpu_medians(
+        {
+            "bare product": product,
+            "product + one pass": lambda: kernels.sample_and_score(product(), **given),
+            "fused": lambda: kernels.head_sample_and_score(h(), weight, blocks=blocks, **given),
+        },
+        runs,
+    )
+
+
 def from_hidden(B: int, V: int, C: int, runs: int) -> dict:
+    """Hidden state to token and log-prob, with a plain bf16 head and at fp32's precision."""
     weight = torch.randn(V, C, device="cuda") * 0.05
-    w = {1: weight.bfloat16(), 3: kernels.bf16_pieces(weight, weight=True)}
+    pieces = kernels.bf16_pieces(weight, weight=True)
     given = {"top_k": K, "top_p": P, "seed": 1}
-    hidden = rotate(lambda: torch.randn(B, C, device="cuda"), 4)
     result = {"from": "hidden", "B": B, "V": V, "C": C, "us": {}, "ratio": {}}
-    for pieces in (1, 3):  # plain bf16; fp32's precision in three bf16 pieces
-
-        def h(pieces=pieces):
-            return hidden().bfloat16() if pieces == 1 else kernels.bf16_pieces(hidden(), False)
-
-        h = rotate(h, 4)
-        block = head_sample_score.tiles(B, V, torch.bfloat16)
-        times = gpu_medians(
-            {
-                "bare product": lambda: torch.mm(h(), w[pieces].T, out_dtype=torch.float32),
-                "product + one pass": lambda: kernels.sample_and_score(
-                    torch.mm(h(), w[pieces].T, out_dtype=torch.float32), **given
-                ),
-                "fused": lambda: kernels.head_sample_and_score(
-                    h(), w[pieces], blocks=block, **given
-                ),
-            },
-            runs,
-        )
-        name = "bf16" if pieces == 1 else "3 bf16 pieces"
+    plain = (weight.bfloat16(), lambda: torch.randn(B, C, device="cuda").bfloat16())
+    split = (pieces, lambda: kernels.bf16_pieces(torch.randn(B, C, device="cuda"), weight=False))
+    for name, (w, make_hidden) in {"bf16": plain, "3 bf16 pieces": split}.items():
+        times = head_times(w, make_hidden, B, V, given, runs)
         result["us"][name] = {k: round(t * 1e6, 2) for k, t in times.items()}
         best = min(times["fused"], times["product + one pass"])
         result["ratio"][name] = round(best / times["bare product"], 3)
-    x = hidden()
-    fused = kernels.head_sample_and_score(
-        kernels.bf16_pieces(x, False), w[3], blocks=block, **given
+    x = torch.randn(B, C, device="cuda")
+    blocks = head_sample_score.tiles(B, V, torch.bfloat16)
+    tokens, logprobs = kernels.head_sample_and_score(
+        kernels.bf16_pieces(x, weight=False), pieces, blocks=blocks, **given
     )
-    exact = reference.sample_and_score((x.double() @ weight.double().T).float().cpu(), **given)
-    result["tokens_differ"] = int((fused[0].cpu() != exact[0]).sum())
-    same = fused[0].cpu() == exact[0]
-    result["logprob_error"] = float((fused[1].cpu() - exact[1]).abs()[same].max())
+    exact = (x.double() @ weight.double().T).float().cpu()
+    wanted, wanted_lp = reference.sample_and_score(exact, **given)
+    same = tokens.cpu() == wanted
+    result["tokens_differ"] = int((~same).sum())
+    result["logprob_error"] = float((logprobs.cpu() - wanted_lp).abs()[same].max())
     return result
 
 

@@ -12,13 +12,21 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from sert_min import tasks
 from sert_min.filters import rep2
 from sert_min.generate import GREEDY, sample_block
 from sert_min.gpt2 import GPT2
 from sert_min.prompts import extract_answer, extract_lenient, question_prompt, stated_answers
+from sert_min.runtime import SertError
 from sert_min.tasks import Question, majority
 
+MAX_NEW_TOKENS = 512  # of a greedy output: 256 could not give the paper's Len of 257
 MAX_LOOP = 0.5  # rep-2 over words above which an output counts as severely repetitive
+
+
+def greedy_cap(task: str) -> int:
+    """New tokens of a greedy output at most; the micro-world has a small context."""
+    return tasks.preset(task)["max_new_tokens"] if task == "micro" else MAX_NEW_TOKENS
 
 
 def greedy(
@@ -26,17 +34,22 @@ def greedy(
     tokenizer,
     questions: list[Question],
     suffix: str = "",
-    max_new_tokens: int = 512,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     rows: int = 64,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[tuple[str, str]]:
     """(text, finish) of each question's greedy output. A block of `rows` questions is decoded
-    together; the cap shrinks to what the model's context leaves."""
+    together; the cap shrinks to what the model's context leaves to its longest prompt."""
     outputs = []
     for i in range(0, len(questions), rows):
         block = questions[i : i + rows]
         prompts = [tokenizer.encode(question_prompt(q, suffix)) for q in block]
         room = model.config.n_positions - max(map(len, prompts))
+        if room < 1:
+            raise SertError(
+                f"a question from {block[0].id} to {block[-1].id} fills the model's context of "
+                f"{model.config.n_positions} tokens; leave it out"
+            )
         s = replace(GREEDY, max_new_tokens=min(max_new_tokens, room), rows=len(block))
         names = [f"question {q.id}" for q in block]
         for row in sample_block(model, tokenizer, prompts, names, s, progress=progress):
@@ -89,16 +102,16 @@ def share_interval(k: int, n: int) -> tuple[float, float, float]:
     z, p = 1.959964, k / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return p, middle - half, middle + half
+    return p, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # rounding
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high): 95 % interval of a mean, normal approximation."""
+    """(mean, low, high): 95 % interval of a mean, normal approximation; one value has none."""
     n = len(values)
-    if n == 0:
-        return math.nan, math.nan, math.nan
-    mean = math.fsum(values) / n
-    variance = math.fsum((v - mean) ** 2 for v in values) / max(1, n - 1)
+    mean = math.fsum(values) / n if n else math.nan
+    if n < 2:
+        return mean, math.nan, math.nan
+    variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
     half = 1.959964 * math.sqrt(variance / n)
     return mean, mean - half, mean + half
 

@@ -7,17 +7,22 @@ token id, because GPT-2 has one special token and masking by id would hide the r
 
 A batch holds no padding where it costs: its examples stand one after another in one row of N
 tokens for all linear layers; only attention puts them into a padded [B, T] grid and takes them out
-again, so that no example sees another.
+again, so that no example sees another. The head runs on the M tokens that have a loss.
 
 The loop can be killed at any moment: its state (weights, optimiser, step, random state) is saved as
 a folder that is wholly there or not, the order of examples follows from (seed, epoch) alone, and so
-the resumed run takes the very steps that the uninterrupted one would have taken.
+the resumed run takes the very steps that the uninterrupted one would have taken. The learning rate
+is constant, so a finished run can also be continued with more epochs.
 """
 
 import contextlib
 import json
+import math
+import os
+import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +32,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from sert_min.gpt2 import GPT2, causal_attention
 from sert_min.runtime import SertError
@@ -54,17 +60,17 @@ def encode_example(tokenizer, prompt: str, completion: str, loss_on: str = "answ
     ids [5, 6, 7, 8] and targets [IGNORE, 7, 8, 9], or [6, 7, 8, 9] with loss_on="all".
     """
     p, c = tokenizer.encode(prompt), tokenizer.encode(completion) + [tokenizer.eot]
-    ids = p + c
-    targets = ids[1:] if loss_on == "all" else [IGNORE] * (len(p) - 1) + c
-    return ids[:-1], targets
+    targets = (p if loss_on == "all" else [IGNORE] * len(p)) + c
+    return (p + c)[:-1], targets[1:]
 
 
 class Batch(NamedTuple):
-    """B examples of N tokens in all, one after another."""
+    """B examples of N tokens in all, one after another; M of the tokens have a loss."""
 
     ids: Tensor  # [N]
     positions: Tensor  # [N] from 0 in each example
     targets: Tensor  # [N]
+    supervised: Tensor  # [M] places in [N] whose target is not IGNORE
     place: Tensor  # [N] where a token stands in the flattened grid [B, T] of attention
     grid: tuple[int, int]  # B, T: T is the longest example
 
@@ -78,8 +84,10 @@ def pack(examples: list[Example], device="cpu") -> Batch:
         targets += example_targets
         positions += range(len(example_ids))
         place += range(row * T, row * T + len(example_ids))
-    tensors = (torch.tensor(x, device=device) for x in (ids, positions, targets, place))
-    return Batch(*tensors, (len(examples), T))
+    # Known here, so that the device need not be asked how many there are.
+    supervised = [i for i, t in enumerate(targets) if t != IGNORE]
+    columns = (torch.tensor(x) for x in (ids, positions, targets, supervised, place))
+    return Batch(*(x.to(device, non_blocking=True) for x in columns), (len(examples), T))
 
 
 def packed_attention(batch: Batch) -> Callable:
@@ -93,21 +101,40 @@ def packed_attention(batch: Batch) -> Callable:
             return grid.index_copy(0, batch.place, x).view(B, T, *x.shape[1:])
 
         out = causal_attention(layer, to_grid(q), to_grid(k), to_grid(v))
-        return out.reshape(B * T, *q.shape[1:])[batch.place]
+        return out.reshape(B * T, *q.shape[1:]).index_select(0, batch.place)
 
     return attend
 
 
-def loss_sum(model: GPT2, batch: Batch) -> Tensor:
-    """Summed next-token cross-entropy (nats) over the supervised tokens. The head runs on those
-    only: with masked prompts that is a fraction of all tokens."""
-    hidden = model(batch.ids, batch.positions, packed_attention(batch))  # [N, C]
-    keep = batch.targets != IGNORE
-    return F.cross_entropy(model.logits(hidden[keep]), batch.targets[keep], reduction="sum")
+def loss_sum(model: GPT2, batch: Batch, bf16: bool = False) -> Tensor:
+    """Summed next-token cross-entropy (nats) over the supervised tokens. `bf16`: products of the
+    blocks in bf16; residual stream, head and loss stay fp32."""
+    with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
+        hidden = model(batch.ids, batch.positions, packed_attention(batch))  # [N, C]
+    logits = model.logits(hidden.index_select(0, batch.supervised))  # [M, V]
+    return F.cross_entropy(logits, batch.targets[batch.supervised], reduction="sum")
 
 
 def n_supervised(examples: list[Example]) -> int:
+    """How many tokens have a loss."""
     return sum(t != IGNORE for _, targets in examples for t in targets)
+
+
+@torch.no_grad()
+def mean_loss(
+    model: GPT2,
+    examples: list[Example],
+    bf16: bool = False,
+    poll: Callable[[], None] = lambda: None,
+) -> float:
+    """Mean loss per supervised token (nats), 32 examples at a time; `poll` is called before each."""
+    total = 0.0
+    for i in range(0, len(examples), 32):
+        poll()
+        total += loss_sum(model, pack(examples[i : i + 32], model.wte.weight.device), bf16).item()
+    if not math.isfinite(total):
+        raise SertError(f"the loss on the validation examples is {total}; lower --lr")
+    return total / n_supervised(examples)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
@@ -119,13 +146,17 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 # --- one step -------------------------------------------------------------------------------------
 
 
-def make_optimizer(model: GPT2, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """Adam [SERT §III-A]; decoupled weight decay (AdamW) only in pretraining, on matrices."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others}]
+def make_optimizer(model: GPT2, lr: float) -> torch.optim.Optimizer:
+    """Adam [SERT §III-A], PyTorch's other defaults; one pass over memory where it is fused."""
     fused = model.wte.weight.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=fused)
+    return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
+
+
+def sparse_embedding(model: GPT2) -> bool:
+    """May the token embedding give a sparse gradient? Tied to the head it is added to the head's
+    dense one, which saves two passes over [V, C] (a tenth of a step of gpt2 at batch 8 on a CPU).
+    On a GPU the addition would not be deterministic."""
+    return model.lm_head is None and model.wte.weight.device.type == "cpu"
 
 
 def train_step(
@@ -136,30 +167,32 @@ def train_step(
     accumulate: int = 1,
     clip: float = 1.0,
     bf16: bool = False,
+    loss_of: Callable = loss_sum,
 ) -> float:
     """One optimiser step on the mean loss per supervised token of `examples`; returns that loss
     (nats). `accumulate` runs them in so many parts with the same result and less memory. A loss or
-    gradient that is not finite is an error before the update."""
-    device = model.wte.weight.device
-    n = n_supervised(examples)
-    size = -(-len(examples) // accumulate)
-    total = 0.0
+    gradient that is not finite is an error before the update. `loss_of`: `loss_sum`, compiled."""
+    n, size, losses = n_supervised(examples), -(-len(examples) // accumulate), []
     for i in range(0, len(examples), size):
-        batch = pack(examples[i : i + size], device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = loss_sum(model, batch) / n
+        batch = pack(examples[i : i + size], model.wte.weight.device)
+        loss = loss_of(model, batch, bf16) / n
         loss.backward()
-        total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    if not (torch.isfinite(total) and torch.isfinite(norm)):
-        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+    parameters = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    # The one wait for the device in a step: the update must not happen if a number is broken.
+    total, length = torch.stack([torch.stack(losses).sum(), norm]).tolist()
+    if not (math.isfinite(total) and math.isfinite(length)):
+        optimizer.zero_grad()
         raise SertError(
-            f"step {step}: loss {total:.4g}, gradient norm {norm:.4g}; weights are as before this "
-            "step. Lower --lr, or look at the examples of this step"
+            f"step {step}: loss {total:.4g}, gradient norm {length:.4g}; the weights are as before "
+            "this step. Lower --lr, or look at the examples of this step"
         )
+    if length > clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(total)
+    optimizer.zero_grad()
+    return total
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -199,57 +232,81 @@ class TrainSettings:
 def fit(
     model: GPT2,
     examples: list[Example],
+    names: list[str],
     out: Path,
     s: TrainSettings,
     bf16: bool = False,
-    after_epoch: Callable[[int], dict] | None = None,
-    save_seconds: float = 600,
-    bar=None,
+    compiled: bool = False,
+    validate: Callable[[Callable], dict] | None = None,
+    save_seconds: float = 300,
 ) -> None:
     """Train `model` in place for s.steps(len(examples)) steps, going on from `out`/state if it is
-    there. Writes `out`/metrics.jsonl (loss per step; what `after_epoch(epoch)` returns) and
-    timings.jsonl. Saves after each epoch, every `save_seconds` and when a signal stops it."""
-    if not examples:
-        raise SertError("there are no examples to train on; check the input file")
+    there; `names` of the examples are for errors.
+
+    Writes `out`/metrics.jsonl (the loss of each step, and after each epoch what `validate(poll)`
+    returns; it calls poll() now and then) and timings.jsonl. The state is saved every
+    `save_seconds`, at the end, and when SIGINT or SIGTERM asks to stop, which then exits."""
+    steps, per_epoch = s.steps(len(examples)), -(-len(examples) // s.batch_size)
     optimizer = make_optimizer(model, s.lr)
-    step = load_state(model, optimizer, out)
-    metrics = out / "metrics.jsonl"
-    keep_metrics_before(metrics, step)
-    per_epoch = -(-len(examples) // s.batch_size)
-    steps, saved, lines = s.steps(len(examples)), time.monotonic(), []
-    if bar is not None:
-        bar.update(step)
+    first = step = load_state(model, optimizer, out)
+    if step > steps:
+        raise SertError(
+            f"{out} has gone {step:,} steps already, asked are {steps:,}; raise --epochs or "
+            "--max-steps, or choose another --out-dir"
+        )
+    validated = keep_metrics_before(out / "metrics.jsonl", step)
+    loss_of = torch.compile(loss_sum, dynamic=True) if compiled else loss_sum
+    model.wte.sparse = sparse_embedding(model) and not compiled
+    tokens, start = 0, time.perf_counter()
+    saved = start
+
+    def note(**record) -> None:
+        metrics.write(to_line({"step": step, "epoch": (step - 1) // per_epoch + 1, **record}))
+        metrics.flush()
 
     def save() -> None:
-        nonlocal saved, lines
-        append_durable(metrics, "".join(lines))
-        lines = []
+        nonlocal saved
+        os.fsync(metrics.fileno())
         save_state(model, optimizer, out, step)
-        saved = time.monotonic()
+        saved = time.perf_counter()
+        spent = {"from": first, "step": step, "tokens": tokens, "seconds": round(saved - start, 3)}
+        append_durable(out / "timings.jsonl", to_line(spent))
 
-    model.train()
-    with stop_signals() as stopped:
-        while step < steps:
+    def stop_if_asked(*_) -> None:
+        if stopped:
+            save()
+            print(f"\nsaved at step {step}; continue with: {this_command()}", flush=True)
+            raise SystemExit(128 + stopped[0])
+
+    with (
+        open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics,
+        stop_signals() as stopped,
+        tqdm(total=steps, initial=step, unit="step") as bar,
+    ):
+        while True:
             epoch, at = divmod(step, per_epoch)
-            order = epoch_order(len(examples), s.seed, epoch)
-            chosen = [examples[i] for i in order[at * s.batch_size : (at + 1) * s.batch_size]]
-            loss = train_step(model, optimizer, chosen, step, s.accumulate, s.clip, bf16)
+            if validate and step > validated and (at == 0 or step == steps):
+                note(**validate(stop_if_asked))
+            stop_if_asked()
+            if step == steps:
+                break
+            if at == 0 or step == first:
+                order = epoch_order(len(examples), s.seed, epoch)
+            chosen = order[at * s.batch_size : (at + 1) * s.batch_size]
+            batch = [examples[i] for i in chosen]
+            with told_where(f"epoch {epoch + 1}, questions {', '.join(names[i] for i in chosen)}"):
+                loss = train_step(
+                    model, optimizer, batch, step + 1, s.accumulate, s.clip, bf16, loss_of
+                )
             step += 1
-            lines.append(to_line({"step": step, "epoch": epoch, "loss": round(loss, 6)}))
-            if bar is not None:
-                bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}", refresh=False)
-                bar.update(1)
-            if step % per_epoch == 0 or step == steps:
-                if after_epoch is not None:
-                    model.eval()
-                    lines.append(to_line({"step": step, "epoch": epoch, **after_epoch(epoch)}))
-                    model.train()
+            note(loss=round(loss, 6))
+            tokens += sum(len(ids) for ids, _ in batch)
+            rate = tokens / (time.perf_counter() - start)
+            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, {rate:,.0f} tokens/s", False)
+            bar.update()
+            if time.perf_counter() - saved > save_seconds:
                 save()
-            elif stopped or time.monotonic() - saved > save_seconds:
-                save()
-            if stopped and step < steps:
-                raise SystemExit(stopped[0] + 128)
-    model.eval()
+        save()
 
 
 @contextlib.contextmanager
@@ -259,23 +316,42 @@ def stop_signals() -> Iterator[list[int]]:
 
     def handler(number, frame):
         caught.append(number)
-        print("\nstopping after this step; repeat the same command to continue", flush=True)
-        signal.signal(number, before[number])
+        os.write(2, b"\nstopping; once more to stop without saving\n")  # print is not reentrant
+        signal.signal(number, before[number] or signal.SIG_DFL)
 
     before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            signal.signal(number, old or signal.SIG_DFL)
 
 
-def keep_metrics_before(metrics: Path, step: int) -> None:
-    """Cut metrics.jsonl back to `step`: what was logged after the saved state is redone."""
+def this_command() -> str:
+    """The command line that started this process."""
+    return shlex.join(["python", *sys.argv])
+
+
+@contextlib.contextmanager
+def told_where(where: str) -> Iterator[None]:
+    """Put the place in front of what goes wrong in a step."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise SertError(
+            f"{where}: out of memory; --accumulate N runs each batch in N parts (another --out-dir)"
+        ) from None
+    except SertError as e:
+        raise SertError(f"{where}: {e}") from None
+
+
+def keep_metrics_before(metrics: Path, step: int) -> int:
+    """Cut metrics.jsonl back to `step`: what was logged after the saved state is redone. Returns
+    the last step that was validated."""
     set_torn_tail_aside(metrics)
-    if metrics.exists():
-        kept = [r for r in read_jsonl(metrics) if r["step"] <= step]
-        write_atomic(metrics, map(to_line, kept))
+    kept = [r for r in read_jsonl(metrics) if r["step"] <= step] if metrics.exists() else []
+    write_atomic(metrics, map(to_line, kept))
+    return max((r["step"] for r in kept if "validation_loss" in r), default=0)
 
 
 # --- the state on disk ----------------------------------------------------------------------------
@@ -283,56 +359,84 @@ def keep_metrics_before(metrics: Path, step: int) -> None:
 
 def state_tensors(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All tensors of a training state by name; references, not copies."""
-    tensors = {f"model.{name}": t.detach() for name, t in model.named_parameters()}
+    tensors = {}
     for name, p in model.named_parameters():
+        tensors[f"model.{name}"] = p.detach()
         for key, value in optimizer.state[p].items():
-            tensors[f"optimizer.{name}.{key}"] = value
+            tensors[f"{key}.{name}"] = value
     tensors["rng.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     return tensors
 
 
-def save_state(model: GPT2, optimizer, out: Path, step: int) -> None:
-    """Write `out`/state/step-N whole (fsync, rename; state.json with hashes inside) and drop all
+def save_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path, step: int) -> None:
+    """Write `out`/state/step-N whole (fsync, rename; state.json with the hash inside) and drop all
     older states but one."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = out / "state"
     with atomic_folder(folder / f"step-{step:08d}") as part:
-        save_file(state_tensors(model, optimizer), part / "state.safetensors")
+        try:
+            save_file(state_tensors(model, optimizer), part / "state.safetensors")
+        except SafetensorError as e:  # its form of an OSError
+            raise SertError(
+                f"{folder} can't be written ({e}); the state before is kept. Free some space, then "
+                f"continue with: {this_command()}"
+            ) from None
         state = {"step": step, "sha256": sha256_file(part / "state.safetensors")}
         (part / "state.json").write_text(json.dumps(state) + "\n")
     for old in sorted(folder.glob("step-*"))[:-2]:
         shutil.rmtree(old)
 
 
-def load_state(model: GPT2, optimizer, out: Path) -> int:
+def load_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path) -> int:
     """Restore the newest whole state and return its step; 0 if there is none. A broken one is
-    named, and the one before it is taken."""
+    named and renamed, and the one before it is taken. Removes what killed writes left behind."""
+    for junk in (*out.glob(".*.tmp"), *(out / "state").glob(".step-*")):
+        junk.unlink() if junk.is_file() else shutil.rmtree(junk)
+    tensors = None
+    for folder in sorted((out / "state").glob("step-*"), reverse=True):
+        tensors = read_state(folder)
+        if tensors is not None:
+            break
+    if tensors is None:
+        return 0
+    parameters = dict(model.named_parameters())
+    stored = {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}
+    if {k: t.shape for k, t in stored.items()} != {k: p.shape for k, p in parameters.items()}:
+        raise SertError(f"{folder} belongs to another model; choose another --out-dir")
+    keys = {k.split(".", 1)[0] for k in tensors} - {"model", "rng"}  # none before the first step
+    moments = {
+        i: {key: tensors[f"{key}.{name}"] for key in keys} for i, name in enumerate(parameters)
+    }
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(stored[name])
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments if keys else {}})
+    torch.set_rng_state(tensors["rng.cpu"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    step = int(folder.name.removeprefix("step-"))
+    print(f"going on from step {step:,}")
+    return step
+
+
+def read_state(folder: Path) -> dict[str, Tensor] | None:
+    """The tensors in a state folder; None, after a printed line, if it is broken."""
     from safetensors.torch import load_file
 
-    for folder in sorted((out / "state").glob("step-*"), reverse=True):
-        try:
-            state = read_json(folder / "state.json")
-            if sha256_file(folder / "state.safetensors") != state["sha256"]:
-                raise SertError("its hash differs")
-            tensors = load_file(folder / "state.safetensors")
-        except (SertError, OSError, KeyError) as e:
-            print(f"{folder} is broken ({e}); taking the state before it")
-            continue
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(tensors[f"model.{name}"])
-                start = f"optimizer.{name}."
-                optimizer.state[p] = {
-                    k.removeprefix(start): t.to(p.device if t.dim() else t.device)
-                    for k, t in tensors.items()
-                    if k.startswith(start)
-                }
-        torch.set_rng_state(tensors["rng.cpu"])
-        if "rng.cuda" in tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
-        print(f"going on from step {state['step']}")
-        return state["step"]
-    return 0
+    try:
+        state = read_json(folder / "state.json")
+        if state.get("sha256") != sha256_file(folder / "state.safetensors"):
+            raise SertError("its hash differs")
+        if folder.name != f"step-{state.get('step'):08d}":
+            raise SertError(f"its step is {state.get('step')}")
+        return load_file(folder / "state.safetensors")
+    except (SertError, OSError, ValueError, TypeError) as e:
+        aside = folder.with_name(folder.name.replace("step", "broken"))
+        print(f"{folder} is broken ({e}); it is now {aside.name}, and the state before it is taken")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        return None

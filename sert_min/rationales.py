@@ -177,6 +177,8 @@ def read_step_by_step(path: Path, questions: list[Question]) -> tuple[dict[str, 
             raise ValueError(f"{file.name} does not end in _N.json")
         first = int(number[1]) * 1000
         outputs = json.loads(file.read_bytes())
+        if not isinstance(outputs, list):
+            raise ValueError(f"{file.name} is no list")
         belongs = questions[first : first + 1000]
         left["other questions"] += max(0, len(outputs) - len(belongs))
         for q, output in zip(belongs, outputs):

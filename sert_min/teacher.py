@@ -5,33 +5,45 @@ made of everything that shapes it. Repeating a command asks only for what is mis
 later and from the file, so a better parser never costs a new request.
 
 The openai package sends the requests; its own retries are off (they differ between its versions and
-retry an exhausted quota), the rules below are the same everywhere:
+retry an exhausted quota) and replies are read from their JSON here, so that openai 1.56 and 3.x
+behave alike. The rules:
 
-    stop at once   authentication, permission, quota, unknown model, bad request: with advice
-    try again      rate limit (Retry-After is honoured), 5xx, timeout, connection, and a 200 whose
-                   body is no completion: HTML, cut JSON, no choices
+    stop at once   authentication, permission, quota, unknown model, bad request, redirect: with
+                   advice. Until the first reply there is one request at a time, so that such a
+                   mistake costs exactly one.
+    try again      rate limit (Retry-After is honoured by all requests), 5xx, timeout, connection,
+                   and a 200 whose body is no completion: HTML, cut JSON, no choices, empty text
     final          a completion that is empty because it hit the token limit, was filtered or
                    refused: recorded, because buying it again gives the same
+
+Each request is noted in sent.jsonl before it leaves. Notes without a reply or a refusal (killed in
+flight, timed out) may have been billed: they are counted, and count in full against a cost cap.
 """
 
 import hashlib
 import ipaddress
 import json
+import math
 import os
+import queue
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
+from sert_min.finetune import stop_signals, this_command
 from sert_min.runtime import SertError, printable
 from sert_min.store import append_durable, read_jsonl, set_torn_tail_aside, to_line
 
 MAX_REPLY = 1_000_000  # characters of one completion that are kept
+TRIES = 6  # attempts per request; those that only met a rate limit do not count
+BACKOFF = 0.5  # seconds before the second attempt; doubles
+DRAIN = 30.0  # seconds that an interrupted collection waits for what is in flight
+FINAL = ("length", "content_filter", "refusal")  # finish reasons with which empty text is final
 
 
 @dataclass(frozen=True)
@@ -39,20 +51,35 @@ class Endpoint:
     """Where and how to ask. Numbers None are not sent: the server's own default holds."""
 
     model: str
-    base_url: str | None = None  # None: the openai package's own default (OPENAI_BASE_URL)
+    base_url: str | None = None  # None: OPENAI_BASE_URL, else OpenAI's own
     max_tokens: int | None = 512
     temperature: float | None = None
     token_parameter: str = "auto"  # max_completion_tokens (OpenAI's own hosts) or max_tokens
     completions: bool = False  # the older /completions instead of /chat/completions
     concurrency: int = 8
-    timeout: float = 120.0  # seconds per request
-    deadline: float = 900.0  # seconds per request with all its retries
+    timeout: float = 120.0  # seconds without an answer
+    deadline: float = 900.0  # seconds for one request with all its retries
     price_in: float | None = None  # USD per million tokens
     price_out: float | None = None
     insecure: bool = False  # send a key over http:// to another host
 
     def url(self) -> str:
-        return self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        return url.rstrip("/")
+
+    def parts(self) -> SplitResult:
+        """The parts of the address; all empty if it is none."""
+        try:
+            parts = urlsplit(self.url())
+            return parts if parts.port != 0 else urlsplit("")
+        except ValueError:
+            return urlsplit("")
+
+    def host(self) -> str:
+        return (self.parts().hostname or "").lower()
+
+    def is_openai(self) -> bool:
+        return self.host() == "openai.com" or self.host().endswith(".openai.com")
 
     def token_limit(self) -> dict:
         """The parameter that caps the reply; newer OpenAI models refuse the old name, most local
@@ -61,11 +88,8 @@ class Endpoint:
             return {}
         name = self.token_parameter
         if name == "auto":
-            host = urlsplit(self.url()).hostname or ""
-            name = "max_completion_tokens" if host.endswith("openai.com") else "max_tokens"
-        if self.completions:
-            name = "max_tokens"
-        return {name: self.max_tokens}
+            name = "max_completion_tokens" if self.is_openai() else "max_tokens"
+        return {"max_tokens" if self.completions else name: self.max_tokens}
 
     def request(self, messages: list[dict]) -> dict:
         """The request body, without the key."""
@@ -78,6 +102,12 @@ class Endpoint:
             body["temperature"] = self.temperature
         return body
 
+    def usd(self, tokens_in: int, tokens_out: int) -> float | None:
+        """What so many tokens cost, if prices are known."""
+        if self.price_in is None or self.price_out is None:
+            return None
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -88,62 +118,65 @@ class Ask:
     sample: int
     messages: tuple  # of {"role":, "content":}
 
-    def key(self, endpoint: Endpoint) -> str:
+    def key(self, e: Endpoint) -> str:
         """SHA-256 over everything that shapes the reply."""
-        content = [endpoint.url(), endpoint.request(list(self.messages)), self.task, self.id]
-        content.append(self.sample)
+        content = [e.url(), e.request(list(self.messages)), self.task, self.id, self.sample]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-
-@dataclass
-class Usage:
-    """What a collection cost so far, all runs of it together."""
-
-    requests: int = 0
-    tokens_in: int = 0
-    tokens_out: int = 0
-
-    def add(self, usage: dict | None) -> None:
-        self.requests += 1
-        self.tokens_in += (usage or {}).get("prompt_tokens") or 0
-        self.tokens_out += (usage or {}).get("completion_tokens") or 0
-
-    def cost(self, e: Endpoint) -> float | None:
-        """USD, if prices are known."""
-        if e.price_in is None or e.price_out is None:
-            return None
-        return (self.tokens_in * e.price_in + self.tokens_out * e.price_out) / 1e6
+    def most_tokens(self, e: Endpoint) -> tuple[int, int]:
+        """Bounds of its (tokens in, tokens out): a token per byte sent plus what the server's chat
+        template may add, and a full reply."""
+        sent = sum(len(m["content"].encode("utf-8", "replace")) + 8 for m in self.messages)
+        return sent + 64, e.max_tokens or 4096
 
 
 class Retry(Exception):
     """This attempt failed in a way that another may not; `after` seconds if the server said so."""
 
-    def __init__(self, why: str, after: float | None = None):
+    def __init__(self, why: str, after: float | None = None, busy=False, billed=True):
         super().__init__(why)
         self.after = after
+        self.busy = busy  # a rate limit: nothing is wrong with the request or the server
+        self.billed = billed  # may have been: the server could have done the work
 
 
 # --- one request ----------------------------------------------------------------------------------
 
 
+def api_key() -> str:
+    return os.environ.get("OPENAI_API_KEY", "").strip()
+
+
 def make_client(e: Endpoint):
     """An openai client; the key comes from OPENAI_API_KEY only. A key never travels unencrypted to
-    another machine unless `insecure` says so."""
-    import openai
-
-    key = os.environ.get("OPENAI_API_KEY", "")
-    parts = urlsplit(e.url())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise SertError(f"--base-url {printable(e.url())} is no http(s) address")
-    local = is_loopback(parts.hostname)
-    if key and parts.scheme == "http" and not local and not e.insecure:
+    another machine unless `insecure` says so, and never through a redirect. Requests to this
+    machine go past a proxy: it could not reach us."""
+    check_url(e)
+    key, local = api_key(), is_loopback(e.host())
+    if not (key.isascii() and key.isprintable()):
+        raise SertError("OPENAI_API_KEY holds characters that no key has; set it again")
+    if key and e.parts().scheme == "http" and not local and not e.insecure:
         raise SertError(
-            f"--base-url {parts.scheme}://{parts.hostname} would carry OPENAI_API_KEY unencrypted; "
+            f"--base-url http://{e.host()} would carry OPENAI_API_KEY unencrypted; "
             "use https, unset the key, or give --insecure"
         )
-    if not key and parts.hostname.endswith("openai.com"):
+    if not key and e.is_openai():
         raise SertError("OPENAI_API_KEY is not set; set it, or give --base-url of a local server")
-    return openai.OpenAI(api_key=key or "none", base_url=e.url(), max_retries=0, timeout=e.timeout)
+    import openai  # late: half a second that --help does not need
+
+    http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not local)
+    return openai.OpenAI(
+        api_key=key or "none", base_url=e.url(), max_retries=0, timeout=e.timeout, http_client=http
+    )
+
+
+def check_url(e: Endpoint) -> None:
+    """The address must be one, and hold nothing secret: it is printed."""
+    parts = e.parts()
+    if parts.username or parts.password or parts.query:
+        raise SertError("--base-url must not hold a password or a query; set OPENAI_API_KEY")
+    if not parts.hostname or parts.scheme not in ("http", "https"):
+        raise SertError("--base-url is no http(s) address; give one like http://localhost:8000/v1")
 
 
 def is_loopback(host: str) -> bool:
@@ -157,138 +190,242 @@ def attempt(client, e: Endpoint, messages: list[dict]) -> dict:
     """Send one request; the fields of its reply, or Retry, or SertError to stop everything."""
     import openai
 
-    body = e.request(messages)
+    api = client.completions if e.completions else client.chat.completions
     try:
-        create = client.completions.create if e.completions else client.chat.completions.create
-        return read_reply(create(**body), e.completions)
-    except json.JSONDecodeError:
-        raise Retry("the reply was cut off in the middle of its JSON") from None
+        raw = api.with_raw_response.create(**e.request(messages))
+        return read_reply(json.loads(raw.text), e, raw.headers.get("x-request-id"))
+    except (ValueError, RecursionError):
+        raise Retry("a 200 reply that is not JSON (cut off, or a web page)") from None
     except openai.APITimeoutError:
         raise Retry(f"no reply within {e.timeout:g} s") from None
     except openai.APIConnectionError as error:
-        raise Retry(f"connection failed ({type(error.__cause__).__name__})") from None
+        cause = type(error.__cause__).__name__
+        hint = "; is the server running, is --base-url right?" if cause == "ConnectError" else ""
+        raise Retry(f"connection failed ({cause}){hint}", billed=not hint) from None
     except openai.APIStatusError as error:
         raise explain(error, e) from None
-    except openai.APIResponseValidationError:
-        raise Retry("the reply was not in the API's form") from None
+    except openai.OpenAIError as error:
+        raise SertError(clean(str(error), 200)) from None
 
 
-def read_reply(reply, completions: bool) -> dict:
-    """Text, finish reason, usage, model and request id; a reply without a choice is a Retry (some
-    servers answer 200 with a web page or an empty list)."""
-    choices = getattr(reply, "choices", None)
-    if not isinstance(choices, list) or not choices:
-        raise Retry(f"a 200 reply without choices ({type(reply).__name__})")
-    choice = choices[0]
-    message = getattr(choice, "message", None)
-    text = getattr(choice, "text", None) if completions else getattr(message, "content", None)
-    finish = getattr(choice, "finish_reason", None)
-    refusal = getattr(message, "refusal", None)
-    if not text and finish not in ("length", "content_filter") and not refusal:
+def read_reply(body, e: Endpoint, request_id: str | None = None) -> dict:
+    """Text, finish reason, usage, model and request id of a reply's JSON; a reply without a choice
+    is a Retry (some servers answer 200 with an error or an empty list)."""
+    choices = body.get("choices") if isinstance(body, dict) else None
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        error = body.get("error") if isinstance(body, dict) else None
+        raise Retry(
+            "a 200 reply without choices" + (f" ({clean(str(error), 200)})" if error else "")
+        )
+    message = choices[0] if e.completions else choices[0].get("message")
+    message = message if isinstance(message, dict) else {}
+    finish = "refusal" if message.get("refusal") else choices[0].get("finish_reason")
+    text = message.get("text" if e.completions else "content")
+    text = text if isinstance(text, str) else ""
+    if not text.strip() and finish not in FINAL:
         raise Retry("a 200 reply with empty text")
-    usage = getattr(reply, "usage", None)
+    if len(text) > MAX_REPLY:
+        text, finish = text[:MAX_REPLY], "length"
+    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+    tokens = {k: usage.get(k) for k in ("prompt_tokens", "completion_tokens")}
     return {
-        "text": (text or "")[:MAX_REPLY],
-        "finish": "refusal" if refusal else finish,
-        "usage": {
-            "prompt_tokens": getattr(usage, "prompt_tokens", None),
-            "completion_tokens": getattr(usage, "completion_tokens", None),
-        },
-        "returned_model": getattr(reply, "model", None),
-        "request_id": getattr(reply, "_request_id", None),
+        "text": hide_key(text.encode("utf-8", "replace").decode()),  # lone surrogates break later
+        "finish": short(finish),
+        "usage": {k: n if type(n) is int and n >= 0 else None for k, n in tokens.items()},
+        "returned_model": short(body.get("model")),
+        "request_id": short(request_id or body.get("id")),
     }
 
 
 def explain(error, e: Endpoint) -> Exception:
-    """An HTTP error -> Retry, or a SertError with advice. Server text is shown without control
-    characters and without the key."""
-    code, status = str(error.code or ""), error.status_code
-    said = clean(str(getattr(error, "message", "")), 200)
-    if status == 429 and code == "insufficient_quota":
+    """An HTTP error -> Retry, or a SertError with advice."""
+    status, code = error.status_code, f"{error.code} {error.type}"
+    body = error.body if isinstance(error.body, dict) else {}
+    said = clean(str(body.get("message") or error.message), 300)
+    if status == 402 or "insufficient_quota" in code or "billing" in code:
         return SertError(f"the account has no quota left ({said}); add credit, then repeat")
     if status in (408, 409, 425, 429) or status >= 500:
-        return Retry(f"HTTP {status}: {said}", retry_after(error.response.headers))
+        billed = status in (408, 504, 524)  # a gateway gave up on a server that went on working
+        after = retry_after(error.response.headers)
+        return Retry(f"HTTP {status}: {said}", after, busy=status == 429, billed=billed)
     if status in (401, 403):
         return SertError(f"HTTP {status}: the server refused OPENAI_API_KEY; check it ({said})")
     if status == 404:
         return SertError(
             f"{e.url()} has no model {e.model} (hosted models get shut down), or the address lacks "
-            f"/v1; give another --teacher-model or --base-url ({said})"
+            f"/v1; give another --teacher-model or --judge-model, or --base-url ({said})"
         )
-    flag = ""
-    for parameter, name in (
-        ("max_completion_tokens", "--token-parameter max_tokens"),
-        ("max_tokens", "--token-parameter max_completion_tokens"),
-        ("temperature", "leave --teacher-temperature out"),
-        ("context", "lower --teacher-max-tokens"),
-    ):
-        if not flag and (error.param == parameter or parameter in said):
-            flag = name
-    return SertError(f"HTTP {status}: {said}; {flag or 'check the model and the flags'}")
+    if status < 400:
+        where = clean(error.response.headers.get("location", "elsewhere"), 200)
+        return SertError(f"{e.url()} redirects to {where}; if that is right, give it as --base-url")
+    return SertError(f"HTTP {status}: {said}; {flag_to_change(said, str(error.param or ''), e)}")
+
+
+def flag_to_change(said: str, parameter: str, e: Endpoint) -> str:
+    """Which flag mends a bad request."""
+    about = f"{parameter} {said}".lower()
+    sent = next(iter(e.token_limit()), "")
+    refused = ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
+    if "temperature" in about:
+        return "leave --teacher-temperature out"
+    if sent and sent in about and any(word in about for word in refused):
+        other = {"max_tokens": "max_completion_tokens"}.get(sent, "max_tokens")
+        return f"give --token-parameter {other}"
+    if "max_tokens" in about or "max_completion_tokens" in about or "context" in about:
+        return "give a smaller --teacher-max-tokens"
+    return "check the model and the flags"
 
 
 def retry_after(headers) -> float | None:
-    """Seconds that the server asks to wait (Retry-After in seconds or as an HTTP date)."""
+    """Seconds that the server asks to wait: milliseconds, seconds or an HTTP date."""
     from email.utils import parsedate_to_datetime
 
-    value = headers.get("retry-after")
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            return max(0.0, float(headers[name]) * unit)
+        except (KeyError, ValueError):
+            continue
     try:
-        return max(0.0, float(value))
-    except (TypeError, ValueError):
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (TypeError, ValueError, OverflowError):
+        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def hide_key(text: str) -> str:
+    """`text` without the key: a server may send it back. A dummy like "ollama" is no secret."""
+    key = api_key()
+    return text.replace(key, "[key]") if len(key) >= 12 else text
 
 
 def clean(text: str, limit: int) -> str:
     """Server text for the terminal: no control characters, no key, not long."""
-    key = os.environ.get("OPENAI_API_KEY")
-    return printable(text.replace(key, "[key]") if key else text)[:limit]
+    return printable(hide_key(text))[:limit]
 
 
-def ask_until_done(client, e: Endpoint, messages: list[dict], stop: threading.Event) -> dict:
-    """One reply, with retries until the deadline; `attempts` says how many requests it took."""
-    end = time.monotonic() + e.deadline
-    attempts = 0
-    while True:
-        attempts += 1
-        try:
-            return {**attempt(client, e, messages), "attempts": attempts}
-        except Retry as why:
-            pause = min(0.5 * 2 ** (attempts - 1), 30) * random.uniform(0.75, 1.25)
-            pause = max(pause, why.after or 0)
-            if time.monotonic() + pause > end or stop.is_set():
-                raise Retry(f"{why} ({attempts} attempts)") from None
-            stop.wait(pause)
+def short(value) -> str | None:
+    """A name that the server gave, for the record."""
+    return clean(value, 200) if isinstance(value, str) else None
+
+
+# --- what a folder holds --------------------------------------------------------------------------
+
+
+@dataclass
+class Collection:
+    """The replies of a folder by key, and what they cost: responses.jsonl, and sent.jsonl with what
+    left for them. One process at a time; only the thread that collects writes."""
+
+    path: Path  # of responses.jsonl
+    replies: dict[str, dict] = field(default_factory=dict)
+    unanswered: dict[str, list] = field(default_factory=dict)  # key -> [tokens in, out] at most
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    def sent_path(self) -> Path:
+        return self.path.with_name("sent.jsonl")
+
+    def load(self) -> "Collection":
+        """Read what is there; a torn last line is set aside, the first of two equal keys holds."""
+        for path in (self.path, self.sent_path()):
+            if torn := set_torn_tail_aside(path):
+                print(f"{path}: a torn last line ({torn} bytes) was set aside in {path}.torn")
+        for note in read_jsonl(self.sent_path()) if self.sent_path().exists() else ():
+            bounds = self.unanswered.setdefault(note["key"], [])
+            if note.get("refused"):
+                del bounds[-1:]
+            else:
+                bounds.append(note["at_most"])
+        for record in read_jsonl(self.path) if self.path.exists() else ():
+            if isinstance(record.get("key"), str) and isinstance(record.get("text"), str):
+                self.count(record)
+        return self
+
+    def sending(self, key: str, at_most: tuple[int, int]) -> None:
+        """Note a request before it leaves."""
+        append_durable(self.sent_path(), to_line({"key": key, "at_most": at_most}))
+        self.unanswered.setdefault(key, []).append(at_most)
+
+    def refused(self, key: str) -> None:
+        """Note that the last request of `key` was answered without work: it is not billed."""
+        append_durable(self.sent_path(), to_line({"key": key, "refused": True}))
+        self.unanswered[key].pop()
+
+    def add(self, key: str, ask: Ask, reply: dict) -> dict:
+        """Store a reply; returns its record."""
+        names = {"key": key, "task": ask.task, "id": ask.id, "sample": ask.sample}
+        record = {**names, **reply, "time": round(time.time(), 3)}
+        append_durable(self.path, to_line(record))
+        self.count(record)
+        return record
+
+    def count(self, record: dict) -> None:
+        self.replies.setdefault(record["key"], record)
+        tokens = [
+            (record.get("usage") or {}).get(k) for k in ("prompt_tokens", "completion_tokens")
+        ]
+        if None not in tokens:  # else its bound stays, as if it had no answer
+            self.tokens_in += tokens[0]
+            self.tokens_out += tokens[1]
+            if self.unanswered.get(record["key"]):
+                self.unanswered[record["key"]].pop()
+
+    def open_bills(self) -> list:
+        """[tokens in, tokens out] at most, of each request whose bill is not known."""
+        return [bound for bounds in self.unanswered.values() for bound in bounds]
+
+    def most_usd(self, e: Endpoint) -> float:
+        """The most that all runs of this folder can have cost; prices must be known."""
+        bills = self.open_bills()
+        known = e.usd(self.tokens_in, self.tokens_out)
+        return known + e.usd(sum(b[0] for b in bills), sum(b[1] for b in bills))
+
+    def summary(self, e: Endpoint) -> str:
+        usd, bills = e.usd(self.tokens_in, self.tokens_out), len(self.open_bills())
+        cost = "give --price-in and --price-out for USD" if usd is None else f"{usd:.4f} USD"
+        text = f"{e.model}: {len(self.replies):,} replies, {self.tokens_in:,} tokens in, "
+        text += f"{self.tokens_out:,} out; {cost}"
+        if bills:
+            text += f"; {bills:,} requests without a known bill (cut off, timed out or no usage)"
+            text += "" if usd is None else f", with them at most {self.most_usd(e):.4f} USD"
+        return text
+
+
+def stored_keys(path: Path) -> set[str]:
+    """The keys in a responses.jsonl, without touching it: another process may be writing."""
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    return {json.loads(line)["key"] for line in whole.splitlines()}
+
+
+def no_follow_up(ask: Ask, record: dict) -> Ask | None:
+    return None
+
+
+def missing(collection: Collection, asks: Iterable[Ask], e: Endpoint, follow_up=no_follow_up):
+    """What is to ask now, without what has a reply. `follow_up(ask, record)` gives the request that
+    a reply leads to, if any."""
+    now = []
+    for ask in asks:
+        while ask and (record := collection.replies.get(ask.key(e))):
+            ask = follow_up(ask, record)
+        if ask:
+            now.append(ask)
+    return now
 
 
 # --- many requests --------------------------------------------------------------------------------
 
 
 @dataclass
-class Collection:
-    """The replies of a folder: responses.jsonl by key, and what they cost."""
+class Job:
+    """An ask on its way through its attempts; times are those of time.monotonic()."""
 
-    path: Path
-    replies: dict[str, dict] = field(default_factory=dict)
-    usage: Usage = field(default_factory=Usage)
-
-    def load(self) -> "Collection":
-        """Read what is there; a torn last line is set aside, the first of two equal keys holds."""
-        if torn := set_torn_tail_aside(self.path):
-            print(f"{self.path}: a torn last line ({torn} bytes) was set aside in {self.path}.torn")
-        for record in read_jsonl(self.path) if self.path.exists() else ():
-            if isinstance(record.get("key"), str) and isinstance(record.get("text"), str):
-                self.replies.setdefault(record["key"], record)
-                self.usage.add(record.get("usage"))
-        return self
-
-    def add(self, record: dict) -> None:
-        append_durable(self.path, to_line(record))
-        self.replies.setdefault(record["key"], record)
-        self.usage.add(record["usage"])
+    ask: Ask
+    key: str
+    due: float = 0.0  # of the next attempt
+    end: float = math.inf  # no attempt starts after it
+    overdue: float = math.inf  # when the attempt in flight is given up
+    tries: int = 0
+    pauses: int = 0  # attempts that only met a rate limit
 
 
 def collect(
@@ -297,81 +434,185 @@ def collect(
     e: Endpoint,
     max_requests: int | None = None,
     max_cost: float | None = None,
-    check: Callable[[list[dict]], None] = lambda replies: None,
-    progress: Callable[[int], None] = lambda n: None,
+    check: Callable[[], None] = lambda: None,
+    progress: Callable[[int, str], None] = lambda n, note: None,
+    follow_up: Callable[[Ask, dict], Ask | None] = no_follow_up,
 ) -> list[str]:
     """Ask for what `collection` lacks, `e.concurrency` at a time; returns why each ask that is
-    still missing failed. Stops at the caps (requests of this run; USD of all runs, counting the
-    most that requests in flight can cost), at an error that no retry mends, and when most of the
-    last requests failed. `check(new replies so far)` may raise to stop early."""
-    asks = [a for a in asks if a.key(e) not in collection.replies]
+    still missing failed. Stops at the caps (requests sent by this call, retries included; USD of
+    all runs of the folder, open bills in full), at an error that no retry mends, when most of the
+    last asks failed, and at a signal. `check()` is called after each reply and may raise to stop;
+    `progress(replies, note)` reports. What is in flight when it stops is kept."""
+    if max_cost is not None and e.usd(0, 0) is None:
+        raise SertError("--max-cost needs --price-in and --price-out (USD per million tokens)")
+    asks = missing(collection, asks, e, follow_up)
     if not asks:
         return []
-    if max_cost is not None and (e.price_in is None or e.price_out is None):
-        raise SertError("--max-cost needs --price-in and --price-out (USD per million tokens)")
-    client, stop = make_client(e), threading.Event()
-    failures: list[str] = []
-    recent: deque[bool] = deque(maxlen=20)
-    new: list[dict] = []
-    waiting, running, sent = deque(asks), {}, 0
-
-    def within_caps() -> bool:
-        if max_requests is not None and sent >= max_requests:
-            return False
-        if max_cost is None:
-            return True
-        most = sum(request_cost(a, e) for a in [*running.values(), waiting[0]])
-        return collection.usage.cost(e) + most <= max_cost
-
-    with ThreadPoolExecutor(e.concurrency) as pool:
+    check()
+    run = Run(collection, e, make_client(e), max_requests, max_cost, follow_up, progress)
+    run.todo.extend(Job(a, a.key(e)) for a in asks)
+    with stop_signals() as stopped:
         try:
-            while running or (waiting and within_caps()):
-                while waiting and len(running) < e.concurrency and within_caps():
-                    ask = waiting.popleft()
-                    running[pool.submit(ask_until_done, client, e, list(ask.messages), stop)] = ask
-                    sent += 1
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    ask = running.pop(future)
-                    try:
-                        reply = future.result()
-                    except Retry as why:
-                        failures.append(f"{ask.task}/{ask.id}: {why}")
-                        recent.append(False)
-                        continue
-                    recent.append(True)
-                    record = {"key": ask.key(e), "task": ask.task, "id": ask.id}
-                    record |= {"sample": ask.sample, **reply, "time": round(time.time(), 3)}
-                    collection.add(record)
-                    new.append(record)
-                    progress(1)
-                check(new)
-                if len(recent) >= 10 and sum(recent) < len(recent) / 2:
-                    raise SertError(
-                        f"{recent.count(False)} of the last {len(recent)} requests failed "
-                        f"({failures[-1]}); replies so far are kept, repeat the command later"
-                    )
-        except BaseException:
-            stop.set()
-            for future, ask in running.items():  # what is in flight is paid for: keep it
-                if not future.cancel():
-                    with_reply(future, ask, e, collection)
-            raise
-    failures += [f"{a.task}/{a.id}: not asked, a cap was reached" for a in waiting]
-    return failures
+            while run.todo or run.later or run.flying:
+                if stopped:
+                    print(f"\nno new requests; continue with: {this_command()}", flush=True)
+                    raise SystemExit(128 + stopped[0])
+                run.send_what_is_due()
+                if run.capped and not run.flying:
+                    break
+                if run.receive(wait=0.05):
+                    check()
+        finally:
+            run.drain()
+    left = [*run.later, *run.todo]
+    return [*run.failures.values(), *(f"{j.ask.task}/{j.ask.id}: {run.capped}" for j in left)]
 
 
-def with_reply(future, ask: Ask, e: Endpoint, collection: Collection) -> None:
-    """Store the reply of a request that was in flight when the collection stopped."""
-    try:
-        reply = future.result(timeout=e.timeout)
-    except Exception:  # it failed too; the error that stopped the collection is the one to show
-        return
-    record = {"key": ask.key(e), "task": ask.task, "id": ask.id, "sample": ask.sample, **reply}
-    collection.add({**record, "time": round(time.time(), 3)})
+@dataclass
+class Run:
+    """A collection at work. The calling thread decides, counts and writes; a thread per request in
+    flight sends it and hands back what came. (Daemons: one that hangs can't keep us from ending.)"""
 
+    collection: Collection
+    e: Endpoint
+    client: object
+    max_requests: int | None
+    max_cost: float | None
+    follow_up: Callable
+    progress: Callable
+    todo: deque = field(default_factory=deque)  # jobs never sent
+    later: list = field(default_factory=list)  # jobs waiting for their next attempt
+    flying: dict = field(default_factory=dict)  # key -> job
+    arrived: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    failures: dict = field(default_factory=dict)  # key -> why
+    recent: deque = field(default_factory=lambda: deque(maxlen=20))  # did the last asks succeed?
+    sent: int = 0
+    resume: float = 0.0  # no request before this time: a server said so
+    capped: str = ""
 
-def request_cost(ask: Ask, e: Endpoint) -> float:
-    """The most that a request can cost in USD: a token per byte of prompt, and a full reply."""
-    sent = sum(len(m["content"].encode()) + 8 for m in ask.messages)
-    return (sent * e.price_in + (e.max_tokens or 4096) * e.price_out) / 1e6
+    def send_what_is_due(self) -> None:
+        """Start as many requests as slots, times and caps allow; waiting retries hold their slot,
+        so that a rate limit slows down everything."""
+        slots = self.e.concurrency if any(self.recent) else 1
+        self.capped = ""
+        while len(self.flying) < slots and time.monotonic() >= self.resume:
+            job = next((j for j in self.later if j.due <= time.monotonic()), None)
+            if job is None and self.todo and len(self.flying) + len(self.later) < slots:
+                job = self.todo[0]
+            if job is None:
+                return
+            at_most = job.ask.most_tokens(self.e)
+            if self.max_requests is not None and self.sent >= self.max_requests:
+                self.capped = f"not asked, --max-requests {self.max_requests} is reached"
+            elif self.max_cost is not None:
+                cost = self.collection.most_usd(self.e) + self.e.usd(*at_most)
+                if not cost <= self.max_cost:
+                    self.capped = f"not asked, it could pass --max-cost {self.max_cost:g}"
+            if self.capped:
+                return
+            if job.tries + job.pauses:
+                self.later.remove(job)
+            else:
+                self.todo.popleft()
+            self.sent += 1
+            job.tries += 1
+            job.overdue = time.monotonic() + self.e.deadline
+            job.end = min(job.end, job.overdue)
+            self.collection.sending(job.key, at_most)
+            self.flying[job.key] = job
+            threading.Thread(target=self.work, args=(job,), daemon=True).start()
+
+    def work(self, job: Job) -> None:
+        """In a thread of its own: one attempt."""
+        try:
+            result = attempt(self.client, self.e, list(job.ask.messages))
+        except BaseException as error:  # handed on to the thread that decides
+            result = error
+        self.arrived.put((job, result))
+
+    def receive(self, wait: float) -> bool:
+        """Take one result within `wait` seconds; was it a reply?"""
+        try:
+            job, result = self.arrived.get(timeout=wait)
+        except queue.Empty:
+            self.give_up_overdue()
+            return False
+        known = self.flying.pop(job.key, None) is not None  # else it came after we gave it up
+        if isinstance(result, dict):
+            self.store(job, result)
+            return True
+        if not isinstance(result, Retry):
+            if isinstance(result, SertError):
+                self.collection.refused(job.key)
+            raise result
+        if not result.billed:
+            self.collection.refused(job.key)
+        if known:
+            self.retry(job, result)
+        return False
+
+    def store(self, job: Job, reply: dict) -> None:
+        if job.key in self.collection.replies:
+            return
+        self.collection.add(job.key, job.ask, {**reply, "attempts": job.tries + job.pauses})
+        self.failures.pop(job.key, None)
+        self.recent.append(True)
+        for ask in missing(self.collection, [job.ask], self.e, self.follow_up):
+            self.todo.appendleft(Job(ask, ask.key(self.e)))
+        self.progress(1, "")
+
+    def retry(self, job: Job, why: Retry) -> None:
+        """Another attempt after a pause, unless tries or time are used up."""
+        now = time.monotonic()
+        if why.after is not None:
+            if why.after > self.e.deadline:
+                raise SertError(
+                    f"the server asks to wait {why.after:.0f} s ({why}); repeat the command then"
+                )
+            self.resume = max(self.resume, now + why.after)
+        doubled = BACKOFF * 2 ** min(job.tries + job.pauses - 1, 9)
+        pause = min(doubled, 30.0) * random.uniform(0.75, 1.25)
+        if why.busy:
+            job.tries, job.pauses = job.tries - 1, job.pauses + 1
+        job.due = now + max(pause, why.after or 0)
+        self.progress(0, f"retrying: {clean(str(why), 60)}")
+        if job.tries >= TRIES or job.due > job.end:
+            self.fail(job, str(why))
+        else:
+            self.later.append(job)
+
+    def fail(self, job: Job, why: str) -> None:
+        """Give one ask up; stop everything when most of the last ones failed."""
+        attempts = job.tries + job.pauses
+        self.failures[job.key] = f"{job.ask.task}/{job.ask.id}: {why} ({attempts} attempts)"
+        self.recent.append(False)
+        failed, of = self.recent.count(False), len(self.recent)
+        if of >= (10 if any(self.recent) else 2) and failed > of / 2:
+            raise SertError(
+                f"{failed} of the last {of} requests got no reply ({why}); "
+                "replies so far are kept, repeat the command later"
+            )
+
+    def give_up_overdue(self) -> None:
+        """A server that sends a byte now and then never runs into the timeout: the deadline ends
+        it. Should the reply come after all, it is kept."""
+        for job in [j for j in self.flying.values() if time.monotonic() > j.overdue]:
+            del self.flying[job.key]
+            self.fail(job, f"no complete reply within {self.e.deadline:g} s")
+
+    def drain(self) -> None:
+        """Keep what is still in flight: it is paid for. A second signal ends the wait."""
+        if self.flying:
+            n = len(self.flying)
+            print(f"waiting at most {DRAIN:g} s for {n} request(s) in flight", flush=True)
+        end = time.monotonic() + DRAIN
+        while self.flying and time.monotonic() < end:
+            try:
+                job, result = self.arrived.get(timeout=0.1)
+            except queue.Empty:
+                continue
+            self.flying.pop(job.key, None)
+            if isinstance(result, dict):
+                self.store(job, result)
+            elif isinstance(result, SertError) or not getattr(result, "billed", True):
+                self.collection.refused(job.key)
