@@ -257,8 +257,7 @@ def fit(
     validated = keep_metrics_before(out / "metrics.jsonl", step)
     loss_of = torch.compile(loss_sum, dynamic=True) if compiled else loss_sum
     model.wte.sparse = sparse_embedding(model) and not compiled
-    tokens, start = 0, time.perf_counter()
-    saved = start
+    tokens, seconds, saved = 0, 0.0, time.perf_counter()
 
     def note(**record) -> None:
         metrics.write(to_line({"step": step, "epoch": (step - 1) // per_epoch + 1, **record}))
@@ -269,7 +268,7 @@ def fit(
         os.fsync(metrics.fileno())
         save_state(model, optimizer, out, step)
         saved = time.perf_counter()
-        spent = {"from": first, "step": step, "tokens": tokens, "seconds": round(saved - start, 3)}
+        spent = {"from": first, "step": step, "tokens": tokens, "seconds": round(seconds, 3)}
         append_durable(out / "timings.jsonl", to_line(spent))
 
     def stop_if_asked(*_) -> None:
@@ -293,7 +292,7 @@ def fit(
             if at == 0 or step == first:
                 order = epoch_order(len(examples), s.seed, epoch)
             chosen = order[at * s.batch_size : (at + 1) * s.batch_size]
-            batch = [examples[i] for i in chosen]
+            batch, start = [examples[i] for i in chosen], time.perf_counter()
             with told_where(f"epoch {epoch + 1}, questions {', '.join(names[i] for i in chosen)}"):
                 loss = train_step(
                     model, optimizer, batch, step + 1, s.accumulate, s.clip, bf16, loss_of
@@ -301,8 +300,9 @@ def fit(
             step += 1
             note(loss=round(loss, 6))
             tokens += sum(len(ids) for ids, _ in batch)
-            rate = tokens / (time.perf_counter() - start)
-            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, {rate:,.0f} tokens/s", False)
+            seconds += time.perf_counter() - start  # of the steps: not of validation and saving
+            told = f"epoch {epoch + 1}, loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s"
+            bar.set_postfix_str(told, refresh=False)
             bar.update()
             if time.perf_counter() - saved > save_seconds:
                 save()

@@ -124,8 +124,10 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         c = self.config = config
-        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
-        self.wpe = nn.Embedding(c.n_positions, c.n_embd)
+        # empty: init_weights_ or load_model fills them, and drawing on the meta device takes a second
+        tokens, positions = (torch.empty(n, c.n_embd) for n in (c.vocab_size, c.n_positions))
+        self.wte = nn.Embedding(*tokens.shape, _weight=tokens)
+        self.wpe = nn.Embedding(*positions.shape, _weight=positions)
         self.h = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
         self.ln_f = nn.LayerNorm(c.n_embd, eps=c.layer_norm_epsilon)
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.n_embd, c.vocab_size, False)

@@ -1,0 +1,299 @@
+"""Do the paper's two claims hold in the micro-world? Four methods, several seeds, controls.
+
+Claims [SERT §III-B]: SERT above Finetune, and SERT+RD above RD, here at a number of teacher
+rationales that was fixed beforehand (--n). Every seed samples its own paths, draws its own subset of
+questions for the teacher and shuffles its own batches; all seeds share the one pretrained student.
+Controls: Finetune+RD (saw the same gold labels as SERT+RD, but no paths) and RD for as many steps as
+SERT+RD took in both stages. Intervals: paired bootstrap over seeds and test questions.
+
+    python bench/micro_experiment.py --out out/experiment        # repeat to continue
+
+Writes results.jsonl (one line per trained student, every test answer in it), summary.json, curve.png.
+"""
+
+import argparse
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
+import numpy as np
+import torch
+
+import sample
+from bench.common import machine
+from sert_min import filters, micro, prompts, tasks
+from sert_min.evaluate import greedy, score
+from sert_min.finetune import (
+    TrainSettings,
+    encode_example,
+    epoch_order,
+    make_optimizer,
+    train_step,
+)
+from sert_min.generate import SampleSettings
+from sert_min.gpt2 import find_model, load_model
+from sert_min.store import append_durable, read_jsonl, set_torn_tail_aside, to_line
+from sert_min.tokenizer import load_tokenizer
+
+CURVES = ("RD", "SERT+RD", "Finetune+RD", "RD, steps of SERT+RD")
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--first-seed", type=int, default=0)
+    p.add_argument("--n", type=int, default=20, help="rationales of the headline comparison")
+    p.add_argument("--curve", default="10,20,40,80,160,400", help="numbers of rationales")
+    p.add_argument("--epochs", type=int, default=tasks.preset("micro")["epochs"])
+    p.add_argument("--test", type=int, default=400, help="test questions")
+    p.add_argument("--train", type=int, default=400, help="train questions")
+    p.add_argument("--model", default="micro")
+    p.add_argument("--workers", type=int, default=os.cpu_count())
+    p.add_argument("--quick", action="store_true", help="2 seeds, 3 numbers, 100 test questions")
+    p.add_argument("--out", default="out/experiment")
+    p.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    args = p.parse_args(argv)
+    if args.quick:
+        args.seeds, args.curve, args.test = 2, f"{args.n},80,400", 100
+    return args
+
+
+# --- one student ----------------------------------------------------------------------------------
+
+
+def trained(model, pairs: list, tokenizer, epochs: int, seed: int, steps: int | None = None):
+    """A copy of `model` fine-tuned on (prompt, completion) pairs; (student, steps taken)."""
+    student = copy.deepcopy(model).train()
+    s = TrainSettings(epochs=epochs, seed=seed)
+    examples = [encode_example(tokenizer, *pair) for pair in pairs]
+    optimizer = make_optimizer(student, s.lr)
+    per_epoch = -(-len(examples) // s.batch_size)
+    steps = steps or epochs * per_epoch
+    for step in range(steps):
+        epoch, at = divmod(step, per_epoch)
+        order = epoch_order(len(examples), seed, epoch)[at * s.batch_size :][: s.batch_size]
+        train_step(student, optimizer, [examples[i] for i in order], step)
+    return student.eval(), steps
+
+
+def tested(student, tokenizer, questions: list, suffix: str) -> dict:
+    """Greedy test answers as a string of 0 and 1, and the share of outputs that reason."""
+    outputs = greedy(student, tokenizer, questions, suffix, micro.PRESET["max_new_tokens"])
+    records = [score(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
+    reasoned = [micro.check_path(q, text)["stated"] for q, (text, _) in zip(questions, outputs)]
+    return {
+        "correct": "".join(str(int(r["correct"])) for r in records),
+        "unreadable": sum(r["extracted"] is None for r in records),
+        "reasoning": round(sum(reasoned) / len(reasoned), 4),
+    }
+
+
+def selected_pairs(model, tokenizer, questions: list, seed: int) -> tuple[list, dict]:
+    """SERT's training pairs from this seed's own samples, and how good the paths are."""
+    preset = micro.PRESET
+    rules = filters.FilterSettings(
+        **{k: preset[k] for k in ("min_tokens", "max_rep2", "min_perplexity")}
+    )
+    s = SampleSettings(max_new_tokens=preset["max_new_tokens"], seed=seed)
+    pairs, right, contradict = [], 0, 0
+    by_id = {q.id: q for q in questions}
+    for i in range(0, len(questions), 32):
+        block = questions[i : i + 32]
+        nothing = lambda n: None  # noqa: E731
+        for r in sample.block_records(model, tokenizer, block, "", s, rules, (), nothing):
+            if r["verdict"] != "selected":
+                continue
+            q = by_id[r["id"]]
+            text, _ = prompts.strip_answer_sentence(r["text"])
+            seen = micro.check_path(q, text)
+            right += seen["facts"] and seen["relation"] and seen["verdict"]
+            contradict += bool(seen["stated"] and not seen["gold"])
+            pairs.append(prompts.sert_pair(q, text))
+    quality = {"selected": len(pairs), "right": right, "contradict_gold": contradict}
+    return pairs, quality
+
+
+# --- one seed -------------------------------------------------------------------------------------
+
+
+def run_seed(args, seed: int, done: set, save) -> None:
+    """All students of a seed; what is in `done` is skipped."""
+    torch.set_num_threads(1)
+    folder = find_model(args.model)
+    base, tokenizer = load_model(folder), load_tokenizer(folder)
+    train = tasks.load("micro", "train")[: args.train]
+    test = tasks.load("micro", "test")[: args.test]
+    shuffled = train[:]
+    random.Random(f"teacher {seed}").shuffle(shuffled)
+    numbers = [min(int(n), len(train)) for n in args.curve.split(",")]
+
+    def finish(method: str, n: int, student, steps: int, suffix: str, start, **more) -> None:
+        result = {"seed": seed, "method": method, "n": n, "steps": steps}
+        result |= tested(student, tokenizer, test, suffix)
+        save({**result, **more, "seconds": round(time.perf_counter() - start, 1)})
+
+    # 1. The student as it is, and the stages without a teacher.
+    start = time.perf_counter()
+    if ("base", 0) not in done:
+        finish("base", 0, base, 0, "", start)
+    start = time.perf_counter()
+    pairs, quality = selected_pairs(base, tokenizer, train, seed)
+    sert, sert_steps = trained(base, pairs, tokenizer, args.epochs, seed)
+    if ("SERT", 0) not in done:
+        finish("SERT", 0, sert, sert_steps, "", start, **quality)
+    start = time.perf_counter()
+    labels = [prompts.finetune_pair(q) for q in train]
+    labelled, label_steps = trained(base, labels, tokenizer, args.epochs, seed)
+    if ("Finetune", 0) not in done:
+        finish("Finetune", 0, labelled, label_steps, "", start)
+
+    # 2. n rationales: from the raw student, from SERT, and the two controls.
+    for n in numbers:
+        rationales = [prompts.rd_pair(q, micro.teacher_rationale(q)) for q in shuffled[:n]]
+        rd_steps = args.epochs * -(-n // TrainSettings.batch_size)
+        plans = {
+            "RD": (base, None),
+            "SERT+RD": (sert, None),
+            "Finetune+RD": (labelled, None),
+            "RD, steps of SERT+RD": (base, sert_steps + rd_steps),
+        }
+        for method, (parent, steps) in plans.items():
+            if (method, n) in done:
+                continue
+            start = time.perf_counter()
+            student, taken = trained(parent, rationales, tokenizer, args.epochs, seed, steps)
+            finish(method, n, student, taken, prompts.COT_SUFFIX, start)
+
+
+def work(args, path: Path) -> None:
+    """The seeds of one worker, each result durable as soon as it is there."""
+    set_torn_tail_aside(path)
+    there = list(read_jsonl(path)) if path.exists() else []
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        if (seed - args.first_seed) % args.workers != args.worker:
+            continue
+        done = {(r["method"], r["n"]) for r in there if r["seed"] == seed}
+
+        def save(result: dict) -> None:
+            append_durable(path, to_line(result))
+            accuracy = result["correct"].count("1") / len(result["correct"])
+            name = f"{result['method']} n={result['n']}"
+            print(f"seed {result['seed']}  {name:28} {accuracy:6.1%}  {result['seconds']:.0f} s", flush=True)  # fmt: skip
+
+        run_seed(args, seed, done, save)
+
+
+# --- the answer -----------------------------------------------------------------------------------
+
+
+def matrix(results: list[dict], method: str, n: int) -> np.ndarray:
+    """Correct answers [seeds, questions] of a method, seeds in order."""
+    rows = sorted((r["seed"], r["correct"]) for r in results if (r["method"], r["n"]) == (method, n))
+    return np.array([[c == "1" for c in correct] for _, correct in rows], dtype=float)
+
+
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, times: int = 10_000) -> tuple:
+    """(mean of a - b, low, high): 95 % over resampled seeds and questions, the same for both."""
+    rng, d = np.random.default_rng(0), a - b
+    S, Q = d.shape
+    means = np.empty(times)
+    for i in range(times):
+        means[i] = d[rng.integers(0, S, S)][:, rng.integers(0, Q, Q)].mean()
+    low, high = np.percentile(means, [2.5, 97.5])
+    return d.mean(), low, high
+
+
+def summarize(args, results: list[dict]) -> dict:
+    numbers = [min(int(n), args.train) for n in args.curve.split(",")]
+    rows = {}
+    print(f"\n{'method':26}{'rationales':>11}{'accuracy':>10}   by seed")
+    for method, n in [("base", 0), ("Finetune", 0), ("SERT", 0)] + [(m, args.n) for m in CURVES]:
+        a = matrix(results, method, n).mean(1)
+        rows[f"{method} n={n}"] = {"accuracy": a.mean(), "by_seed": a.round(4).tolist()}
+        print(f"{method:26}{n:>11}{a.mean():>10.1%}   " + " ".join(f"{x:.1%}" for x in a))
+    claims = {}
+    print(f"\n{'paired differences':42}{'mean':>8}   95 % (bootstrap over seeds and questions)")
+    for (m1, n1), (m2, n2) in (
+        (("SERT", 0), ("Finetune", 0)),
+        (("SERT+RD", args.n), ("RD", args.n)),
+        (("SERT+RD", args.n), ("Finetune+RD", args.n)),
+        (("SERT+RD", args.n), ("RD, steps of SERT+RD", args.n)),
+    ):
+        mean, low, high = paired_bootstrap(matrix(results, m1, n1), matrix(results, m2, n2))
+        holds = "holds" if low > 0 else "does not hold" if high < 0 else "open"
+        claims[f"{m1} - {m2}"] = {"mean": mean, "low": low, "high": high, "verdict": holds}
+        print(f"{m1 + ' above ' + m2:42}{mean:>+8.1%}   {low:+.1%} to {high:+.1%}   {holds}")
+    curve = {m: [matrix(results, m, n).mean() for n in numbers] for m in CURVES}
+    start = {"SERT+RD": "SERT", "Finetune+RD": "Finetune"}
+    print(f"\n{'accuracy by number of rationales':26}" + "".join(f"{n:>8}" for n in [0, *numbers]) + "    area")  # fmt: skip
+    areas = {}
+    for m, values in curve.items():
+        values = [matrix(results, start.get(m, "base"), 0).mean(), *values]
+        curve[m] = values
+        areas[m] = float(np.trapezoid(values, [0, *numbers]) / numbers[-1])
+        print(f"{m:26}" + "".join(f"{v:>8.1%}" for v in values) + f"{areas[m]:>8.3f}")
+    paths = [r for r in results if r["method"] == "SERT"]
+    selected = sum(r["selected"] for r in paths)
+    against = sum(r["contradict_gold"] for r in paths) / selected
+    right = sum(r["right"] for r in paths) / selected
+    print(f"\nself-generated paths: {selected} selected, {right:.1%} right in facts, relation and "
+          f"verdict; {against:.1%} contradict the gold answer appended to them")  # fmt: skip
+    return {
+        "machine": machine(), "args": {k: v for k, v in vars(args).items() if k != "worker"},
+        "accuracy": rows, "claims": claims, "numbers": [0, *numbers], "curve": curve,
+        "area": areas, "selected_right": right, "selected_contradict_gold": against,
+    }  # fmt: skip
+
+
+def plot(summary: dict, png: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    styles = {"RD": "o-", "SERT+RD": "s-", "Finetune+RD": "^--", "RD, steps of SERT+RD": "v:"}
+    x = range(len(summary["numbers"]))
+    for method, values in summary["curve"].items():
+        ax.plot(x, [100 * v for v in values], styles[method], label=method, linewidth=1.8)
+    ax.set_xticks(list(x), [str(n) for n in summary["numbers"]])
+    ax.axhline(35, color="#888888", linewidth=0.8)
+    ax.text(0, 35.8, "chance (half yes/no, half five choices)", color="#666666", fontsize=8)
+    ax.set(xlabel="teacher rationales", ylabel="test accuracy (%)", ylim=(0, 101),
+           title="Micro-world: what self-training adds to distillation")  # fmt: skip
+    ax.legend(frameon=False)
+    fig.savefig(png, dpi=130)
+    plt.close(fig)
+
+
+def main(args) -> None:
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.worker is not None:
+        return work(args, out / f"results-{args.worker}.jsonl")
+    if str(args.n) not in args.curve.split(","):
+        raise SystemExit(f"error: --n {args.n} must be one of --curve {args.curve}")
+    start = time.perf_counter()
+    given = [x for x in sys.argv[1:] if not x.startswith("--workers")]
+    command = [sys.executable, __file__, *given, "--workers", str(args.workers), "--worker"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [subprocess.Popen([*command, str(i)], env=env) for i in range(args.workers)]
+    if any([p.wait() for p in workers]):
+        raise SystemExit("error: a worker failed; see above, then repeat the command to continue")
+    results = [r for f in sorted(out.glob("results-*.jsonl")) for r in read_jsonl(f)]
+    summary = summarize(args, results)
+    summary["minutes"] = round((time.perf_counter() - start) / 60, 1)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    plot(summary, out / "curve.png")
+    print(f"\nwrote {out}/summary.json and {out}/curve.png; {summary['minutes']} minutes")
+    return None
+
+
+if __name__ == "__main__":
+    main(parse_args())
