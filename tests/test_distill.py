@@ -1,0 +1,409 @@
+"""distill.py from flags to checkpoint, with a fake teacher and a tiny student."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_tiny_model, shared
+from fake_server import FakeServer, by_body, error, ok
+
+import distill
+from sert_min import tasks, teacher
+from sert_min.runtime import SertError
+from sert_min.store import read_jsonl
+from sert_min.tasks import Question
+
+KEY = "sk-test-0123456789abcdefKEY"
+YES = "Things are so. So the answer is yes."
+QUESTIONS = [
+    Question("strategy_qa", str(10 * i), f"Is {i} even?", "no" if i % 2 else "yes")
+    for i in range(30)
+]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return str(make_tiny_model(tmp_path_factory.mktemp("student") / "model"))
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in, a fake key, and 30 questions instead of a dataset."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher, "BACKOFF", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    real = tasks.load
+
+    def load(task, split, data_dir=None):
+        return QUESTIONS if task == "strategy_qa" and not data_dir else real(task, split, data_dir)
+
+    monkeypatch.setattr(tasks, "load", load)
+
+
+def flags(student, server, *more):
+    task = ["--task", "strategy_qa", "--model", str(student)]
+    if server:
+        task += ["--teacher-model", "org/m", "--base-url", server.url, "--concurrency", "4"]
+    return [*task, *more]
+
+
+def run(student, server, *more):
+    distill.main(distill.parse_args(flags(student, server, *map(str, more))))
+
+
+def records(folder="out"):
+    (path,) = Path(folder).rglob("rationales.jsonl")
+    return list(read_jsonl(path))
+
+
+# --- a live teacher -------------------------------------------------------------------------------
+
+
+def test_collect_clean_train_and_repeat(student, capsys):
+    """The whole of it; the same command again asks nothing, trains nothing, changes no byte."""
+    with FakeServer(ok(YES)) as server:
+        run(
+            student, server, "--out-dir", "run", "--max-steps", 2, "--price-in", 1, "--price-out", 2
+        )
+        assert len(server.bodies) == 30
+        said = capsys.readouterr()
+        before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+        run(student, server, "--out-dir", "run", "--max-steps", 2)
+        assert len(server.bodies) == 30
+    assert before == {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
+    rows = records("run")
+    assert [r["id"] for r in rows] == [q.id for q in QUESTIONS]
+    assert [r["kept"] for r in rows] == [q.answer == "yes" for q in QUESTIONS]
+    assert {r["rationale"] for r in rows} == {"Things are so."}
+    assert "300 tokens in, 150 out; 0.0006 USD" in said.out
+    assert KEY.encode() not in b"".join(before.values()) and KEY not in said.out + said.err
+    assert json.loads(Path("run/last/sert.json").read_text())["method"] == "rd"
+    prompt = server.bodies[0]["messages"][0]["content"]
+    assert prompt == "Question: Is 0 even?\nAnswer: Let's think step by step."
+
+
+def test_collect_only_shares_replies_between_students(student, tmp_path):
+    """Bought once for all students of a task."""
+    other = str(make_tiny_model(tmp_path / "other", seed=1))
+    with FakeServer(ok(YES)) as server:
+        run(student, server, "--collect-only")
+        run(other, server, "--collect-only", "--keep", "all")
+        assert len(server.bodies) == 30
+    assert len(list(Path("out").rglob("rationales.jsonl"))) == 2
+    assert not list(Path("out").rglob("last"))
+    assert Path("out/strategy_qa/teacher-org-m/responses.jsonl").exists()
+
+
+def test_dry_run_asks_nothing_and_writes_nothing(student, capsys, monkeypatch):
+    """What it says is a bound: neither a key nor the student is needed for it."""
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with FakeServer(ok(YES)) as server:
+        run("no/such/model", server, "--dry-run", "--price-in", 1, "--price-out", 1, "--two-step")
+        assert server.bodies == []
+    said = capsys.readouterr().out
+    assert "Question: Is 0 even?\n  Answer: Let's think step by step." in said
+    assert "plan: 60 requests (0 first replies are there)" in said and "USD" in said
+    assert f"{60 * 512:,} tokens out" in said and not Path("out").exists()
+
+
+def test_dry_run_counts_what_is_there_and_touches_no_torn_line(student, capsys):
+    """Another process may be writing that line."""
+    path = Path("out/strategy_qa/teacher-org-m/responses.jsonl")
+    with FakeServer(ok(YES)) as server:
+        run(student, server, "--collect-only", "--limit", 5)
+        path.write_bytes(path.read_bytes() + b'{"torn')
+        run(student, server, "--dry-run")
+    assert "plan: 25 requests (5 first replies are there)" in capsys.readouterr().out
+    assert path.read_bytes().endswith(b'{"torn')
+
+
+def test_missing_rows_end_with_status_2(student, capsys):
+    """A run that ended green with rows missing."""
+
+    @by_body
+    def step(body):
+        return error(500, "\x1b[31moops") if " 7 " in body["messages"][0]["content"] else ok(YES)
+
+    with FakeServer(step) as server:
+        with pytest.raises(SystemExit) as end:
+            run(student, server, "--collect-only")
+        assert end.value.code == 2 and len(records()) == 29
+        said = capsys.readouterr()
+        assert "missing: strategy_qa/70: HTTP 500" in said.err and "Repeat" in said.err
+        assert "\x1b[31m" not in said.out + said.err
+        with pytest.raises(SystemExit):
+            run(student, server, "--max-steps", 2)  # nor is a student trained on a part unasked
+    assert not list(Path("out").rglob("last"))
+
+
+def test_a_cap_ends_with_status_2_and_the_next_run_goes_on(student, capsys):
+    with FakeServer(ok(YES)) as server:
+        for expected in (12, 24):
+            with pytest.raises(SystemExit) as end:
+                run(student, server, "--collect-only", "--max-requests", 12)
+            assert end.value.code == 2 and len(server.bodies) == expected
+        assert "--max-requests 12 is reached" in capsys.readouterr().err
+        run(student, server, "--collect-only", "--max-requests", 12)
+        assert len(server.bodies) == 30
+
+
+@by_body
+def answers_apart(body):
+    last = body["messages"][-1]["content"]
+    return ok("(no)" if last == distill.ASK_ANSWER else "Reasoning only. Is it?")
+
+
+def test_two_step(student):
+    with FakeServer(answers_apart) as server:
+        run(student, server, "--collect-only", "--two-step")
+        run(student, server, "--collect-only", "--two-step")
+        assert len(server.bodies) == 60
+        first, second = server.bodies[0]["messages"], server.bodies[-1]["messages"]
+        assert [m["role"] for m in second] == ["user", "assistant", "user"] and len(first) == 1
+    assert {r["teacher_answer"] for r in records()} == {"no"}
+    assert [r["kept"] for r in records()] == [q.answer == "no" for q in QUESTIONS]
+
+
+def test_two_step_by_completions(student):
+    @by_body
+    def step(body):
+        return ok(" No." if body["prompt"].endswith(distill.ASK_ANSWER) else " Reasoning.")
+
+    with FakeServer(step) as server:
+        run(student, server, "--collect-only", "--two-step", "--completions", "--limit", 2)
+        prompts = sorted(body["prompt"] for body in server.bodies)
+    assert prompts[1] == f"{prompts[0]} Reasoning.\n{distill.ASK_ANSWER}" and len(prompts) == 4
+
+
+def test_two_step_asks_no_answer_to_nothing(student):
+    with FakeServer(ok(None, "content_filter")) as server:
+        run(student, server, "--collect-only", "--two-step", "--limit", 5)
+        assert len(server.bodies) == 5
+    assert {r["reason"] for r in records()} == {"empty"}
+
+
+def test_unreadable_answers_stop_after_20(student):
+    """9,741 replies were bought before somebody looked; the same command buys no 20 more."""
+    with FakeServer(ok("I like trains.")) as server:
+        for _ in range(2):
+            with pytest.raises(SertError, match="only 0 of the first 2.*--teacher-suffix"):
+                run(student, server, "--collect-only")
+        assert 20 <= len(server.bodies) < 20 + 4  # and those in flight
+        kept = Path("out/strategy_qa/teacher-org-m/responses.jsonl").read_text().count("\n")
+        assert kept == len(server.bodies)
+        run(student, server, "--collect-only", "--keep", "all")
+        assert len(server.bodies) == 30
+        with pytest.raises(SertError, match="no rationale was kept"):
+            run(student, server, "--max-steps", 2)
+
+
+def test_teacher_suffix_shapes_the_prompt(student):
+    with FakeServer(ok(YES)) as server:
+        run(student, server, "--collect-only", "--limit", 3)
+        run(student, server, "--collect-only", "--limit", 3, "--teacher-suffix", " End well.")
+        assert server.bodies[3]["messages"][0]["content"].endswith("step by step. End well.")
+        assert len(server.bodies) == 6
+
+
+def test_batch_export_and_import(student, tmp_path, capsys):
+    """Half the price: the same requests as a file; failed lines are asked for live."""
+    with FakeServer(ok("live. So the answer is no.")) as server:
+        run(student, server, "--collect-only", "--limit", 3)
+        run("no/such/model", server, "--limit", 8, "--export-batch", "batch.jsonl")
+        lines = list(read_jsonl("batch.jsonl"))
+        assert len(lines) == 5 and lines[0]["url"] == "/v1/chat/completions"
+        assert lines[0]["body"] == {**server.bodies[0], "messages": lines[0]["body"]["messages"]}
+        usage = {"prompt_tokens": 7, "completion_tokens": 3}
+        choice = {"message": {"content": YES}, "finish_reason": "stop"}
+        done = [
+            {"custom_id": line["custom_id"], "response": {"status_code": 200, "request_id": "r",
+             "body": {"choices": [choice], "usage": usage, "model": "m1"}}} for line in lines
+        ]  # fmt: skip
+        done[0]["response"]["body"] = {"error": {"message": "too busy"}}
+        done[1]["response"] = None
+        done.append({"custom_id": "foreign", "response": done[2]["response"]})
+        done.append(done[2])
+        Path("done.jsonl").write_text("".join(json.dumps(d) + "\n" for d in reversed(done)))
+        run(student, server, "--collect-only", "--limit", 8, "--import-batch", "done.jsonl")
+        assert len(server.bodies) == 3 + 2
+    assert "3 replies taken, 1 were there, 3 lines failed" in capsys.readouterr().out
+    assert len(records()) == 8
+    assert KEY not in Path("batch.jsonl").read_text()
+
+
+def test_a_second_process_is_refused(student):
+    with FakeServer(ok(YES), delay=0.2) as server:
+        child = start(student, server, "--collect-only")
+        while len(server.bodies) < 2 and child.poll() is None:
+            time.sleep(0.01)
+        with pytest.raises(SertError, match="another process"):
+            run(student, server, "--collect-only")
+        child.kill()
+        child.communicate()
+
+
+CHILD = """
+import sys
+from sert_min import tasks, teacher
+from sert_min.runtime import run_script
+teacher.BACKOFF = 0.01
+ask = [tasks.Question("strategy_qa", str(i), f"Is {i} even?", "yes") for i in range(30)]
+tasks.load = lambda *args: ask
+import distill
+run_script(distill.main, distill.parse_args(sys.argv[1:]))
+"""
+
+
+def start(student, server, *more):
+    """distill.py as a process of its own."""
+    command = [sys.executable, "-c", CHILD, *flags(student, server, *more)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def test_sigterm_says_how_to_go_on(student):
+    """The user's view of a stop: status, a line that names the next step, and no traceback."""
+    with FakeServer(ok(YES), delay=0.2) as server:
+        child = start(student, server, "--collect-only")
+        while len(server.bodies) < 3 and child.poll() is None:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGTERM)
+        out, err = child.communicate(timeout=30)
+        assert child.returncode == 143 and "continue with: python" in out
+        assert "Traceback" not in err and KEY not in out + err
+        assert f"{len(server.bodies)} replies" in out and "without a known bill" not in out
+
+
+def test_one_line_for_a_refused_key(student):
+    """No traceback, and the message says what to do; one request only."""
+    with FakeServer(error(401, f"Incorrect API key provided: {KEY}")) as server:
+        child = start(student, server, "--collect-only")
+        out, err = child.communicate(timeout=60)
+        assert child.returncode == 1 and len(server.bodies) == 1
+    assert "error: HTTP 401: the server refused OPENAI_API_KEY" in err
+    assert "Traceback" not in err and KEY not in out + err
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--teacher-file", "x"], "not both"),
+        (["--concurrency", "0"], "--concurrency must be above 0"),
+        (["--timeout", "nan"], "--timeout must be above 0"),
+        (["--max-cost", "1"], "needs --price-in"),
+        (["--max-cost", "nan", "--price-in", "1", "--price-out", "1"], "--max-cost must be"),
+        (["--price-in", "-1"], "--price-in must be"),
+        (["--teacher-temperature", "inf"], "--teacher-temperature must be"),
+        (["--base-url", "https://me:pw@host/v1"], "must not hold a password"),
+    ],
+)
+def test_bad_flags_are_refused_before_anything_is_sent(more, message, student):
+    with FakeServer(ok(YES)) as server:
+        with pytest.raises(SertError, match=message):
+            run(student, server, *more)
+        assert server.bodies == []
+
+
+def test_a_teacher_is_needed_for_real_tasks(student):
+    with pytest.raises(SertError, match="--teacher-model NAME.*--teacher-file FILE"):
+        run(student, None)
+    with pytest.raises(SertError, match="--max-cost needs --teacher-model"):
+        run(student, None, "--teacher-file", "x", "--max-cost", "1")
+
+
+# --- files, students, micro -----------------------------------------------------------------------
+
+
+def test_teacher_file(student, capsys):
+    """The same rationales, whether they came live or from our own record."""
+    with FakeServer(ok(YES)) as server:
+        run(student, server, "--collect-only")
+    live = records()
+    (path,) = Path("out").rglob("rationales.jsonl")
+    run(student, None, "--teacher-file", path, "--out-dir", "run", "--max-steps", 2)
+    again = records("run")
+    assert [{**r, "source": ""} for r in live] == [{**r, "source": ""} for r in again]
+    assert Path("run/last/model.safetensors").exists() and "kept" in capsys.readouterr().out
+
+
+def test_dry_run_of_a_file_writes_nothing(student, capsys):
+    Path("t.jsonl").write_text('{"question": "Is 0 even?", "rationale": "It is. So the answer is yes."}\n')  # fmt: skip
+    run(student, None, "--teacher-file", "t.jsonl", "--dry-run")
+    said = capsys.readouterr().out
+    assert "1 rationales for 30 questions" in said and not Path("out").exists()
+    assert "no output" in said
+
+
+def test_rationales_that_do_not_fit_the_student_are_counted(student, capsys):
+    """The context is the student's own; a longer text would fail in the middle of training."""
+    with FakeServer(ok("Word. " * 300 + "So the answer is yes.")) as server:
+        run(student, server, "--collect-only", "--limit", 2, "--keep", "all")
+    assert {r["reason"] for r in records()} == {"too long"}
+
+
+def test_the_sert_checkpoint_is_the_default_student(student, tmp_path, monkeypatch, capsys):
+    """SERT+RD if self-training is done, RD else; both said. --model decides by its own record."""
+    monkeypatch.setattr(tasks, "default_model", lambda task: student)
+    with FakeServer(ok(YES)) as server:
+        live = flags(student, server, "--collect-only", "--limit", "4")
+        del live[live.index("--model") : live.index("--model") + 2]
+        distill.main(distill.parse_args(live))
+        assert "starting from the raw student" in capsys.readouterr().out
+        (label,) = [p.name for p in Path("out/strategy_qa").iterdir() if "teacher" not in p.name]
+        sert = Path(f"out/strategy_qa/{label}/sert/seed0/last")
+        make_sert(student, sert, label)
+        distill.main(distill.parse_args(live))
+        assert "starting from the SERT checkpoint" in capsys.readouterr().out
+        run(sert, server, "--collect-only", "--limit", "4")
+        assert len(server.bodies) == 4
+    found = {
+        p.relative_to(f"out/strategy_qa/{label}") for p in Path("out").rglob("rationales.jsonl")
+    }
+    assert found == {Path(f"{method}/seed0/rationales.jsonl") for method in ("rd", "sert-rd")}
+
+
+def make_sert(student, folder, label):
+    from sert_min.gpt2 import load_model, save_model
+
+    folder.parent.mkdir(parents=True)
+    save_model(load_model(Path(student)), folder, Path(student), {"method": "sert", "root": label})
+
+
+def test_micro_teacher_is_offline_and_right(tmp_path):
+    """The default needs no teacher: the generator explains its own questions."""
+    micro = pytest.importorskip("sert_min.micro")
+    assert micro.teacher_rationale
+    student = make_tiny_model(tmp_path / "m", n_positions=1024)
+    args = ["--model", str(student), "--collect-only", "--limit", "40"]
+    distill.main(distill.parse_args(args))
+    rows = records()
+    assert len(rows) == 40 and all(r["kept"] and r["source"] == "micro" for r in rows)
+
+
+def test_real_davinci_rationales_train(tmp_path):
+    """Real questions and rationales through the whole script; a real context holds them all."""
+    student, data = make_tiny_model(tmp_path / "m", n_positions=1024), shared("data")
+    file = shared("data", "teacher", "strategy_qa.train.text-davinci-002.jsonl")
+    more = ["--data-dir", data, "--max-steps", 2, "--batch-size", 2, "--out-dir", "run"]
+    run(student, None, "--teacher-file", file, *more)
+    assert sum(r["kept"] for r in records("run")) == 874
+    with pytest.raises(SertError, match="other rationales; choose another --out-dir"):
+        run(student, None, "--teacher-file", file, *more, "--keep", "all")
+    assert sum(r["kept"] for r in records("run")) == 874
+
+
+def test_help_is_quick_and_asks_nothing():
+    """--help must not import the client."""
+    code = "import sys, distill\ntry: distill.parse_args(['--help'])\nexcept SystemExit: pass\nsys.exit('openai' in sys.modules)"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--teacher-model" in done.stdout

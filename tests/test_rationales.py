@@ -1,0 +1,376 @@
+"""Teacher files of every form, cleaning, and which rationales are kept."""
+
+import json
+
+import pytest
+from conftest import shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sert_min import rationales, tasks
+from sert_min.prompts import COT_SUFFIX, rd_pair
+from sert_min.rationales import (
+    Output,
+    clean,
+    log_entries,
+    rationale_records,
+    read_teacher_file,
+    teacher_answer,
+)
+from sert_min.runtime import SertError
+from sert_min.tasks import Question
+
+YES = Question("strategy_qa", "42", "Is water wet?", "yes")
+NO = Question("strategy_qa", "7", "Do dogs fly?", "no")
+MALL = Question(
+    "commonsense_qa", "ab", "Where? Answer choices: (A) home, (B) mall, (C) sea, (D) sky, (E) car",
+    "B", ("home", "mall", "sea", "sky", "car"),
+)  # fmt: skip
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def records(questions, outputs, keep="right"):
+    return rationale_records(questions, outputs, keep, lambda q, text: len(text) < 1000)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def test_rows_join_by_id_row_number_and_text(tmp_path):
+    rows = [
+        {"index": 42, "question": " Is water wet? ", "rationale": "It is.", "teacher_completion": "Yes."},
+        {"index": 9, "question": "Do dogs fly?", "rationale": "No wings.", "teacher_completion": "No."},
+        {"id": "ab", "question": "Where?", "rationale": "A shop.", "teacher_completion": "(b) mall."},
+        {"index": 42, "question": "Is water wet?", "rationale": "Again.", "teacher_completion": "Yes."},
+        {"index": 42, "question": "Another one?", "rationale": "x", "teacher_completion": "Yes."},
+    ]  # fmt: skip
+    found, left = read_teacher_file(write_jsonl(tmp_path / "t.jsonl", rows), [YES, NO, MALL])
+    assert {i: o.rationale for i, o in found.items()} == {
+        "42": "It is.",
+        "7": "No wings.",
+        "ab": "A shop.",
+    }
+    assert left == {"repeated questions": 1, "other questions": 1}
+    assert [teacher_answer(found[q.id], q) for q in (YES, NO, MALL)] == ["yes", "no", "B"]
+
+
+def test_a_wrong_row_number_does_not_move_a_rationale(tmp_path):
+    """The original StrategyQA release has the same questions in another order."""
+    rows = [{"index": 7, "question": "Is water wet?", "rationale": "Wet.", "teacher_answer": "yes"}]
+    found, _ = read_teacher_file(write_jsonl(tmp_path / "t.jsonl", rows), [YES, NO])
+    assert list(found) == ["42"]
+
+
+def test_our_own_records_are_read_back_unchanged(tmp_path):
+    """Cleaning twice took another sentence off; an unreadable answer became a guess."""
+    outputs = {
+        "42": Output("Water is wet, I think so", "Yes.", "stop", "t"),
+        "7": Output("Yes, some do. Others do not.", "moot.", None, "t"),
+        "ab": Output("It is the mall. So the answer is (B).", None, "stop", "t"),
+    }
+    first, _ = records([YES, NO, MALL], outputs)
+    path = write_jsonl(tmp_path / "rationales.jsonl", first)
+    again, _ = records([YES, NO, MALL], read_teacher_file(path, [YES, NO, MALL])[0])
+    for record in [*first, *again]:
+        record.pop("source")
+    assert again == first and [r["kept"] for r in first] == [True, False, True]
+
+
+LOG = """*****************************
+Namespace(cot_trigger="Let's think step by step.", direct_answer_trigger='\\nTherefore, the answer (Yes or No) is')
+*****************************
+setup data loader ...
+*************************
+1st data
+1_th_sampling
+Q: Do dogs fly?
+A: Let's think step by step. \n\nTherefore, the dog is an animal.\nTherefore, the wing is absent. \nTherefore, the answer (Yes or No) is No.
+pred_before : No.
+pred_after : no
+pred_list : ['no']
+pred_mode : no
+GT : no
+*************************
+*************************
+2st data
+1_th_sampling
+Q: Is water wet?
+A: Let's think step by step. Water wets. It \nTherefore, the answer (Yes or No) is:\n\nYes, it is.\nReally.
+pred_before : Yes, it is.\nReally.
+pred_after : yes
+pred_list : ['yes']
+pred_mode : yes
+GT : yes
+*************************
+*************************
+3st data
+1_th_sampling
+Q: Is this question of the test split?
+A: Let's think step by step.\n\nPerhaps. \nTherefore, the answer (Yes or No) is moot.
+pred_before : moot.
+pred_after : \npred_list : ['']
+pred_mode : \nGT : no
+*************************
+accuracy : 50.0
+"""
+
+
+def test_log_of_zero_shot_cot(tmp_path):
+    """A rationale was cut at its own first "Therefore, the .. is" (45 of 1,603 real ones)."""
+    path = tmp_path / "strategyqa_zero_shot_cot.log"
+    path.write_text(LOG)
+    found, left = read_teacher_file(str(path), [YES, NO])
+    assert (
+        found["7"].rationale == "Therefore, the dog is an animal.\nTherefore, the wing is absent."
+    )
+    assert found["7"].completion == "No."
+    assert found["42"].rationale == "Water wets. It" and found["42"].completion == "Yes, it is.\nReally."  # fmt: skip
+    assert clean(found["42"])[0] == "Water wets." and left == {"other questions": 1}
+    assert [teacher_answer(found[q.id], q) for q in (YES, NO)] == ["yes", "no"]
+
+
+def log_of(rows) -> str:
+    """A log as zero_shot_cot printed it."""
+    blocks = [
+        f"*************************\n{n}st data\n1_th_sampling\nQ: {r['question']}\nA: Let's think "
+        f"step by step. \n\n{r['rationale']} \nTherefore, the answer (Yes or No) is "
+        f"{r['teacher_completion']}\npred_before : {r['teacher_completion']}\n"
+        f"pred_after : {r['teacher_answer']}\npred_list : ['']\npred_mode : \nGT : {r['answer']}\n"
+        "*************************\n"
+        for n, r in enumerate(rows, 1)
+    ]
+    return f"{'*' * 29}\nNamespace()\n{'*' * 29}\n{''.join(blocks)}accuracy : 54.7\n"
+
+
+def test_log_gives_what_the_jsonl_gives():
+    """The real davinci outputs, printed as a log and read again: no text is cut or lost."""
+    path = shared("data", "teacher", "strategy_qa.train.text-davinci-002.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    entries = log_entries(log_of(rows).encode())
+    assert len(entries) == 1603
+    for row, entry in zip(rows, entries):
+        assert entry == {k: row[k].strip() for k in entry}
+
+
+def test_davinci_by_name(tmp_path, monkeypatch):
+    """Downloaded once, told whole by its number of entries; a cut download is not kept."""
+    entries = [
+        {"question": f"q{i}?", "rationale": "R.", "teacher_completion": "Yes.",
+         "teacher_answer": "yes", "answer": "yes"} for i in range(2290)
+    ]  # fmt: skip
+    log, urls = log_of(entries).encode(), []
+    monkeypatch.setenv("SERT_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    q = Question("strategy_qa", "3", "q3?", "yes")
+
+    monkeypatch.setattr(rationales, "download", lambda url: urls.append(url) or log[:-3000])
+    with pytest.raises(SertError, match="instead of 2290"):
+        read_teacher_file("davinci", [q])
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.setattr(rationales, "download", lambda url: urls.append(url) or log)
+    for _ in range(2):
+        found, left = read_teacher_file("davinci", [q])
+        assert found["3"].rationale == "R." and left == {"other questions": 2289}
+    assert urls == [
+        "https://raw.githubusercontent.com/kojima-takeshi188/zero_shot_cot/"
+        "5ef330fcdeec0cd26aee27943504f91f8ec1c33c/log/strategyqa_zero_shot_cot.log"
+    ] * 2  # fmt: skip
+    with pytest.raises(SertError, match="--task strategy_qa"):
+        read_teacher_file("davinci", [MALL])
+
+
+def step_by_step_questions(n=1200):
+    choices = ("home", "mall", "sea", "sky", "car")
+    return [Question("commonsense_qa", f"i{n}", f"{n}?", "B", choices) for n in range(n)]
+
+
+def write_step_by_step(folder, change=lambda text: text):
+    folder.mkdir()
+    outputs = [f"Reason {i}. So the answer is (b) mall." for i in range(1200)]
+    outputs[1] += "\n\nQ: A made-up question?\nA: No. So the answer is (c) sea."
+    outputs[2] = "I do not know"
+    outputs = [change(o) for o in outputs]
+    (folder / "train_CoT_0.json").write_text(json.dumps(outputs[:1000]))
+    (folder / "train_CoT_1.json").write_text(json.dumps(outputs[1000:]))
+    (folder / "test_CoT_0.json").write_text(json.dumps(["of the test split"]))
+
+
+def test_distilling_step_by_step(tmp_path):
+    write_step_by_step(tmp_path / "llm")
+    questions = step_by_step_questions()
+    found, _ = read_teacher_file(str(tmp_path / "llm"), questions)
+    assert len(found) == 1200 and found["i1100"].rationale == "Reason 1100."
+    assert found["i1"][:2] == ("Reason 1.", "(b) mall.")  # without the made-up question
+    assert found["i2"][:2] == ("I do not know", None)
+    _, counts = records(questions, found)
+    assert counts["kept"] == 1199 and counts["dropped: answer not readable"] == 1
+    one, _ = read_teacher_file(str(tmp_path / "llm" / "train_CoT_1.json"), questions)
+    assert list(one) == [f"i{n}" for n in range(1000, 1200)]
+
+
+def test_outputs_in_another_order_are_refused(tmp_path):
+    """Nothing but their order ties these outputs to the questions."""
+    write_step_by_step(tmp_path / "llm", lambda text: text.replace("mall", "moon"))
+    with pytest.raises(SertError, match="name no option"):
+        read_teacher_file(str(tmp_path / "llm"), step_by_step_questions())
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.jsonl", '{"question": "Is water wet?"}', "none of the known forms"),
+        ("a.jsonl", '{"question": 5, "rationale": "x"}', "none of the known forms"),
+        ("a.jsonl", '{"question": "Is water wet?", "rationale": ["x"]}', "none of the known forms"),
+        ("a.jsonl", '{"question": "Is earth flat?", "rationale": "x"}', "no output for any"),
+        ("a.jsonl", "no json", "not JSON"),
+        ("a.jsonl", "", "no output for any"),
+        ("a.log", "nothing", "no output for any"),
+        ("a_0.json", '{"a": 1}', "none of the known forms"),
+        ("a_0.json", "[1, 2]", "none of the known forms"),
+        ("a_0.json", "[[[", "none of the known forms"),
+        ("a.json", "[]", "none of the known forms"),
+    ],
+)
+def test_files_of_another_kind_are_refused(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SertError, match=message):
+        read_teacher_file(str(tmp_path / name), [YES])
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(SertError, match="does not exist"):
+        read_teacher_file(str(tmp_path / "none.jsonl"), [YES])
+
+
+# --- the real files -------------------------------------------------------------------------------
+
+
+def real(task, name):
+    questions = tasks.load(task, "train", shared("data"))
+    path = shared("data", "teacher", name)
+    outputs, left = read_teacher_file(str(path), questions)
+    assert not left and len(outputs) == len(questions)
+    theirs = [json.loads(line)["teacher_answer"] or None for line in path.read_text().splitlines()]
+    rows, counts = rationale_records(questions, outputs, "right", lambda q, text: True)
+    return [(a, r["teacher_answer"]) for a, r in zip(theirs, rows)], counts
+
+
+def test_davinci_counts():
+    """Somebody else's parse: 875 right, 234 without an answer. Ours differs in four rows: it reads
+    "YES!", and not "3. Yes, eliminating ..", "Santa Claus .. is Yes." and "both Yes and No."."""
+    pairs, counts = real("strategy_qa", "strategy_qa.train.text-davinci-002.jsonl")
+    differ = [(theirs, ours) for theirs, ours in pairs if theirs != ours]
+    assert sorted(differ, key=str) == [*[("yes", None)] * 3, (None, "yes")]
+    assert counts["answer right"] == counts["kept"] == 874
+    assert counts["answer not readable"] == 236
+    assert counts["lost a half sentence at the end"] == 414
+
+
+def test_palm_counts():
+    """Theirs: 7,377 right, 182 without an answer. Ours reads "(b) x or (d) y" as no answer where
+    they take the first; it never reads another one."""
+    pairs, counts = real("commonsense_qa", "commonsense_qa.train.palm-540b.jsonl")
+    assert 7330 <= counts["kept"] <= 7377 and 182 <= counts["answer not readable"] <= 290
+    assert all(ours in (None, theirs) for theirs, ours in pairs)
+    assert 230 <= counts["lost a closing answer sentence"] <= 240
+    assert counts["lost a half sentence at the end"] == 0
+
+
+# --- cleaning and choosing ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, finish, cleaned",
+    [
+        ("It is wet. So the answer is yes.", "stop", "It is wet."),
+        ("It is wet. Therefore, the answer is **yes**.", "stop", "It is wet."),
+        ("It is wet. It also", "length", "It is wet."),
+        ("It is wet. It also", None, "It is wet."),
+        ("It is wet. It also", "content_filter", "It is wet."),
+        ("It is wet. It also", "stop", "It is wet. It also"),
+        ("It is wet. So the answer is", "length", "It is wet."),
+        ("It is wet. So the answer is yes. And on", "length", "It is wet."),
+        ("no full sentence", "length", "no full sentence"),
+        ("So the answer is yes.", "stop", ""),
+        ("  It\nis \n\n wet. ", "stop", "It is wet."),
+        ("It \x1b[31mis\x1b[0m wet.\x07", "stop", "It [31mis [0m wet."),
+        ("", "length", ""),
+    ],
+)
+def test_cleaning(text, finish, cleaned):
+    assert clean(Output(text, None, finish, ""))[0] == cleaned
+
+
+def test_a_live_reply_is_read_through_its_markdown():
+    def read(text, q=MALL):
+        return teacher_answer(Output(text, None, "stop", ""), q)
+
+    assert read("A shop. **So the answer is (B).**") == "B"
+    assert read("A shop.\n\nSo the answer is **(B) mall**.") == "B"
+    assert read("### Answer\n\n**Yes**, it is.", YES) == "yes"  # lenient
+    assert read("I can't say.", YES) is None
+    assert read("", YES) is None
+
+
+def test_an_answer_that_came_apart_is_read_strictly_only():
+    """A lenient reading would find "Yes" in the reasoning of an answer like "moot."."""
+    assert teacher_answer(Output("Yes, some do.", "moot.", None, ""), YES) is None
+    assert teacher_answer(Output("Yes, some do.", "", None, ""), YES) is None
+
+
+def test_every_drop_is_counted():
+    outputs = {
+        "42": Output("It is wet.", "Yes.", "stop", "t"),
+        "7": Output("They do.", "Yes.", "stop", "t"),
+        "ab": Output("", None, "content_filter", "t"),
+        "l": Output("long " * 999, "Yes.", "stop", "t"),
+        "m": Output("It depends.", "moot.", "stop", "t"),
+    }
+    more = [Question("strategy_qa", i, f"{i}?", "yes") for i in ("l", "m", "none")]
+    questions = [YES, NO, MALL, *more]
+    rows, counts = records(questions, outputs)
+    assert [(r["id"], r["reason"]) for r in rows] == [
+        ("42", "ok"),
+        ("7", "answer wrong"),
+        ("ab", "empty"),
+        ("l", "too long"),
+        ("m", "answer not readable"),
+    ]
+    assert counts["kept"] == counts["no output"] == counts["dropped: empty"] == 1
+    assert sum(n for what, n in counts.items() if what.startswith(("kept", "dropped"))) == 5
+    rows, counts = records(questions, outputs, keep="all")
+    assert [r["kept"] for r in rows] == [True, True, False, False, True]
+    assert list(rows[0]) == [
+        "task", "id", "question", "rationale", "teacher_answer", "answer", "kept", "reason", "source"
+    ]  # fmt: skip
+
+
+def test_keep_all_appends_the_gold_answer():
+    """The paper's own words: each instance, with the gold answer."""
+    prompt, completion = rd_pair(NO, "They do.")
+    assert prompt.endswith(COT_SUFFIX) and completion == " They do. So the answer is no."
+
+
+TEXT = st.text(max_size=200) | st.sampled_from(["So the answer is", "(B) or (C)", "\x1b[0m", "*"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(TEXT, max_size=4), TEXT | st.none(), st.sampled_from([None, "stop", "length"]))
+def test_any_text_is_read_and_cleaned(parts, completion, finish):
+    for q in (YES, MALL):
+        output = Output(" ".join(parts), completion, finish, "t")
+        (record,), _ = records([q], {q.id: output})
+        assert record["teacher_answer"] in (None, *(q.choices and "ABCDE" or ("yes", "no")))
+        assert record["rationale"].isprintable()
+        json.dumps(record)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=300))
+def test_any_bytes_are_no_log(data):
+    log_entries(data + b"\nQ: " + data + b"\nA: Let's think step by step." + data)

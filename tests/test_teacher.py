@@ -1,0 +1,558 @@
+"""The teacher client against a local server that misbehaves in every way we know of."""
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from email.utils import formatdate
+
+import pytest
+from fake_server import (
+    USAGE,
+    FakeServer,
+    dribble,
+    drop,
+    error,
+    hang,
+    json_reply,
+    ok,
+    raw,
+)
+
+from sert_min import teacher
+from sert_min.runtime import SertError
+from sert_min.teacher import Ask, Collection, Endpoint, collect
+
+KEY = "sk-test-0123456789abcdefKEY"
+
+
+@pytest.fixture(autouse=True)
+def fast_and_keyed(monkeypatch):
+    monkeypatch.setattr(teacher, "BACKOFF", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def asks(n=1):
+    return [Ask("t", str(i), 0, ({"role": "user", "content": f"q{i}"},)) for i in range(n)]
+
+
+def at(server, **more):
+    return Endpoint(**{"model": "m", "base_url": server.url, "timeout": 5, "deadline": 20, **more})
+
+
+def run(folder, server, n=1, e=None, **more):
+    """(collection, why others are missing) of one collect call on what is in `folder`."""
+    collection = Collection(folder / "responses.jsonl").load()
+    return collection, collect(collection, asks(n), e or at(server), **more)
+
+
+def in_two_seconds():
+    return formatdate(time.time() + 2, usegmt=True)
+
+
+# what the server does -> requests it gets -> outcome -> a word that record or message must hold
+#   reply    a record with text            missing  tries are used up, the row is reported
+#   final    a record without text         stop     SertError; with 5 questions and concurrency 4
+HTML = raw(200, b"<html>hi</html>", content_type="text/html")
+OLD_NAME = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+NEW_NAME = "Unrecognized request argument supplied: max_completion_tokens"
+TABLE = [
+    # fmt: off
+    ("ok", [ok()], 1, "reply", "So the answer is yes"),
+    ("429, Retry-After 1", [error(429, "slow", retry_after="1"), ok()], 2, "reply", "stop"),
+    (
+        "429, Retry-After-Ms 900",
+        [error(429, "slow", retry_after_ms="900"), ok()],
+        2,
+        "reply",
+        "stop",
+    ),
+    (
+        "429, Retry-After as a date",
+        [lambda h: error(429, "slow", retry_after=in_two_seconds())(h), ok()],
+        2,
+        "reply",
+        "stop",
+    ),
+    ("429 without Retry-After", [error(429, "slow")] * 6 + [ok()], 7, "reply", "stop"),
+    (
+        "429, Retry-After 1000",
+        [error(429, "slow", retry_after="1000")],
+        1,
+        "stop",
+        "asks to wait 1000 s",
+    ),
+    (
+        "429 insufficient_quota",
+        [error(429, "You exceeded your quota", "insufficient_quota")],
+        1,
+        "stop",
+        "add credit",
+    ),
+    ("402", [error(402, "Insufficient Balance")], 1, "stop", "add credit"),
+    ("401", [error(401, "Incorrect API key")], 1, "stop", "OPENAI_API_KEY"),
+    ("403", [error(403, "Country not supported")], 1, "stop", "OPENAI_API_KEY"),
+    (
+        "404 model_not_found",
+        [error(404, "no such model", "model_not_found")],
+        1,
+        "stop",
+        "--teacher-model",
+    ),
+    ("404 HTML", [raw(404, b"<h1>404</h1>")], 1, "stop", "/v1"),
+    (
+        "400 old token name",
+        [error(400, OLD_NAME, "unsupported_parameter", "max_tokens")],
+        1,
+        "stop",
+        "--token-parameter max_completion_tokens",
+    ),
+    ("400 new token name", [error(400, NEW_NAME)], 1, "stop", "--token-parameter max_tokens"),
+    (
+        "400 temperature",
+        [error(400, "'temperature' does not support 0.7", "unsupported_value", "temperature")],
+        1,
+        "stop",
+        "--teacher-temperature",
+    ),
+    (
+        "400 context",
+        [error(400, "This model's maximum context length is 2048 tokens")],
+        1,
+        "stop",
+        "smaller --teacher-max-tokens",
+    ),
+    (
+        "400 max_tokens too large",
+        [error(400, "max_tokens is too large: 4096")],
+        1,
+        "stop",
+        "smaller --teacher-max-tokens",
+    ),
+    ("422 anything", [error(422, "nope")], 1, "stop", "check the model"),
+    ("400, body is a list", [json_reply(400, [{"error": "x"}])], 1, "stop", "check the model"),
+    ("500 twice", [error(500, "oops"), error(500, "oops"), ok()], 3, "reply", "stop"),
+    ("503 for ever", [error(503, "loading")], 6, "missing", "HTTP 503"),
+    ("hang once", [hang(0.6), ok()], 2, "reply", "stop"),
+    ("hang for ever", [hang(0.6)], 6, "missing", "no reply within"),
+    ("dropped connection", [drop, ok()], 2, "reply", "stop"),
+    ("short body", [raw(200, b"x" * 99, cut=50), ok()], 2, "reply", "stop"),
+    ("cut JSON", [raw(200, b'{"choices": [{"mess'), ok()], 2, "reply", "stop"),
+    ("deep JSON", [raw(200, b"[" * 100_000), ok()], 2, "reply", "stop"),
+    ("not UTF-8", [raw(200, b"\xff\xfe\x00"), ok()], 2, "reply", "stop"),
+    ("broken gzip", [raw(200, b"{}", content_encoding="gzip"), ok()], 2, "reply", "stop"),
+    ("empty body", [raw(200, b""), ok()], 2, "reply", "stop"),
+    ("200 HTML", [HTML, ok()], 2, "reply", "stop"),
+    ("200 HTML for ever", [HTML], 6, "missing", "not JSON"),
+    (
+        "200 with an error inside",
+        [json_reply(200, {"error": {"message": "upstream died"}}), ok()],
+        2,
+        "reply",
+        "stop",
+    ),
+    ("choices null", [json_reply(200, {"choices": None}), ok()], 2, "reply", "stop"),
+    ("choices []", [json_reply(200, {"choices": []}), ok()], 2, "reply", "stop"),
+    ("choices [null]", [json_reply(200, {"choices": [None]}), ok()], 2, "reply", "stop"),
+    ("message null", [json_reply(200, {"choices": [{"message": None}]}), ok()], 2, "reply", "stop"),
+    ("content null", [ok(None), ok()], 2, "reply", "stop"),
+    ("content a list", [ok([{"type": "text"}]), ok()], 2, "reply", "stop"),
+    ("content white space", [ok(" \n"), ok()], 2, "reply", "stop"),
+    ("empty, length", [ok("", "length")], 1, "final", "length"),
+    ("null, length", [ok(None, "length")], 1, "final", "length"),
+    ("empty, content_filter", [ok("", "content_filter")], 1, "final", "content_filter"),
+    ("refusal", [ok(message={"content": None, "refusal": "I can't"})], 1, "final", "refusal"),
+    (
+        "redirect to another host",
+        [raw(307, b"", location="http://localhost:9/v1")],
+        1,
+        "stop",
+        "give it as --base-url",
+    ),
+    ("huge body", [ok("x " * 2_000_000)], 1, "reply", "length"),
+    ("lone surrogate", [ok("a \ud800 b")], 1, "reply", "a ? b"),
+    (
+        "strange usage",
+        [ok(usage={"prompt_tokens": "many", "completion_tokens": -1})],
+        1,
+        "reply",
+        "null",
+    ),
+    ("usage null, finish a number", [ok(finish=3, usage=None, model=7)], 1, "reply", "null"),
+    # fmt: on
+]
+
+
+@pytest.mark.parametrize("steps, requests, outcome, word", [r[1:] for r in TABLE], ids=[r[0] for r in TABLE])  # fmt: skip
+def test_what_the_server_does(steps, requests, outcome, word, tmp_path):
+    with FakeServer(*steps) as server:
+        e = replace(at(server, concurrency=4), timeout=0.3 if "hang" in repr(steps) else 5.0)
+        if "400 new" in word or "max_tokens" in word:
+            e = replace(e, token_parameter="max_tokens")
+        if word.endswith("--token-parameter max_tokens"):
+            e = replace(e, token_parameter="max_completion_tokens")
+        if outcome == "stop":
+            with pytest.raises(SertError) as stopped:
+                run(tmp_path, server, 5, e)
+            assert word in str(stopped.value)
+            assert not (tmp_path / "responses.jsonl").exists()
+        else:
+            collection, failures = run(tmp_path, server, 1, e)
+            if outcome == "missing":
+                assert word in failures[0] and "(6 attempts)" in failures[0]
+            else:
+                (record,) = collection.replies.values()
+                assert failures == [] and record["attempts"] == requests
+                assert word in (tmp_path / "responses.jsonl").read_text()
+                assert bool(record["text"]) == (outcome == "reply")
+                assert len(record["text"]) <= teacher.MAX_REPLY
+                run(tmp_path, server, 1, e)  # again: nothing is asked twice
+        assert len(server.bodies) == requests
+
+
+# --- times, caps, stopping ------------------------------------------------------------------------
+
+
+def test_retry_after_is_waited_for_by_all(tmp_path):
+    """Hammering: other requests went on while one waited as told."""
+    with FakeServer(ok(), error(429, "slow", retry_after="0.9"), ok(), delay=0.05) as server:
+        _, failures = run(tmp_path, server, 30, at(server, concurrency=4))
+        told = server.times[1] + 0.05
+        meanwhile = sum(told < t < told + 0.7 for t in server.times)
+    assert failures == [] and len(server.times) == 31 and meanwhile <= 4  # those in flight
+
+
+@pytest.mark.parametrize("steps, replies", [([ok()], 3), ([error(500, "x"), ok()], 2)])
+def test_max_requests_counts_every_request(steps, replies, tmp_path):
+    """A cap that counts questions lets retries cost what they like."""
+    with FakeServer(*steps) as server:
+        collection, failures = run(tmp_path, server, 9, max_requests=3)
+        assert len(server.bodies) == 3 and len(collection.replies) == replies
+        assert len(failures) == 9 - replies and "--max-requests 3" in failures[0]
+        collection, _ = run(tmp_path, server, 9, max_requests=4)  # of this run, not of all
+    assert len(collection.replies) == replies + 4
+
+
+def test_max_cost_holds_over_runs_and_lost_replies(tmp_path):
+    """Each request costs at most 10 + 5 tokens; a timeout may have been billed and counts whole.
+    The server's own bill is the judge."""
+    e = dict(price_in=1e6, price_out=1e6, max_tokens=5, concurrency=4)
+    bound = sum(asks()[0].most_tokens(Endpoint("m", max_tokens=5)))
+    with FakeServer(ok(), hang(0.5), ok()) as server:
+        endpoint = replace(at(server, **e), timeout=0.2)
+        for _ in range(3):
+            collection, failures = run(tmp_path, server, 30, endpoint, max_cost=300.0)
+        assert len(server.bodies) * 15 <= 300 and failures
+        assert collection.tokens_in + collection.tokens_out == 15 * len(collection.replies)
+        assert collection.most_usd(endpoint) <= 300 and len(collection.open_bills()) == 1
+        assert 300 - collection.most_usd(endpoint) < max(bound, 15)  # and it is used up
+
+
+def test_refusals_are_not_billed(tmp_path):
+    with FakeServer(error(503, "busy"), error(429, "slow"), ok()) as server:
+        collection, _ = run(tmp_path, server)
+    assert collection.open_bills() == []
+    assert Collection(tmp_path / "responses.jsonl").load().open_bills() == []
+
+
+def test_a_reply_without_usage_counts_in_full(tmp_path):
+    with FakeServer(ok(usage=None)) as server:
+        run(tmp_path, server, 2, at(server, max_tokens=7))
+    bills = Collection(tmp_path / "responses.jsonl").load().open_bills()
+    assert len(bills) == 2 and bills[0][1] == 7
+
+
+def test_max_cost_needs_prices(tmp_path):
+    with FakeServer(ok()) as server:
+        with pytest.raises(SertError, match="--price-in"):
+            run(tmp_path, server, max_cost=1.0)
+        assert server.bodies == []
+
+
+def test_most_of_the_last_failing_stops(tmp_path):
+    """A server that dies in the middle: not all of 200 questions are tried six times each."""
+    with FakeServer(*[ok()] * 20, error(500, "gone")) as server:
+        with pytest.raises(SertError, match="got no reply .*HTTP 500.*repeat the command"):
+            run(tmp_path, server, 200, at(server, concurrency=4))
+        assert len(server.bodies) <= 20 + 6 * (11 + 4)
+    assert len(Collection(tmp_path / "responses.jsonl").load().replies) == 20
+
+
+def test_one_poisonous_question_does_not_stop_the_rest(tmp_path):
+    from fake_server import by_body
+
+    @by_body
+    def step(body):
+        return ok("") if body["messages"][0]["content"] == "q0" else ok()
+
+    with FakeServer(step) as server:
+        collection, failures = run(tmp_path, server, 12)
+    assert len(collection.replies) == 11 and failures == [
+        "t/0: a 200 reply with empty text (6 attempts)"
+    ]
+
+
+def test_dead_server(tmp_path):
+    """Nothing listens: an answer in seconds, with the likely cause, and nothing counts as billed."""
+    with FakeServer(ok()) as server:
+        e = at(server)
+    with pytest.raises(SertError, match="is the server running"):
+        run(tmp_path, None, 50, e)
+    assert Collection(tmp_path / "responses.jsonl").load().open_bills() == []
+
+
+def test_deadline_ends_a_reply_that_never_ends(tmp_path):
+    """A byte every tenth of a second never runs into the timeout."""
+    with FakeServer(dribble) as server:
+        start = time.monotonic()
+        _, failures = run(tmp_path, server, 1, at(server, deadline=0.5))
+        assert "no complete reply within 0.5 s" in failures[0]
+        assert time.monotonic() - start < 2
+
+
+def test_deadline_ends_retries(tmp_path, monkeypatch):
+    with FakeServer(error(429, "slow")) as server:
+        monkeypatch.setattr(teacher, "BACKOFF", 0.1)
+        _, failures = run(tmp_path, server, 1, at(server, deadline=1.0))
+        assert "HTTP 429" in failures[0] and len(server.bodies) < 10
+
+
+def test_an_early_stop_keeps_what_is_in_flight(tmp_path):
+    """Paid replies were dropped because another request had failed for good."""
+    seen = []
+
+    def check():
+        seen.append(1)
+        if len(seen) == 4:  # before the first request and after three replies
+            raise SertError("enough")
+
+    with FakeServer(ok(), delay=0.1) as server:
+        with pytest.raises(SertError, match="enough"):
+            run(tmp_path, server, 20, at(server, concurrency=4), check=check)
+        assert len(server.bodies) == len(Collection(tmp_path / "responses.jsonl").load().replies)
+
+
+def test_follow_up_requests(tmp_path):
+    """The second step of a question is asked once, also when the first was there before."""
+
+    def second(ask, record):
+        message = {"role": "user", "content": ask.messages[-1]["content"] + "+"}
+        return None if ask.sample else Ask(ask.task, ask.id, 1, (*ask.messages, message))
+
+    with FakeServer(ok()) as server:
+        run(tmp_path, server, 3)
+        collection, failures = run(tmp_path, server, 5, follow_up=second)
+        assert failures == [] and len(server.bodies) == len(collection.replies) == 10
+        assert set(server.asked.values()) == {1}
+
+
+# --- keys and files -------------------------------------------------------------------------------
+
+
+def test_key_of_a_reply_depends_on_everything():
+    """Cache keys without a sampling setting or the sample number serve the wrong text."""
+    e, ask = Endpoint("m", "http://a/v1"), asks()[0]
+    other = [
+        replace(e, model="n"),
+        replace(e, base_url="http://b/v1"),
+        replace(e, max_tokens=9),
+        replace(e, temperature=0.0),
+        replace(e, token_parameter="max_completion_tokens"),
+        replace(e, completions=True),
+    ]
+    keys = [ask.key(x) for x in [e, *other]]
+    for change in ({"task": "u"}, {"id": "7"}, {"sample": 1}, {"messages": asks(2)[1].messages}):
+        keys.append(replace(ask, **change).key(e))
+    assert len(set(keys)) == len(keys)
+    assert ask.key(replace(e, base_url="http://a/v1/", concurrency=1, timeout=1.0)) == keys[0]
+
+
+def test_what_is_sent(tmp_path):
+    with FakeServer(ok()) as server:
+        run(tmp_path, server)
+        run(tmp_path, server, e=at(server, temperature=0.5, completions=True))
+        run(tmp_path, server, e=at(server, token_parameter="max_completion_tokens"))
+    a, b, c = server.bodies
+    assert "temperature" not in a and a["max_tokens"] == 512
+    assert b["prompt"] == "q0" and b["temperature"] == 0.5
+    assert c["max_completion_tokens"] == 512 and "max_tokens" not in c
+    assert Endpoint("m").token_limit() == {"max_completion_tokens": 512}  # api.openai.com
+    assert list(Endpoint("m", "https://evilopenai.com/v1").token_limit()) == ["max_tokens"]
+
+
+def test_torn_last_line_is_set_aside(tmp_path, capsys):
+    """Appending to a torn line destroys the next record as well."""
+    path = tmp_path / "responses.jsonl"
+    with FakeServer(ok()) as server:
+        run(tmp_path, server, 2)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-10])
+        collection, _ = run(tmp_path, server, 2)
+        assert len(server.bodies) == 3 and len(collection.replies) == 2
+    assert "set aside" in capsys.readouterr().out
+    assert path.with_name("responses.jsonl.torn").exists()
+    assert all(json.loads(line)["text"] for line in path.read_text().splitlines())
+
+
+def test_the_key_appears_nowhere(tmp_path, capsys):
+    """The worst server sends it back in every field that we store or print."""
+    evil = ok(f"It is {KEY}.", finish=KEY, model=KEY, id=KEY)
+    with FakeServer(error(500, KEY), evil) as server:
+        run(tmp_path, server, 2)
+        assert set(server.auths) == {f"Bearer {KEY}"}
+    messages = []
+    for step in (error(400, f"bad {KEY}"), error(401, KEY), raw(302, b"", location=f"/{KEY}")):
+        with FakeServer(step) as server:
+            with pytest.raises(SertError) as stopped:
+                run(tmp_path, server, 5)
+            messages.append(repr(stopped.value) + repr(stopped.value.__cause__))
+    with FakeServer(error(503, KEY)) as server:
+        messages += run(tmp_path, server, 1)[1]
+    assert "[key]" in messages[0] and "[key]" in messages[-1]
+    files = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    out = capsys.readouterr()
+    assert KEY.encode() not in files and b"[key]" in files
+    assert KEY not in "".join([*messages, out.out, out.err, repr(teacher.Endpoint("m"))])
+
+
+def test_server_text_cannot_reach_the_terminal_as_control_codes(tmp_path):
+    with FakeServer(error(400, "\x1b[31mred\x07\r\n")) as server:
+        with pytest.raises(SertError) as stopped:
+            run(tmp_path, server)
+    assert "[31mred" in str(stopped.value) and str(stopped.value).isprintable()
+
+
+def test_an_unusable_key_is_refused_unseen(tmp_path, monkeypatch):
+    """httpx puts a header it can't send into its message: "Illegal header value b'Bearer sk-..'"."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a\nb-secret")
+    with FakeServer(ok()) as server, pytest.raises(SertError, match="no key has") as stopped:
+        run(tmp_path, server)
+    assert "secret" not in str(stopped.value)
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")  # from a file: the line end is no part of it
+    with FakeServer(ok()) as server:
+        run(tmp_path, server)
+        assert server.auths == [f"Bearer {KEY}"]
+
+
+@pytest.mark.parametrize(
+    "url, message",
+    [
+        ("http://example.com/v1", "unencrypted"),
+        ("http://192.168.1.4:8000/v1", "--insecure"),
+        ("https://user:pw@example.com/v1", "must not hold a password"),
+        ("https://example.com/v1?key=pw", "must not hold a password"),
+        ("ftp://example.com", "no http"),
+        ("localhost:8000", "no http"),
+        ("http://[::1", "no http"),
+        ("http://a:99999/v1", "no http"),
+    ],
+)
+def test_addresses_that_are_refused(url, message, tmp_path):
+    with pytest.raises(SertError, match=message) as stopped:
+        run(tmp_path, None, e=Endpoint("m", url))
+    assert "pw" not in str(stopped.value)
+
+
+def test_no_key_for_openai(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(SertError, match="OPENAI_API_KEY is not set"):
+        run(tmp_path, None, e=Endpoint("m"))
+    with FakeServer(ok()) as server:  # a local server needs none
+        assert run(tmp_path, server)[1] == []
+
+
+def test_insecure_allows_http(monkeypatch):
+    assert teacher.make_client(Endpoint("m", "http://192.168.1.4/v1", insecure=True))
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    assert teacher.make_client(Endpoint("m", "http://192.168.1.4/v1"))
+
+
+def test_a_proxy_is_not_asked_for_this_machine(tmp_path, monkeypatch):
+    """With HTTP_PROXY set the client sends requests for 127.0.0.1 to the proxy, which fails."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with FakeServer(ok()) as server:
+        assert run(tmp_path, server)[1] == []
+
+
+# --- signals and kills ----------------------------------------------------------------------------
+
+
+def in_child(folder, server, n, e) -> int:
+    """Collect in a forked process (an import of torch per kill would take minutes); its pid."""
+    import openai  # noqa: F401  loaded once, before the fork
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.dup2(os.open(folder / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+            run(folder, server, n, e)
+            os._exit(0)
+        except SystemExit as stop:
+            os._exit(stop.code)
+        finally:
+            os._exit(99)
+    return pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_what_is_in_flight(number, tmp_path):
+    """SIGTERM just killed the process, with paid requests in flight."""
+    with FakeServer(ok(), delay=0.3) as server:
+        pid = in_child(tmp_path, server, 50, at(server, concurrency=4))
+        while len(server.bodies) < 5:
+            time.sleep(0.01)
+        os.kill(pid, number)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert status == 128 + number
+        stored = Collection(tmp_path / "responses.jsonl").load()
+        assert len(stored.replies) == len(server.bodies) >= 5 and stored.open_bills() == []
+    assert len(server.bodies) <= 9
+
+
+def test_a_hanging_request_does_not_hold_up_a_signal(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "DRAIN", 0.3)
+    with FakeServer(ok(), hang(9)) as server:
+        pid = in_child(tmp_path, server, 5, at(server, concurrency=2))
+        while len(server.bodies) < 2:
+            time.sleep(0.01)
+        start = time.monotonic()
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
+        assert time.monotonic() - start < 3
+        assert len(Collection(tmp_path / "responses.jsonl").load().open_bills()) in (1, 2)
+
+
+def test_kills_lose_no_reply_and_buy_none_twice(tmp_path):
+    """SIGKILL at random moments: what was recorded is never asked for again; what the server was
+    asked for twice was in flight at a kill, and sent.jsonl has counted it."""
+    rng, n, kills = random.Random(0), 120, 0
+    path = tmp_path / "responses.jsonl"
+    recorded_at_kill: list[tuple[set, dict]] = []
+    with FakeServer(ok(), delay=0.02) as server:
+        e = at(server, concurrency=4)
+        while kills < 15:
+            before = len(server.bodies)
+            pid = in_child(tmp_path, server, n, e)
+            time.sleep(rng.uniform(0.02, 0.25))
+            os.kill(pid, signal.SIGKILL)
+            killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+            time.sleep(0.1)  # what is still on its way reaches the server
+            kills += killed and len(server.bodies) > before
+            whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+            ids = {json.loads(line)["id"] for line in whole.splitlines()}
+            recorded_at_kill.append((ids, dict(server.asked)))
+            if len(ids) == n:
+                n += 60
+        collection, failures = run(tmp_path, server, n, e)
+        assert failures == [] and len(collection.replies) == n == len(server.asked)
+        for ids, asked in recorded_at_kill:
+            assert all(server.asked[f"q{i}"] == asked[f"q{i}"] for i in ids)
+        again = len(server.bodies) - n
+        assert again <= len(collection.open_bills()) <= 4 * len(recorded_at_kill)
+        assert collection.tokens_in == USAGE["prompt_tokens"] * n
+    print(f"{kills} kills, {n} replies, {again} requests in flight at a kill were sent again")
