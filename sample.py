@@ -17,6 +17,7 @@ import os
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from sert_min import filters, tasks
 from sert_min.filters import FilterSettings
 from sert_min.generate import Row, SampleSettings, check_lengths, sample_block
-from sert_min.gpt2 import find_model, load_model, model_label, read_sert, weights_hash
+from sert_min.gpt2 import GPT2, find_model, load_model, model_label, read_sert, weights_hash
 from sert_min.prompts import question_prompt
 from sert_min.runtime import (
     SertError,
@@ -32,6 +33,7 @@ from sert_min.runtime import (
     pick_dtype,
     pick_threads,
     printable,
+    resolve_machine,
     run_script,
 )
 from sert_min.store import (
@@ -43,8 +45,9 @@ from sert_min.store import (
     to_line,
     write_atomic,
 )
-from sert_min.tokenizer import load_tokenizer
+from sert_min.tokenizer import Tokenizer, load_tokenizer
 
+BLOCK = 32  # questions per block
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -120,27 +123,43 @@ def sample_settings(args) -> SampleSettings:
     return SampleSettings(**chosen).check()
 
 
+class Run(NamedTuple):
+    """One run of sampling, and all that decides its bytes."""
+
+    out: Path
+    model: GPT2
+    tokenizer: Tokenizer
+    questions: list  # of the whole split: --limit comes later
+    suffix: str  # of the prompt, as the checkpoint was trained
+    s: SampleSettings
+    rules: FilterSettings
+    settings: dict  # stored beside the paths; other ones are refused
+
+    @property
+    def per_question(self) -> int:
+        return self.s.branches * self.s.samples
+
+
 # --- one block ------------------------------------------------------------------------------------
 
 
-def early_reject(questions: list, tokenizer, kinds: tuple):
+def early_reject(questions: list, tokenizer, kinds: list):
     """A test for rows that have broken a pattern rule which no later token can mend."""
 
     def broken(row: Row) -> bool:
         text = tokenizer.decode(row.token_ids[row.path_start :])
-        if text.endswith("\ufffd"):  # in the middle of a character: look again at the next token
-            return False
         return filters.pattern_break(text, questions[row.question], kinds, final=False) is not None
 
     return broken
 
 
-def block_records(model, tokenizer, questions, suffix, s, rules, reject_kinds, progress) -> list:
+def block_records(run: Run, questions: list, progress=lambda tokens: None) -> list[dict]:
     """Sample and judge one block: 25 path records per question, in order."""
-    prompts = [tokenizer.encode(question_prompt(q, suffix)) for q in questions]
+    prompts = [run.tokenizer.encode(question_prompt(q, run.suffix)) for q in questions]
     names = [f"{q.task}/{q.id}" for q in questions]
-    reject = early_reject(questions, tokenizer, reject_kinds) if reject_kinds else None
-    rows = sample_block(model, tokenizer, prompts, names, s, reject, progress)
+    kinds = run.settings["early_reject"]
+    reject = early_reject(questions, run.tokenizer, kinds) if kinds else None
+    rows = sample_block(run.model, run.tokenizer, prompts, names, run.s, reject, progress)
     records = []
     for row in rows:
         q = questions[row.question]
@@ -160,7 +179,7 @@ def block_records(model, tokenizer, questions, suffix, s, rules, reject_kinds, p
                 "finish": row.finish,
             }
         )
-    return judge_records(records, questions, tokenizer, rules)
+    return judge_records(records, questions, run.tokenizer, run.rules)
 
 
 def judge_records(records: list[dict], questions: list, tokenizer, rules) -> list[dict]:
@@ -186,7 +205,8 @@ def whole_blocks(path: Path, blocks: list[list], per_question: int) -> int:
             wanted = [q.id for q in block for _ in range(per_question)]
             lines = list(itertools.islice(f, len(wanted)))
             if [stored_id(line) for line in lines] != wanted:
-                os.truncate(path, end)
+                if RANK == 0:  # the others only look
+                    os.truncate(path, end)
                 break
             whole, end = whole + 1, end + sum(map(len, lines))
     return whole
@@ -223,9 +243,15 @@ def write_selected(folder: Path) -> None:
     write_atomic(folder / "selected.jsonl", map(to_line, chosen))
 
 
-def refilter(folder: Path, stored: dict, questions, tokenizer, rules: FilterSettings) -> None:
+def refilter(run: Run) -> None:
     """New verdicts for the stored samples, question by question; no sampling."""
-    if stored.get("early_reject") and not set(stored["early_reject"]) <= set(rules.patterns or ()):
+    folder, rules = run.out, run.rules
+    if not (folder / "settings.json").exists():
+        raise SertError(f"{folder} holds no samples; run without --refilter first")
+    stored = read_json(folder / "settings.json")
+    if stored.get("weights") != run.settings["weights"]:
+        raise SertError(f"{folder} was sampled from another model; give its --model")
+    if not set(stored["early_reject"]) <= set(rules.patterns or ()):
         raise SertError(
             f"{folder} was sampled with early rejection of {','.join(stored['early_reject'])}: "
             "looser --patterns need new samples (--no-early-reject, another --out-dir)"
@@ -235,19 +261,52 @@ def refilter(folder: Path, stored: dict, questions, tokenizer, rules: FilterSett
         group: list[dict] = []
         for record in read_jsonl(folder / "paths.jsonl"):
             if group and record["id"] != group[0]["id"]:
-                yield from map(to_line, judge_records(group, questions, tokenizer, rules))
+                yield from map(to_line, judge_records(group, run.questions, run.tokenizer, rules))
                 group = []
             group.append(record)
-        yield from map(to_line, judge_records(group, questions, tokenizer, rules))
+        yield from map(to_line, judge_records(group, run.questions, run.tokenizer, rules))
 
+    def write_settings(**more) -> None:
+        settings = {**stored, **asdict(rules), **more}
+        write_atomic(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
+
+    write_settings(refilter="unfinished")  # a kill from here on is noticed by the next command
     write_atomic(folder / "paths.jsonl", lines())
+    stored.pop("refilter", None)
+    write_settings()
 
 
 # --- what the user sees ---------------------------------------------------------------------------
 
 
-def print_summary(folder: Path, rules: FilterSettings) -> None:
+def print_run(run: Run, n: int) -> None:
+    """What is about to happen, with everything that was resolved."""
+    m, rules = run.settings, run.rules
+    print(tasks.describe(run.questions, m["split"]))
+    print(
+        f"model {m['model']} ({run.model.n_params() / 1e6:.1f}M parameters), {m['device']}, "
+        f"{m['dtype']}, {m['threads']} thread(s); {n:,} questions x {run.per_question} paths, at "
+        f"most {run.s.max_new_tokens} tokens each"
+    )
+    print(
+        f"rules: drop {', '.join(rules.patterns or ('no pattern',))}; at least {rules.min_tokens} "
+        f"tokens; rep-2 at most {rules.max_rep2}; perplexity at least {rules.min_perplexity}; "
+        f"early rejection {'on' if m['early_reject'] else 'off'}"
+    )
+
+
+def print_plan(run: Run, question, prompt_tokens: int, n: int, n_blocks: int) -> None:
+    """--dry-run: a prompt, and how much there is to do at most."""
+    print(f"\nprompt of question {question.id} ({prompt_tokens} tokens):")
+    print(question_prompt(question, run.suffix))
+    most = n * run.per_question * run.s.max_new_tokens
+    size = run.settings["block_questions"]
+    print(f"\nplan: {n_blocks} blocks of {size} questions, at most {most:,} tokens, to {run.out}")
+
+
+def print_summary(run: Run) -> None:
     """The funnel, three kept and three rejected paths, and what to do next."""
+    folder, rules = run.out, run.rules
     print_funnel(filters.count_verdicts(read_jsonl(folder / "paths.jsonl")), rules)
     shown = {"selected": [], "other": []}
     for r in read_jsonl(folder / "paths.jsonl"):
@@ -327,108 +386,85 @@ def check_known_outputs(model, tokenizer) -> None:
 
 
 def main(args) -> None:
-    s, rules = sample_settings(args), filter_settings(args)
-    if args.limit is not None and args.limit < 1:
-        raise SertError("--limit must be at least 1")
-    if given(args.block_questions, 1) < 1:
-        raise SertError("--block-questions must be at least 1")
-    name = args.model or ("gpt2" if args.check else tasks.default_model(args.task))
-
-    # 1. Data, model, and everything that decides the bytes of this run.
-    folder = find_model(name)
-    tokenizer = load_tokenizer(folder)
-    device = pick_device(args.device)
-    say = print if RANK == 0 else lambda *a, **k: None
     if args.prompt is not None or args.check:
-        pick_threads(0)
-        model = load_model(folder, device)
-        model.cast_(pick_dtype(args.dtype, device, model.n_params()))
-        if args.check:
-            return check_known_outputs(model, tokenizer)
-        return print_prompt_samples(args, model, tokenizer, s)
+        return without_task(args)
+    run = prepare(args)
+    questions = run.questions[: args.limit]
+    prompts = [run.tokenizer.encode(question_prompt(q, run.suffix)) for q in questions]
+    names = [f"question {q.id}" for q in questions]
+    check_lengths(prompts, names, run.model, run.s.max_new_tokens)
+    size = run.settings["block_questions"]
+    blocks = [questions[i : i + size] for i in range(0, len(questions), size)]
+    if RANK == 0:
+        print_run(run, len(questions))
+    if args.dry_run:
+        return print_plan(run, questions[0], len(prompts[0]), len(questions), len(blocks))
+    with lock_folder(run.out, f".lock-{RANK}"):
+        if args.refilter:
+            refilter(run)
+        else:
+            fix = "choose another --out-dir, or --refilter if only thresholds of rules differ"
+            check_settings(run.out / "settings.json", run.settings, fix)
+            sample_blocks(run, blocks)
+        if RANK == 0:
+            write_selected(run.out)
+            print_summary(run)
+    return None
+
+
+def prepare(args) -> Run:
+    """Read questions and model, resolve what was left to us, write down what decides the bytes."""
+    s, rules = sample_settings(args), filter_settings(args)
+    for flag in ("limit", "block_questions"):
+        if given(getattr(args, flag), 1) < 1:
+            raise SertError(f"--{flag.replace('_', '-')} must be at least 1")
+    name = args.model or tasks.default_model(args.task)
+    folder = find_model(name)
+    tokenizer, model, label = load_tokenizer(folder), load_model(folder), model_label(name, folder)
     questions = tasks.load(args.task, args.split, args.data_dir)
-    say(tasks.describe(questions, args.split))
     suffix = read_sert(folder).get("prompt_suffix", "")
-    out = Path(
-        args.out_dir
-        or f"out/{args.task}/{model_label(name, folder)}"
-        f"/{'paths-raw' if s.raw else 'paths'}-{args.split}/seed{s.seed}"
-    )
+    kind = f"{'paths-raw' if s.raw else 'paths'}-{args.split}"
+    out = Path(args.out_dir or f"out/{args.task}/{label}/{kind}/seed{s.seed}")
     stored = read_json(out / "settings.json") if (out / "settings.json").exists() else {}
-    if args.refilter and not stored:
-        raise SertError(f"{out} holds no samples; run without --refilter first")
+    s = replace(s, rows=given(args.rows, stored.get("rows", s.rows)))
+    device, machine = resolve_machine(args, out / "settings.json", model.n_params())
     early = given(args.early_reject, tasks.preset(args.task)["early_reject"])
-    model = load_model(folder)
-    dtype = args.dtype if args.dtype != "auto" or not stored else stored["dtype"]
-    dtype = pick_dtype(dtype, device, model.n_params())
-    if stored and not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(stored["threads"])
-    threads = torch.get_num_threads() if stored else pick_threads(model.n_params())
-    size = args.block_questions or stored.get("block_questions") or 32
     settings = {
         "task": args.task,
         "split": args.split,
         "data": tasks.data_hash(questions),
-        "model": model_label(name, folder),
+        "model": label,
         "weights": weights_hash(folder),
         "prompt_suffix": suffix,
         **asdict(s),
-        "rows": args.rows or stored.get("rows") or s.rows,
-        "block_questions": size,
+        "block_questions": given(args.block_questions, stored.get("block_questions", BLOCK)),
         "early_reject": list(rules.patterns or ()) if early else [],
-        "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
-        "device": device.type,
-        "threads": threads,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
+        **machine,
         **asdict(rules),
     }
-    s = replace(s, rows=settings["rows"])
-    questions = questions[: args.limit]
-    per_question = s.branches * s.samples
-    say(
-        f"model {settings['model']} ({model.n_params() / 1e6:.1f}M parameters), {device.type}, "
-        f"{settings['dtype']}, {threads} thread(s); {len(questions)} questions x {per_question} "
-        f"paths, at most {s.max_new_tokens} tokens each"
-    )
-    say(f"rules: {asdict(rules)}; early rejection {'on' if early else 'off'}")
-    prompts = [tokenizer.encode(question_prompt(q, suffix)) for q in questions]
-    check_lengths(prompts, [f"question {q.id}" for q in questions], model, s.max_new_tokens)
-    blocks = [questions[i : i + size] for i in range(0, len(questions), size)]
-    if args.dry_run:
-        total = len(questions) * per_question * s.max_new_tokens
-        say(f"\nprompt of question {questions[0].id} ({len(prompts[0])} tokens):")
-        say(question_prompt(questions[0], suffix))
-        say(f"\nplan: {len(blocks)} blocks of {size} questions, at most {total:,} tokens, to {out}")
-        return None
-    model.cast_(dtype).to(device)
-
-    # 2. Sample block after block; a finished block is never computed again.
-    with lock_folder(out, f".lock-{RANK}"):
-        if args.refilter:
-            refilter(
-                out, stored, tasks.load(args.task, args.split, args.data_dir), tokenizer, rules
-            )
-            settings = {**stored, **asdict(rules)}
-            write_atomic(out / "settings.json", json.dumps(settings, indent=1) + "\n")
-        else:
-            check_settings(
-                out / "settings.json",
-                settings,
-                "choose another --out-dir, or --refilter if only thresholds of rules differ",
-            )
-            sample_blocks(out, blocks, model, tokenizer, suffix, s, rules, settings)
-        if RANK == 0:
-            write_selected(out)
-            print_summary(out, rules)
+    model.cast_(torch.bfloat16 if machine["dtype"] == "bf16" else torch.float32).to(device)
+    return Run(out, model, tokenizer, questions, suffix, s, rules, settings)
 
 
-def sample_blocks(out, blocks, model, tokenizer, suffix, s, rules, settings) -> None:
+def without_task(args) -> None:
+    """--prompt and --check: the model alone."""
+    folder = find_model(args.model or ("gpt2" if args.check else tasks.default_model(args.task)))
+    tokenizer, device = load_tokenizer(folder), pick_device(args.device)
+    model = load_model(folder, device)
+    pick_threads(model.n_params())
+    model.cast_(pick_dtype(args.dtype, device, model.n_params()))
+    if args.check:
+        check_known_outputs(model, tokenizer)
+    else:
+        print_prompt_samples(args, model, tokenizer, sample_settings(args))
+
+
+def sample_blocks(run: Run, blocks: list[list]) -> None:
     """Compute the blocks that are missing (every WORLD-th one of them) and, on rank 0, put all of
-    them into paths.jsonl in order."""
-    per_question = s.branches * s.samples
+    them into paths.jsonl in order. A finished block is never computed again."""
+    out = run.out
     (out / "blocks").mkdir(exist_ok=True)
-    done = whole_blocks(out / "paths.jsonl", blocks, per_question)
+    done = whole_blocks(out / "paths.jsonl", blocks, run.per_question)
     todo = [i for i in range(done, len(blocks)) if i % WORLD == RANK]
     todo = [i for i in todo if not block_file(out, i, blocks[i]).exists()]
     if RANK == 0 and done:
@@ -445,9 +481,7 @@ def sample_blocks(out, blocks, model, tokenizer, suffix, s, rules, settings) -> 
         bar.update(0)
 
     for i in todo:
-        records = block_records(
-            model, tokenizer, blocks[i], suffix, s, rules, settings["early_reject"], progress
-        )
+        records = block_records(run, blocks[i], progress)
         kept += sum(r["verdict"] in ("selected", "kept") for r in records)
         write_atomic(block_file(out, i, blocks[i]), map(to_line, records))
         if RANK == 0:
@@ -457,6 +491,8 @@ def sample_blocks(out, blocks, model, tokenizer, suffix, s, rules, settings) -> 
     while RANK == 0 and done < len(blocks):  # the other processes' last blocks
         time.sleep(0.1)
         done = merge_blocks(out, blocks, done)
+    for i in range(done if RANK == 0 else 0):  # made twice around a restart
+        block_file(out, i, blocks[i]).unlink(missing_ok=True)
     if RANK == 0 and tokens:
         seconds = time.perf_counter() - start
         append_durable(

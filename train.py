@@ -33,20 +33,8 @@ from sert_min.gpt2 import (
     weights_hash,
 )
 from sert_min.plots import plot_training
-from sert_min.runtime import (
-    SertError,
-    pick_device,
-    pick_dtype,
-    pick_threads,
-    printable,
-    run_script,
-)
-from sert_min.store import (
-    check_settings,
-    lock_folder,
-    read_json,
-    read_jsonl,
-)
+from sert_min.runtime import SertError, printable, resolve_machine, run_script
+from sert_min.store import check_settings, lock_folder, read_jsonl
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
 VALIDATE = 100  # validation questions answered after each epoch
@@ -224,6 +212,7 @@ def prepare(args, method: str, name: str, pairs: list, suffix: str, source: str)
         "loss_on": args.loss_on,
         "holdout": args.holdout,
         **asdict(s),
+        "compile": args.compile,
         **machine,
     }
     sert = {
@@ -260,29 +249,6 @@ def train_settings(args) -> TrainSettings:
     if chosen["epochs"] is None:
         chosen["epochs"] = tasks.preset(args.task)["epochs"]
     return TrainSettings(**chosen).check()
-
-
-def resolve_machine(args, path: Path, n_params: int) -> tuple[torch.device, dict]:
-    """The device, and what of this machine decides the bytes of the result; a run that goes on
-    keeps what it began with."""
-    stored = read_json(path) if path.exists() else {}
-
-    def chosen(flag: str) -> str:
-        value = getattr(args, flag)
-        return stored.get(flag, value) if value == "auto" else value
-
-    device = pick_device(chosen("device"))
-    dtype = pick_dtype(chosen("dtype"), device, n_params)
-    threads = stored.get("threads") or pick_threads(n_params)
-    torch.set_num_threads(threads)
-    return device, {
-        "device": device.type,
-        "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
-        "threads": threads,
-        "compile": args.compile,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-    }
 
 
 def split_pairs(pairs: list, args) -> tuple[list, list]:

@@ -103,10 +103,9 @@ def selected_pairs(model, tokenizer, questions: list, seed: int) -> tuple[list, 
     s = SampleSettings(max_new_tokens=preset["max_new_tokens"], seed=seed)
     pairs, right, contradict = [], 0, 0
     by_id = {q.id: q for q in questions}
-    for i in range(0, len(questions), 32):
-        block = questions[i : i + 32]
-        nothing = lambda n: None  # noqa: E731
-        for r in sample.block_records(model, tokenizer, block, "", s, rules, (), nothing):
+    run = sample.Run(Path(), model, tokenizer, questions, "", s, rules, {"early_reject": []})
+    for i in range(0, len(questions), sample.BLOCK):
+        for r in sample.block_records(run, questions[i : i + sample.BLOCK]):
             if r["verdict"] != "selected":
                 continue
             q = by_id[r["id"]]
@@ -194,7 +193,9 @@ def work(args, path: Path) -> None:
 
 def matrix(results: list[dict], method: str, n: int) -> np.ndarray:
     """Correct answers [seeds, questions] of a method, seeds in order."""
-    rows = sorted((r["seed"], r["correct"]) for r in results if (r["method"], r["n"]) == (method, n))
+    rows = sorted(
+        (r["seed"], r["correct"]) for r in results if (r["method"], r["n"]) == (method, n)
+    )
     return np.array([[c == "1" for c in correct] for _, correct in rows], dtype=float)
 
 

@@ -19,10 +19,7 @@ import contextlib
 import json
 import math
 import os
-import shlex
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sert_min.gpt2 import GPT2, causal_attention
-from sert_min.runtime import SertError
+from sert_min.runtime import SertError, stop_signals, this_command
 from sert_min.store import (
     append_durable,
     atomic_folder,
@@ -307,29 +304,6 @@ def fit(
             if time.perf_counter() - saved > save_seconds:
                 save()
         save()
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying at once; a second one kills."""
-    caught: list[int] = []
-
-    def handler(number, frame):
-        caught.append(number)
-        os.write(2, b"\nstopping; once more to stop without saving\n")  # print is not reentrant
-        signal.signal(number, before[number] or signal.SIG_DFL)
-
-    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old or signal.SIG_DFL)
-
-
-def this_command() -> str:
-    """The command line that started this process."""
-    return shlex.join(["python", *sys.argv])
 
 
 @contextlib.contextmanager

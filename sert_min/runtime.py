@@ -1,9 +1,15 @@
 """What every script needs around its real work: one-line errors, device, dtype and threads."""
 
+import contextlib
 import errno
+import json
 import os
+import shlex
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -98,3 +104,48 @@ def pick_threads(n_params: int) -> int:
     threads = min((1, everything), key=seconds)
     torch.set_num_threads(threads)
     return threads
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying at once; a second one kills."""
+    caught: list[int] = []
+
+    def handler(number, frame):
+        caught.append(number)
+        os.write(2, b"\nstopping; once more to stop at once\n")  # print is not reentrant
+        signal.signal(number, before[number] or signal.SIG_DFL)
+
+    before = {n: signal.signal(n, handler) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old or signal.SIG_DFL)
+
+
+def this_command() -> str:
+    """The command line that started this process."""
+    return shlex.join(["python", *sys.argv])
+
+
+def resolve_machine(args, settings: Path, n_params: int) -> tuple[torch.device, dict]:
+    """The device of a run, and what of this machine decides its bytes: --device, --dtype, threads,
+    versions. A run that goes on (it has its settings file) keeps what it began with."""
+    stored = json.loads(settings.read_text()) if settings.exists() else {}
+
+    def chosen(flag: str) -> str:
+        value = getattr(args, flag)
+        return stored.get(flag, value) if value == "auto" else value
+
+    device = pick_device(chosen("device"))
+    dtype = pick_dtype(chosen("dtype"), device, n_params)
+    threads = stored.get("threads") or pick_threads(n_params)
+    torch.set_num_threads(threads)
+    return device, {
+        "device": device.type,
+        "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
+        "threads": threads,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }

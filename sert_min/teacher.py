@@ -35,8 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
-from sert_min.finetune import stop_signals, this_command
-from sert_min.runtime import SertError, printable
+from sert_min.runtime import SertError, printable, stop_signals, this_command
 from sert_min.store import append_durable, read_jsonl, set_torn_tail_aside, to_line
 
 MAX_REPLY = 1_000_000  # characters of one completion that are kept

@@ -111,18 +111,19 @@ def test_a_torn_file_is_mended(model, tmp_path):
 def test_killed_at_random_moments(model, tmp_path):
     """Guards "nothing lost": ten SIGKILLs while blocks are sampled and written, each followed by
     the same command; paths.jsonl and selected.jsonl end up byte-identical."""
-    flags = ["--limit", "12", "--max-new-tokens", "24"]
+    flags = ["--limit", "80", "--max-new-tokens", "48", "--rows", "20"]
     run(model, tmp_path / "whole", *flags)
     out, rng, kills = tmp_path / "killed", random.Random(7), 0
     for _ in range(40):
         p = in_process(model, out, *flags, PYTHONUNBUFFERED="1")
         while not p.stdout.readline().startswith("rules:"):  # sampling is about to begin
             assert p.poll() is None
-        time.sleep(rng.uniform(0, 0.6) if kills < 10 else 60)
-        if p.poll() is None:
-            p.send_signal(signal.SIGKILL)
-            kills += 1
-        p.communicate()
+        if kills < 10:
+            time.sleep(rng.uniform(0, 0.5))
+            if p.poll() is None:
+                p.send_signal(signal.SIGKILL)
+                kills += 1
+        p.communicate(timeout=120)
         if p.returncode == 0:
             break
     assert kills >= 5 and p.returncode == 0, f"{kills} kills: the run is too short for this test"
