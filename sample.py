@@ -127,6 +127,7 @@ class Run(NamedTuple):
     """One run of sampling, and all that decides its bytes."""
 
     out: Path
+    name: str  # --model
     model: GPT2
     tokenizer: Tokenizer
     questions: list  # of the whole split: --limit comes later
@@ -323,6 +324,9 @@ def print_summary(run: Run) -> None:
             facts = f"perplexity {r['perplexity']:.2f}, rep-2 {r['rep2']:.2f}"
             print(f"     -> {r['verdict']} ({facts}, branch {r['branch']})")
     print(f"\nwrote {folder / 'paths.jsonl'} and {folder / 'selected.jsonl'}")
+    if run.settings["split"] == "train" and not run.s.raw:
+        task = "" if run.settings["task"] == "micro" else f" --task {run.settings['task']}"
+        print(f"next: python train.py{task} --model {run.name} --paths {folder / 'selected.jsonl'}")
 
 
 def print_funnel(c: filters.Counts, rules: FilterSettings) -> None:
@@ -443,7 +447,7 @@ def prepare(args) -> Run:
         **asdict(rules),
     }
     model.cast_(torch.bfloat16 if machine["dtype"] == "bf16" else torch.float32).to(device)
-    return Run(out, model, tokenizer, questions, suffix, s, rules, settings)
+    return Run(out, name, model, tokenizer, questions, suffix, s, rules, settings)
 
 
 def without_task(args) -> None:

@@ -325,9 +325,10 @@ def print_before_after(before, after, questions, tokenizer) -> None:
     for records in (before, after):
         m = summarize(records, questions)
         shown = sum(reasons(q, r["text"], tokenizer) for q, r in zip(questions, records))
-        rows.append((shown / len(records), m["acc"], m["unparseable"]))
-    (r0, a0, u0), (r1, a1, u1) = rows
+        rows.append((shown / len(records), m["acc"], m["acc_lenient"][0], m["unparseable"]))
+    (r0, a0, l0, u0), (r1, a1, l1, u1) = rows
     print(f"{'reasoning outputs':<40}{r0:>10.1%}{r1:>10.1%}")
+    print(f"{'accuracy (lenient: any answer word)':<40}{l0:>10.1%}{l1:>10.1%}")
     print(
         f"{'accuracy (strict)':<40}{a0[0]:>10.1%}{a1[0]:>10.1%}   95 % {a1[1]:.1%} to {a1[2]:.1%}"
     )
