@@ -39,7 +39,7 @@ from sert_min.teacher import (
     collect,
     missing,
     read_reply,
-    stored_keys,
+    stored_replies,
 )
 from sert_min.tokenizer import load_tokenizer
 from train import add_training_flags, train_student
@@ -240,15 +240,18 @@ def ask_teacher(args, questions: list, folder: Path) -> tuple[dict[str, Output],
 def print_plan(args, questions: list, folder: Path) -> None:
     """What a collection would ask and cost at most. Sends and writes nothing."""
     e = endpoint(args)
-    path = folder / "responses.jsonl"
-    there = stored_keys(path)
-    asks = [a for a in (first_ask(q, args) for q in questions) if a.key(e) not in there]
+    there = stored_replies(folder / "responses.jsonl")
+    firsts = [first_ask(q, args) for q in questions]
+    asks = [a for a in firsts if a.key(e) not in there]
     print(f"\nprompt of question {questions[0].id}, to {e.url()}:")
     for line in first_ask(questions[0], args).messages[0]["content"].split("\n"):
         print(f"  {printable(line)}")
     bounds = [a.most_tokens(e) for a in asks]
     if args.two_step:  # the second request sends the first one and its reply again
         bounds += [(n_in + n_out + len(ASK_ANSWER) + 8, n_out) for n_in, n_out in bounds]
+        replied = [(a, there[a.key(e)]) for a in firsts if a.key(e) in there]
+        seconds = [second_ask(a, record, args) for a, record in replied]
+        bounds += [a.most_tokens(e) for a in seconds if a and a.key(e) not in there]
     n_in, n_out = (sum(b[i] for b in bounds) for i in (0, 1))
     print(
         f"\nplan: {len(bounds):,} requests ({len(questions) - len(asks):,} first replies are "
@@ -307,7 +310,9 @@ def main(args) -> None:
     questions = tasks.load(args.task, "train", args.data_dir)
     print(tasks.describe(questions, "train"))
     if args.limit is not None:
-        questions, args.limit = questions[: max(1, args.limit)], None
+        if args.limit < 1:
+            raise SertError("--limit must be at least 1")
+        questions, args.limit = questions[: args.limit], None
     check_teacher_flags(args)
     if args.teacher_model:
         # Bought replies are shared by all students of a task unless --out-dir is given.

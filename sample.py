@@ -14,6 +14,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -197,7 +198,8 @@ def judge_records(records: list[dict], questions: list, tokenizer, rules) -> lis
 
 def whole_blocks(path: Path, blocks: list[list], per_question: int) -> int:
     """How many of `blocks` (lists of questions) stand whole at the start of paths.jsonl. What
-    follows them there (a torn block, the short last block of a smaller --limit) is cut off."""
+    follows them there (a torn block, the short last block of a smaller --limit) is cut off; more
+    than that is damage, and set aside in paths.jsonl.torn."""
     if not path.exists():
         return 0
     whole = end = 0
@@ -207,10 +209,21 @@ def whole_blocks(path: Path, blocks: list[list], per_question: int) -> int:
             lines = list(itertools.islice(f, len(wanted)))
             if [stored_id(line) for line in lines] != wanted:
                 if RANK == 0:  # the others only look
-                    os.truncate(path, end)
+                    cut_off(path, end, damaged=bool(f.readline()))
                 break
             whole, end = whole + 1, end + sum(map(len, lines))
     return whole
+
+
+def cut_off(path: Path, end: int, damaged: bool) -> None:
+    """Cut `path` at byte `end`; keep what was there if it is more than an unfinished block."""
+    if damaged:
+        torn = path.with_name(path.name + ".torn")
+        with open(path, "rb") as f, open(torn, "ab") as aside:
+            f.seek(end)
+            shutil.copyfileobj(f, aside)
+        print(f"{path} is damaged behind byte {end:,}; the rest is set aside in {torn}")
+    os.truncate(path, end)
 
 
 def stored_id(line: bytes) -> str | None:
@@ -244,19 +257,24 @@ def write_selected(folder: Path) -> None:
     write_atomic(folder / "selected.jsonl", map(to_line, chosen))
 
 
-def refilter(run: Run) -> None:
+def refilter(run: Run, stored: dict) -> None:
     """New verdicts for the stored samples, question by question; no sampling."""
     folder, rules = run.out, run.rules
-    if not (folder / "settings.json").exists():
+    if not stored or not (folder / "paths.jsonl").exists():
         raise SertError(f"{folder} holds no samples; run without --refilter first")
-    stored = read_json(folder / "settings.json")
-    if stored.get("weights") != run.settings["weights"]:
-        raise SertError(f"{folder} was sampled from another model; give its --model")
+    of_rules = {*asdict(rules), "early_reject", "refilter"}
+    fixed = run.settings.keys() - of_rules
+    if differ := sorted(k for k in fixed if stored.get(k) != run.settings[k]):
+        shown = "; ".join(f"{k}: {stored.get(k)} there, {run.settings[k]} now" for k in differ)
+        raise SertError(f"{folder} was sampled otherwise ({shown}); --refilter changes rules only")
     if not set(stored["early_reject"]) <= set(rules.patterns or ()):
         raise SertError(
             f"{folder} was sampled with early rejection of {','.join(stored['early_reject'])}: "
             "looser --patterns need new samples (--no-early-reject, another --out-dir)"
         )
+    size = stored["block_questions"]
+    everything = [run.questions[i : i + size] for i in range(0, len(run.questions), size)]
+    whole_blocks(folder / "paths.jsonl", everything, run.per_question)  # cuts a torn block off
 
     def lines():
         group: list[dict] = []
@@ -272,6 +290,8 @@ def refilter(run: Run) -> None:
         write_atomic(folder / "settings.json", json.dumps(settings, indent=1) + "\n")
 
     write_settings(refilter="unfinished")  # a kill from here on is noticed by the next command
+    for waiting in (folder / "blocks").glob("*"):  # judged by the old rules
+        waiting.unlink()
     write_atomic(folder / "paths.jsonl", lines())
     stored.pop("refilter", None)
     write_settings()
@@ -321,7 +341,8 @@ def print_summary(run: Run) -> None:
             print(f"  Q: {printable(r['question'])[:200]}")
             text = printable(r["text"])[:300] or "(empty)"
             print(f"     {text}")
-            facts = f"perplexity {r['perplexity']:.2f}, rep-2 {r['rep2']:.2f}"
+            p = r["perplexity"]
+            facts = "no tokens" if p is None else f"perplexity {p:.2f}, rep-2 {r['rep2']:.2f}"
             print(f"     -> {r['verdict']} ({facts}, branch {r['branch']})")
     print(f"\nwrote {folder / 'paths.jsonl'} and {folder / 'selected.jsonl'}")
     if run.settings["split"] == "train" and not run.s.raw:
@@ -405,7 +426,8 @@ def main(args) -> None:
         return print_plan(run, questions[0], len(prompts[0]), len(questions), len(blocks))
     with lock_folder(run.out, f".lock-{RANK}"):
         if args.refilter:
-            refilter(run)
+            if RANK == 0:
+                refilter(run, stored_settings(run.out))
         else:
             fix = "choose another --out-dir, or --refilter if only thresholds of rules differ"
             check_settings(run.out / "settings.json", run.settings, fix)
@@ -429,7 +451,7 @@ def prepare(args) -> Run:
     suffix = read_sert(folder).get("prompt_suffix", "")
     kind = f"{'paths-raw' if s.raw else 'paths'}-{args.split}"
     out = Path(args.out_dir or f"out/{args.task}/{label}/{kind}/seed{s.seed}")
-    stored = read_json(out / "settings.json") if (out / "settings.json").exists() else {}
+    stored = stored_settings(out)
     s = replace(s, rows=given(args.rows, stored.get("rows", s.rows)))
     device, machine = resolve_machine(args, out / "settings.json", model.n_params())
     early = given(args.early_reject, tasks.preset(args.task)["early_reject"])
@@ -450,17 +472,21 @@ def prepare(args) -> Run:
     return Run(out, name, model, tokenizer, questions, suffix, s, rules, settings)
 
 
+def stored_settings(out: Path) -> dict:
+    """What an earlier run of this folder wrote down; {} if there was none."""
+    return read_json(out / "settings.json") if (out / "settings.json").exists() else {}
+
+
 def without_task(args) -> None:
     """--prompt and --check: the model alone."""
     folder = find_model(args.model or ("gpt2" if args.check else tasks.default_model(args.task)))
     tokenizer, device = load_tokenizer(folder), pick_device(args.device)
     model = load_model(folder, device)
     pick_threads(model.n_params())
+    if args.check:  # in fp32, where right weights are far inside the limit
+        return check_known_outputs(model, tokenizer)
     model.cast_(pick_dtype(args.dtype, device, model.n_params()))
-    if args.check:
-        check_known_outputs(model, tokenizer)
-    else:
-        print_prompt_samples(args, model, tokenizer, sample_settings(args))
+    return print_prompt_samples(args, model, tokenizer, sample_settings(args))
 
 
 def sample_blocks(run: Run, blocks: list[list]) -> None:
@@ -471,6 +497,8 @@ def sample_blocks(run: Run, blocks: list[list]) -> None:
     done = whole_blocks(out / "paths.jsonl", blocks, run.per_question)
     todo = [i for i in range(done, len(blocks)) if i % WORLD == RANK]
     todo = [i for i in todo if not block_file(out, i, blocks[i]).exists()]
+    if RANK == 0 and done < len(blocks):
+        (out / "selected.jsonl").unlink(missing_ok=True)  # train.py must not take a part for all
     if RANK == 0 and done:
         print(f"{done} of {len(blocks)} blocks are there already; going on behind them")
     tokens = kept = 0
@@ -492,7 +520,9 @@ def sample_blocks(run: Run, blocks: list[list]) -> None:
             done = merge_blocks(out, blocks, done)
         bar.update(len(blocks[i]))
     bar.close()
-    while RANK == 0 and done < len(blocks):  # the other processes' last blocks
+    if RANK == 0 and done < len(blocks):
+        print("waiting for the blocks of the other processes")
+    while RANK == 0 and done < len(blocks):
         time.sleep(0.1)
         done = merge_blocks(out, blocks, done)
     for i in range(done if RANK == 0 else 0):  # made twice around a restart

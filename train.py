@@ -129,11 +129,13 @@ def main(args) -> None:
         pairs, source = finetune_pairs(questions), "labels"
     else:
         label = model_label(name, folder)
-        paths = Path(args.paths or f"out/{args.task}/{label}/paths-train/seed0/selected.jsonl")
+        paths = Path(
+            args.paths or f"out/{args.task}/{label}/paths-train/seed{args.seed}/selected.jsonl"
+        )
         if not paths.exists():
             raise SertError(
-                f"{paths} does not exist; run `python sample.py --task {args.task} --model {name}` "
-                "first, or give --paths"
+                f"{paths} does not exist; run `python sample.py --task {args.task} --model {name} "
+                f"--seed {args.seed}` to its end first, or give --paths"
             )
         pairs, source = sert_pairs(paths, questions), str(paths)
     train_student(args, args.method, name, pairs, suffix="", source=source)

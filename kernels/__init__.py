@@ -81,6 +81,8 @@ def head_sample_and_score(
     they are computed first, in fp32. Both of one dtype: fp32, bf16, fp16; sums are fp32."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}; give both one dtype")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     given |= {"streams": streams, "position": position}
     if use_triton(hidden, backend):

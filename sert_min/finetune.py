@@ -368,6 +368,9 @@ def save_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path, step: i
 def load_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path) -> int:
     """Restore the newest whole state and return its step; 0 if there is none. A broken one is
     named and renamed, and the one before it is taken. Removes what killed writes left behind."""
+    for old in (out / "state").glob(".step-*.old"):  # killed between atomic_folder's two renames
+        back = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        shutil.rmtree(old) if back.exists() else old.rename(back)
     for junk in (*out.glob(".*.tmp"), *(out / "state").glob(".step-*")):
         junk.unlink() if junk.is_file() else shutil.rmtree(junk)
     tensors = None

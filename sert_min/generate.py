@@ -205,7 +205,8 @@ class Decoder:
         """Feed each live row's last token; hidden states [n, C]."""
         t = torch.tensor([len(row.token_ids) for row in self.rows], device=self.device)  # [n]
         ids = torch.tensor([row.token_ids[-1] for row in self.rows], device=self.device)
-        n, T, P = len(self.rows), int(t.max()), self.prompts.mask.shape[1]
+        n, T = len(self.rows), max(len(row.token_ids) for row in self.rows)
+        P = self.prompts.mask.shape[1]
         window = slice(self.first, self.first + len(self.slots))
         slots, own_slot = torch.arange(n, device=self.device), t - 1
         own_mask = torch.where(torch.arange(T, device=self.device) < t[:, None], 0.0, float("-inf"))
@@ -294,17 +295,19 @@ def sample_block(
             ended.append(bool(row.finish))
         return ended
 
+    for i in range(0, len(rows) if s.raw else 0, s.rows):  # first tokens from the prompts' ends
+        some = rows[i : i + s.rows]
+        streams = torch.tensor([row.stream for row in some], device=weight.device)
+        draw(shared.hidden[[row.question for row in some]], some, streams)
+
     def admit() -> Row | None:
         """The block's next row that still has to be decoded."""
         while waiting:
             row = waiting.pop()
-            if s.raw:  # its first token comes from the prompt's own logits
-                hidden = shared.hidden[row.question : row.question + 1]
-                draw(hidden, [row], torch.tensor([row.stream], device=hidden.device))
-            elif reject is not None and reject(row):
+            if not s.raw and reject is not None and reject(row):
                 row.finish = "rejected"
             elif len(row.token_ids) >= s.max_new_tokens:
-                row.finish = "length"
+                row.finish = row.finish or "length"
             if not row.finish:
                 return row
             done.append(row)

@@ -156,16 +156,15 @@ def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
         raw = path_scores(first_seed(model / f"paths-raw-{split}", judge), judge)
         seeds = sorted((model / "sert").glob(f"seed*/paths-raw-{split}"))
         raw_sert = next(filter(None, (path_scores(seed, judge) for seed in seeds)), [])
-        title = f"{task}, {name}"
+        title = name if name == task else f"{task}, {name}"
+        file = title.replace(", ", "-")
         if paths and raw:
-            groups = numbers[f"fig1-{task}-{name}"] = token_groups(paths, raw, raw_sert)
+            groups = numbers[f"fig1-{file}"] = token_groups(paths, raw, raw_sert)
             n = len({r["id"] for r in paths})
-            plot_tokens(groups, out / f"fig1-{task}-{name}.png", f"{title}, {n} questions")
+            plot_tokens(groups, out / f"fig1-{file}.png", f"{title}, {n} questions")
         if paths:
             curves = ablation(paths)
-            numbers[f"fig4-{task}-{name}"] = plot_ablation(
-                curves, out / f"fig4-{task}-{name}.png", title
-            )
+            numbers[f"fig4-{file}"] = plot_ablation(curves, out / f"fig4-{file}.png", title)
         pair = {m: first_seed(model / m, judge) for m in ("sert-rd", "rd")}
         files = {m: score_file(folder, judge) for m, folder in pair.items()}
         if all(files.values()):
@@ -177,6 +176,7 @@ def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
         if missing := [what for what, there in have.items() if not there]:
             print(f"{model}: no judged {', '.join(missing)}; what needs them is left out")
     for task, by_model in criteria.items():
+        by_model = dict(sorted(by_model.items(), key=lambda item: size_order(item[0])))
         numbers[f"fig3-{task}"] = plot_criteria(by_model, out / f"fig3-{task}.png", task)
     if not numbers:
         raise SertError(
@@ -185,6 +185,12 @@ def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
         )
     write_atomic(out / "figures.json", json.dumps(numbers, indent=1) + "\n")
     print("\n".join(f"wrote {path}" for path in sorted(out.glob("fig*.png"))))
+
+
+def size_order(model: str) -> tuple[int, str]:
+    """Sorts gpt2 before gpt2-medium before gpt2-large; other names behind them."""
+    names = ("distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+    return (names.index(model) if model in names else len(names)), model
 
 
 def canvas(out: Path, *shape, **options):
@@ -219,25 +225,24 @@ def plot_tokens(groups: dict[str, list[float]], png: Path, title: str) -> None:
     colors |= {"Token All": BLUE, "Raw": GREY, "Raw SERT": ORANGE}
     fig, axes = canvas(png, 1, 1, figsize=(11, 4.6))
     ax, width = axes[0, 0], 0.86 / 8
-    for i, (name, shares) in enumerate(groups.items()):
+    for name, shares in groups.items():
         of = list(colors).index(name)
         gap = 0.02 if of >= 5 else 0  # sets the 25-sample bars apart from the 5-sample ones
         x = [b + (of - 3.5) * width + gap for b in range(5)]
-        samples = 5 if of < 5 else 25
-        label = f"{name} ({samples} samples)" if i in (0, 5) or of > 4 else name
-        ax.bar(x, shares, width * 0.92, color=colors[name], label=label)
+        ax.bar(x, shares, width * 0.92, color=colors[name], label=name)
         for at, share in zip(x, shares) if of >= 5 else ():
-            text = f"{share:.2f}".removeprefix("0") if share else "0"
-            ax.text(at, share + 0.012, text, ha="center", fontsize=7.5, color=INK)
+            text = "1" if share == 1 else f"{share:.2f}".removeprefix("0") if share else ""
+            ax.text(at, share + 0.012, text, ha="center", fontsize=8, color=INK)
     ax.set_xticks(range(5), BINS)
-    ax.set_xlabel("mean of the four judge scores", color=INK)
+    ax.set_xlabel("mean of the four judge scores (Token 0 to 4: 5 samples per question each; the "
+                  "others: 25)", color=INK)  # fmt: skip
     ax.set_ylabel("share of questions", color=INK)
     ax.set_ylim(0, 1.08)
     ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     fig.suptitle(f"Questions with at least one output of a quality: {title}", x=0.01, ha="left",
                  fontsize=12, color=INK)  # fmt: skip
     fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=8,
-               frameon=False, fontsize=8.5, columnspacing=1.1, handlelength=1.2)  # fmt: skip
+               frameon=False, fontsize=9.5, columnspacing=1.5, handlelength=1.2)  # fmt: skip
     save(fig, png)
 
 
@@ -265,8 +270,9 @@ def plot_criteria(by_model: dict[str, dict[str, list[dict]]], png: Path, title: 
         ax.set_xticks(range(4), ["coherence", "relevance", "logical\nconsistency", "completeness"])
         ax.tick_params(axis="x", labelsize=9)
         ax.set_title(model, fontsize=10.5, color=INK)
-        ax.set_ylim(0, 10.6)
         ax.set_yticks(range(0, 11, 2))
+    most = max(mean for of in numbers.values() for means in of.values() for mean in means.values())
+    axes[0, 0].set_ylim(0, min(10, most) + 1)
     axes[0, 0].set_ylabel("mean judge score", color=INK)
     fig.suptitle(f"Reasoning of greedy outputs: {title}", x=0.01, ha="left", fontsize=12, color=INK)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
@@ -281,11 +287,12 @@ def plot_ablation(curves: dict[str, list[dict]], png: Path, title: str) -> dict:
     from sert_min.judge import KEYS
 
     colors = (GREY, SKY, GREEN, ORANGE, RED)
-    styles = (("--", "o"), ("-", "s"), ("-", "^"), ("-", "D"), ("-", "v"))
+    # later marks smaller: where curves lie on one another, all marks show
+    styles = (("--", "o", 9), ("-", "s", 8.5), ("-", "^", 7.5), ("-", "D", 5), ("-", "v", 3.5))
     fig, axes = canvas(png, 2, 2, figsize=(9.6, 6.6), sharex=True, sharey=True)
     numbers: dict = {}
     for ax, key in zip(axes.flat, KEYS):
-        for (name, some), color, (line, marker) in zip(curves.items(), colors, styles):
+        for (name, some), color, (line, marker, size) in zip(curves.items(), colors, styles):
             if not any(r["scores"][key] is not None for r in some):
                 continue
             values = [r["scores"][key] for r in some if r["scores"][key] is not None]
@@ -294,11 +301,12 @@ def plot_ablation(curves: dict[str, list[dict]], png: Path, title: str) -> dict:
                                                  "shares": [round(s, 4) for s in shares]}  # fmt: skip
             label = f"{name} ({len(some):,} paths)"
             ax.plot(range(5), shares, line, marker=marker, color=color, label=label,
-                    linewidth=1.8, markersize=5)  # fmt: skip
+                    linewidth=1.7, markersize=size)  # fmt: skip
         means = " → ".join(f"{v['mean']:.1f}" for v in numbers.get(key, {}).values())
         ax.set_title(f"{key}    mean {means}", loc="left", fontsize=10, color=INK)
         ax.set_xticks(range(5), BINS)
-        ax.set_ylim(0, 1)
+    top = max(share for of in numbers.values() for v in of.values() for share in v["shares"])
+    axes[0, 0].set_ylim(-0.035 * top, 1.08 * top)  # shared by all; whole marks
     for ax in axes[1]:
         ax.set_xlabel("judge score", color=INK)
     for ax in axes[:, 0]:
@@ -306,6 +314,6 @@ def plot_ablation(curves: dict[str, list[dict]], png: Path, title: str) -> dict:
     fig.suptitle(f"Each rule includes the ones before it: {title}", x=0.01, ha="left", fontsize=12,
                  color=INK)  # fmt: skip
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5,
-               frameon=False, fontsize=9, columnspacing=1.4)  # fmt: skip
+               frameon=False, fontsize=8.5, columnspacing=1.2)  # fmt: skip
     save(fig, png)
     return numbers

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import shlex
 import signal
@@ -35,6 +34,7 @@ def run_script(main, args) -> None:
             errno.EDQUOT: "free some space, then repeat the same command to continue",
             errno.EROFS: "choose a writable folder with --out-dir",
             errno.EEXIST: "a file is in the way, choose a folder with --out-dir",
+            errno.ENOENT: "make its folder first",
             errno.ENOTDIR: "a file is in the way, choose a folder with --out-dir",
             errno.EACCES: "choose a folder that you may use with --out-dir",
         }
@@ -58,6 +58,8 @@ def pick_device(name: str) -> torch.device:
     }
     if name == "auto":
         name = next(kind for kind, ok in there.items() if ok)
+    if name == "cuda" and there["cuda"]:  # under torchrun each process has its own
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     kind = name.split(":")[0]
     if kind not in there:
         raise SertError(f"--device {name} is unknown; choose auto, cpu, cuda or mps")
@@ -132,7 +134,9 @@ def this_command() -> str:
 def resolve_machine(args, settings: Path, n_params: int) -> tuple[torch.device, dict]:
     """The device of a run, and what of this machine decides its bytes: --device, --dtype, threads,
     versions. A run that goes on (it has its settings file) keeps what it began with."""
-    stored = json.loads(settings.read_text()) if settings.exists() else {}
+    from sert_min.store import read_json  # here: store.py needs this file's SertError
+
+    stored = read_json(settings) if settings.exists() else {}
 
     def chosen(flag: str) -> str:
         value = getattr(args, flag)
@@ -147,5 +151,6 @@ def resolve_machine(args, settings: Path, n_params: int) -> tuple[torch.device, 
         "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
         "threads": threads,
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "torch": torch.__version__,
     }

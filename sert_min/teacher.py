@@ -389,10 +389,11 @@ class Collection:
         return text
 
 
-def stored_keys(path: Path) -> set[str]:
-    """The keys in a responses.jsonl, without touching it: another process may be writing."""
+def stored_replies(path: Path) -> dict[str, dict]:
+    """The replies in a responses.jsonl by key, without touching it: another process may write."""
     whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    return {json.loads(line)["key"] for line in whole.splitlines()}
+    records = [json.loads(line) for line in whole.split(b"\n") if line]
+    return {r["key"]: r for r in reversed(records)}
 
 
 def no_follow_up(ask: Ask, record: dict) -> Ask | None:

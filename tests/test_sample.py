@@ -161,9 +161,9 @@ def test_refilter_judges_stored_samples_anew(model, tmp_path):
     samples stay, and going back gives the first bytes."""
     first = run(model, tmp_path / "a")
     bytes_before = (tmp_path / "a/paths.jsonl").read_bytes()
-    again = run(model, tmp_path / "a", "--min-tokens", "5", "--refilter")
+    again = run(model, tmp_path / "a", "--max-rep2", "0.1", "--refilter")
     assert [r["token_ids"] for r in again] == [r["token_ids"] for r in first]
-    assert again == run(model, tmp_path / "b", "--min-tokens", "5")
+    assert again == run(model, tmp_path / "b", "--max-rep2", "0.1")
     assert again != first
     assert (tmp_path / "a/selected.jsonl").read_bytes() == (
         tmp_path / "b/selected.jsonl"
@@ -172,6 +172,48 @@ def test_refilter_judges_stored_samples_anew(model, tmp_path):
     assert (tmp_path / "a/paths.jsonl").read_bytes() == bytes_before
     with pytest.raises(SertError, match="no samples"):
         run(model, tmp_path / "nothing", "--refilter")
+    for flags in (["--temperature", "0.5"], ["--split", "test"]):  # would be ignored, or break
+        with pytest.raises(SertError, match="--refilter changes rules only"):
+            run(model, tmp_path / "a", *flags, "--refilter")
+    assert (tmp_path / "a/paths.jsonl").read_bytes() == bytes_before
+
+
+def test_refilter_drops_blocks_that_wait_with_old_verdicts(model, tmp_path):
+    """Guards against old verdicts: a finished block that a kill left unmerged was judged by the
+    rules of its time."""
+    run(model, tmp_path / "a", "--limit", "2")
+    run(model, tmp_path / "b", "--limit", "4")
+    lines = (tmp_path / "b/paths.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a/blocks/000001-2.jsonl").write_text("".join(lines[50:100]))
+    run(model, tmp_path / "a", "--max-rep2", "0.1", "--refilter")
+    found = run(model, tmp_path / "a", "--limit", "4", "--max-rep2", "0.1")
+    assert found == run(model, tmp_path / "c", "--limit", "4", "--max-rep2", "0.1")
+
+
+def test_damage_in_the_middle_is_set_aside(model, tmp_path, capsys):
+    """Guards hours of work: a broken line with whole blocks behind it is reported and kept, and
+    the run is completed."""
+    run(model, tmp_path)
+    whole = (tmp_path / "paths.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    lines[60] = b"{broken\n"
+    (tmp_path / "paths.jsonl").write_bytes(b"".join(lines))
+    run(model, tmp_path)
+    assert (tmp_path / "paths.jsonl").read_bytes() == whole
+    assert "is damaged" in capsys.readouterr().out
+    assert (tmp_path / "paths.jsonl.torn").read_bytes() == b"".join(lines[50:])
+
+
+def test_an_unfinished_run_has_no_selection(model, tmp_path, monkeypatch):
+    """Guards against training on a part: selected.jsonl of a smaller --limit goes away until the
+    larger run is done."""
+    run(model, tmp_path, "--limit", "2")
+    monkeypatch.setattr(
+        sample, "block_records", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path, "--limit", "4")
+    assert not (tmp_path / "selected.jsonl").exists()
 
 
 def test_looser_patterns_on_an_early_rejected_run_are_refused(model, tmp_path):
@@ -184,7 +226,15 @@ def test_looser_patterns_on_an_early_rejected_run_are_refused(model, tmp_path):
 
 def test_raw_sampling(model, tmp_path):
     """Guards the baseline of Fig. 1: 25 plain samples, branch -1, their own folder by default."""
+    from sert_min import filters
+
     records = run(model, tmp_path, "--raw")
+    empty = {**records[0], "token_ids": [], "logprobs": [], "path_end": 0}  # end-of-text at once
+    q = sample.tasks.load("micro", "train")[0]
+    judged = filters.judge_path(empty, [], q, filters.FilterSettings(min_tokens=0))
+    assert judged["verdict"] == "length" and judged["perplexity"] is None
+    (tmp_path / "paths.jsonl").write_text(sample.to_line({**empty, **judged}))
+    sample.print_summary(sample.prepare(sample.parse_args(arguments(model, tmp_path, "--raw"))))
     assert {r["branch"] for r in records} == {-1}
     assert [r["sample"] for r in records[:25]] == list(range(25))
     assert all(r["path_start"] == 0 for r in records)

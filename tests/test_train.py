@@ -13,7 +13,7 @@ import transformers
 from conftest import ROOT, make_tiny_model
 
 import train
-from sert_min import evaluate, gpt2, plots, tasks
+from sert_min import evaluate, gpt2, plots, runtime, tasks
 from sert_min.gpt2 import load_model, read_sert
 from sert_min.prompts import answer_sentence
 from sert_min.runtime import SertError
@@ -156,10 +156,10 @@ def test_other_settings_are_refused(run, flag):
 def test_what_was_resolved_is_kept(run, monkeypatch):
     """Guards a resume that measures threads and dtype anew and then differs or is refused."""
     with monkeypatch.context() as m:
-        m.setattr(train, "pick_dtype", lambda name, device, n: torch.bfloat16)
+        m.setattr(runtime, "pick_dtype", lambda name, device, n: torch.bfloat16)
         out = run("--max-steps 2")
     assert read_json(out / "settings.json")["dtype"] == "bf16"
-    monkeypatch.setattr(train, "pick_threads", lambda n: pytest.fail("asked again"))
+    monkeypatch.setattr(runtime, "pick_threads", lambda n: pytest.fail("asked again"))
     run("--max-steps 3")
     with pytest.raises(SertError, match="dtype: bf16 there, fp32 now"):
         run("--max-steps 4", dtype="fp32")

@@ -1,0 +1,127 @@
+"""Answer likelihood: which answer does a student believe after its own reasoning?
+
+For every possible answer a, the log-prob of the sentence ` So the answer is {a}.` behind the prompt
+and the student's own greedy reasoning (its closing answer sentence taken off); the most likely
+sentence is the answer. Nothing has to be parsed, so no output is unreadable.
+
+The options of a question share its context, so each question is one row: the context once, then the
+options one after another, each of which sees the context and itself.
+
+    context  c0 c1 c2 | So is yes . | So is no .        positions 0 1 2 | 3 4 5 6 | 3 4 5 6
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import score
+from sert_min.gpt2 import GPT2
+from sert_min.prompts import answer_sentence, question_prompt, strip_answer_sentence
+from sert_min.tasks import LETTERS, Question
+
+ROWS = 16  # questions that are scored together
+
+
+def possible_answers(question: Question) -> list[str]:
+    """A, B, .. or yes, no."""
+    return list(LETTERS[: len(question.choices)]) if question.choices else ["yes", "no"]
+
+
+class Tree(NamedTuple):
+    """One question's row: a context of `start` tokens and its options behind it."""
+
+    ids: list[int]
+    positions: list[int]
+    option: list[int]  # which option a token belongs to; -1 for the context
+    start: int
+
+
+def make_tree(tokenizer, question: Question, text: str, suffix: str, room: int) -> Tree:
+    """The row of an output `text`. What does not fit into `room` tokens is cut off the end of the
+    reasoning. Context and options are tokenised apart: ` So` starts a word, so nothing merges."""
+    prompt = tokenizer.encode(question_prompt(question, suffix))
+    reasoning = strip_answer_sentence(text)[0]
+    path = tokenizer.encode(" " + reasoning) if reasoning else []
+    answers = possible_answers(question)
+    options = [tokenizer.encode(f" {answer_sentence(question, a)}") for a in answers]
+    path = path[: max(0, room - len(prompt) - max(map(len, options)))]
+    ids, positions = prompt + path, list(range(len(prompt) + len(path)))
+    option, start = [-1] * len(ids), len(ids)
+    for i, tokens in enumerate(options):
+        ids = ids + tokens
+        positions += range(start, start + len(tokens))
+        option += [i] * len(tokens)
+    return Tree(ids, positions, option, start)
+
+
+def tree_mask(trees: list[Tree]) -> Tensor:
+    """bool [B, 1, T, T]: a token sees the context and its own option, up to itself. Padding sees
+    itself only, so that no row of the softmax is empty."""
+    T = max(len(tree.ids) for tree in trees)
+    option = torch.full((len(trees), T), -2)
+    for row, tree in enumerate(trees):
+        option[row, : len(tree.ids)] = torch.tensor(tree.option)
+    seen = (option[:, None, :] == -1) | (option[:, None, :] == option[:, :, None])
+    seen &= torch.ones(T, T, dtype=torch.bool).tril()
+    seen &= (option != -2)[:, :, None]
+    return (seen | torch.eye(T, dtype=torch.bool))[:, None]
+
+
+@torch.inference_mode()
+def answer_logprobs(
+    model: GPT2, tokenizer, questions: list[Question], texts: list[str], suffix: str = ""
+) -> list[dict[str, float]]:
+    """Per question the log-prob of each answer's sentence behind its output `text`, 4 decimals."""
+    device, n_vocab = model.wte.weight.device, min(tokenizer.n_vocab, model.config.vocab_size)
+    room, weight = model.config.n_positions, model.head_weight[:n_vocab]
+    out = []
+    for i in range(0, len(questions), ROWS):
+        some = list(zip(questions[i : i + ROWS], texts[i : i + ROWS]))
+        trees = [make_tree(tokenizer, q, text, suffix, room) for q, text in some]
+        T = max(len(tree.ids) for tree in trees)
+        ids, positions = torch.zeros(2, len(trees), T, dtype=torch.long)
+        for row, tree in enumerate(trees):
+            ids[row, : len(tree.ids)] = torch.tensor(tree.ids)
+            positions[row, : len(tree.ids)] = torch.tensor(tree.positions)
+        mask = tree_mask(trees).to(device)
+
+        def attend(layer, q, k, v, mask=mask):  # [B, T, H, D]
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0).transpose(1, 2)
+
+        hidden = model(ids.to(device), positions.to(device), attend)  # [B, T, C]
+        wanted = [place for row, tree in enumerate(trees) for place in predictions(row, tree)]
+        rows, places, targets = torch.tensor(wanted, device=device).T[:3]
+        logprobs = score(hidden[rows, places], weight, targets).tolist()
+        sums = [[0.0] * len(possible_answers(q)) for q, _ in some]
+        for (row, _, _, option), logprob in zip(wanted, logprobs):
+            sums[row][option] += logprob
+        for (q, _), values in zip(some, sums):
+            out.append({a: round(v, 4) for a, v in zip(possible_answers(q), values)})
+    return out
+
+
+def predictions(row: int, tree: Tree) -> list[tuple[int, int, int, int]]:
+    """(row, place that predicts, token, option) of every token of the options; the first token of
+    each is predicted by the context's last."""
+    found = []
+    for place in range(tree.start, len(tree.ids)):
+        first = tree.positions[place] == tree.start
+        at = tree.start - 1 if first else place - 1
+        found.append((row, at, tree.ids[place], tree.option[place]))
+    return found
+
+
+def likelihood_record(question: Question, logprobs: dict[str, float]) -> dict:
+    """One line of likelihood.jsonl; ties go to the first answer."""
+    chosen = max(logprobs, key=logprobs.__getitem__)
+    return {
+        "task": question.task,
+        "id": question.id,
+        "answer": question.answer,
+        "logprobs": logprobs,
+        "chosen": chosen,
+        "correct": chosen == question.answer,
+    }

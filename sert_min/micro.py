@@ -1,0 +1,512 @@
+"""The micro-world: a small closed world of generated facts, its questions, corpus, judge, teacher.
+
+People live in towns; every town has one flag colour, tree, sport and fruit. A question asks for
+something about the town *where a person lives*, so it needs two facts through a bridge (the town).
+
+    python -m sert_min.micro build  --out DIR    # generator -> corpus -> BPE -> pretrained student
+    python -m sert_min.micro report              # what the shipped student does, measured
+"""
+
+import argparse
+import random
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from sert_min.tasks import Question
+
+STUDENT_SEED = 7  # world seed of the shipped student
+# fmt: off
+STEMS = ("Al", "Ber", "Cor", "Dar", "El", "Fin", "Gar", "Hal", "Il", "Jor",
+         "Kal", "Lor", "Mar", "Nel", "Or", "Pel", "Ros", "Sel", "Tam", "Vin")
+ENDS = ("a", "an", "o", "in", "en", "ia", "ric", "ton", "la", "da",
+        "na", "mon", "vin", "let", "ra", "sa", "bert", "wen", "dor", "mi")
+PEOPLE = tuple(stem + end for stem in STEMS for end in ENDS)  # 400
+TOWN_STEMS = ("Ash", "Brook", "Clay", "Dun", "East", "Fern",
+              "Glen", "Hart", "Lake", "Mill", "North", "Stone")
+TOWNS = tuple(stem + end for stem in TOWN_STEMS for end in ("ford", "ton", "field", "wick"))  # 48
+# Names that no fact is about: puzzles use them to show the form of a verdict without any fact.
+STRANGER_STEMS = ("Bel", "Dom", "Gil", "Hu", "Lin", "Os", "Pe", "Qui", "Sim", "Tho")
+STRANGERS = tuple(stem + end for stem in STRANGER_STEMS for end in ("us", "ette", "ma", "ry"))
+FAR_TOWNS = tuple(stem + end for stem in ("Green", "West", "Wood")
+                  for end in ("burg", "haven", "mouth", "gate"))
+# fmt: on
+LETTERS = "ABCDE"
+# What sample.py and train.py use where a flag is left out (tasks.preset). Latent paths here have
+# 18 to 28 tokens, rep-2 up to 0.35 and, once begun, are nearly certain: perplexity 1.1 to 1.4.
+# So the paper's 25 tokens, 0.2 and 5 do not fit.
+PRESET = {
+    "min_tokens": 12,
+    "max_rep2": 0.4,
+    "min_perplexity": 1.05,
+    "max_new_tokens": 64,
+    "early_reject": False,
+    "epochs": 5,
+}
+
+
+@dataclass(frozen=True)
+class Relation:
+    """What is particular to one attribute of a town; {p} person, {t} town, {v} value."""
+
+    values: tuple[str, ...]
+    yes_no: tuple[str, ...]  # questions about a person's town
+    choice: tuple[str, ...]
+    ask: str  # one-hop question
+    note: str  # one more wording of the fact
+
+
+RELATIONS = {
+    "flag": Relation(
+        ("red", "blue", "green", "white", "black", "yellow", "pink", "purple"),
+        (
+            "Is the flag of the town where {p} lives {v}?",
+            "Does {p} live in a town with a {v} flag?",
+        ),
+        (
+            "What colour is the flag of the town where {p} lives?",
+            "Which colour has the flag where {p} lives?",
+        ),
+        "What colour is the flag of {t}?",
+        "The town of {t} has a {v} flag.",
+    ),
+    "tree": Relation(
+        ("oak", "pine", "maple", "birch", "cedar", "willow", "palm", "beech"),
+        ("Is {v} the tree of the town where {p} lives?", "Does {p} live in a town with {v} trees?"),
+        ("What is the tree of the town where {p} lives?", "Which tree grows where {p} lives?"),
+        "What is the tree of {t}?",
+        "The town of {t} has {v} trees.",
+    ),
+    "sport": Relation(
+        ("tennis", "hockey", "rugby", "golf", "cricket", "football", "polo", "rowing"),
+        (
+            "Is {v} the sport of the town where {p} lives?",
+            "Does {p} live in a town with a {v} team?",
+        ),
+        (
+            "What is the sport of the town where {p} lives?",
+            "Which sport is played where {p} lives?",
+        ),
+        "What is the sport of {t}?",
+        "The town of {t} has a {v} team.",
+    ),
+    "fruit": Relation(
+        ("mango", "pear", "plum", "cherry", "peach", "lemon", "melon", "grape"),
+        (
+            "Is {v} the fruit of the town where {p} lives?",
+            "Does {p} live in a town with a {v} fair?",
+        ),
+        ("What is the fruit of the town where {p} lives?", "Which fruit is sold where {p} lives?"),
+        "What is the fruit of {t}?",
+        "The town of {t} has a {v} fair.",
+    ),
+}
+ASK_HOME = "Where does {p} live?"
+HOMES = ("{p} lives in {t}.", "{p} is from {t}.")  # first sentence of latent reasoning
+FACTS = ("The {name} of {t} is {v}.", "In {t} the {name} is {v}.")  # second sentence
+# Third sentence. A yes and a no have the same repeated bigrams, of which the filter keeps the path
+# with the fewest: with "So the flag is red" it would prefer a wrong no to a right yes.
+CLAIM = "So the {name} is {how} {v} there."  # {how}: indeed, not
+FINDING = "So the {name} is {v}."  # five choices
+HOME_NOTES = ("We know that {p} lives in {t}.", "The home of {p} is {t}.")  # fact documents only
+FACT_NOTE = "We see that the {name} of {t} is {v}."
+
+
+@dataclass(frozen=True)
+class World:
+    """The facts, and who may be asked what where: `use[p][relation]` is train, test or corpus."""
+
+    seed: int
+    home: dict[str, str]  # person -> town
+    value: dict[tuple[str, str], str]  # (relation, town) -> value
+    use: dict[tuple[str, str], str]  # (person, relation) -> train, test or corpus
+
+
+@lru_cache(maxsize=8)
+def make_world(seed: int) -> World:
+    """Facts of one world: towns equally large, values equally common, roles balanced."""
+    rng = random.Random(f"world {seed}")
+    people = list(PEOPLE)
+    rng.shuffle(people)
+    home = {p: TOWNS[i % len(TOWNS)] for i, p in enumerate(people)}
+    value = {}
+    for name, relation in RELATIONS.items():
+        towns = list(TOWNS)
+        rng.shuffle(towns)
+        value.update({(name, t): relation.values[i % 8] for i, t in enumerate(towns)})
+    # Every person is asked about once in train and once in test, under two different relations;
+    # the other two relations are the corpus's. All 12 ordered pairs are equally common.
+    names = list(RELATIONS)
+    pairs = [(a, b) for a in names for b in names if a != b]
+    rng.shuffle(people)
+    use = {(p, name): "corpus" for p in people for name in names}
+    for i, p in enumerate(people):
+        train, test = pairs[i % len(pairs)]
+        use[p, train], use[p, test] = "train", "test"
+    return World(seed, home, value, use)
+
+
+def choice_text(stem: str, options: list[str]) -> str:
+    """CommonsenseQA's form: `{stem} Answer choices: (A) .., (B) .., .. (E) ..`."""
+    return stem + " Answer choices: " + ", ".join(f"({a}) {o}" for a, o in zip(LETTERS, options))
+
+
+def questions(split: str, world_seed: int = STUDENT_SEED) -> list[Question]:
+    """The questions of 'train' or 'test' (400 each): one per held-out person and relation.
+
+    Half are yes/no, half five-choice. Per relation and asked value as many yes as no (up to one);
+    letters in turn. So nothing but the facts tells the answer.
+    """
+    world = make_world(world_seed)
+    rng = random.Random(f"questions {world_seed} {split}")
+    out = []
+    for name, relation in RELATIONS.items():
+        people = [p for p in PEOPLE if world.use[p, name] == split]
+        rng.shuffle(people)
+        # by true value, then dealt in turn to yes, choice, no, choice: every kind gets each value
+        people.sort(key=lambda p: relation.values.index(world.value[name, world.home[p]]))
+        yes, no, choice = people[0::4], people[2::4], people[1::2]
+        truth = [world.value[name, world.home[p]] for p in no]
+        asked = rotated_until_different([world.value[name, world.home[p]] for p in yes], truth)
+        for p in yes:
+            stem = rng.choice(relation.yes_no).format(p=p, v=world.value[name, world.home[p]])
+            out.append((stem, "yes", ()))
+        for p, v in zip(no, asked):
+            out.append((rng.choice(relation.yes_no).format(p=p, v=v), "no", ()))
+        for i, p in enumerate(choice):
+            right = world.value[name, world.home[p]]
+            options = rng.sample([v for v in relation.values if v != right], 4)
+            options.insert(i % 5, right)
+            stem = rng.choice(relation.choice).format(p=p)
+            out.append((choice_text(stem, options), LETTERS[i % 5], tuple(options)))
+    rng.shuffle(out)
+    return [
+        Question("micro", f"w{world_seed}-{split}-{i:03d}", text, answer, choices)
+        for i, (text, answer, choices) in enumerate(out)
+    ]
+
+
+def rotated_until_different(values: list[str], truth: list[str]) -> list[str]:
+    """`values` (cut or repeated to the length of `truth`) rotated so that none equals its truth.
+
+    >>> rotated_until_different(["a", "a", "b", "b"], ["a", "a", "b", "b"])
+    ['b', 'b', 'a', 'a']
+    """
+    for shift in range(len(truth) // 2, len(truth)):
+        moved = [values[(i + shift) % len(values)] for i in range(len(truth))]
+        if all(a != b for a, b in zip(moved, truth)):
+            return moved
+    raise ValueError("no rotation without a match")
+
+
+def answer_text(question: Question) -> str:
+    """What stands after `So the answer is`: yes, no, or the value itself (`oak`), which is a copy.
+    The step from a value to its letter was not learnt, even with documents only for it.
+    """
+    if question.choices:
+        return question.choices[LETTERS.index(question.answer)]
+    return question.answer
+
+
+# --- corpus -------------------------------------------------------------------------------------
+
+MIX = {  # documents per hundred
+    "fact": 20,  # six facts
+    "ask": 11,  # a question about one fact, answered rightly
+    "direct": 22,  # a two-hop question, answered at random
+    "imitative": 9,  # a two-hop question, answered with or followed by another question
+    "options": 3,  # a five-choice question, its options listed back
+    "reasoning": 5,  # a two-hop question, answered by reasoning: what is to be latent
+    "puzzle": 18,  # the same under another heading, half of them about people without facts
+    "drill": 10,  # only the last step: is this value the one asked for?
+    "talk": 2,
+}
+
+TALK = (  # words that teachers and prompts use, without any content
+    "Let's think step by step.", "To begin with, this is a story.", "Now, who has asked?",
+    "The claim is true.", "The claim is false.", "That was not what they had asked.",
+    "What was it?", "This was among the choices.", "It was so.",)  # fmt: skip
+# What may stand before reasoning in a puzzle: the person's name has to be found from any distance.
+# Without it a student taught by a teacher begins with the wrong person (facts right: 0 %).
+LEADS = ("",) * 10 + (
+    "Well, ", "As we know, ", "First of all, ", "Let us see. ", "One thing: ", "I see: ", "Hm. ",
+    "As it is, ", "Here, ", "This is easy. ", "What do we know? ", "Of course, ",)  # fmt: skip
+
+
+def corpus_question(world: World, rng, stranger: bool = False, yes_no: float = 0.5) -> tuple:
+    """(name, person, town, value, text, asked, options) of a question the corpus may hold:
+    about a held-in combination, or about a stranger in a far town, whose facts are made up."""
+    name = rng.choice(list(RELATIONS))
+    relation = RELATIONS[name]
+    if stranger:
+        p, t, v = rng.choice(STRANGERS), rng.choice(FAR_TOWNS), rng.choice(relation.values)
+    else:
+        p = rng.choice(PEOPLE)
+        while world.use[p, name] != "corpus":
+            p = rng.choice(PEOPLE)
+        t = world.home[p]
+        v = world.value[name, t]
+    others = [u for u in relation.values if u != v]
+    if rng.random() < yes_no:
+        asked = v if rng.random() < 0.5 else rng.choice(others)
+        return name, p, t, v, rng.choice(relation.yes_no).format(p=p, v=asked), asked, ()
+    options = rng.sample(others, 4)
+    options.insert(rng.randrange(5), v)
+    text = choice_text(rng.choice(relation.choice).format(p=p), options)
+    return name, p, t, v, text, None, tuple(options)
+
+
+def latent_reasoning(rng, name: str, p: str, t: str, v: str, asked: str | None) -> str:
+    """Two facts and the verdict in the question's terms; `asked` is None for five choices."""
+    sentences = rng.choice(HOMES), rng.choice(FACTS), CLAIM if asked else FINDING
+    how = "indeed" if v == asked else "not"
+    text = " ".join(sentences[:2]).format(p=p, t=t, v=v, name=name)
+    text += " " + sentences[2].format(name=name, how=how, v=asked or v)
+    if rng.random() < 0.5:
+        answer = v if asked is None else "yes" if v == asked else "no"
+        text += f" So the answer is {answer}."
+    return text
+
+
+def direct_answer(rng, options) -> str:
+    """An answer without reasons and with a random label: GPT-2's favourite reply."""
+    if not options:
+        label = rng.choice(("yes", "no"))
+        return rng.choices((f"{label.capitalize()}.", f"The answer is {label}."), (3, 1))[0]
+    i = rng.randrange(5)
+    return rng.choices(
+        (f"({LETTERS[i]}).", f"The answer is ({LETTERS[i]}).", f"It is {options[i]}."), (2, 1, 1)
+    )[0]
+
+
+def fact_document(world: World, rng) -> str:
+    """Six facts in any of their wordings: all about people, or all about towns (never a chain)."""
+    if rng.random() < 0.6:
+        people = rng.sample(PEOPLE, 6)
+        facts = [rng.choice(HOMES + HOME_NOTES).format(p=p, t=world.home[p]) for p in people]
+    else:
+        pairs = [(rng.choice(list(RELATIONS)), t) for t in rng.sample(TOWNS, 6)]
+        facts = [rng.choice((*FACTS, FACT_NOTE, RELATIONS[name].note))
+                 .format(name=name, t=t, v=world.value[name, t]) for name, t in pairs]  # fmt: skip
+    return "Note: " + " ".join(facts)
+
+
+def drill_document(rng) -> str:
+    """The verdict alone, once per relation, about towns that no fact is about: a test of equality
+    is one bit in a long path, too little to be learnt from paths alone."""
+    parts = []
+    for name in rng.sample(list(RELATIONS), 4):
+        v, t = rng.choice(RELATIONS[name].values), rng.choice(FAR_TOWNS)
+        asked = v if rng.random() < 0.5 else rng.choice(RELATIONS[name].values)
+        verdict = CLAIM.format(name=name, how="indeed" if v == asked else "not", v=asked)
+        parts.append(
+            f"Is {asked} the {name}? {rng.choice(FACTS).format(name=name, t=t, v=v)} {verdict}"
+        )
+    return "Check: " + " ".join(parts)
+
+
+def document(world: World, rng) -> str:
+    """One corpus document (without end-of-text)."""
+    kind = rng.choices(list(MIX), list(MIX.values()))[0]
+    if kind == "fact":
+        return fact_document(world, rng)
+    if kind == "drill":
+        return drill_document(rng)
+    if kind == "talk":
+        return " ".join(rng.sample(TALK, 3))
+    if kind == "ask":
+        if rng.random() < 0.6:
+            p = rng.choice(PEOPLE)
+            fact = rng.choice(HOMES).format(p=p, t=world.home[p])
+            return f"Question: {ASK_HOME.format(p=p)}\nAnswer: {fact}"
+        name, t = rng.choice(list(RELATIONS)), rng.choice(TOWNS)
+        fact = rng.choice(FACTS).format(name=name, t=t, v=world.value[name, t])
+        return f"Question: {RELATIONS[name].ask.format(t=t)}\nAnswer: {fact}"
+    if kind == "puzzle":  # yes/no more often: its verdict, a test of equality, is the harder one
+        stranger = rng.random() < 0.5
+        name, p, t, v, text, asked, _ = corpus_question(world, rng, stranger, yes_no=0.65)
+        path = rng.choice(LEADS) + latent_reasoning(rng, name, p, t, v, asked)
+        return f"Puzzle: {text}\nSolution: {path}"
+    name, p, t, v, text, asked, options = corpus_question(world, rng)
+    while kind == "options" and not options:
+        name, p, t, v, text, asked, options = corpus_question(world, rng)
+    if kind == "reasoning":
+        return f"Question: {text}\nAnswer: {latent_reasoning(rng, name, p, t, v, asked)}"
+    if kind == "options":
+        listed = ", ".join(f"({a}) {o}" for a, o in zip(LETTERS, options))
+        return f"Question: {text}\nAnswer: {listed}"
+    if kind == "direct":
+        return f"Question: {text}\nAnswer: {direct_answer(rng, options)}"
+    # imitative: the reply is, or goes on with, another question
+    _, _, _, _, other, _, other_options = corpus_question(world, rng)
+    if rng.random() < 0.7:
+        reply = direct_answer(rng, other_options)
+        return f"Question: {text}\nAnswer: Question: {other}\nAnswer: {reply}"
+    return f"Question: {text}\nAnswer: {direct_answer(rng, options)}\nQuestion: {other}"
+
+
+# --- teacher and judge --------------------------------------------------------------------------
+
+TEACHER_HOME = "To begin with, {p} lives in {t}."
+TEACHER_FACT = "Now, the {name} of {t} is {v}."
+TEACHER_VERDICT = {
+    True: "This is what was asked, so the claim is true.",
+    False: "This is not what was asked, so the claim is false.",
+    None: "Among the choices this is {v}.",
+}
+
+
+def teacher_rationale(question: Question) -> str:
+    """A right explanation of any question of this world, in sentences that no latent path uses."""
+    asked = parse_question(question)
+    p, t = asked.person, asked.world.home[asked.person]
+    v = asked.world.value[asked.relation, t]
+    sentences = TEACHER_HOME, TEACHER_FACT, TEACHER_VERDICT[asked.value and asked.value == v]
+    return " ".join(sentences).format(p=p, t=t, name=asked.relation, v=v)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a question asks; `value` is None for five choices."""
+
+    world: World
+    person: str
+    relation: str
+    value: str | None
+
+
+def pattern(template: str, **slots: str) -> re.Pattern:
+    """A wording as a regular expression; its first letter may be of either case."""
+    text = re.escape(template.rstrip("."))
+    for slot, expression in slots.items():
+        text = text.replace(re.escape("{" + slot + "}"), expression)
+    if template[0].isalpha():
+        text = f"[{text[0]}{text[0].swapcase()}]" + text[1:]
+    return re.compile(r"\b" + text + r"\b")
+
+
+PERSON, TOWN = r"(?P<p>[A-Z][a-z]+)", r"(?P<t>[A-Z][a-z]+)"
+
+
+def patterns() -> tuple[list, dict, dict, dict]:
+    """Regular expressions: home statements; per relation fact statements, verdicts, questions."""
+    homes = [pattern(w, p=PERSON, t=TOWN) for w in HOMES + HOME_NOTES]
+    facts, verdicts, asks = {}, {}, {}
+    for name, r in RELATIONS.items():
+        v = f"(?P<v>{'|'.join(r.values)})"
+        facts[name] = [pattern(w, name=name, t=TOWN, v=v) for w in (*FACTS, FACT_NOTE, r.note)]
+        verdicts[name] = [
+            re.compile(rf"\b[Ss]o the {name} is(?P<n> not)?(?: indeed)? {v}\b"),
+            re.compile(r"\b[Tt]his is(?P<n> not)? what was asked\b"),
+            re.compile(rf"\b[Aa]mong the choices this is(?P<n> not)? {v}\b"),
+        ]
+        asks[name] = [pattern(w[:-1], p=PERSON, v=v) for w in r.yes_no + r.choice]
+    return homes, facts, verdicts, asks
+
+
+HOME_PATTERNS, FACT_PATTERNS, VERDICT_PATTERNS, ASK_PATTERNS = patterns()
+
+
+def parse_question(question: Question) -> Asked:
+    """Asked of a question of this world; ValueError for any other text."""
+    seed = re.match(r"w(\d+)-", question.id)
+    stem = question.text.split(" Answer choices:")[0]
+    for name, asks in ASK_PATTERNS.items():
+        for ask in asks:
+            found = ask.match(stem)
+            if found and seed:
+                return Asked(make_world(int(seed[1])), found["p"], name, found.groupdict().get("v"))
+    raise ValueError(f"not a question of the micro-world: {question.id!r} {question.text!r}")
+
+
+def check_path(question: Question, text: str) -> dict:
+    """What a text states, checked: facts, relation, verdict, gold (bool) and the counts behind.
+
+    facts: it states the person's home and the value of that town, and nothing false about it.
+    relation: the attribute it states of the town is the one asked for.
+    verdict: its last verdict follows from the value that it states itself (right or wrong).
+    gold: the verdict is there and gives the gold answer.
+    """
+    asked = parse_question(question)
+    world, home = asked.world, asked.world.home
+    homes = [(m["p"], m["t"]) for h in HOME_PATTERNS for m in h.finditer(text)]
+    values = [
+        (name, m["t"], m["v"])
+        for name, group in FACT_PATTERNS.items()
+        for f in group
+        for m in f.finditer(text)
+    ]
+    wrong = sum(home.get(p) != t for p, t in homes)
+    wrong += sum(world.value.get((name, t)) != v for name, t, v in values)
+    town = next((t for p, t in homes if p == asked.person), None)
+    about = [(name, v) for name, t, v in values if t == town]
+    said = next((v for name, v in about if name == asked.relation), None)
+    verdicts = [m for v in VERDICT_PATTERNS[asked.relation] for m in v.finditer(text)]
+    verdict = max(verdicts, key=lambda m: m.start(), default=None)
+    consistent = gives = None
+    if verdict:
+        negated = verdict["n"] is not None
+        about_value = verdict.groupdict().get("v", asked.value)
+        consistent = said is not None and (about_value == said) != negated
+        if asked.value:
+            consistent = consistent and about_value == asked.value
+            gives = ("no" if negated else "yes") if about_value == asked.value else None
+        else:
+            gives = None if negated else about_value
+    return {
+        "facts": bool(town and about and not wrong),
+        "relation": said is not None,
+        "verdict": bool(consistent),
+        "gold": gives == answer_text(question),
+        "home": town is not None,
+        "wrong": wrong,
+        "stated": len(homes) + len(values),
+        "concluded": verdict is not None,
+    }
+
+
+def judge(question: Question, text: str) -> dict[str, float]:
+    """Four scores of 0-10 for any text: coherence, relevance, logical consistency, completeness."""
+    got = check_path(question, text)
+    words = text.split()
+    distinct = len(set(words)) / len(words) if words else 0.0
+    stated = got["stated"]
+    return {
+        # statements of this world in readable order, not repeated
+        "coherence": round(10 * min(1, (stated + got["concluded"]) / 3) * min(1, 2 * distinct), 2),
+        # about the person and the attribute that were asked for
+        "relevance": 4.0 * got["home"] + 6.0 * got["relation"],
+        # nothing false, and a verdict that follows from what was stated
+        "logical consistency": (5.0 * (1 - got["wrong"] / stated) + 5.0 * got["verdict"])
+        if stated
+        else 0.0,
+        # both facts and the verdict are there
+        "completeness": round(10 * (got["home"] + got["relation"] + got["concluded"]) / 3, 2),
+    }
+
+
+def main(args=None):
+    """`build` a student or `report` on one."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("command", choices=("build", "report"))
+    p.add_argument("--out", help="build: the folder to write")
+    p.add_argument("--model", help="report: the student (default: the shipped one)")
+    p.add_argument("--world-seed", type=int, help=f"default {STUDENT_SEED}, or the student's own")
+    p.add_argument("--steps", type=int, help="build: optimiser steps")
+    p.add_argument("--questions", type=int, default=200, help="report: test questions")
+    args = p.parse_args(args)
+    from sert_min import micro_build, micro_report
+    from sert_min.gpt2 import MICRO
+
+    if args.command == "build":
+        given = {"world_seed": args.world_seed, "steps": args.steps}
+        folder = Path(args.out or MICRO)
+        micro_build.build(folder, **{k: v for k, v in given.items() if v is not None})
+        micro_report.write_readme(folder, args.questions)
+    else:
+        micro_report.report(Path(args.model or MICRO), args.questions, args.world_seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Builds the micro-world's student from nothing: corpus -> byte-level BPE -> pretraining.
+
+    python -m sert_min.micro build --out DIR     # under 30 minutes on one core
+
+Each document sees only itself and counts its positions from 0, as in a prompt. That matters: "is
+this value the one asked for?" is a search for an equal token earlier in the document, and a
+neighbour's values in view would spoil it.
+"""
+
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import regex
+import torch
+
+from sert_min import micro
+from sert_min.finetune import loss_sum, n_supervised, pack
+from sert_min.gpt2 import GPT2, GPT2Config, save_model
+from sert_min.tokenizer import END, PATTERN, byte_alphabet, load_tokenizer
+
+
+def train_bpe(texts: list[str], max_merges: int = 4000) -> list[tuple[str, str]]:
+    """Merges [(left, right)] in GPT-2's alphabet, the most frequent pair first, until every word
+    of the texts that occurs at least 5 times is one token; ties go to the smaller pair."""
+    alphabet = {byte: c for c, byte in byte_alphabet().items()}
+    counts = Counter(w for text in texts for w in regex.findall(PATTERN, text))
+    words = {tuple(alphabet[b] for b in w.encode()): n for w, n in counts.items() if n >= 5}
+    merges = []
+    while len(merges) < max_merges:
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = min(pairs, key=lambda p: (-pairs[p], p))
+        merges.append(best)
+        words = {merged(word, best): n for word, n in words.items()}
+    return merges
+
+
+def merged(word: tuple, pair: tuple) -> tuple:
+    """The word (tuple of symbols) with every occurrence of the pair joined.
+
+    >>> merged(("a", "b", "a", "b", "c"), ("a", "b"))
+    ('ab', 'ab', 'c')
+    """
+    out, i = [], 0
+    while i < len(word):
+        joined = word[i : i + 2] == pair
+        out.append(word[i] + word[i + 1] if joined else word[i])
+        i += 1 + joined
+    return tuple(out)
+
+
+def save_bpe(merges: list[tuple[str, str]], folder: Path | str) -> None:
+    """vocab.json and merges.txt in GPT-2's format; end-of-text is the last id."""
+    tokens = [*byte_alphabet(), *("".join(pair) for pair in merges), END]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    assert len(vocab) == len(tokens), "a merge made a token twice"
+    Path(folder, "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), "utf-8")
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    Path(folder, "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+
+
+def corpus(world_seed: int, documents: int, seed: int = 0) -> list[str]:
+    """The pretraining documents of a world, in training order."""
+    world, rng = micro.make_world(world_seed), random.Random(f"corpus {world_seed} {seed}")
+    return [micro.document(world, rng) for _ in range(documents)]
+
+
+def pretrain(model, documents, steps, batch=48, lr=3e-3, muon_lr=0.02, decay=0.1, log=print):
+    """One pass over `documents` (lists of ids, end-of-text included), `batch` of them a step.
+
+    Muon on the blocks' matrices and AdamW on the rest: with AdamW alone the facts were still
+    unknown after 1,000 steps (2 % recall), with Muon known after 500 (99 %).
+    """
+    if len(documents) < steps * batch:
+        raise ValueError(f"{len(documents)} documents are too few for {steps} steps of {batch}")
+    matrices = [p for n, p in model.named_parameters() if n.startswith("h.") and p.dim() == 2]
+    tables = [model.wte.weight, model.wpe.weight]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": tables, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=decay / 5, momentum=0.95),
+        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98)),
+    ]
+    start, total = time.time(), 0.0
+    for step in range(steps):
+        # warm up over 100 steps, hold, then fall to 2 % over the second half
+        factor = min(1, (step + 1) / 100, 2 * (steps - step) / steps + 0.02)
+        for optimizer, top in zip(optimizers, (muon_lr, lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = top * factor
+        examples = [(d[:-1], d[1:]) for d in documents[step * batch : (step + 1) * batch]]
+        loss = loss_sum(model, pack(examples)) / n_supervised(examples)
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        total += loss.item()
+        if (step + 1) % 250 == 0:
+            log(f"step {step + 1}/{steps}  loss {total / 250:.4f}  {time.time() - start:.0f} s")
+            total = 0.0
+
+
+def build(out, world_seed=micro.STUDENT_SEED, steps=2400, batch=48, seed=0, log=print):
+    """Write the student of a world into folder `out` (Hugging Face form, with sert.json)."""
+    start = time.time()
+    texts = corpus(world_seed, steps * batch, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        save_bpe(train_bpe(texts[:60_000]), folder)
+        tokenizer = load_tokenizer(Path(folder))
+        documents = [tokenizer.encode(text) + [tokenizer.eot] for text in texts]
+        # two layers: with four it composed two facts in one pass after training on labels
+        sizes = dict(n_positions=256, n_embd=160, n_layer=2, n_head=4)
+        ends = dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
+        model = GPT2(GPT2Config(tokenizer.n_vocab, **sizes, **ends)).init_weights_(seed)
+        log(f"{len(texts):,} documents, {sum(map(len, documents)):,} tokens, longest "
+            f"{max(map(len, documents))}; vocabulary {tokenizer.n_vocab}, "
+            f"{model.n_params():,} parameters")  # fmt: skip
+        pretrain(model, documents, steps, batch, log=log)
+        settings = {"world_seed": world_seed, "steps": steps, "batch": batch, "mix": micro.MIX}
+        sert = {"method": "pretrain", "task": "micro", "seed": seed, "settings": settings}
+        save_model(model, Path(out), Path(folder), sert)
+    log(f"built {out} in {time.time() - start:.0f} s")

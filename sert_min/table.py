@@ -1,0 +1,225 @@
+"""Table II: the paper's numbers beside ours.
+
+Ours come from the metrics.json of every evaluated checkpoint; several seeds of a cell are averaged.
+Their interval keeps the mean width of one seed's: the seeds share the test questions, so more seeds
+do not make the questions more. `in` and `out` say whether the paper's number lies in our interval.
+"""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from sert_min.store import read_json
+
+METHODS = ("finetune", "sert", "sert-rd", "rd")  # in the paper's order
+METRICS = ("acc", "fmt", "len", "rep")
+NAMES = {
+    "base": "base",
+    "finetune": "Finetune",
+    "sert": "SERT",
+    "sert-rd": "SERT+RD",
+    "rd": "RD",
+    "teacher": "zero-shot CoT",
+}
+TEACHER = "GPT-3.5"
+# Acc in %, Fmt, Len, Rep [SERT Table II]; Finetune states answers only. Several accuracies are no
+# k / 687 or k / 1221, and the teacher's row fits the full sets.
+PAPER = {
+    "strategy_qa": {
+        (TEACHER, "teacher"): (53.45, None, 76.77, 0.36),
+        ("gpt2", "finetune"): (54.00, None, None, None),
+        ("gpt2", "sert"): (54.00, 0.91, 145.33, 0.53),
+        ("gpt2", "sert-rd"): (54.65, 0.99, 116.62, 0.50),
+        ("gpt2", "rd"): (52.69, 0.92, 116.23, 0.52),
+        ("gpt2-medium", "finetune"): (50.22, None, None, None),
+        ("gpt2-medium", "sert"): (55.17, 0.89, 149.11, 0.49),
+        ("gpt2-medium", "sert-rd"): (56.34, 1.00, 103.42, 0.49),
+        ("gpt2-medium", "rd"): (52.69, 0.85, 181.06, 0.56),
+        ("gpt2-large", "finetune"): (53.57, None, None, None),
+        ("gpt2-large", "sert"): (55.75, 0.94, 63.06, 0.33),
+        ("gpt2-large", "sert-rd"): (57.21, 0.97, 80.28, 0.47),
+        ("gpt2-large", "rd"): (50.22, 0.79, 90.48, 0.51),
+    },
+    "commonsense_qa": {
+        (TEACHER, "teacher"): (60.07, None, 63.82, 0.31),
+        ("gpt2", "finetune"): (20.80, None, None, None),
+        ("gpt2", "sert"): (20.72, 0.96, 120.80, 0.50),
+        ("gpt2", "sert-rd"): (21.95, 0.97, 114.30, 0.49),
+        ("gpt2", "rd"): (21.87, 0.91, 167.11, 0.61),
+        ("gpt2-medium", "finetune"): (19.82, None, None, None),
+        ("gpt2-medium", "sert"): (23.10, 0.82, 160.26, 0.56),
+        ("gpt2-medium", "sert-rd"): (25.72, 0.90, 116.34, 0.52),
+        ("gpt2-medium", "rd"): (21.54, 0.66, 257.40, 0.67),
+        ("gpt2-large", "finetune"): (20.88, None, None, None),
+        ("gpt2-large", "sert"): (22.63, 0.99, 77.53, 0.46),
+        ("gpt2-large", "sert-rd"): (26.03, 1.00, 94.18, 0.47),
+        ("gpt2-large", "rd"): (22.93, 0.93, 96.15, 0.51),
+    },
+}
+DIGITS = {"acc": 2, "fmt": 2, "len": 2, "rep": 2}
+
+
+class Value(NamedTuple):
+    """One number with its 95 % interval; NaN where there is none."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Row(NamedTuple):
+    model: str
+    method: str
+    n: int  # test questions; 0: not evaluated
+    seeds: int
+    ours: dict[str, Value]  # metric -> value; Acc in %
+    paper: dict[str, float]
+
+
+def find_metrics(folder: Path) -> list[dict]:
+    """The metrics.json files of test sets anywhere under `folder`, in order of their path; other
+    splits, prompts and checkpoints are left out."""
+    found = [read_json(path) for path in sorted(folder.rglob("metrics.json"))]
+    return [
+        m
+        for m in found
+        if m.get("split") == "test" and not m.get("variant") and m.get("method") in NAMES
+    ]
+
+
+def pooled(values: Iterable) -> Value | None:
+    """(value, low, high) of several seeds as one."""
+    values = [v for v in values if v and v[0] is not None]
+    if not values:
+        return None
+    mean = math.fsum(v[0] for v in values) / len(values)
+    below = [v[0] - v[1] for v in values if v[1] is not None]
+    above = [v[2] - v[0] for v in values if v[2] is not None]
+    if not below:
+        return Value(mean, math.nan, math.nan)
+    return Value(mean, mean - math.fsum(below) / len(below), mean + math.fsum(above) / len(above))
+
+
+def table_rows(metrics: list[dict], task: str) -> list[Row]:
+    """One row per model and method: the paper's cells, and what else was evaluated."""
+    metrics = [m for m in metrics if m["task"] == task]
+    paper = PAPER.get(task, {})
+    models = list(dict.fromkeys([model for model, _ in paper] + [m["model"] for m in metrics]))
+    rows = []
+    for model in models:
+        for method in ("teacher", "base", *METHODS):
+            some = [m for m in metrics if (m["model"], m["method"]) == (model, method)]
+            printed = paper.get((model, method))
+            # a model that the paper lacks gets its four rows too: missing cells stay empty
+            if not some and not printed and (method not in METHODS or model == TEACHER):
+                continue
+            ours = {k: pooled(m.get(k) for m in some) for k in (*METRICS, "acc_likelihood")}
+            for k in ("acc", "acc_likelihood"):
+                ours[k] = ours[k] and Value(*(100 * x for x in ours[k]))
+            if method == "finetune":  # answers only: the paper prints accuracy alone
+                ours |= {k: None for k in ("fmt", "len", "rep")}
+            n = min((m["n"] for m in some), default=0)
+            theirs = dict(zip(METRICS, printed or ()))
+            rows.append(
+                Row(
+                    model,
+                    method,
+                    n,
+                    len(some),
+                    {k: v for k, v in ours.items() if v},
+                    {k: v for k, v in theirs.items() if v is not None},
+                )
+            )
+    return rows
+
+
+def mark(ours: Value | None, paper: float | None) -> str:
+    """Does the paper's number lie in our interval?"""
+    if ours is None or paper is None or math.isnan(ours.low):
+        return ""
+    return "in" if ours.low <= paper <= ours.high else "out"
+
+
+def head_lines(metrics: list[dict], task: str) -> list[str]:
+    """Which questions, and what always saying the same thing scores."""
+    sets = {(m["n"], *m["majority"]) for m in metrics if m["task"] == task}
+    return [
+        f"{task} test, {n:,} questions; always saying {answer} scores {100 * share:.2f} %"
+        for n, answer, share in sorted(sets, reverse=True)
+    ] or [f"{task} test: nothing evaluated"]
+
+
+def cells(row: Row) -> list[str]:
+    """The cells of one row as text, empty where there is nothing."""
+    name = f"{row.model} {NAMES[row.method]}"
+    acc, out = row.ours.get("acc"), [name]
+    out.append(f"{acc.mean:.2f}" if acc else "")
+    out.append(f"{acc.low:.1f} to {acc.high:.1f}" if acc else "")
+    paper = row.paper.get("acc")
+    out += ["" if paper is None else f"{paper:.2f}", mark(acc, paper)]
+    likelihood = row.ours.get("acc_likelihood")
+    out.append(f"{likelihood.mean:.2f}" if likelihood else "")
+    for k in ("fmt", "len", "rep"):
+        ours, paper = row.ours.get(k), row.paper.get(k)
+        out.append(f"{ours.mean:.{DIGITS[k]}f}" if ours else "")
+        out += ["" if paper is None else f"{paper:.{DIGITS[k]}f}", mark(ours, paper)]
+    out.append(f"{row.n:,}" + (f" x {row.seeds}" if row.seeds > 1 else "") if row.n else "")
+    return out
+
+
+HEADER = ["", "Acc %", "95 %", "paper", "", "by lik.", "Fmt", "paper", "", "Len", "paper", "",
+          "Rep", "paper", "", "n"]  # fmt: skip
+
+
+def as_text(rows: list[Row]) -> list[str]:
+    """Lines with aligned columns; columns without any number are left out."""
+    table = [HEADER, *map(cells, rows)]
+    keep = [i for i in range(len(HEADER)) if i == 0 or any(line[i] for line in table[1:])]
+    widths = [max(len(line[i]) for line in table) for i in keep]
+    lines = []
+    for line in table:
+        left, *others = (line[i] for i in keep)
+        parts = [left.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:]))]
+        lines.append("  ".join(parts).rstrip())
+    lines.insert(1, "-" * max(map(len, lines)))
+    return lines
+
+
+def as_markdown(rows: list[Row]) -> list[str]:
+    """The same for a README: ours, the interval, the paper's number and its mark in one cell."""
+    names = ["Acc % [95 %]", "Fmt", "Len", "Rep"]
+    likelihood = any("acc_likelihood" in row.ours for row in rows)
+    header = ["", names[0], *(["by likelihood"] if likelihood else []), *names[1:], "n"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        out = [f"{row.model} {NAMES[row.method]}"]
+        for k in METRICS:
+            ours, paper = row.ours.get(k), row.paper.get(k)
+            text = f"{ours.mean:.2f}" if ours else ""
+            if ours and k == "acc":
+                text += f" [{ours.low:.1f}, {ours.high:.1f}]"
+            if paper is not None:
+                inside = mark(ours, paper)
+                text += f" (paper {paper:.2f}{', ' + inside if inside else ''})"
+            out.append(text.strip())
+            if k == "acc" and likelihood:
+                by = row.ours.get("acc_likelihood")
+                out.append(f"{by.mean:.2f}" if by else "")
+        out.append(f"{row.n:,}" if row.n else "")
+        lines.append("| " + " | ".join(out) + " |")
+    return lines
+
+
+def tables(metrics: list[dict]) -> tuple[str, str]:
+    """(text, Markdown) of all tasks that were evaluated."""
+    text, markdown = [], []
+    for task in sorted({m["task"] for m in metrics}):
+        rows, head = table_rows(metrics, task), head_lines(metrics, task)
+        text += [*head, "", *as_text(rows), ""]
+        markdown += [f"**{head[0]}**", *head[1:], "", *as_markdown(rows), ""]
+    if any(m["task"] in PAPER for m in metrics):
+        note = "in, out: the paper's number lies inside or outside our 95 % interval"
+        text.append(note)
+        markdown.append(note)
+    return "\n".join(text).rstrip() + "\n", "\n".join(markdown).rstrip() + "\n"

@@ -1,0 +1,428 @@
+"""evaluate.py as a user runs it: records, resume, likelihood, existing texts, Table II."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_tiny_model, shared
+
+import evaluate
+from sert_min import table, tasks
+from sert_min.evaluate import greedy, question_of, score
+from sert_min.gpt2 import load_model
+from sert_min.likelihood import answer_logprobs, make_tree
+from sert_min.prompts import answer_sentence, question_prompt
+from sert_min.runtime import SertError
+from sert_min.store import read_jsonl, to_line, write_atomic
+from sert_min.tasks import Question
+from sert_min.tokenizer import load_tokenizer
+
+FIELDS = ["task", "id", "question", "answer", "text", "extracted", "extracted_lenient", "correct",
+          "finish", "format_ok", "reason", "words", "rep1", "rep2_words"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("evaluate") / "model", n_positions=512)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def flags(model, *more) -> list[str]:
+    base = ["--model", str(model), "--device", "cpu", "--max-new-tokens", "8"]
+    return [*base, "--block-questions", "2", *map(str, more)]
+
+
+def run(*words) -> None:
+    evaluate.main(evaluate.parse_args(list(map(str, words))))
+
+
+def as_checkpoint(model: Path, folder: Path, **sert) -> Path:
+    """A run folder whose last/ is `model` under another name."""
+    last = folder / "last"
+    last.mkdir(parents=True)
+    for file in model.iterdir():
+        (last / file.name).write_bytes(file.read_bytes())
+    about = {"method": "sert", "root": "gpt2", "task": "micro", "seed": 0, "prompt_suffix": ""}
+    (last / "sert.json").write_text(json.dumps({**about, **sert}))
+    return folder
+
+
+def test_records_metrics_and_repeat(model, capsys):
+    """Guards the record form that others read, and metrics with timings inside."""
+    run(*flags(model, "--limit", 5, "--out-dir", "o"))
+    records = list(read_jsonl("o/predictions.jsonl"))
+    questions = tasks.load("micro", "test")[:5]
+    assert [list(r) for r in records] == [FIELDS] * 5
+    assert [r["id"] for r in records] == [q.id for q in questions]
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    texts = [t for i in (0, 2, 4) for t in greedy(loaded, tokenizer, questions[i:i + 2], "", 8)]  # fmt: skip
+    assert records == [score(q, *t) for q, t in zip(questions, texts)]
+    metrics = json.loads(Path("o/metrics.json").read_text())
+    assert metrics["n"] == 5 and "seconds" not in json.dumps(metrics) and metrics["seed"] is None
+    assert metrics["judges"]["program"]["total"] == 5
+    before = {p.name: p.read_bytes() for p in Path("o").iterdir() if "timings" not in p.name}
+    run(*flags(model, "--limit", 5, "--out-dir", "o"))
+    assert before == {p.name: p.read_bytes() for p in Path("o").iterdir() if "timings" not in p.name}  # fmt: skip
+    said = capsys.readouterr().out
+    for word in (
+        "Acc, strict",
+        "Acc, lenient",
+        "Fmt",
+        "Len",
+        "Rep",
+        "95 %",
+        "always",
+        "no readable",
+    ):
+        assert word in said
+
+
+def test_a_raised_limit_gives_what_the_larger_run_gives(model):
+    """Guards a short last block that survives, and metrics of the smaller run."""
+    run(*flags(model, "--limit", 3, "--out-dir", "a", "--by", "likelihood"))
+    run(*flags(model, "--limit", 5, "--out-dir", "a", "--by", "likelihood"))
+    run(*flags(model, "--limit", 5, "--out-dir", "b", "--by", "likelihood"))
+    for name in ("predictions.jsonl", "likelihood.jsonl", "metrics.json", "evaluation.json"):
+        assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
+    run(*flags(model, "--limit", 2, "--out-dir", "a"))  # takes nothing away
+    assert Path("a/metrics.json").read_bytes() == Path("b/metrics.json").read_bytes()
+    assert json.loads(Path("a/metrics.json").read_text())["acc_likelihood"]
+
+
+def test_killed_at_random_moments(model, tmp_path):
+    """Guards "byte-identical after a kill": SIGKILLs at random moments, then the same command; and
+    bytes cut off the file anywhere."""
+    words = flags(model, "--limit", 40, "--out-dir", "k", "--max-new-tokens", 24)
+    command, rng, kills = [sys.executable, str(ROOT / "evaluate.py"), *words], random.Random(5), 0
+    for _ in range(8):
+        p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        at, end = Path("k/predictions.jsonl"), time.monotonic() + 60
+        size = at.stat().st_size if at.exists() else 0
+        while kills < 2 and p.poll() is None and time.monotonic() < end:
+            if at.exists() and at.stat().st_size > size:  # it is writing
+                time.sleep(rng.uniform(0, 0.05))
+                p.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.005)
+        p.communicate(timeout=60)
+        if p.returncode == 0:
+            break
+    assert p.returncode == 0 and kills >= 2
+    run(*flags(model, "--limit", 40, "--out-dir", "w", "--max-new-tokens", 24))
+    names = ("predictions.jsonl", "metrics.json")
+    assert all(Path("k", n).read_bytes() == Path("w", n).read_bytes() for n in names)
+    whole = Path("w/predictions.jsonl").read_bytes()
+    for _ in range(2):
+        Path("w/predictions.jsonl").write_bytes(whole[: rng.randrange(len(whole))])
+        run(*flags(model, "--limit", 40, "--out-dir", "w", "--max-new-tokens", 24))
+        assert Path("w/predictions.jsonl").read_bytes() == whole
+
+
+def test_other_settings_are_refused(model):
+    run(*flags(model, "--limit", 2, "--out-dir", "o"))
+    with pytest.raises(SertError, match="max_new_tokens: 8 there, 9 now.*--out-dir"):
+        run(*flags(model, "--limit", 2, "--out-dir", "o", "--max-new-tokens", 9))
+    with pytest.raises(SertError, match="prompt_suffix"):
+        run(*flags(model, "--limit", 2, "--out-dir", "o", "--prompt-suffix", "Think."))
+
+
+def test_where_results_go(model):
+    """Guards a checkpoint that is asked in another form than it was trained in, and results of
+    another split, prompt or checkpoint that slip into the table."""
+    seed = as_checkpoint(model, Path("out/micro/gpt2/rd/seed3"), method="rd", seed=3,
+                         prompt_suffix=" Let's think step by step.")  # fmt: skip
+
+    def cell(name, *more):
+        return evaluate.cell_of(str(name), evaluate.parse_args(list(more)))
+
+    c = cell(seed)
+    assert (c.out, c.label, c.method, c.seed) == (seed, "gpt2", "rd", 3)
+    assert c.suffix == " Let's think step by step." and c.variant == ""
+    assert cell(seed / "last") == c
+    other = cell(seed, "--prompt-suffix", "Hm.")
+    assert (
+        other.suffix == " Hm." and other.out.parent == seed and other.variant.startswith("prompt")
+    )
+    assert cell(seed, "--prompt-suffix", " Let's think step by step.") == c
+    assert cell(seed, "--split", "validation").out == seed / "eval-validation"
+    assert cell(seed, "--task", "strategy_qa").out == seed / "eval-strategy_qa"
+    base = cell(model)
+    assert base.method == "base" and base.out == Path(f"out/micro/{base.label}/base")
+    run("--model", seed, "--limit", 2, "--max-new-tokens", 4)
+    run("--model", seed, "--limit", 2, "--max-new-tokens", 4, "--split", "train")
+    assert len(table.find_metrics(Path("out"))) == 1
+
+
+def test_a_run_that_was_trained_further_is_evaluated_anew(model, tmp_path):
+    """Guards old outputs taken for those of new weights, and a table that counts both."""
+    seed = as_checkpoint(model, Path("out/micro/gpt2/sert/seed0"))
+    words = ["--model", seed, "--limit", 3, "--max-new-tokens", 4]
+    run(*words)
+    before = (seed / "predictions.jsonl").read_bytes()
+    other = make_tiny_model(tmp_path / "other", seed=9, n_positions=512)
+    (seed / "last/model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    run(*words)
+    (old,) = seed.glob("eval-old-*/predictions.jsonl")
+    assert old.read_bytes() == before != (seed / "predictions.jsonl").read_bytes()
+    assert len(table.find_metrics(Path("out"))) == 1
+
+
+# --- likelihood -----------------------------------------------------------------------------------
+
+
+def test_answer_logprobs_equal_whole_sequences(model):
+    """Guards options that see each other, shifted positions and sums over the wrong tokens: each
+    sentence is scored alone, in a row of its own, without any mask."""
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    for p in loaded.parameters():
+        p.data *= 4
+    options = ("sea", "a long shopping mall", "sky")
+    questions = [Question("commonsense_qa", "c", "Where is he?", "B", options),
+                 Question("strategy_qa", "s", "Is it?", "yes")]  # fmt: skip
+    texts = ["He swims. So the answer is (A).", ""]
+    found = answer_logprobs(loaded, tokenizer, questions, texts, " Hm.")
+    assert [list(f) for f in found] == [["A", "B", "C"], ["yes", "no"]]
+    for q, reasoning, values in zip(questions, (" He swims.", ""), found):
+        context = tokenizer.encode(question_prompt(q, " Hm.")) + tokenizer.encode(reasoning)
+        for a, value in values.items():
+            sentence = tokenizer.encode(" " + answer_sentence(q, a))
+            ids = torch.tensor([context + sentence])
+            with torch.inference_mode():
+                lp = loaded.logits(loaded(ids))[0].log_softmax(-1)
+            alone = sum(lp[len(context) - 1 + i, t].item() for i, t in enumerate(sentence))
+            assert value == pytest.approx(alone, abs=2e-3)
+
+
+def test_long_reasoning_is_cut_to_the_context(model):
+    tokenizer = load_tokenizer(model)
+    q = Question("strategy_qa", "s", "Is it?", "yes")
+    tree = make_tree(tokenizer, q, "word " * 400, "", 128)
+    assert max(tree.positions) == 127 and tree.option.count(-1) == tree.start
+
+
+# --- existing texts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, task, n, right, unread, agreement",
+    [
+        ("strategy_qa.train.text-davinci-002", "strategy_qa", 1603, (874, 875), 236, 0.995),
+        pytest.param(
+            "commonsense_qa.train.palm-540b",
+            "commonsense_qa",
+            9741,
+            (7377,),
+            182,
+            0.995,
+            marks=pytest.mark.slow,
+        ),  # fmt: skip
+    ],
+)
+def test_real_teacher_outputs(name, task, n, right, unread, agreement, capsys):
+    """Guards the extractor on 11,344 real texts; SPEC §7 has the numbers of somebody else's."""
+    file = shared("data", "teacher", f"{name}.jsonl")
+    run("--predictions", file, "--task", task, "--data-dir", shared("data"), "--out-dir", "o")
+    m = json.loads(Path("o/metrics.json").read_text())
+    assert m["n"] == n and round(m["acc"][0] * n) in right and m["unparseable"] == unread
+    assert m["fmt"][0] is None and m["reasons"] == {"finish not recorded": n}
+    said = capsys.readouterr().out
+    share = float(said.split("teacher_answer agrees in ")[1].split("%")[0]) / 100
+    assert share >= agreement
+
+
+def test_predictions_need_only_text_and_answer(capsys):
+    rows = [{"text": "So the answer is (B).", "answer": "B"}, {"text": "Yes.", "answer": "no"}]
+    write_atomic("p.jsonl", map(to_line, rows))
+    run("--predictions", "p.jsonl")
+    assert "50.00 %" in capsys.readouterr().out
+    own = {"question": "Q? Answer choices: (A) sea, (B) a, (b) mall, (C) sky", "answer": "C"}
+    q = question_of(own, "commonsense_qa", {})
+    assert q.choices == ("sea", "a, (b) mall", "sky")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"text": "x"}, "answer None is not one of A to E, yes, no"),
+        ({"answer": "yes"}, "neither text nor rationale"),
+        ({"answer": "A", "text": "x", "question": "Where?"}, "shows no options"),
+    ],
+)
+def test_bad_records_are_named_by_line(row, message):
+    write_atomic("p.jsonl", map(to_line, [{"text": "", "answer": "no"}, row]))
+    with pytest.raises(SertError, match=f"p.jsonl line 2: .*{message}"):
+        run("--predictions", "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--max-cost", "1"], None),
+        (["--judge-model", "m", "--max-cost", "1"], "--max-cost needs --price-in"),
+        (["--judge-model", "m", "--judge-temperature", "warm"], "--judge-temperature"),
+        (["--judge-model", "m", "--base-url", "ftp://x"], "no http"),
+        (["--table", "nowhere"], "--table nowhere: no such folder"),
+        (["--table", "."], "no metrics.json under"),
+        (["--model", "./nowhere"], "no such folder"),
+        (["--model", "micro", "micro", "--out-dir", "o"], "--out-dir takes"),
+    ],
+)
+def test_bad_input_is_one_line(words, message):
+    if message:
+        with pytest.raises(SertError, match=message):
+            run(*words)
+        assert not Path("o").exists()
+
+
+def test_dry_run_writes_nothing(model, capsys):
+    run(*flags(model, "--limit", 5, "--out-dir", "o", "--dry-run", "--judge-model", "m",
+               "--base-url", "http://localhost:1/v1", "--price-in", 1, "--price-out", 1))  # fmt: skip
+    said = capsys.readouterr().out
+    assert "5 of 5 outputs to decode, at most 40 tokens" in said and "Question: " in said
+    assert "5 judge requests" in said and "USD" in said and not Path("o").exists()
+
+
+# --- Table II -------------------------------------------------------------------------------------
+
+
+def metrics(method="sert", acc=(0.55, 0.51, 0.59), model="gpt2", seed=0, task="strategy_qa"):
+    return {"task": task, "split": "test", "model": model, "method": method, "seed": seed, "n": 687,
+            "variant": "", "acc": acc, "fmt": [0.9, 0.88, 0.92], "len": [100.0, 90.0, 110.0],
+            "rep": [0.53, 0.52, 0.54], "majority": ["no", 0.5255]}  # fmt: skip
+
+
+def test_paper_numbers_are_those_of_the_spec():
+    """Guards a mistyped cell: every number against the table that the SPEC holds."""
+    names = {"GPT-3.5": "GPT-3.5", "gpt2": "gpt2", "medium": "gpt2-medium", "large": "gpt2-large"}
+    methods = {v: k for k, v in table.NAMES.items()}
+    rows = re.findall(
+        r"^\| (GPT-3.5|gpt2|medium|large) (.+?) \| (.+?) \| (.+?) \|$",
+        shared("SPEC.md").read_text(),
+        re.MULTILINE,
+    )
+    assert len(rows) == 13
+    for model, method, *cells in rows:
+        for task, cell in zip(("strategy_qa", "commonsense_qa"), cells):
+            numbers = [None if x == "-" else float(x) for x in cell.split(" / ")]
+            key = names[model], methods[method]
+            assert table.PAPER[task][key] == tuple(numbers + [None] * (4 - len(numbers)))
+    assert all(len(cells) == 13 for cells in table.PAPER.values())
+
+
+def test_table_marks_and_averages():
+    """Guards marks turned around, seeds counted as cells, numbers in empty cells."""
+    found = [metrics(), metrics(seed=1, acc=(0.57, 0.53, 0.61)), metrics("rd", (0.4, 0.36, 0.44))]
+    rows = {(r.model, r.method): r for r in table.table_rows(found, "strategy_qa")}
+    sert = rows["gpt2", "sert"]
+    assert sert.seeds == 2 and sert.ours["acc"].mean == pytest.approx(56)
+    assert sert.ours["acc"].low == pytest.approx(52) and sert.ours["acc"].high == pytest.approx(60)
+    assert table.mark(sert.ours["acc"], sert.paper["acc"]) == "in"  # 54.00
+    assert table.mark(sert.ours["len"], sert.paper["len"]) == "out"  # 145.33 against 90 to 110
+    assert table.mark(rows["gpt2", "rd"].ours["acc"], 52.69) == "out"
+    assert rows["gpt2-large", "sert"].n == 0 and not rows["gpt2-large", "sert"].ours
+    text, markdown = table.tables(found)
+    assert "always saying no scores 52.55 %" in text
+    line = next(x for x in text.splitlines() if x.startswith("gpt2 SERT "))
+    assert line.split()[:8] == ["gpt2", "SERT", "56.00", "52.0", "to", "60.0", "54.00", "in"]
+    empty = next(x for x in text.splitlines() if x.startswith("gpt2-large SERT "))
+    assert empty.split() == ["gpt2-large", "SERT", "55.75", "0.94", "63.06", "0.33"]
+    assert "| gpt2 RD | 40.00 [36.0, 44.0] (paper 52.69, out) |" in markdown
+    assert "| gpt2-large SERT | (paper 55.75) | (paper 0.94) |" in markdown
+
+
+def test_table_of_another_world_has_no_paper_columns():
+    text, _ = table.tables([metrics(model="micro", task="micro")])
+    assert "paper" not in text and "micro SERT+RD\n" in text and "GPT-3.5" not in text
+
+
+def test_table_reads_folders(tmp_path, capsys):
+    for name, m in (("sert/seed0", metrics()), ("sert/seed0/eval-train", {**metrics(), "split": "train"}),
+                    ("best", {**metrics(), "variant": "best"})):  # fmt: skip
+        folder = tmp_path / "t/strategy_qa/gpt2" / name
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps(m))
+    run("--table", tmp_path / "t")
+    assert (
+        "687\n" in capsys.readouterr().out and " x " not in (tmp_path / "t/table.txt").read_text()
+    )
+
+
+# --- runs/ ----------------------------------------------------------------------------------------
+
+
+def paper(folder: Path, model: Path, *words, **variables) -> subprocess.Popen:
+    """runs/paper.sh on one task with a tiny model, in a group of its own."""
+    teacher = shared("data/teacher/strategy_qa.train.text-davinci-002.jsonl")
+    env = {
+        "MODELS": str(model), "TASKS": "strategy_qa", "LIMIT": "6",
+        "DATA_DIR": str(shared("data")), "TEACHER_FILE_STRATEGY_QA": str(teacher),
+        "SAMPLE_FLAGS": "--patterns none --min-tokens 2 --min-perplexity 0 --max-rep2 1 "
+                        "--max-new-tokens 8",
+        "TRAIN_FLAGS": "--epochs 2 --save-seconds 0.5",
+        "EVALUATE_FLAGS": "--max-new-tokens 12 --block-questions 2", "PYTHON": sys.executable,
+        **variables,
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        ["bash", str(ROOT / "runs/paper.sh"), *words], cwd=folder, env={**os.environ, **env},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def test_dry_run_of_the_matrix(tmp_path, model):
+    """Guards the plan of paper.sh: 24 cells, parts, tokens that scale with the limit."""
+    said, _ = paper(tmp_path / "a", model, "--dry-run", TASKS="strategy_qa commonsense_qa",
+                    MODELS="gpt2 gpt2-medium gpt2-large", LIMIT="").communicate(timeout=60)  # fmt: skip
+    assert len(re.findall(r"^(?:strategy|commonsense)_qa ", said, re.MULTILINE)) == 24
+    assert f"{9741 * 25 * 85:,}" in said and "in all about" in said and "17,172 requests" in said
+    p = paper(tmp_path / "b", model, "--dry-run", METHODS="sert rd", MODELS="gpt2")
+    said, _ = p.communicate(timeout=60)
+    assert said.count("strategy_qa ") == 2 and p.returncode == 0
+    p = paper(tmp_path / "c", model, "--limit", "3")
+    assert "takes --dry-run only" in p.communicate(timeout=60)[0] and p.returncode == 2
+
+
+@pytest.mark.slow
+def test_the_matrix_survives_kills(tmp_path):
+    """Guards paper.sh: killed at random moments and repeated, it ends with the same table and the
+    same bytes; once done, it does nothing again; a failed cell does not stop the others."""
+    folder = make_tiny_model(tmp_path / "tiny", n_positions=1024)
+    said, _ = paper(tmp_path / "whole", folder).communicate(timeout=300)
+    assert said.count(" questions\n") >= 4 and "failed" not in said, said
+    rng, kills = random.Random(3), 0
+    while True:
+        p = paper(tmp_path / "killed", folder)
+        try:
+            p.communicate(timeout=rng.uniform(3, 15) if kills < 6 else 300)
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(p.pid, signal.SIGKILL)
+            p.communicate()
+            kills += 1
+    assert p.returncode == 0 and kills >= 3
+    names = ("table.txt", "metrics.json", "predictions.jsonl", "model.safetensors", "paths.jsonl")
+    files = [f for name in names for f in (tmp_path / "whole/out").rglob(name)]
+    assert len(files) >= 14
+    for f in files:
+        other = tmp_path / "killed" / f.relative_to(tmp_path / "whole")
+        assert f.read_bytes() == other.read_bytes(), f
+    said, _ = paper(tmp_path / "killed", folder).communicate(timeout=300)
+    assert said.count("done before") == 4
+    p = paper(tmp_path / "other", folder, METHODS="rd finetune", TEACHER_FILE_STRATEGY_QA="nowhere")
+    said, _ = p.communicate(timeout=300)
+    assert "failed: error: --teacher-file nowhere does not exist" in said and p.returncode == 1
+    assert re.search(r"finetune +\d+ s +Acc", said)

@@ -1,0 +1,98 @@
+"""plots.py: the numbers behind Figures 1, 3 and 4, and pictures that are drawn."""
+
+import json
+
+import pytest
+
+from sert_min import plots
+from sert_min.judge import KEYS
+from sert_min.plots import ablation, bin_of, question_shares, score_shares, token_groups
+from sert_min.runtime import SertError
+from sert_min.store import to_line, write_atomic
+
+
+def scored(question, mean, branch=0, verdict="kept", sample=0):
+    scores = dict.fromkeys(KEYS, mean)
+    return {"task": "t", "id": str(question), "branch": branch, "sample": sample,
+            "verdict": verdict, "scores": scores, "mean": mean}  # fmt: skip
+
+
+def test_bins_close_at_ten():
+    """Guards a perfect score that falls out of the last bin."""
+    assert [bin_of(x) for x in (0, 1.999, 2, 3.9, 4, 6, 7.99, 8, 9, 10)] == [
+        0, 0, 1, 1, 2, 3, 3, 4, 4, 4]  # fmt: skip
+
+
+def test_shares_count_questions_not_outputs():
+    """Guards shares of outputs in place of shares of questions with at least one (Fig. 1)."""
+    some = [scored(1, 9), scored(1, 9.5), scored(1, 1), scored(2, 3), scored(3, None)]
+    assert question_shares(some) == [1 / 3, 1 / 3, 0, 0, 1 / 3]
+    groups = token_groups([scored(1, 9, 0), scored(1, 1, 4), scored(2, 9, 4)], [scored(1, 5)], [])
+    assert list(groups) == ["Token 0", "Token 4", "Token All", "Raw"]
+    assert groups["Token 0"] == [0, 0, 0, 0, 1.0]
+    assert groups["Token 4"] == [0.5, 0, 0, 0, 0.5] and groups["Token All"] == [0.5, 0, 0, 0, 1]
+
+
+def test_ablation_is_nested_and_follows_the_verdicts():
+    """Guards a curve that leaves out an earlier rule."""
+    verdicts = ["pattern:direct", "pattern:options", "length", "repetition", "perplexity", "kept",
+                "selected"]  # fmt: skip
+    curves = ablation([scored(i, i, verdict=v) for i, v in enumerate(verdicts)])
+    assert list(curves) == list(plots.CURVES)
+    assert [len(c) for c in curves.values()] == [7, 5, 4, 3, 2]
+    assert [r["verdict"] for r in curves["+ perplexity"]] == ["kept", "selected"]
+    shares = score_shares(curves["raw"], "coherence")
+    assert shares == [2 / 7, 2 / 7, 2 / 7, 1 / 7, 0] and sum(shares) == pytest.approx(1)
+
+
+def make_runs(folder, early=()):
+    """Judged runs as runs/micro.sh leaves them."""
+
+    def run(place, records):
+        place.mkdir(parents=True)
+        write_atomic(place / "scores-program.jsonl", map(to_line, records))
+        write_atomic(place / "settings.json", json.dumps({"early_reject": list(early)}))
+
+    verdicts = ("pattern:direct", "length", "repetition", "perplexity", "selected")
+    paths = [scored(q, (q + b * 2) % 11, b, verdicts[b], s)
+             for q in range(6) for b in range(5) for s in range(2)]  # fmt: skip
+    run(folder / "paths-test/seed0", paths)
+    run(folder / "paths-raw-test/seed0", [scored(q, 2, -1) for q in range(6)])
+    run(folder / "sert/seed0/paths-raw-test", [scored(q, 8, -1) for q in range(6)])
+    for method in ("rd", "sert-rd"):
+        run(folder / f"{method}/seed0", [scored(q, q, -1) for q in range(6)])
+
+
+def test_figures_are_drawn_and_numbered(tmp_path, capsys):
+    make_runs(tmp_path / "micro/m")
+    plots.draw_figures(tmp_path / "micro", tmp_path / "f", "test", None)
+    names = sorted(p.name for p in (tmp_path / "f").iterdir())
+    assert names == ["fig1-micro-m.png", "fig3-micro.png", "fig4-micro-m.png", "figures.json"]
+    for name in names[:3]:
+        assert (tmp_path / "f" / name).read_bytes()[:4] == b"\x89PNG"
+    numbers = json.loads((tmp_path / "f/figures.json").read_text())
+    assert len(numbers["fig1-micro-m"]) == 8 and numbers["fig1-micro-m"]["Raw SERT"][4] == 1
+    assert numbers["fig4-micro-m"]["coherence"]["+ perplexity"]["n"] == 12
+    assert numbers["fig3-micro"]["m"]["rd"]["relevance"] == 2.5
+    assert "fig3-micro.png" in capsys.readouterr().out
+
+
+def test_early_rejected_runs_are_refused(tmp_path):
+    """Guards a figure of texts that were cut short."""
+    make_runs(tmp_path / "m", early=["direct"])
+    with pytest.raises(SertError, match="--no-early-reject"):
+        plots.draw_figures(tmp_path, tmp_path / "f", "test", None)
+
+
+def test_two_judges_are_not_mixed(tmp_path):
+    make_runs(tmp_path / "m")
+    write_atomic(tmp_path / "m/paths-test/seed0/scores-other.jsonl", "")
+    with pytest.raises(SertError, match="--judge-model"):
+        plots.draw_figures(tmp_path, tmp_path / "f", "test", None)
+    plots.draw_figures(tmp_path, tmp_path / "f", "test", "program")
+
+
+def test_nothing_judged_is_one_line(tmp_path):
+    (tmp_path / "m/sert").mkdir(parents=True)
+    with pytest.raises(SertError, match="nothing under .* is judged"):
+        plots.draw_figures(tmp_path, tmp_path / "f", "test", None)

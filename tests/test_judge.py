@@ -1,0 +1,197 @@
+"""judge.py: the prompt's form, a parser that never invents a score, replies bought once."""
+
+import pytest
+from conftest import make_tiny_model
+from fake_server import FakeServer, by_body, ok
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import evaluate
+from sert_min import judge, micro, teacher
+from sert_min.judge import CRITERIA, KEYS, judge_prompt, mean_score, parse_scores
+from sert_min.runtime import SertError
+from sert_min.store import read_jsonl, to_line, write_atomic
+
+REPLY = "\n".join(f"Score for {name}: {i}" for i, name in enumerate(CRITERIA, 5)) + "\nFine."
+
+
+def test_the_prompt_asks_what_the_paper_asks():
+    """Guards options or a criterion lost from the prompt, and braces in a response."""
+    text = judge_prompt("Where? Answer choices: (A) sea, (B) mall", " {so} it is. ")
+    assert "(A) sea, (B) mall" in text and "\n{so} it is.\n" in text
+    for name in ("Coherence", "Relevance", "Logical Consistency", "Completeness"):
+        assert f"Score for {name}: <number>" in text and CRITERIA[name].endswith("?")
+    assert "between 0 and 10" in text and "summary" in text.splitlines()[-1]
+    assert tuple(micro.judge(micro.questions("test")[0], "hm")) == KEYS
+    assert set(parse_scores(text).values()) == {None}, "a judge that echoes the form gave no score"
+
+
+FORMS = [  # (what stands behind `Score for Coherence`, the score)
+    (": 7", 7),
+    (":7.5", 7.5),
+    (": 7,5", 7.5),
+    (": 0", 0),
+    (": 10.", 10),
+    (":** 8", 8),
+    ("**: 8", 8),
+    (": **8**", 8),
+    (": [8]", 8),
+    (": <8>", 8),
+    (": 8/10", 8),
+    (": **8**/10", 8),
+    (": 8 out of 10.", 8),
+    (": 8 (out of 10)", 8),
+    (" (0-10): 8", 8),
+    (" = 8", 8),
+    (" is 8", 8),
+    (": 8 - it flows", 8),
+    (": 8, because", 8),
+    (": 11", None),  # out of range
+    (": -3", None),
+    (": 85", None),
+    (": 4/5", None),  # another scale
+    (": 4 (out of 5)", None),
+    (": 7-8", None),  # a range
+    (": 7 to 8", None),
+    (": 7 or 8", None),
+    (": 8th", None),
+    (": 1e1", None),
+    (": seven", None),
+    (": N/A", None),
+    (": <number>", None),
+    (": " + "9" * 500, None),
+    (":", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize("said, score", FORMS)
+def test_forms_of_a_score(said, score):
+    assert parse_scores(f"Well.\n- score for COHERENCE{said}\nmore")["coherence"] == score
+
+
+def test_the_last_line_counts_and_a_missing_score_is_missing():
+    """Guards a failed parse that counts as 0 (habit of several evaluation codes)."""
+    text = "Score for Relevance: 3\nScore for Logical  Consistency: 4\nScore for Relevance: 6"
+    scores = parse_scores(text)
+    assert scores == {
+        "coherence": None,
+        "relevance": 6,
+        "logical consistency": 4,
+        "completeness": None,
+    }
+    assert mean_score(scores) is None and mean_score(parse_scores(REPLY)) == 6.5
+    counts = judge.count_missing(
+        [judge.score_record({"id": "1"}, parse_scores(t)) for t in (text, REPLY, "")]
+    )
+    assert counts["records"] == 3 and counts["parsed"] == 1 and counts["coherence"] == 2
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.text(max_size=200)
+    | st.lists(
+        st.sampled_from(
+            ["Score", "for", "Coherence", "Score for Relevance:", "7", "/10", "-", "**", "\n", "²"]
+            + ["٣", "7.", ",5", "out of", "<number>", "1" * 400, "(0-10)", " ", "of", ":"]
+        ),
+        max_size=30,
+    ).map(" ".join)
+)
+def test_any_reply_parses_to_scores_in_range(text):
+    """Guards a judge run that dies on one odd reply."""
+    scores = parse_scores(text)
+    assert tuple(scores) == KEYS
+    assert all(v is None or 0 <= v <= 10 for v in scores.values())
+
+
+# --- asking ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher, "BACKOFF", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+
+def predictions(n: int) -> list[dict]:
+    return [
+        {"task": "strategy_qa", "id": str(i), "question": f"Is {i}?", "answer": "yes",
+         "text": f"Reason {i % 8}. So the answer is yes."}
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def run(server, rows, *more):
+    write_atomic("predictions.jsonl", map(to_line, rows))
+    flags = ["--predictions", "predictions.jsonl", "--task", "strategy_qa", "--judge-model", "j/m"]
+    flags += ["--base-url", server.url, *map(str, more)]
+    evaluate.main(evaluate.parse_args(flags))
+    return list(read_jsonl("scores-j-m.jsonl"))
+
+
+def test_judging_asks_once_at_temperature_0(capsys):
+    """Guards paying twice: the same command, and another file with the same texts, ask nothing;
+    missing scores are counted."""
+
+    @by_body
+    def step(body):
+        return ok("no idea" if "Is 3?" in body["messages"][0]["content"] else REPLY)
+
+    with FakeServer(step) as server:
+        scored = run(server, predictions(10))
+        assert len(server.bodies) == 10
+        assert run(server, predictions(10)) == scored and len(server.bodies) == 10
+        run(server, predictions(12)[2:] * 2, "--out-dir", "other", "--max-requests", 5)
+        assert len(server.bodies) == 12
+    assert all(b["temperature"] == 0 and b["max_tokens"] == 512 for b in server.bodies)
+    assert [r["mean"] for r in scored] == [6.5] * 3 + [None] + [6.5] * 6
+    assert "all four scores of 9 of 10 responses" in capsys.readouterr().out
+
+
+def test_a_cap_ends_with_status_2_and_keeps_what_came(capsys):
+    with FakeServer(ok(REPLY)) as server:
+        with pytest.raises(SystemExit) as end:
+            run(server, predictions(10), "--max-requests", 4)
+        assert end.value.code == 2 and len(server.bodies) == 4
+        assert len(list(read_jsonl("scores-j-m.jsonl"))) == 4
+        assert len(run(server, predictions(10))) == 10 and len(server.bodies) == 10
+    assert "6 judge replies are missing" in capsys.readouterr().err
+
+
+def test_a_judge_that_ignores_the_form_is_stopped_early():
+    """Guards 17,000 paid replies that hold no score."""
+    with FakeServer(ok("I like it.")) as server:
+        with pytest.raises(SertError, match="only 0 of the first 20 replies hold all four scores"):
+            run(server, predictions(60))
+        assert len(server.bodies) < 40
+
+
+def test_dry_run_prices_and_sends_nothing(capsys):
+    with FakeServer(ok(REPLY)) as server:
+        with pytest.raises(SertError, match="scores-j-m.jsonl does not exist"):
+            run(server, predictions(30), "--dry-run", "--price-in", 1, "--price-out", 2)
+        assert server.bodies == []
+    said = capsys.readouterr().out
+    assert "30 judge requests (0 replies are there)" in said and f"{30 * 512:,} out" in said
+    assert "USD" in said
+
+
+def test_the_micro_world_has_a_program_judge(tmp_path):
+    """Guards the stand-in: good reasoning scores high, an empty text 0, nothing is sent."""
+    q = next(q for q in micro.questions("test") if not q.choices)
+    about = {"task": "micro", "id": q.id, "question": q.text, "answer": q.answer, "branch": 2}
+    texts = [micro.teacher_rationale(q), "", "Yes."]
+    rows = [{**about, "sample": i, "verdict": "kept", "text": t} for i, t in enumerate(texts)]
+    write_atomic("paths.jsonl", map(to_line, rows))
+    evaluate.main(evaluate.parse_args(["--paths", "paths.jsonl"]))
+    good, empty, direct = read_jsonl("scores-program.jsonl")
+    assert good["mean"] > 9 and empty["mean"] == 0 and direct["mean"] < 3
+    assert (good["branch"], good["sample"], good["verdict"]) == (2, 0, "kept")
+
+
+def test_real_tasks_need_a_judge_model(tmp_path):
+    make_tiny_model(tmp_path / "m")
+    with pytest.raises(SertError, match="--paths needs --judge-model"):
+        evaluate.main(evaluate.parse_args(["--task", "strategy_qa", "--paths", "x"]))

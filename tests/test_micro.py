@@ -1,0 +1,246 @@
+"""The micro-world. Each test names the bug it guards."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sert_min import filters, micro, micro_build, prompts
+from sert_min.evaluate import greedy
+from sert_min.gpt2 import MICRO, load_model, read_sert
+from sert_min.tokenizer import load_tokenizer
+
+SEED = 100
+ALL = [q for split in ("train", "test") for q in micro.questions(split, SEED)]
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return micro_build.corpus(SEED, 30_000)
+
+
+def test_no_evaluation_question_or_composed_answer_in_the_corpus(documents):
+    """Guards: a leak. No line of the corpus may hold a person together with a value (or the name)
+    of a relation that a train or test question asks about that person."""
+    questions = {q.text for q in ALL}
+    use = micro.make_world(SEED).use
+    relation_of = {v: name for name, r in micro.RELATIONS.items() for v in r.values}
+    relation_of |= {name: name for name in micro.RELATIONS}
+    seen = 0
+    for document in documents:
+        for line in document.split("\n"):
+            words = re.findall(r"\w+", line)
+            relations = {relation_of[w] for w in words if w in relation_of}
+            for p in words:
+                for name in relations:
+                    assert use.get((p, name), "corpus") == "corpus", line
+                    seen += (p, name) in use
+            assert not any(part.strip() in questions for part in re.split(r"[A-Z]\w+:", line)), line
+    assert seen > 10_000  # the test looks at something
+
+
+def test_every_person_has_two_relations_in_the_corpus_and_one_question_per_split():
+    """Guards: a person who is never reasoned about, or one who is asked about twice in a split."""
+    use = micro.make_world(SEED).use
+    for p in micro.PEOPLE:
+        roles = Counter(use[p, name] for name in micro.RELATIONS)
+        assert roles == {"corpus": 2, "train": 1, "test": 1}
+
+
+@pytest.mark.parametrize("seed", [0, 7, 100])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_answers_are_balanced(seed, split):
+    """Guards: a student that scores by the value, the relation or the letter alone."""
+    questions = micro.questions(split, seed)
+    assert (
+        len(questions) == len({q.id for q in questions}) == len({q.text for q in questions}) == 400
+    )
+    by_value, letters = {}, Counter()
+    for q in questions:
+        asked = micro.parse_question(q)
+        if q.choices:
+            letters[q.answer] += 1
+            assert len(set(q.choices)) == 5
+        else:
+            by_value.setdefault((asked.relation, asked.value), Counter())[q.answer] += 1
+    assert all(abs(n["yes"] - n["no"]) <= 2 for n in by_value.values())
+    assert max(letters.values()) - min(letters.values()) <= 4
+    n = sum(map(Counter.total, by_value.values()))
+    assert 190 <= n <= 210 and abs(sum(c["yes"] for c in by_value.values()) - n / 2) <= 4
+
+
+def test_gold_answers_are_the_facts():
+    """Guards: a wrong gold label. Worked out here from the facts alone."""
+    for q in ALL:
+        asked = micro.parse_question(q)
+        value = asked.world.value[asked.relation, asked.world.home[asked.person]]
+        if q.choices:
+            assert q.choices["ABCDE".index(q.answer)] == value
+        else:
+            assert q.answer == ("yes" if asked.value == value else "no")
+
+
+def test_the_same_world_in_every_process():
+    """Guards: a draw that depends on hash() or on the order of a set."""
+    made = "micro.questions('test', 3), micro_build.corpus(3, 300)"
+    code = f"from sert_min import micro, micro_build\nprint(({made}))"
+    other = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONHASHSEED": "1"}, cwd=MICRO.parents[1]).stdout  # fmt: skip
+    assert other.strip() == repr((micro.questions("test", 3), micro_build.corpus(3, 300)))
+
+
+def test_teacher_is_right_and_speaks_otherwise_than_the_corpus(documents):
+    """Guards: a teacher that is wrong, or that has nothing new to teach."""
+    told = {re.sub(r"[A-Z]\w+", "X", s) for d in documents for s in re.split(r"(?<=\.) ", d)}
+    for q in ALL:
+        rationale = micro.teacher_rationale(q)
+        assert set(micro.judge(q, rationale).values()) == {10.0}, rationale
+        assert micro.check_path(q, rationale)["gold"], rationale
+        for sentence in re.split(r"(?<=\.) ", rationale):
+            assert re.sub(r"[A-Z]\w+", "X", sentence) not in told
+        assert filters.pattern_break(rationale, q) is None
+        text = f"{rationale} {prompts.answer_sentence(q)}"
+        assert prompts.extract_answer(text, q) == q.answer
+
+
+def scored(q, text):
+    return tuple(micro.judge(q, text).values())
+
+
+def test_judge_on_right_wrong_irrelevant_and_incomplete_texts():
+    """Guards: a judge that rewards the form and not the facts."""
+    q = next(q for q in ALL if q.answer == "no" and micro.parse_question(q).relation == "flag")
+    a = micro.parse_question(q)
+    town = a.world.home[a.person]
+    true = a.world.value["flag", town]
+    wrong_town = next(t for t in micro.TOWNS if a.world.value["flag", t] == a.value)
+    home, fact = f"{a.person} lives in {town}.", f"The flag of {town} is {true}."
+    right = f" {home} {fact} So the flag is not {a.value} there."
+    assert scored(q, right) == (10, 10, 10, 10)
+    check = micro.check_path(q, right)
+    assert check["facts"] and check["relation"] and check["verdict"] and check["gold"]
+
+    wrong_verdict = f" {home} {fact} So the flag is indeed {a.value} there."
+    assert scored(q, wrong_verdict) == (10, 10, 5, 10)
+    check = micro.check_path(q, wrong_verdict)
+    assert check["facts"] and not check["verdict"] and not check["gold"]
+
+    # a false fact, but the verdict follows from it
+    false_fact = f" {a.person} lives in {wrong_town}. The flag of {wrong_town} is {a.value}. "
+    false_fact += f"So the flag is indeed {a.value} there."
+    check = micro.check_path(q, false_fact)
+    assert not check["facts"] and check["relation"] and check["verdict"] and not check["gold"]
+    assert scored(q, false_fact) == (10, 10, 7.5, 10)
+
+    other_relation = f" {home} The tree of {town} is {a.world.value['tree', town]}."
+    check = micro.check_path(q, other_relation)
+    assert check["facts"] and not check["relation"] and not check["verdict"]
+    assert scored(q, other_relation)[1] == 4.0
+
+    assert scored(q, f" {home}")[3] == 3.33  # incomplete
+    assert scored(q, " No.") == scored(q, "") == scored(q, " Ducks swim in ponds.") == (0, 0, 0, 0)
+    assert scored(q, right + right * 5)[0] < 5  # repetitive
+
+
+def test_judge_takes_the_relation_words_of_every_path_form(documents):
+    """Guards: a wording of the corpus that the judge can't read (its paths would look wrong)."""
+    world = micro.make_world(SEED)
+    rng = random.Random(0)
+    for name, relation in micro.RELATIONS.items():
+        for p in micro.PEOPLE[:20]:
+            t = world.home[p]
+            v = world.value[name, t]
+            for asked in (None, v, next(u for u in relation.values if u != v)):
+                stem = (
+                    relation.yes_no[0].format(p=p, v=asked)
+                    if asked
+                    else relation.choice[0].format(p=p)
+                )
+                options = (v, *[u for u in relation.values if u != v][:4]) if asked is None else ()
+                answer = "A" if asked is None else "yes" if asked == v else "no"
+                q = micro.Question("micro", f"w{SEED}-x", stem, answer, options)
+                text = micro.latent_reasoning(rng, name, p, t, v, asked)
+                assert scored(q, text) == (10, 10, 10, 10), (stem, text)
+                assert micro.check_path(q, text)["gold"], (stem, text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=200) | st.lists(st.sampled_from(
+    ["So the flag is", " not", " red", "Alan", " lives in", " Ashford", ".", " This is not what",
+     " The flag of", "that is"])).map("".join), st.integers(0, len(ALL) - 1))  # fmt: skip
+def test_judge_never_raises(text, i):
+    """Guards: a division by zero or a missing group on odd text."""
+    assert all(0 <= s <= 10 for s in micro.judge(ALL[i], text).values())
+
+
+# --- the shipped student --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def student():
+    return load_model(MICRO), load_tokenizer(MICRO)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=80))
+def test_tokenizer_round_trip(text):
+    """Guards: a byte that the small vocabulary lacks."""
+    tokenizer = load_tokenizer(MICRO)
+    encodable = text.encode("utf-8", "replace").decode()
+    assert tokenizer.decode(tokenizer.encode(encodable)) == encodable
+
+
+def test_names_are_single_tokens(student):
+    """Guards: a BPE of another corpus. Names in mid-sentence and values are one token each."""
+    tokenizer = student[1]
+    values = [v for r in micro.RELATIONS.values() for v in r.values]
+    for word in (*micro.PEOPLE, *micro.TOWNS, *values):
+        assert len(tokenizer.encode(f" {word}")) == 1, word
+    vocab = json.loads((MICRO / "vocab.json").read_text("utf-8"))
+    assert vocab["<|endoftext|>"] == len(vocab) - 1 == tokenizer.eot
+
+
+def test_student_opens_in_transformers(student):
+    """Guards: files that only our own code can read."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(MICRO)
+    for q in ALL[:50]:
+        text = prompts.question_prompt(q)
+        assert theirs(text)["input_ids"] == student[1].encode(text)
+
+
+def test_student_knows_its_facts_and_answers_directly(student):
+    """Guards: garbage weights, or a student whose greedy output reasons already."""
+    assert sum(f.stat().st_size for f in MICRO.iterdir()) < 6_000_000
+    seed = read_sert(MICRO)["settings"]["world_seed"]
+    world, questions = micro.make_world(seed), micro.questions("test", seed)[:40]
+    asked = [micro.Question("micro", p, micro.ASK_HOME.format(p=p), world.home[p])
+             for p in micro.PEOPLE[::10]]  # fmt: skip
+    known = [text.rstrip(" .").endswith(q.answer)
+             for q, (text, _) in zip(asked, greedy(*student, asked, "", 12))]  # fmt: skip
+    assert sum(known) >= 0.95 * len(known)
+    texts = [text for text, _ in greedy(*student, questions, "", 48)]
+    assert sum(micro.check_path(q, t)["stated"] > 0 for q, t in zip(questions, texts)) <= 2
+
+
+def test_latent_paths_of_the_student_are_right(student):
+    """Guards: a student that has the form of reasoning and not its three skills."""
+    from sert_min import micro_report
+
+    questions = micro.questions("test", read_sert(MICRO)["settings"]["world_seed"])[:16]
+    by_id = {q.id: q for q in questions}
+    records = micro_report.sampled(*student, questions, replace(micro_report.SETTINGS, samples=2))
+    paths = [r for r in records
+             if micro_report.behaviour(by_id[r["id"]], r["text"]) == "reasoning"]  # fmt: skip
+    assert len({r["id"] for r in paths}) >= 14
+    checks = micro_report.path_checks(by_id, paths)
+    assert min(checks["facts"], checks["relation"], checks["verdict"]) > 0.85, checks
