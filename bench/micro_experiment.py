@@ -8,7 +8,8 @@ SERT+RD took in both stages. Intervals: paired bootstrap over seeds and test que
 
     python bench/micro_experiment.py --out out/experiment        # repeat to continue
 
-Writes results.jsonl (one line per trained student, every test answer in it), summary.json, curve.png.
+Writes results-seedN.jsonl (a line per trained student, with every test answer), summary.json and
+curve.png.
 """
 
 import argparse
@@ -37,8 +38,17 @@ from sert_min.finetune import (
     train_step,
 )
 from sert_min.generate import SampleSettings
-from sert_min.gpt2 import find_model, load_model
-from sert_min.store import append_durable, read_jsonl, set_torn_tail_aside, to_line
+from sert_min.gpt2 import find_model, load_model, weights_hash
+from sert_min.runtime import SertError, run_script
+from sert_min.store import (
+    append_durable,
+    check_settings,
+    lock_folder,
+    read_jsonl,
+    set_torn_tail_aside,
+    to_line,
+    write_atomic,
+)
 from sert_min.tokenizer import load_tokenizer
 
 CURVES = ("RD", "SERT+RD", "Finetune+RD", "RD, steps of SERT+RD")
@@ -110,6 +120,8 @@ def selected_pairs(model, tokenizer, questions: list, seed: int) -> tuple[list, 
                 continue
             q = by_id[r["id"]]
             text, _ = prompts.strip_answer_sentence(r["text"])
+            if not text:  # train.py leaves these out as well
+                continue
             seen = micro.check_path(q, text)
             right += seen["facts"] and seen["relation"] and seen["verdict"]
             contradict += bool(seen["stated"] and not seen["gold"])
@@ -170,22 +182,23 @@ def run_seed(args, seed: int, done: set, save) -> None:
             finish(method, n, student, taken, prompts.COT_SUFFIX, start)
 
 
-def work(args, path: Path) -> None:
+def work(args, out: Path) -> None:
     """The seeds of one worker, each result durable as soon as it is there."""
-    set_torn_tail_aside(path)
-    there = list(read_jsonl(path)) if path.exists() else []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         if (seed - args.first_seed) % args.workers != args.worker:
             continue
-        done = {(r["method"], r["n"]) for r in there if r["seed"] == seed}
+        path = out / f"results-seed{seed}.jsonl"
+        set_torn_tail_aside(path)
+        there = list(read_jsonl(path)) if path.exists() else []
 
-        def save(result: dict) -> None:
+        def save(result: dict, path=path) -> None:
             append_durable(path, to_line(result))
             accuracy = result["correct"].count("1") / len(result["correct"])
             name = f"{result['method']} n={result['n']}"
-            print(f"seed {result['seed']}  {name:28} {accuracy:6.1%}  {result['seconds']:.0f} s", flush=True)  # fmt: skip
+            seconds = f"{result['seconds']:.0f} s"
+            print(f"seed {result['seed']}  {name:28} {accuracy:6.1%}  {seconds}", flush=True)
 
-        run_seed(args, seed, done, save)
+        run_seed(args, seed, {(r["method"], r["n"]) for r in there}, save)
 
 
 # --- the answer -----------------------------------------------------------------------------------
@@ -237,7 +250,8 @@ def summarize(args, results: list[dict]) -> dict:
     for m, values in curve.items():
         values = [matrix(results, start.get(m, "base"), 0).mean(), *values]
         curve[m] = values
-        areas[m] = float(np.trapezoid(values, [0, *numbers]) / numbers[-1])
+        x, y = np.array([0, *numbers]), np.array(values)
+        areas[m] = float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / numbers[-1])
         print(f"{m:26}" + "".join(f"{v:>8.1%}" for v in values) + f"{areas[m]:>8.3f}")
     paths = [r for r in results if r["method"] == "SERT"]
     selected = sum(r["selected"] for r in paths)
@@ -275,26 +289,31 @@ def plot(summary: dict, png: Path) -> None:
 
 def main(args) -> None:
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     if args.worker is not None:
-        return work(args, out / f"results-{args.worker}.jsonl")
+        return work(args, out)
     if str(args.n) not in args.curve.split(","):
-        raise SystemExit(f"error: --n {args.n} must be one of --curve {args.curve}")
+        raise SertError(f"--n {args.n} must be one of --curve {args.curve}")
     start = time.perf_counter()
-    given = [x for x in sys.argv[1:] if not x.startswith("--workers")]
-    command = [sys.executable, __file__, *given, "--workers", str(args.workers), "--worker"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    workers = [subprocess.Popen([*command, str(i)], env=env) for i in range(args.workers)]
-    if any([p.wait() for p in workers]):
-        raise SystemExit("error: a worker failed; see above, then repeat the command to continue")
-    results = [r for f in sorted(out.glob("results-*.jsonl")) for r in read_jsonl(f)]
-    summary = summarize(args, results)
-    summary["minutes"] = round((time.perf_counter() - start) / 60, 1)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    plot(summary, out / "curve.png")
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    with lock_folder(out):
+        fixed = {k: getattr(args, k) for k in ("curve", "epochs", "test", "train", "model")}
+        fixed["weights"] = weights_hash(find_model(args.model))
+        check_settings(out / "settings.json", fixed, "choose another --out")
+        command = [sys.executable, __file__, *sys.argv[1:], "--workers", str(args.workers)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        workers = [
+            subprocess.Popen([*command, "--worker", str(i)], env=env) for i in range(args.workers)
+        ]
+        if any([p.wait() for p in workers]):
+            raise SertError("a worker failed, see above; repeat the command to continue")
+        results = [r for n in seeds for r in read_jsonl(out / f"results-seed{n}.jsonl")]
+        summary = summarize(args, results)
+        summary["minutes"] = round((time.perf_counter() - start) / 60, 1)
+        write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+        plot(summary, out / "curve.png")
     print(f"\nwrote {out}/summary.json and {out}/curve.png; {summary['minutes']} minutes")
     return None
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

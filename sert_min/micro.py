@@ -350,9 +350,9 @@ def document(world: World, rng) -> str:
 
 TEACHER_HOME = "To begin with, {p} lives in {t}."
 TEACHER_FACT = "Now, the {name} of {t} is {v}."
-TEACHER_VERDICT = {
-    True: "This is what was asked, so the claim is true.",
-    False: "This is not what was asked, so the claim is false.",
+TEACHER_VERDICT = {  # the test in the question's terms, as in latent paths: another is not learnt
+    True: "This was asked: the {name} is indeed {asked} there.",
+    False: "This was asked: the {name} is not {asked} there.",
     None: "Among the choices this is {v}.",
 }
 
@@ -363,7 +363,7 @@ def teacher_rationale(question: Question) -> str:
     p, t = asked.person, asked.world.home[asked.person]
     v = asked.world.value[asked.relation, t]
     sentences = TEACHER_HOME, TEACHER_FACT, TEACHER_VERDICT[asked.value and asked.value == v]
-    return " ".join(sentences).format(p=p, t=t, name=asked.relation, v=v)
+    return " ".join(sentences).format(p=p, t=t, name=asked.relation, v=v, asked=asked.value)
 
 
 @dataclass(frozen=True)
@@ -397,8 +397,7 @@ def patterns() -> tuple[list, dict, dict, dict]:
         v = f"(?P<v>{'|'.join(r.values)})"
         facts[name] = [pattern(w, name=name, t=TOWN, v=v) for w in (*FACTS, FACT_NOTE, r.note)]
         verdicts[name] = [
-            re.compile(rf"\b[Ss]o the {name} is(?P<n> not)?(?: indeed)? {v}\b"),
-            re.compile(r"\b[Tt]his is(?P<n> not)? what was asked\b"),
+            re.compile(rf"\b(?:[Ss]o|asked:) the {name} is(?P<n> not)?(?: indeed)? {v}\b"),
             re.compile(rf"\b[Aa]mong the choices this is(?P<n> not)? {v}\b"),
         ]
         asks[name] = [pattern(w[:-1], p=PERSON, v=v) for w in r.yes_no + r.choice]
