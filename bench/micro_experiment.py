@@ -58,19 +58,21 @@ def parse_args(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--first-seed", type=int, default=0)
-    p.add_argument("--n", type=int, default=20, help="rationales of the headline comparison")
+    p.add_argument("--n", type=int, default=40, help="rationales of the headline comparison")
     p.add_argument("--curve", default="10,20,40,80,160,400", help="numbers of rationales")
     p.add_argument("--epochs", type=int, default=tasks.preset("micro")["epochs"])
     p.add_argument("--test", type=int, default=400, help="test questions")
     p.add_argument("--train", type=int, default=400, help="train questions")
     p.add_argument("--model", default="micro")
+    p.add_argument("--teacher", choices=("other", "own"), default="other",
+                   help="the teacher's wording: its own, or the student's latent one")  # fmt: skip
     p.add_argument("--workers", type=int, default=os.cpu_count())
     p.add_argument("--quick", action="store_true", help="2 seeds, 3 numbers, 100 test questions")
     p.add_argument("--out", default="out/experiment")
     p.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = p.parse_args(argv)
     if args.quick:
-        args.seeds, args.curve, args.test = 2, f"{args.n},80,400", 100
+        args.seeds, args.curve, args.test = 2, f"{args.n},160", 100
     return args
 
 
@@ -130,6 +132,18 @@ def selected_pairs(model, tokenizer, questions: list, seed: int) -> tuple[list, 
     return pairs, quality
 
 
+def rationale(q, wording: str) -> str:
+    """A right rationale: in the teacher's wording, or in that of the student's latent paths."""
+    if wording == "other":
+        return micro.teacher_rationale(q)
+    asked = micro.parse_question(q)
+    t = asked.world.home[asked.person]
+    v = asked.world.value[asked.relation, t]
+    rng = random.Random(q.id)
+    text = micro.latent_reasoning(rng, asked.relation, asked.person, t, v, asked.value)
+    return prompts.strip_answer_sentence(text)[0]
+
+
 # --- one seed -------------------------------------------------------------------------------------
 
 
@@ -166,7 +180,7 @@ def run_seed(args, seed: int, done: set, save) -> None:
 
     # 2. n rationales: from the raw student, from SERT, and the two controls.
     for n in numbers:
-        rationales = [prompts.rd_pair(q, micro.teacher_rationale(q)) for q in shuffled[:n]]
+        rationales = [prompts.rd_pair(q, rationale(q, args.teacher)) for q in shuffled[:n]]
         rd_steps = args.epochs * -(-n // TrainSettings.batch_size)
         plans = {
             "RD": (base, None),
@@ -296,7 +310,9 @@ def main(args) -> None:
     start = time.perf_counter()
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     with lock_folder(out):
-        fixed = {k: getattr(args, k) for k in ("curve", "epochs", "test", "train", "model")}
+        fixed = {
+            k: getattr(args, k) for k in ("curve", "epochs", "test", "train", "model", "teacher")
+        }
         fixed["weights"] = weights_hash(find_model(args.model))
         check_settings(out / "settings.json", fixed, "choose another --out")
         command = [sys.executable, __file__, *sys.argv[1:], "--workers", str(args.workers)]
