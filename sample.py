@@ -6,6 +6,7 @@ is left the least repetitive path of each question is selected for self-training
 Choices where the paper is silent stand in the README.
 
     python sample.py                                    # the embedded micro-world, offline
+    python sample.py --html paths.html                  # .. and a page to look at them
     python sample.py --task commonsense_qa --limit 100  # real GPT-2, downloads weights and data
     torchrun --nproc-per-node 2 sample.py --task strategy_qa   # the same bytes, two processes
 """
@@ -23,7 +24,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from sert_min import filters, tasks
+from sert_min import filters, page, tasks
 from sert_min.filters import FilterSettings
 from sert_min.generate import Row, SampleSettings, check_lengths, sample_block
 from sert_min.gpt2 import GPT2, find_model, load_model, model_label, read_sert, weights_hash
@@ -95,6 +96,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     g.add_argument("--block-questions", type=int, help="questions per block (default 32)")
     g.add_argument("--rows", type=int, help="rows decoded together (default 200)")
+    g = p.add_argument_group("a page to look at the paths (all of them: --no-early-reject)")
+    g.add_argument("--html", help="write this one-file page when the run is done")
+    g.add_argument("--html-before", help="folder of an earlier run to show beside it")
+    g.add_argument("--html-questions", type=int, default=page.LIMIT, help="default: %(default)s")
     g = p.add_argument_group("instead of sampling the task")
     g.add_argument("--prompt", help="continue this text, --samples times")
     g.add_argument("--check", action="store_true", help="compare gpt2 with known real outputs")
@@ -435,15 +440,25 @@ def main(args) -> None:
         if RANK == 0:
             write_selected(run.out)
             print_summary(run)
+            if args.html:
+                runs = [Path(args.html_before)] if args.html_before else []
+                n = page.write_page(
+                    [*runs, run.out], args.html, run.tokenizer, limit=args.html_questions
+                )
+                print(f"wrote {args.html} ({n:,} questions); open it in a browser")
     return None
 
 
 def prepare(args) -> Run:
     """Read questions and model, resolve what was left to us, write down what decides the bytes."""
     s, rules = sample_settings(args), filter_settings(args)
-    for flag in ("limit", "block_questions"):
+    for flag in ("limit", "block_questions", "html_questions"):
         if given(getattr(args, flag), 1) < 1:
             raise SertError(f"--{flag.replace('_', '-')} must be at least 1")
+    if args.html and not Path(args.html).absolute().parent.is_dir():
+        raise SertError(f"--html {args.html}: its folder does not exist; make it first")
+    if args.html_before and not args.html:
+        raise SertError("--html-before needs --html")
     name = args.model or tasks.default_model(args.task)
     folder = find_model(name)
     tokenizer, model, label = load_tokenizer(folder), load_model(folder), model_label(name, folder)

@@ -3,10 +3,12 @@
 Data flows one way, from script to script, through JSONL files:
 
     questions -> sample.py -> paths.jsonl -> train.py -> checkpoint -> distill.py -> checkpoint
+              -> evaluate.py -> predictions, table, figures
 
 Read in the order of the data: tasks.py, prompts.py (what is asked), gpt2.py, tokenizer.py (the
 student), generate.py, filters.py (stage 1: sample and select), finetune.py (stage 2: learn),
-evaluate.py (what came of it), micro.py (the embedded world that makes all of it run on a laptop).
+rationales.py, teacher.py (stage 3: distil), evaluate.py, judge.py, table.py, plots.py (what came of
+it), micro.py (the embedded world that makes all of it run on a laptop).
 
 One letter set for shapes, everywhere:
     B rows   T positions   C width   H heads   D head size   V vocabulary   L layers
