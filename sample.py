@@ -377,7 +377,7 @@ def print_funnel(c: filters.Counts, rules: FilterSettings) -> None:
 
 def print_prompt_samples(args, model, tokenizer, s: SampleSettings) -> None:
     """Plain sampling from any text."""
-    s = replace(s, raw=True, branches=1)
+    s = replace(s, raw=True, branches=1, max_new_tokens=given(args.max_new_tokens, 128))
     prompt = tokenizer.encode(args.prompt)
     for row in sample_block(model, tokenizer, [prompt], ["the prompt"], s):
         lp = sum(row.logprobs) / max(1, len(row.logprobs))

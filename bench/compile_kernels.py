@@ -42,12 +42,12 @@ def variants() -> list[tuple]:
                 found.append((s.stream_kernel, constants, dtype, 4, 3))
         for parts in (32, 256):
             found.append((s.merge_kernel, {"K": K, "PARTS": parts, "BLOCK": 1024}, "fp32", 4, 3))
-    for dtype in ("fp32", "bf16"):
-        found.append((s.search_kernel, {"BLOCK": 2048}, dtype, 4, 3))
+    for dtype in ("fp32", "bf16", "fp16"):
+        found.append((s.search_kernel, {"BLOCK": 1024}, dtype, 4, 3))
     for rows, warps in ((16, 4), (64, 8)):
         for K in (0, 16, 32, 64):
             tile = {"K": K, "BLOCK_B": rows, "BLOCK_V": 128, "BLOCK_C": 64, "PRECISION": "tf32"}
-            found.append((h.head_kernel, tile, "bf16", warps, 3))
+            found += [(h.head_kernel, tile, dtype, warps, 3) for dtype in ("bf16", "fp16")]
         tile = {**tile, "K": 16, "BLOCK_B": min(rows, 32), "BLOCK_V": 64, "BLOCK_C": 32}
         tile["PRECISION"] = "tf32x3"
         found.append((h.head_kernel, tile, "fp32", warps, 2))

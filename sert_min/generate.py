@@ -91,7 +91,7 @@ def check_lengths(prompts: list[list[int]], names: list[str], model: GPT2, new: 
         if len(ids) + new > context:
             raise SertError(
                 f"{name} has {len(ids)} tokens; with --max-new-tokens {new} that exceeds the "
-                f"context of {context}: lower --max-new-tokens, or leave this question out"
+                f"context of {context}; lower --max-new-tokens"
             )
 
 

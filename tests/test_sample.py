@@ -261,7 +261,7 @@ def test_second_process_is_refused(model, tmp_path):
         (["--limit", "0"], "--limit must be at least 1"),
         (["--rows", "0"], "--rows must be at least 1"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-        (["--max-new-tokens", "600"], "exceeds the context of 512: lower --max-new-tokens"),
+        (["--max-new-tokens", "600"], "exceeds the context of 512; lower --max-new-tokens"),
         (["--seed", "-1"], "--seed"),
         (["--patterns", "rude"], "--patterns"),
         (["--max-rep2", "2"], "--max-rep2"),
