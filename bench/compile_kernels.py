@@ -43,7 +43,7 @@ def variants() -> list[tuple]:
         for parts in (32, 256):
             found.append((s.merge_kernel, {"K": K, "PARTS": parts, "BLOCK": 1024}, "fp32", 4, 3))
     for dtype in ("fp32", "bf16", "fp16"):
-        found.append((s.search_kernel, {"BLOCK": 1024}, dtype, 4, 3))
+        found.append((s.search_kernel, {"BLOCK": 1024}, dtype, 8, 3))
     for rows, warps in ((16, 4), (64, 8)):
         for K in (0, 16, 32, 64):
             tile = {"K": K, "BLOCK_B": rows, "BLOCK_V": 128, "BLOCK_C": 64, "PRECISION": "tf32"}

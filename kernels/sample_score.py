@@ -308,7 +308,7 @@ def launch(
     if max_k > MAX_K:
         search_kernel[(B,)](
             logits, logits.stride(0), V, *settings, *random, tokens, logprobs,
-            BLOCK=min(block, 1024, triton.next_power_of_2(V)), num_warps=4,
+            BLOCK=min(block, 1024, triton.next_power_of_2(V)), num_warps=8,
         )  # fmt: skip
         return tokens, logprobs
     K = max(16, triton.next_power_of_2(max_k))
