@@ -16,7 +16,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-python}
+python=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python)}
 tasks=${TASKS:-strategy_qa commonsense_qa}
 models=${MODELS:-gpt2 gpt2-medium gpt2-large}
 methods=${METHODS:-finetune sert sert-rd rd}

@@ -244,7 +244,7 @@ def test_paths_of_another_task_are_refused(tmp_path, change):
 
 def test_missing_sample_output_names_the_command(run):
     with pytest.raises(
-        SertError, match=r"run `python sample.py --task micro --model \S+tiny` first"
+        SertError, match=r"run `python sample.py --task micro --model \S+tiny --seed 0`"
     ):
         run("--method sert")
 
