@@ -98,7 +98,7 @@ def tested(student, tokenizer, questions: list, suffix: str) -> dict:
     """Greedy test answers as a string of 0 and 1, and the share of outputs that reason."""
     outputs = greedy(student, tokenizer, questions, suffix, micro.PRESET["max_new_tokens"])
     records = [score(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
-    reasoned = [micro.check_path(q, text)["stated"] for q, (text, _) in zip(questions, outputs)]
+    reasoned = [micro.check_path(q, t)["stated"] > 0 for q, (t, _) in zip(questions, outputs)]
     return {
         "correct": "".join(str(int(r["correct"])) for r in records),
         "unreadable": sum(r["extracted"] is None for r in records),

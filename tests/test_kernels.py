@@ -110,7 +110,15 @@ def label(case):
     return "-".join(str(v).removeprefix("torch.") for v in case.values())
 
 
-@pytest.mark.parametrize("case", SMALL + LARGE_K, ids=label)
+BIG = {"top_p": 0.95, "temperature": 1.0, "coarse": False, "block": 2048}
+CORNERS = [  # many rows; GPT-2's vocabulary in one part and in several
+    {"B": 64, "V": 7, "top_k": 5, "dtype": torch.float32, **BIG},
+    {"B": 1, "V": 50257, "top_k": 10, "dtype": torch.bfloat16, "parts": 1, **BIG},
+    {"B": 1, "V": 50257, "top_k": 64, "dtype": torch.float32, "parts": 5, **BIG},
+]
+
+
+@pytest.mark.parametrize("case", SMALL + LARGE_K + CORNERS, ids=label)
 def test_equals_the_reference(case):
     """Guards every branch of both kernels: block edges, one and many blocks and parts, ties, dtypes,
     strides. A wrong token in 1 of 100 rows would pass all these cases with odds below 20 %."""
