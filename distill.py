@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sert_min import prompts, tasks
+from sert_min import parallel, prompts, tasks
 from sert_min.gpt2 import find_model, model_label, read_config, read_sert
 from sert_min.rationales import (
     PUBLIC,
@@ -35,6 +35,7 @@ from sert_min.teacher import (
     Collection,
     Endpoint,
     Retry,
+    check_flags,
     check_url,
     collect,
     missing,
@@ -111,15 +112,7 @@ def pick_student(args) -> tuple[str, str]:
 
 
 def endpoint(args) -> Endpoint:
-    for flag in ("concurrency", "timeout", "deadline", "teacher_max_tokens"):
-        if not getattr(args, flag) > 0:
-            raise SertError(f"--{flag.replace('_', '-')} must be above 0")
-    for flag in ("teacher_temperature", "max_requests", "max_cost", "price_in", "price_out"):
-        value = getattr(args, flag)
-        if value is not None and not 0 <= value < float("inf"):  # nan would switch a cap off
-            raise SertError(f"--{flag.replace('_', '-')} must be a number from 0")
-    if args.max_cost is not None and (args.price_in is None or args.price_out is None):
-        raise SertError("--max-cost needs --price-in and --price-out (USD per million tokens)")
+    check_flags(args, "teacher_max_tokens", ("teacher_temperature",))
     e = Endpoint(
         model=args.teacher_model,
         base_url=args.base_url,
@@ -243,7 +236,7 @@ def print_plan(args, questions: list, folder: Path) -> None:
     there = stored_replies(folder / "responses.jsonl")
     firsts = [first_ask(q, args) for q in questions]
     asks = [a for a in firsts if a.key(e) not in there]
-    print(f"\nprompt of question {questions[0].id}, to {e.url()}:")
+    print(f"\nprompt of question {printable(questions[0].id)}, to {e.url()}:")
     for line in first_ask(questions[0], args).messages[0]["content"].split("\n"):
         print(f"  {printable(line)}")
     bounds = [a.most_tokens(e) for a in asks]
@@ -287,7 +280,7 @@ def import_batch(path: Path, asks: list[Ask], e: Endpoint, collection: Collectio
     by_key = {a.key(e): a for a in asks}
     taken = there = unusable = 0
     for row in read_jsonl(path):
-        key = row.get("custom_id")
+        key = str(row.get("custom_id"))
         if key in collection.replies:
             there += 1
             continue
@@ -307,6 +300,9 @@ def import_batch(path: Path, asks: list[Ask], e: Endpoint, collection: Collectio
 
 
 def main(args) -> None:
+    parallel.start()
+    if parallel.RANK > 0 and (args.dry_run or args.export_batch or args.collect_only):
+        return None  # process 0 asks the teacher alone; the others only train
     questions = tasks.load(args.task, "train", args.data_dir)
     print(tasks.describe(questions, "train"))
     if args.limit is not None:
@@ -314,6 +310,7 @@ def main(args) -> None:
             raise SertError("--limit must be at least 1")
         questions, args.limit = questions[: args.limit], None
     check_teacher_flags(args)
+    folder = None
     if args.teacher_model:
         # Bought replies are shared by all students of a task unless --out-dir is given.
         name = re.sub(r"[^\w.-]", "-", args.teacher_model)[:80]
@@ -329,31 +326,13 @@ def main(args) -> None:
         args.out_dir or f"out/{args.task}/{model_label(name, student)}/{method}/seed{args.seed}"
     )
 
-    # 1. Collect.
-    failures: list[str] = []
-    if args.teacher_model:
-        with lock_folder(folder, ".lock-responses"):
-            outputs, failures = ask_teacher(args, questions, folder)
-    elif args.teacher_file:
-        outputs, left = read_teacher_file(args.teacher_file, questions)
-        for what, n in left.items():
-            print(f"{args.teacher_file}: {n:,} outputs for {what} are left out")
-    else:
-        outputs = micro_outputs(questions)
-
-    # 2. Clean and choose.
-    records, counts = rationale_records(questions, outputs, args.keep, fits_context(student))
-    print(f"{len(records):,} rationales for {len(questions):,} questions:")
-    for what, n in counts.items():
-        print(f"  {what:<34}{n:>8,}")
-    if args.dry_run:
+    # 1, 2. Collect, clean and choose.
+    if parallel.RANK == 0:
+        collect_records(args, questions, folder, student, out)
+    if args.dry_run or args.collect_only:
         return None
-    save_records(out, records)
-    if failures:
-        end_with_missing_rows(failures, folder)
-    if args.collect_only:
-        print(f"wrote {out}/rationales.jsonl")
-        return None
+    parallel.largest(0)  # the others wait for it
+    records = list(read_jsonl(out / "rationales.jsonl"))
 
     # 3. Train.
     by_id = {q.id: q for q in questions}
@@ -365,6 +344,32 @@ def main(args) -> None:
     args.out_dir = str(out)
     train_student(args, method, name, pairs, prompts.COT_SUFFIX, source)
     return None
+
+
+def collect_records(args, questions: list, folder: Path | None, student: Path, out: Path) -> None:
+    """The teacher's outputs, cleaned and chosen, into rationales.jsonl; `folder` keeps replies."""
+    failures: list[str] = []
+    if args.teacher_model:
+        with lock_folder(folder, ".lock-responses"):
+            outputs, failures = ask_teacher(args, questions, folder)
+    elif args.teacher_file:
+        outputs, left = read_teacher_file(args.teacher_file, questions)
+        for what, n in left.items():
+            print(f"{args.teacher_file}: {n:,} outputs for {what} are left out")
+    else:
+        outputs = micro_outputs(questions)
+
+    records, counts = rationale_records(questions, outputs, args.keep, fits_context(student))
+    print(f"{len(records):,} rationales for {len(questions):,} questions:")
+    for what, n in counts.items():
+        print(f"  {what:<34}{n:>8,}")
+    if args.dry_run:
+        return
+    save_records(out, records)
+    if failures:
+        end_with_missing_rows(failures, folder)
+    if args.collect_only:
+        print(f"wrote {out}/rationales.jsonl")
 
 
 def save_records(out: Path, records: list[dict]) -> None:

@@ -44,7 +44,13 @@ from sert_min.gpt2 import (
     weights_hash,
 )
 from sert_min.likelihood import answer_logprobs, likelihood_record
-from sert_min.runtime import SertError, printable, resolve_machine, run_script
+from sert_min.runtime import (
+    SertError,
+    printable,
+    printable_lines,
+    resolve_machine,
+    run_script,
+)
 from sert_min.store import (
     append_durable,
     check_settings,
@@ -55,10 +61,11 @@ from sert_min.store import (
     write_atomic,
 )
 from sert_min.tasks import LETTERS, Question
-from sert_min.teacher import Endpoint, check_url
+from sert_min.teacher import Endpoint, check_flags, check_url
 from sert_min.tokenizer import load_tokenizer
 
 BLOCK = 64  # questions decoded together
+JUDGED = dict.fromkeys(("task", "id", "question", "answer", "text"), str)  # of a path
 OWN = ("predictions.jsonl", "evaluation.json")  # what marks a folder as a model's evaluation
 
 
@@ -142,7 +149,7 @@ def cell_of(name: str, args) -> Cell:
         )
         if differs
     )
-    seed = sert.get("seed") if method != "base" else None
+    seed = sert.get("seed") if method != "base" and type(sert.get("seed")) is int else None
     run = Path(f"out/{args.task}/{label}/{method}") / ("" if seed is None else f"seed{seed}")
     if method != "base" and folder.name in ("last", "best"):
         run = folder.parent
@@ -223,10 +230,10 @@ def set_old_aside(out: Path, weights: str) -> None:
     """A run that was trained further has other weights: what its old ones said goes into a folder
     of its own. evaluation.json goes last, so that a kill in between is noticed."""
     path = out / "evaluation.json"
-    old = read_json(path).get("weights") if path.exists() else weights
+    old = str(read_json(path).get("weights")) if path.exists() else weights
     if old == weights:
         return
-    aside = out / f"eval-old-{old[:8]}"
+    aside = out / f"eval-old-{re.sub(r'[^0-9a-f]', '-', old[:8])}"
     aside.mkdir(exist_ok=True)
     (out / "metrics.json").unlink(missing_ok=True)
     for name in ("predictions.jsonl", "likelihood.jsonl", *(p.name for p in out.glob("scores-*"))):
@@ -274,7 +281,7 @@ def decode(cell: Cell, blocks: list[list], load, cap: int) -> None:
 
 def rescore(path: Path, questions: list[Question]) -> list[dict]:
     """The records of `path`, read again by today's rules; the file follows if they have changed."""
-    stored = list(read_jsonl(path))
+    stored = list(read_jsonl(path, {"text": str, "finish": (str, None)}))
     records = [score(q, r["text"], r["finish"]) for q, r in zip(questions, stored)]
     if records != stored:
         write_atomic(path, map(to_line, records))
@@ -302,11 +309,11 @@ def metrics_of(records: list[dict], questions: list[Question], out: Path | None)
     metrics["reasons"] = dict(Counter(r["reason"] for r in records).most_common())
     path = out / "likelihood.jsonl" if out else None
     if path and path.exists():
-        right = [r["correct"] for r in read_jsonl(path)]
+        right = [r["correct"] for r in read_jsonl(path, {"correct": bool})]
         if len(right) == len(records):
             metrics["acc_likelihood"] = share_interval(sum(right), len(right))
     for path in sorted(out.glob("scores-*.jsonl")) if out else ():
-        scored = list(read_jsonl(path))
+        scored = list(read_jsonl(path, judge.SCORED))
         name = path.stem.removeprefix("scores-")
         metrics.setdefault("judges", {})[name] = judge.summary(scored, len(records))
     return without_nan(metrics)
@@ -348,15 +355,7 @@ def print_metrics(title: str, m: dict) -> None:
 
 def endpoint(args) -> Endpoint:
     """Where the judge is asked, from checked flags."""
-    for flag in ("concurrency", "timeout", "deadline", "judge_max_tokens"):
-        if not getattr(args, flag) > 0:
-            raise SertError(f"--{flag.replace('_', '-')} must be above 0")
-    for flag in ("max_requests", "max_cost", "price_in", "price_out"):
-        value = getattr(args, flag)
-        if value is not None and not 0 <= value < math.inf:  # nan would switch a cap off
-            raise SertError(f"--{flag.replace('_', '-')} must be a number from 0")
-    if args.max_cost is not None and (args.price_in is None or args.price_out is None):
-        raise SertError("--max-cost needs --price-in and --price-out (USD per million tokens)")
+    check_flags(args, "judge_max_tokens")
     try:
         heat = None if args.judge_temperature == "none" else float(args.judge_temperature)
     except ValueError:
@@ -423,13 +422,16 @@ def judge_paths(args) -> None:
         raise SertError("--paths needs --judge-model (only the micro-world has a judge program)")
     for name in args.paths:
         path = Path(name) / "paths.jsonl" if Path(name).is_dir() else Path(name)
-        records = first_questions(list(read_jsonl(path)), args.limit)
+        records = first_questions(list(read_jsonl(path, JUDGED)), args.limit)
         if not records:
             raise SertError(f"{path} holds no paths; run sample.py first")
         if args.dry_run:
             print_judge_plan(args, records, str(path))
             continue
-        questions = [question_of(r, args.task, {}) for r in records]
+        try:
+            questions = [question_of(r, args.task, {}) for r in records]
+        except ValueError as e:
+            raise SertError(f"{path}: {e}; sample it again") from None
         failures = judge_records(args, records, questions, path.parent)
         scored = list(read_jsonl(path.parent / f"scores-{judge_name(args)}.jsonl"))
         summary = judge.summary(scored, len(records))
@@ -517,7 +519,7 @@ def print_other_parse(rows: list[dict], records: list[dict]) -> None:
     for r, p in differ[:60]:
         said = printable(r["teacher_completion"])[:100]
         theirs = r["teacher_answer"] or "-"
-        print(f"    {p['id']}: {theirs} there, {p['extracted'] or '-'} here: {said!r}")
+        print(printable(f"    {p['id']}: {theirs} there, {p['extracted'] or '-'} here: {said!r}"))
 
 
 # --- table and figures ----------------------------------------------------------------------------
@@ -531,7 +533,7 @@ def print_table(folder: Path) -> None:
             f"no metrics.json under {folder}; run evaluate.py on some checkpoints first"
         )
     text, markdown = table.tables(metrics)
-    print(f"{text}\n{markdown}", end="")
+    print(printable_lines(f"{text}\n{markdown}"), end="")
     write_atomic(folder / "table.txt", text)
     write_atomic(folder / "table.md", markdown)
 
@@ -584,10 +586,10 @@ def print_plan(args, cell: Cell, everything: list[Question]) -> None:
         f"{cell.label} {table.NAMES[cell.method]}: {max(0, n - there):,} of {n:,} outputs to decode, "
         f"at most {max(0, n - there) * cap:,} tokens, to {cell.out}"
     )
-    prompt = prompts.question_prompt(everything[0], cell.suffix)
+    prompt = printable_lines(prompts.question_prompt(everything[0], cell.suffix))
     print("  prompt: " + prompt.replace("\n", "\n          "))
     if args.judge_model:
-        known = [json.loads(line) for line in path.open()] if there else []
+        known = list(read_jsonl(path, {"id": str, "question": str, "text": str})) if there else []
         missing = [{"task": q.task, "id": q.id, "question": q.text, "text": "x" * 5 * cap}
                    for q in everything[len(known) : args.limit]]  # fmt: skip
         print_judge_plan(args, [*known, *missing], "  judge")

@@ -10,6 +10,7 @@ be read both ways: --loss-on all). `--method finetune` is the baseline without a
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -20,9 +21,16 @@ from typing import NamedTuple
 
 import torch
 
-from sert_min import filters, prompts, tasks
+from sert_min import filters, parallel, prompts, tasks
 from sert_min.evaluate import greedy, greedy_cap, score, summarize
-from sert_min.finetune import TrainSettings, encode_example, fit, mean_loss, n_supervised
+from sert_min.finetune import (
+    METRICS,
+    TrainSettings,
+    encode_example,
+    fit,
+    mean_loss,
+    n_supervised,
+)
 from sert_min.gpt2 import (
     GPT2,
     find_model,
@@ -98,7 +106,7 @@ def sert_pairs(paths: Path, questions: list) -> list[tuple]:
     for record in read_jsonl(paths):
         if record.get("verdict") != "selected":
             continue
-        q = by_id.get(record.get("id"))
+        q = by_id.get(str(record.get("id")))
         if q is None or q.text != record.get("question") or not isinstance(record.get("text"), str):
             raise SertError(
                 f"{paths}: question {record.get('id')} is not in this task's train split, or its "
@@ -121,6 +129,7 @@ def finetune_pairs(questions: list) -> list[tuple]:
 
 
 def main(args) -> None:
+    parallel.start()
     name = args.model or tasks.default_model(args.task)
     folder = find_model(name)
     questions = tasks.load(args.task, "train", args.data_dir)
@@ -167,15 +176,17 @@ def train_student(args, method: str, name: str, pairs: list, suffix: str, source
         f"tokens, {steps:,} steps of {run.s.batch_size}; {run.sert['root']} on {run.device}, "
         f"{run.settings['dtype']}, {run.settings['threads']} thread(s)"
     )
-    with lock_folder(out):
+    with lock_folder(out) if parallel.RANK == 0 else contextlib.nullcontext():
         # A longer run starts with the very steps of a shorter one: these two may be raised.
         fixed = {k: v for k, v in run.settings.items() if k not in ("epochs", "max_steps")}
-        check_settings(out / "settings.json", fixed, "choose another --out-dir")
-        if read_sert(out / "last").get("step") == steps:
+        if parallel.RANK == 0:
+            check_settings(out / "settings.json", fixed, "choose another --out-dir")
+        done = parallel.RANK == 0 and read_sert(out / "last").get("step") == steps
+        if parallel.largest(done):
             print(f"{out}/last is there already, trained for {steps:,} steps")
             return out
         run.model.to(run.device)
-        asked = report_questions(args)
+        asked = report_questions(args) if parallel.RANK == 0 else []
         before = greedy_records(run, asked, read_sert(run.folder))
         fit(
             run.model,
@@ -188,6 +199,9 @@ def train_student(args, method: str, name: str, pairs: list, suffix: str, source
             partial(validate, run, args) if run.held else None,
             args.save_seconds,
         )
+        parallel.end()
+        if parallel.RANK > 0:
+            return out
         title = f"{method}, {args.task}, {run.sert['root']}"
         plot_training(out / "metrics.jsonl", out / "loss.png", title)
         save_model(run.model, out / "last", run.folder, {**run.sert, "step": steps})  # it is done
@@ -290,7 +304,7 @@ def data_hash(pairs: list) -> str:
 
 def best_so_far(metrics: Path) -> float:
     """The lowest validation loss that the run has logged."""
-    losses = (r.get("validation_loss", math.inf) for r in read_jsonl(metrics))
+    losses = (r.get("validation_loss", math.inf) for r in read_jsonl(metrics, METRICS))
     return min(losses, default=math.inf)
 
 

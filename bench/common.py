@@ -10,8 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
+TOP_K, TOP_P = 10, 0.95  # of all benchmarks of sampling
 
 
 def machine() -> dict:
@@ -77,6 +79,16 @@ def gpu_medians(candidates: dict[str, Callable], runs: int) -> dict[str, float]:
             torch.cuda.synchronize()
             times[name].append(start.elapsed_time(end) / 1e3)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def eager(logits):
+    """Top-k, then top-p on the renormalised rest, draw, log-prob: as one writes it in PyTorch."""
+    logprobs = F.log_softmax(logits.float(), -1)
+    values, ids = logprobs.topk(TOP_K)
+    share = values.softmax(-1)
+    keep = share.cumsum(-1) - share < TOP_P
+    drawn = torch.multinomial(torch.where(keep, share, 0.0), 1)
+    return ids.gather(1, drawn), values.gather(1, drawn)
 
 
 def finish(result: dict, out: str | None) -> None:

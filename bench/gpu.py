@@ -4,11 +4,11 @@ python bench/gpu.py --out bench/results/NAME.json [--quick]
 """
 
 import argparse
-import importlib
+import json
 import re
 import subprocess
 import sys
-import traceback
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
@@ -16,10 +16,12 @@ import torch
 
 from bench.common import ROOT, finish, machine
 
+BENCHMARKS = ("kernels", "sampling", "training")
+
 
 def run_tests() -> dict:
-    """The kernel, sampler and model tests on this GPU; what pytest said last."""
-    files = ["tests/test_kernels.py", "tests/test_generate.py", "tests/test_gpt2.py"]
+    """The tests that run on this GPU; what pytest said last."""
+    files = [f"tests/test_{name}.py" for name in ("kernels", "generate", "gpt2", "finetune")]
     p = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *files], cwd=ROOT, capture_output=True, text=True
     )
@@ -37,19 +39,40 @@ def main() -> None:
         raise SystemExit("error: no CUDA GPU here; nothing was measured")
     flags = ["--quick"] if args.quick else []
     result = {"machine": machine(), "tests": run_tests()}
-    for name in ("kernels",):
-        try:
-            result[name] = importlib.import_module(f"bench.{name}").main(flags)
-        except (Exception, SystemExit):  # one failure must not lose the others' figures
-            result[name] = {"error": traceback.format_exc()[-2000:]}
-            print(result[name]["error"])
+    for name in BENCHMARKS:
+        result[name] = run_benchmark(name, flags)
         finish(result, args.out)
     print(f"tests: {result['tests']}")
+    print("; ".join(headlines(result)))
+
+
+def run_benchmark(name: str, flags: list[str]) -> dict:
+    """The figures of a benchmark; of one that fails, those it had by then and its error. A process
+    of its own: a broken CUDA context must not lose the others' figures."""
+    print(f"--- {name}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "figures.json"
+        command = [sys.executable, f"bench/{name}.py", "--out", str(part), *flags]
+        p = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        figures = json.loads(part.read_text()) if part.exists() else {}
+    if p.returncode:
+        figures["error"] = p.stderr[-2000:]
+        print(figures["error"])
+    return figures
+
+
+def headlines(result: dict) -> list[str]:
+    """One ratio of each benchmark; None where it failed."""
     rows = result["kernels"].get("rows", ())
-    ratio = next(
-        (r["ratio"]["eager"] for r in rows if (r["from"], r["B"]) == ("logits", 1000)), None
-    )
-    print(f"ratio to PyTorch eager at 1,000 rows: {ratio}")
+    eager = [r["ratio"]["eager"] for r in rows if (r["from"], r["B"]) == ("logits", 1000)]
+    sampling = result["sampling"].get("bf16", {}).get("ratio", {})
+    peers = [r for name, r in sampling.items() if name.startswith("transformers")]
+    training = result["training"].get("bf16, paths", {})
+    return [
+        f"kernels: ratio to PyTorch eager at 1,000 rows: {eager[0] if eager else None}",
+        f"sampling, bf16: ratio to transformers' best: {min(peers, default=None)}",
+        f"training, bf16: ratio to transformers' best: {training.get('ratio_to_best')}",
+    ]
 
 
 if __name__ == "__main__":

@@ -20,22 +20,13 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench.common import finish, gpu_medians, machine
+from bench.common import TOP_K as K
+from bench.common import TOP_P as P
+from bench.common import eager, finish, gpu_medians, machine
 from kernels import head_sample_score, reference, sample_score
 
-K, P = 10, 0.95
 SHAPES = [(50257, 768), (128256, 768)]  # GPT-2's; a larger vocabulary
 ROWS = [25, 200, 1000, 4000]
-
-
-def eager(logits):
-    """Top-k, then top-p on the renormalised rest, draw, log-prob: as one writes it in PyTorch."""
-    logprobs = F.log_softmax(logits.float(), -1)
-    values, ids = logprobs.topk(K)
-    share = values.softmax(-1)
-    keep = share.cumsum(-1) - share < P
-    drawn = torch.multinomial(torch.where(keep, share, 0.0), 1)
-    return ids.gather(1, drawn), values.gather(1, drawn)
 
 
 def warpers(logits):

@@ -3,15 +3,15 @@
     from kernels import sample_and_score
     tokens, logprobs = sample_and_score(logits, temperature=0.8, top_k=10, top_p=0.95, seed=1)
 
-reference.py is the definition and what runs on the CPU. On CUDA the Triton kernels run:
-sample_score.py from logits, head_sample_score.py from hidden states. They need nothing else of this
-repository. Read the three files in this order.
+reference.py is the definition and what runs on the CPU; cpu.py makes it quick there. On CUDA the
+Triton kernels run: sample_score.py from logits, head_sample_score.py from hidden states. They need
+nothing else of this repository. Read the files in this order.
 """
 
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import cpu, reference
 
 FUSE_ROWS = 256  # above, on Hopper, a library product and a second kernel are expected to be faster
 BACKENDS = (None, "reference", "triton")  # None: Triton on CUDA, the reference elsewhere
@@ -23,9 +23,11 @@ def use_triton(x: Tensor, backend: str | None) -> bool:
     return backend == "triton" or (backend is None and x.is_cuda)
 
 
-def highest(top_k, settled: Tensor) -> int:
+def highest(top_k, temperature, settled: Tensor) -> int:
     """The largest top_k of a step. Numbers cost nothing; a tensor on a GPU is waited for (give a
     number where the step is captured in a CUDA graph)."""
+    if not isinstance(temperature, Tensor) and temperature == 0:
+        return 1
     if isinstance(top_k, Tensor):
         return int(settled.max()) if len(settled) else 1
     return top_k if top_k > 0 else 2**31
@@ -59,13 +61,13 @@ def sample_and_score(
     heat, k, p, streams, position = reference.checked(logits, logits.shape[1], **given)
     if len(logits) == 0:
         return streams, logits.float().sum(1)
-    max_k = min(highest(top_k, k), logits.shape[1])
+    max_k = min(highest(top_k, temperature, k), logits.shape[1])
     return sample_score.launch(logits, heat, k, p, max_k, seed, streams, position, **launch)
 
 
 def head_sample_and_score(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | cpu.Head,
     *,
     temperature: float | Tensor = 1.0,
     top_k: int | Tensor = 0,
@@ -76,27 +78,37 @@ def head_sample_and_score(
     backend: str | None = None,
     **launch,
 ) -> tuple[Tensor, Tensor]:
-    """sample_and_score of the logits hidden [B, C] @ weight [V, C].T. On a GPU they are not stored if
-    top_k is 1 to 64 and B at most FUSE_ROWS, or `launch` (blocks) is given to the fused kernel; else
-    they are computed first, in fp32. Both of one dtype: fp32, bf16, fp16; sums are fp32."""
+    """sample_and_score of the logits hidden [B, C] @ weight [V, C].T, which are not stored on a
+    CPU, nor on a GPU if top_k is 1 to 64 and B at most FUSE_ROWS, or `launch` (blocks) is given
+    to the fused kernel; else they are computed first, in fp32. Both of one dtype: fp32, bf16, fp16;
+    sums are fp32. On a CPU, `cpu.prepare(weight, ..)` in place of an fp32 weight reads it in bf16, at
+    nearly fp32's accuracy (and stores rough logits)."""
+    head, weight = (weight, weight.weight) if isinstance(weight, cpu.Head) else (None, weight)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {list(hidden.shape)} and weight {list(weight.shape)} do not fit")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}; give both one dtype")
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     given |= {"streams": streams, "position": position}
-    if use_triton(hidden, backend):
-        from kernels import head_sample_score, sample_score
+    fused = use_triton(hidden, backend)
+    if not len(hidden) or not (fused or hidden.device.type == "cpu"):
+        return sample_and_score(fp32_product(hidden, weight), seed=seed, backend=backend, **given)
+    heat, k, p, streams, position = reference.checked(hidden, len(weight), **given)
+    max_k = min(highest(top_k, temperature, k), len(weight))
+    if not fused:
+        u = reference.uniform(seed, streams, position)
+        if head and max_k <= cpu.MAX_K:
+            found = cpu.screen(hidden, head, k)
+        else:
+            found = reference.summary(cpu.blocks(hidden, weight), len(weight), int(k.max()))
+        return reference.draw(*found, heat, k, p, u)
+    from kernels import head_sample_score, sample_score
 
-        heat, k, p, streams, position = reference.checked(hidden, len(weight), **given)
-        max_k = min(highest(top_k, k), len(weight))
-        fuse = launch or len(hidden) <= FUSE_ROWS
-        if len(hidden) and max_k <= sample_score.MAX_K and fuse:
-            hidden, weight = hidden.contiguous(), weight.contiguous()
-            settings = (heat, k, p, max_k, seed, streams, position)
-            return head_sample_score.launch(hidden, weight, *settings, **launch)
-    logits = fp32_product(hidden, weight)
-    return sample_and_score(logits, seed=seed, backend=backend, **given)
+    if max_k <= sample_score.MAX_K and (launch or len(hidden) <= FUSE_ROWS):
+        hidden, weight = hidden.contiguous(), weight.contiguous()
+        settings = (heat, k, p, max_k, seed, streams, position)
+        return head_sample_score.launch(hidden, weight, *settings, **launch)
+    return sample_and_score(fp32_product(hidden, weight), seed=seed, backend=backend, **given)
 
 
 def score(

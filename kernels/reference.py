@@ -7,9 +7,12 @@ function of (seed, stream, position) with no state: a row draws the same token i
 order, after any restart. Scoring is apart from drawing: the log-prob is that of the drawn token
 under the whole vocabulary at temperature 1, whatever was cut off for the draw.
 
-Cost for B rows of V logits: one pass for the log-sum-exp, one for the top k; with k off, a sort.
+Two steps, as in the Triton kernels: `summary` goes once through the vocabulary, block by block, and
+keeps the log-sum-exp and the k best entries; `draw` needs nothing else. Cost for B rows of V logits:
+one pass; with k off, a sort.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -20,6 +23,8 @@ from torch import Tensor
 PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
+BLOCK = 8192  # token ids at a time: a block of logits should stay in the cache
+MAX_ID = 2**62  # above every token id
 
 
 def mul_hi_lo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
@@ -140,20 +145,47 @@ def sample_and_score(
     if len(logits) == 0:
         return streams.to(home), logits.float().sum(1).to(home)
 
-    # 1. Score: log-sum-exp over the whole vocabulary, relative to the best logit (near -100, where
-    # GPT-2's logits lie, fp32 has steps of 1e-5). It is finite exactly for usable rows.
-    logits = logits.float()
-    best = logits.amax(-1)  # [B]
-    lse = (logits - best[:, None]).exp_().sum(-1).log()
+    def block(i: int, j: int) -> Tensor:
+        return logits[:, i:j].float()
+
+    found = summary(block, V, int(k.max()))
+    tokens, logprobs = draw(*found, temperature, k, top_p, uniform(seed, streams, position))
+    return tokens.to(home), logprobs.to(home)
+
+
+def summary(block: Callable[[int, int], Tensor], V: int, k: int):
+    """All that sampling needs to know of B rows of V logits, in one pass over the vocabulary:
+    best logit [B], log-sum-exp relative to it [B] (finite exactly for usable rows), the k largest
+    logits, descending, and their ids [B, k]. `block(i, j)` gives the logits [B, j - i] of the ids
+    from i to j, fp32; each block stays in the cache until it has been used."""
+    values, ids, tops, sums = [], [], [], []
+    for i in range(0, V, BLOCK):
+        x = block(i, min(i + BLOCK, V))
+        v, at = best_first(x, min(k, x.shape[1]))
+        top = torch.where(v[:, 0] == float("-inf"), 0.0, v[:, 0])
+        sums.append((x - top[:, None]).exp_().sum(-1).log())
+        values, ids, tops = [*values, v], [*ids, at + i], [*tops, top]
+    v, at, tops = torch.cat(values, 1), torch.cat(ids, 1), torch.stack(tops, 1)
+    if len(values) > 1:  # equal logits stand in id order already, and best_first keeps that
+        v, order = best_first(v, k)
+        at = at.gather(1, order)
+    # Relative to the best logit: near -100, where GPT-2's logits lie, fp32 has steps of 1e-5.
+    lse = (torch.stack(sums, 1) + (tops - v[:, :1])).logsumexp(-1)
+    return v[:, 0], lse, v, at
+
+
+def draw(best, lse, values, ids, temperature, k, top_p, u) -> tuple[Tensor, Tensor]:
+    """Token int64 [B] and its log-prob fp32 [B] from a `summary` with K candidates [B, K] and one
+    uniform number per row; temperature, k, top_p [B]."""
     usable = lse.isfinite()
-    logits = torch.where(usable[:, None], logits, 0.0) if not usable.all() else logits
+    if not usable.all():
+        values = torch.where(usable[:, None], values, 0.0)
 
-    # 2. Top-k: candidates in descending order; each row keeps its own first k of them.
-    values, ids = best_first(logits, int(k.max()))  # [B, K]
+    # Top-k: each row keeps its own first k candidates.
     K = values.shape[1]
-    keep = torch.arange(K, device=logits.device) < k[:, None]
+    keep = torch.arange(K, device=values.device) < k[:, None]
 
-    # 3. Top-p on the renormalised rest: a token stays while the mass before it is below p.
+    # Top-p on the renormalised rest: a token stays while the mass before it is below p.
     # A logit of -inf has no mass: kept or not, it is never drawn.
     heat = torch.where(temperature == 0, 1.0, temperature).double()
     mass = ((values.double() - values[:, :1]) / heat[:, None]).exp() * keep  # [B, K]
@@ -162,15 +194,14 @@ def sample_and_score(
     keep &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
     keep[:, 0] = True  # the best token always stays
 
-    # 4. Inverse CDF over the kept tokens in id order, with one uniform.
-    by_id = torch.where(keep, ids, V).argsort(1)  # dropped ones go last
+    # Inverse CDF over the kept tokens in id order.
+    by_id = torch.where(keep, ids, MAX_ID).argsort(1)  # dropped ones go last
     cdf = (mass * keep).gather(1, by_id).cumsum(1)
-    u = uniform(seed, streams, position)
     drawn = (cdf <= (u * cdf[:, -1])[:, None]).sum(1, keepdim=True)  # u < 1: it is a kept one
     rank = by_id.gather(1, drawn)
     tokens = torch.where(usable, ids.gather(1, rank).squeeze(1), -1)
     logprobs = values.gather(1, rank).squeeze(1) - best - lse
-    return tokens.to(home), torch.where(usable, logprobs, float("nan")).to(home)
+    return tokens, torch.where(usable, logprobs, float("nan"))
 
 
 def score(hidden: Tensor, weight: Tensor, targets: Tensor, block: int = 8192) -> Tensor:

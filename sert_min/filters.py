@@ -381,6 +381,8 @@ def count_verdicts(records: Iterable[Mapping]) -> Counts:
         counts.selected += verdict == "selected"
         passed_by_question[key] = passed_by_question.get(key, False) or passed
         if not passed:
+            if verdict not in dropped:
+                raise SertError(f"{r['id']}: there is no verdict {verdict!r}; sample it again")
             dropped[verdict] += 1
             if verdict.startswith("pattern:"):
                 dropped["pattern"] += 1

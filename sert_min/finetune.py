@@ -27,12 +27,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from sert_min.gpt2 import GPT2, causal_attention
-from sert_min.runtime import SertError, stop_signals, this_command
+from kernels.cpu import linear
+from sert_min import parallel
+from sert_min.gpt2 import GPT2, causal_attention, first_broken
+from sert_min.runtime import (
+    SertError,
+    keep_freed_memory,
+    printable,
+    stop_signals,
+    this_command,
+)
 from sert_min.store import (
     append_durable,
     atomic_folder,
@@ -45,6 +52,7 @@ from sert_min.store import (
 )
 
 IGNORE = -100  # target of a position that has no loss
+METRICS = {"step": int, "loss": (float, ...), "validation_loss": (float, ...)}  # of a line
 Example = tuple[list[int], list[int]]  # ids and targets, equally long
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -93,14 +101,40 @@ def packed_attention(batch: Batch) -> Callable:
     B, T = batch.grid
 
     def attend(layer, q, k, v):
+        if q.device.type == "cpu":  # quicker than in bf16 there, backward most of all
+            q, k, v = q.float(), k.float(), v.float()
+
         def to_grid(x):  # [N, H, D] -> [B, T, H, D]
             grid = x.new_zeros(B * T, *x.shape[1:])
             return grid.index_copy(0, batch.place, x).view(B, T, *x.shape[1:])
 
-        out = causal_attention(layer, to_grid(q), to_grid(k), to_grid(v))
+        with torch.autocast(q.device.type, enabled=False):
+            out = causal_attention(layer, to_grid(q), to_grid(k), to_grid(v))
         return out.reshape(B * T, *q.shape[1:]).index_select(0, batch.place)
 
     return attend
+
+
+class HeadLoss(torch.autograd.Function):
+    """F.cross_entropy(hidden @ weight.T, targets, reduction="sum") that makes the gradient of the
+    logits, softmax - one-hot, at once: two [M, V] tensors instead of four, and no pass over them in
+    the backward but the two products. In fp32 under autocast, too."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = linear(hidden, weight)  # [M, V]
+        gradient, own = logits.softmax(1), logits.gather(1, targets[:, None])
+        # Log-sum-exp from the most probable token, whose share is never rounded to 0.
+        lse = logits.amax(1) - gradient.amax(1).log()  # [M]
+        gradient.scatter_add_(1, targets[:, None], -torch.ones_like(own))
+        ctx.save_for_backward(hidden, weight, gradient)
+        return (lse - own[:, 0]).sum()
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        hidden, weight, gradient = ctx.saved_tensors
+        return (gradient @ weight) * scale, gradient.t() @ (hidden * scale), None
 
 
 def loss_sum(model: GPT2, batch: Batch, bf16: bool = False) -> Tensor:
@@ -108,8 +142,8 @@ def loss_sum(model: GPT2, batch: Batch, bf16: bool = False) -> Tensor:
     blocks in bf16; residual stream, head and loss stay fp32."""
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
         hidden = model(batch.ids, batch.positions, packed_attention(batch))  # [N, C]
-    logits = model.logits(hidden.index_select(0, batch.supervised))  # [M, V]
-    return F.cross_entropy(logits, batch.targets[batch.supervised], reduction="sum")
+    hidden = hidden.index_select(0, batch.supervised).float()  # [M, C]
+    return HeadLoss.apply(hidden, model.head_weight, batch.targets[batch.supervised])
 
 
 def n_supervised(examples: list[Example]) -> int:
@@ -168,22 +202,27 @@ def train_step(
 ) -> float:
     """One optimiser step on the mean loss per supervised token of `examples`; returns that loss
     (nats). `accumulate` runs them in so many parts with the same result and less memory. A loss or
-    gradient that is not finite is an error before the update. `loss_of`: `loss_sum`, compiled."""
-    n, size, losses = n_supervised(examples), -(-len(examples) // accumulate), []
-    for i in range(0, len(examples), size):
-        batch = pack(examples[i : i + size], model.wte.weight.device)
-        loss = loss_of(model, batch, bf16) / n
+    gradient that is not finite is an error before the update. `loss_of`: `loss_sum`, compiled.
+    Under torchrun each process takes its part of the examples, with the same result."""
+    n, device = n_supervised(examples), model.wte.weight.device
+    mine, total = examples[parallel.RANK :: parallel.WORLD], torch.zeros((), device=device)
+    size = -(-len(mine) // accumulate) or 1
+    for i in range(0, len(mine), size):
+        loss = loss_of(model, pack(mine[i : i + size], device), bf16) / n
         loss.backward()
-        losses.append(loss.detach())
+        total += loss.detach()
     parameters = list(model.parameters())
+    parallel.sum_up(total, parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     # The one wait for the device in a step: the update must not happen if a number is broken.
-    total, length = torch.stack([torch.stack(losses).sum(), norm]).tolist()
+    total, length = torch.stack([total, norm]).tolist()
     if not (math.isfinite(total) and math.isfinite(length)):
         optimizer.zero_grad()
+        places = (first_broken(model, ids) for ids, _ in examples)
+        where = next((p for p in places if p.startswith("first")), "finite in fp32 when run again")
         raise SertError(
-            f"step {step}: loss {total:.4g}, gradient norm {length:.4g}; the weights are as before "
-            "this step. Lower --lr, or look at the examples of this step"
+            f"step {step}: loss {total:.4g}, gradient norm {length:.4g} ({where}); the weights are "
+            "as before this step. Lower --lr, use --dtype fp32, or look at the examples of this step"
         )
     if length > clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
@@ -244,14 +283,16 @@ def fit(
     returns; it calls poll() now and then) and timings.jsonl. The state is saved every
     `save_seconds`, at the end, and when SIGINT or SIGTERM asks to stop, which then exits."""
     steps, per_epoch = s.steps(len(examples)), -(-len(examples) // s.batch_size)
+    keep_freed_memory()
     optimizer = make_optimizer(model, s.lr)
-    first = step = load_state(model, optimizer, out)
+    first = step = parallel.process_0_first(lambda: load_state(model, optimizer, out))
     if step > steps:
         raise SertError(
             f"{out} has gone {step:,} steps already, asked are {steps:,}; raise --epochs or "
             "--max-steps, or choose another --out-dir"
         )
-    validated = keep_metrics_before(out / "metrics.jsonl", step)
+    log = out / "metrics.jsonl" if parallel.RANK == 0 else Path(os.devnull)
+    validated = keep_metrics_before(log, step) if parallel.RANK == 0 else 0
     loss_of = torch.compile(loss_sum, dynamic=True) if compiled else loss_sum
     model.wte.sparse = sparse_embedding(model) and not compiled
     tokens, seconds, saved = 0, 0.0, time.perf_counter()
@@ -262,27 +303,35 @@ def fit(
 
     def save() -> None:
         nonlocal saved
+        if parallel.RANK > 0:
+            return
         os.fsync(metrics.fileno())
         save_state(model, optimizer, out, step)
         saved = time.perf_counter()
         spent = {"from": first, "step": step, "tokens": tokens, "seconds": round(seconds, 3)}
         append_durable(out / "timings.jsonl", to_line(spent))
 
-    def stop_if_asked(*_) -> None:
+    def poll(*_) -> None:
         if stopped:
+            raise Stop
+
+    def stop_if_asked() -> None:
+        if number := parallel.largest(stopped[0] if stopped else 0):
             save()
             print(f"\nsaved at step {step}; continue with: {this_command()}", flush=True)
-            raise SystemExit(128 + stopped[0])
+            raise SystemExit(128 + number)
 
     with (
-        open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics,
+        open(log, "a", encoding="utf-8") as metrics,
         stop_signals() as stopped,
-        tqdm(total=steps, initial=step, unit="step") as bar,
+        tqdm(total=steps, initial=step, unit="step", disable=parallel.RANK > 0) as bar,
     ):
         while True:
             epoch, at = divmod(step, per_epoch)
-            if validate and step > validated and (at == 0 or step == steps):
-                note(**validate(stop_if_asked))
+            due = validate and step > validated and (at == 0 or step == steps)
+            if due and parallel.RANK == 0:
+                with contextlib.suppress(Stop):
+                    note(**validate(poll))
             stop_if_asked()
             if step == steps:
                 break
@@ -306,6 +355,10 @@ def fit(
         save()
 
 
+class Stop(Exception):
+    """Leaves a validation that is asked to stop."""
+
+
 @contextlib.contextmanager
 def told_where(where: str) -> Iterator[None]:
     """Put the place in front of what goes wrong in a step."""
@@ -323,7 +376,8 @@ def keep_metrics_before(metrics: Path, step: int) -> int:
     """Cut metrics.jsonl back to `step`: what was logged after the saved state is redone. Returns
     the last step that was validated."""
     set_torn_tail_aside(metrics)
-    kept = [r for r in read_jsonl(metrics) if r["step"] <= step] if metrics.exists() else []
+    there = read_jsonl(metrics, METRICS) if metrics.exists() else ()
+    kept = [r for r in there if r["step"] <= step]
     write_atomic(metrics, map(to_line, kept))
     return max((r["step"] for r in kept if "validation_loss" in r), default=0)
 
@@ -402,6 +456,7 @@ def load_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path) -> int:
 
 def read_state(folder: Path) -> dict[str, Tensor] | None:
     """The tensors in a state folder; None, after a printed line, if it is broken."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -411,9 +466,10 @@ def read_state(folder: Path) -> dict[str, Tensor] | None:
         if folder.name != f"step-{state.get('step'):08d}":
             raise SertError(f"its step is {state.get('step')}")
         return load_file(folder / "state.safetensors")
-    except (SertError, OSError, ValueError, TypeError) as e:
+    except (SertError, OSError, ValueError, TypeError, SafetensorError) as e:
         aside = folder.with_name(folder.name.replace("step", "broken"))
-        print(f"{folder} is broken ({e}); it is now {aside.name}, and the state before it is taken")
+        why = printable(str(e))
+        print(f"{folder} is broken ({why}); it is now {aside.name}; the state before it is taken")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         return None

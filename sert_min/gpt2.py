@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.cpu import linear
 from sert_min.runtime import SertError
 from sert_min.store import atomic_folder, read_json
 
@@ -74,8 +75,14 @@ class GPT2Config:
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Each position sees itself and what is before it. q (already scaled), k, v: [B, T, H, D]."""
+    assert q.dim() == 4, "one text is ids [1, T], not [T]: the axes would be mixed up"
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0).transpose(1, 2)
+
+
+def product(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A linear layer, in the dtype of its weight."""
+    return linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
 
 
 class Attention(nn.Module):
@@ -89,10 +96,10 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(c.n_embd, c.n_embd)
 
     def forward(self, x: Tensor, attend) -> Tensor:
-        qkv = self.c_attn(x.to(self.c_attn.weight.dtype))  # [.., C] -> [.., 3C]
+        qkv = product(x, self.c_attn)  # [.., C] -> [.., 3C]
         q, k, v = qkv.view(*x.shape[:-1], 3, self.n_head, -1).unbind(-3)  # [.., H, D] each
         out = attend(self.layer, q * self.scale, k, v)  # [.., H, D]
-        return self.c_proj(out.reshape(x.shape))
+        return product(out.reshape(x.shape), self.c_proj)
 
 
 class MLP(nn.Module):
@@ -104,7 +111,7 @@ class MLP(nn.Module):
         self.act = ACTIVATIONS[c.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.act(self.c_fc(x.to(self.c_fc.weight.dtype))))
+        return product(self.act(product(x, self.c_fc)), self.c_proj)
 
 
 class Block(nn.Module):
@@ -133,7 +140,8 @@ class GPT2(nn.Module):
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.n_embd, c.vocab_size, False)
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, attend=causal_attention):
-        """Hidden states after the last LayerNorm, fp32: ids [.., T] or [B] -> [.., C].
+        """Hidden states after the last LayerNorm, fp32: ids [B, T] -> [B, T, C]. With an
+        `attend` that knows what the rows are, ids [N] -> [N, C] (decoding, packed training).
 
         `positions` has the shape of ids (default 0..T-1 along the last axis);
         `attend(layer, q, k, v)` maps [.., H, D] queries, scaled, to [.., H, D]."""
@@ -152,13 +160,13 @@ class GPT2(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [.., C] -> fp32 logits [.., V]; never rounded to bf16 on the way."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.head_weight)
+            return linear(hidden.float(), self.head_weight)
 
     def cast_(self, dtype: torch.dtype) -> "GPT2":
         """Set the dtype of the linear layers' products; everything else stays fp32."""
         for block in self.h:
-            for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
-                linear.to(dtype)
+            for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+                layer.to(dtype)
         return self
 
     def init_weights_(self, seed: int) -> "GPT2":
@@ -174,6 +182,26 @@ class GPT2(nn.Module):
 
     def n_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+@torch.inference_mode()
+def first_broken(model: GPT2, ids: list[int]) -> str:
+    """Where the numbers of a text first stop being finite, for the error of somebody who has seen
+    a NaN: runs the model once more, layer by layer."""
+    x = torch.tensor(ids, device=model.wte.weight.device)[None]
+    steps = [("the embeddings", lambda x: model.wte(x) + model.wpe.weight[: x.shape[1]])]
+    for i, block in enumerate(model.h):
+        where = f"layer {i} of 0 to {len(model.h) - 1}"
+        steps.append(
+            (f"{where}, attention", lambda x, b=block: x + b.attn(b.ln_1(x), causal_attention))
+        )
+        steps.append((f"{where}, MLP", lambda x, b=block: x + b.mlp(b.ln_2(x))))
+    steps += [("the last LayerNorm", model.ln_f), ("the head", model.logits)]
+    for where, step in steps:
+        x = step(x)
+        if not x.isfinite().all():
+            return f"first in {where}"
+    return "not when run again"
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -273,8 +301,8 @@ def read_config(folder: Path) -> GPT2Config:
             f"known are {', '.join(ACTIVATIONS)}"
         )
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-        n = getattr(config, name)
-        if not (type(n) is int and 0 < n < 2**24) and not (name == "n_inner" and n is None):
+        n, most = getattr(config, name), 1000 if name == "n_layer" else 2**24  # each layer is built
+        if not (type(n) is int and 0 < n < most) and not (name == "n_inner" and n is None):
             raise SertError(f"{folder}/config.json: {name} {n!r} is no size; fix the file")
     if config.n_embd % config.n_head:
         raise SertError(
@@ -385,7 +413,8 @@ def model_label(name: str, folder: Path) -> str:
     if name == "micro" or (name in HUB and not Path(name).is_dir()):
         return name
     if root := read_sert(folder).get("root"):
-        return re.sub(r"[^\w.-]", "-", str(root))
+        label = re.sub(r"[^\w.-]", "-", str(root))[:100]
+        return label if label.strip(".") else "model"  # not `..`: it becomes a folder
     if Path(name).is_dir():
         return re.sub(r"[^\w.-]", "-", Path(name).resolve().name) + "-" + weights_hash(folder)[:8]
     return name.replace("/", "--")

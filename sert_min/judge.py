@@ -93,6 +93,12 @@ def mean_score(scores: dict) -> float | None:
     return None if None in values else math.fsum(values) / len(values)
 
 
+SCORED = {  # the form of a line of scores-NAME.jsonl
+    "id": str,
+    "scores": {key: (float, None) for key in KEYS},
+    "mean": (float, None),
+}
+
 # --- scores of records ----------------------------------------------------------------------------
 
 

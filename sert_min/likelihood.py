@@ -10,6 +10,7 @@ options one after another, each of which sees the context and itself.
     context  c0 c1 c2 | So is yes . | So is no .        positions 0 1 2 | 3 4 5 6 | 3 4 5 6
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import score
-from sert_min.gpt2 import GPT2
+from sert_min.gpt2 import GPT2, first_broken
 from sert_min.prompts import answer_sentence, question_prompt, strip_answer_sentence
+from sert_min.runtime import SertError
 from sert_min.tasks import LETTERS, Question
 
 ROWS = 16  # questions that are scored together
@@ -98,7 +100,13 @@ def answer_logprobs(
         sums = [[0.0] * len(possible_answers(q)) for q, _ in some]
         for (row, _, _, option), logprob in zip(wanted, logprobs):
             sums[row][option] += logprob
-        for (q, _), values in zip(some, sums):
+        for row, ((q, _), values) in enumerate(zip(some, sums)):
+            if not all(map(math.isfinite, values)):
+                raise SertError(
+                    f"question {q.id}: an answer's log-prob is NaN or infinite "
+                    f"({first_broken(model, trees[row].ids[: trees[row].start])}); check the "
+                    "model's weights, or use --dtype fp32"
+                )
             out.append({a: round(v, 4) for a, v in zip(possible_answers(q), values)})
     return out
 

@@ -2,6 +2,8 @@
 
 People live in towns; every town has one flag colour, tree, sport and fruit. A question asks for
 something about the town *where a person lives*, so it needs two facts through a bridge (the town).
+A town has a name of two words, and only both together tell its values. With one word, training on
+labels taught the student to pass the bridge unwritten (43 % of five choices right, chance 20 %).
 
     python -m sert_min.micro build  --out DIR    # generator -> corpus -> BPE -> pretrained student
     python -m sert_min.micro report              # what the shipped student does, measured
@@ -23,18 +25,18 @@ STEMS = ("Al", "Ber", "Cor", "Dar", "El", "Fin", "Gar", "Hal", "Il", "Jor",
 ENDS = ("a", "an", "o", "in", "en", "ia", "ric", "ton", "la", "da",
         "na", "mon", "vin", "let", "ra", "sa", "bert", "wen", "dor", "mi")
 PEOPLE = tuple(stem + end for stem in STEMS for end in ENDS)  # 400
-TOWN_STEMS = ("Ash", "Brook", "Clay", "Dun", "East", "Fern",
-              "Glen", "Hart", "Lake", "Mill", "North", "Stone")
-TOWNS = tuple(stem + end for stem in TOWN_STEMS for end in ("ford", "ton", "field", "wick"))  # 48
+TOWN_FIRST = ("Ash", "Brook", "Clay", "Fern", "Glen", "Hart")
+TOWN_SECOND = ("Creek", "Field", "Ford", "Hill", "Lake", "Mill", "Ridge", "Vale")
+TOWNS = tuple(f"{first} {second}" for first in TOWN_FIRST for second in TOWN_SECOND)  # 48
 # Names that no fact is about: puzzles use them to show the form of a verdict without any fact.
 STRANGER_STEMS = ("Bel", "Dom", "Gil", "Hu", "Lin", "Os", "Pe", "Qui", "Sim", "Tho")
 STRANGERS = tuple(stem + end for stem in STRANGER_STEMS for end in ("us", "ette", "ma", "ry"))
-FAR_TOWNS = tuple(stem + end for stem in ("Green", "West", "Wood")
-                  for end in ("burg", "haven", "mouth", "gate"))
+FAR_TOWNS = tuple(f"{first} {second}" for first in ("Green", "West", "Wood")
+                  for second in ("Bay", "Cross", "Gate", "Haven"))
 # fmt: on
 LETTERS = "ABCDE"
 # What sample.py and train.py use where a flag is left out (tasks.preset). Latent paths here have
-# 18 to 28 tokens, rep-2 up to 0.35 and, once begun, are nearly certain: perplexity 1.1 to 1.4.
+# 20 to 30 tokens, rep-2 up to 0.36 and, once begun, are nearly certain: perplexity 1.1 to 1.4.
 # So the paper's 25 tokens, 0.2 and 5 do not fit.
 PRESET = {
     "min_tokens": 12,
@@ -125,16 +127,20 @@ class World:
 
 @lru_cache(maxsize=8)
 def make_world(seed: int) -> World:
-    """Facts of one world: towns equally large, values equally common, roles balanced."""
+    """Facts of one world: towns equally large, values equally common, roles balanced.
+
+    The eight towns with the same first word have all eight values of a relation: the first word
+    of a town, which may be known before the name is written, says nothing about any answer.
+    """
     rng = random.Random(f"world {seed}")
     people = list(PEOPLE)
     rng.shuffle(people)
     home = {p: TOWNS[i % len(TOWNS)] for i, p in enumerate(people)}
     value = {}
     for name, relation in RELATIONS.items():
-        towns = list(TOWNS)
-        rng.shuffle(towns)
-        value.update({(name, t): relation.values[i % 8] for i, t in enumerate(towns)})
+        for first in TOWN_FIRST:
+            for second, v in zip(TOWN_SECOND, rng.sample(relation.values, 8)):
+                value[name, f"{first} {second}"] = v
     # Every person is asked about once in train and once in test, under two different relations;
     # the other two relations are the corpus's. All 12 ordered pairs are equally common.
     names = list(RELATIONS)
@@ -212,14 +218,14 @@ def answer_text(question: Question) -> str:
 # --- corpus -------------------------------------------------------------------------------------
 
 MIX = {  # documents per hundred
-    "fact": 20,  # six facts
+    "fact": 26,  # six facts
     "ask": 11,  # a question about one fact, answered rightly
-    "direct": 22,  # a two-hop question, answered at random
+    "direct": 19,  # a two-hop question, answered at random
     "imitative": 9,  # a two-hop question, answered with or followed by another question
     "options": 3,  # a five-choice question, its options listed back
-    "reasoning": 5,  # a two-hop question, answered by reasoning: what is to be latent
+    "reasoning": 4,  # a two-hop question, answered by reasoning: what is to be latent
     "puzzle": 18,  # the same under another heading, half of them about people without facts
-    "drill": 10,  # only the last step: is this value the one asked for?
+    "drill": 8,  # only the last step: is this value the one asked for?
     "talk": 2,
 }
 
@@ -282,7 +288,7 @@ def direct_answer(rng, options) -> str:
 
 def fact_document(world: World, rng) -> str:
     """Six facts in any of their wordings: all about people, or all about towns (never a chain)."""
-    if rng.random() < 0.6:
+    if rng.random() < 0.25:  # a town is the harder to learn
         people = rng.sample(PEOPLE, 6)
         facts = [rng.choice(HOMES + HOME_NOTES).format(p=p, t=world.home[p]) for p in people]
     else:
@@ -316,7 +322,7 @@ def document(world: World, rng) -> str:
     if kind == "talk":
         return " ".join(rng.sample(TALK, 3))
     if kind == "ask":
-        if rng.random() < 0.6:
+        if rng.random() < 0.5:
             p = rng.choice(PEOPLE)
             fact = rng.choice(HOMES).format(p=p, t=world.home[p])
             return f"Question: {ASK_HOME.format(p=p)}\nAnswer: {fact}"
@@ -386,7 +392,7 @@ def pattern(template: str, **slots: str) -> re.Pattern:
     return re.compile(r"\b" + text + r"\b")
 
 
-PERSON, TOWN = r"(?P<p>[A-Z][a-z]+)", r"(?P<t>[A-Z][a-z]+)"
+PERSON, TOWN = r"(?P<p>[A-Z][a-z]+)", r"(?P<t>[A-Z][a-z]+ [A-Z][a-z]+)"
 
 
 def patterns() -> tuple[list, dict, dict, dict]:

@@ -154,7 +154,7 @@ by `python -m sert_min.micro build`, which also wrote this file. It opens in `tr
 {recipe}
 - tokenizer: byte-level BPE trained on the same corpus, until every word of it is one token
 - optimiser: Muon (0.02) for the blocks' matrices, AdamW (3e-3) for the rest; 100 steps of warm-up,
-  then constant, over the second half linearly down
+  then constant, over the last three quarters linearly down
 
 ## Measured behaviour
 Printed by `python -m sert_min.micro report`:

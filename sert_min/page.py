@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sert_min import filters
 from sert_min.runtime import SertError
-from sert_min.store import read_json, read_jsonl, write_atomic
+from sert_min.store import PATH, read_json, read_jsonl, write_atomic
 from sert_min.tasks import LETTERS, Question
 from sert_min.tokenizer import Tokenizer
 
@@ -69,14 +69,11 @@ def write_page(
 
 def records_of(folder: Path) -> Iterator[dict]:
     """The path records of a run folder; what was not written by sample.py is an error."""
-    fields = ("task", "id", "question", "answer", "branch", "sample", "text", "token_ids")
-    fields += ("logprobs", "path_start", "path_end", "finish", "perplexity", "rep2", "verdict")
-    for number, r in enumerate(read_jsonl(folder / "paths.jsonl"), 1):
-        missing = [f for f in fields if f not in r]
-        if missing or len(r["token_ids"]) != len(r["logprobs"]):
-            what = f"lacks {missing[0]}" if missing else "has more tokens than log-probs, or fewer"
+    for number, r in enumerate(read_jsonl(folder / "paths.jsonl", PATH), 1):
+        if len(r["token_ids"]) != len(r["logprobs"]):
             raise SertError(
-                f"{folder / 'paths.jsonl'} line {number} {what}; sample into a new folder"
+                f"{folder / 'paths.jsonl'} line {number} has more tokens than log-probs, or fewer; "
+                "sample into a new folder"
             )
         yield r
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from sert_min.judge import SCORED
 from sert_min.runtime import SertError
 from sert_min.store import read_json, read_jsonl, write_atomic
 
@@ -134,7 +135,7 @@ def path_scores(folder: Path, judge: str | None) -> list[dict]:
             f"{folder} was sampled with early rejection: its texts are cut short, and a figure of "
             "their scores would be wrong; sample with --no-early-reject into another --out-dir"
         )
-    return list(read_jsonl(path))
+    return list(read_jsonl(path, SCORED))
 
 
 def first_seed(folder: Path, judge: str | None) -> Path:

@@ -84,9 +84,11 @@ def strip_answer_sentence(text: str) -> tuple[str, bool]:
     without the reasoning in front of it: `10 kg is less, so the answer is no.` -> `10 kg is less.`
     """
     text, had_one = text.strip(), False
+    starts = [0, *(m.end() for m in _SENTENCE_START.finditer(text))]
     while text:
-        starts = [m.end() for m in _SENTENCE_START.finditer(text)]
-        start = starts[-1] if starts else 0
+        while starts[-1] >= len(text):  # of what is gone
+            starts.pop()
+        start = starts[-1]
         statement = _ANSWER_IS.search(text, start)
         if not statement:
             break

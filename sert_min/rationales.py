@@ -101,7 +101,7 @@ def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, O
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise SertError(
             f"--teacher-file {path} is in none of the known forms ({type(e).__name__}: "
-            f"{str(e)[:80]}); see README, Teachers"
+            f"{str(e)[:80]}); `python distill.py --help` names them"
         ) from None
     if not found:
         raise SertError(f"--teacher-file {path} has no output for any question of this task")
@@ -142,11 +142,8 @@ def as_text(value) -> str | None:
     raise ValueError(f"a {type(value).__name__} where a text was expected")
 
 
-LOG_ENTRY = re.compile(
-    r"^Q: (?P<q>.*?)\nA: Let's think step by step\.(?P<r>.*)"
-    r"\nTherefore, (?:among [A-Z] through [A-Z], )?the answer(?: \([^)\n]*\))? is\b.*?"
-    r"^pred_before : (?P<a>.*?)\npred_after :",
-    re.DOTALL | re.MULTILINE,
+LOG_TRIGGER = re.compile(
+    r"\nTherefore, (?:among [A-Z] through [A-Z], )?the answer(?: \([^)\n]*\))? is\b"
 )
 
 
@@ -155,15 +152,25 @@ def log_entries(log: bytes) -> list[dict]:
     of the second request on a line of its own (the last such line: reasoning may say "Therefore,
     the .. is" as well) and `pred_before`, the answer as the teacher gave it."""
     blocks = re.split(r"^\*{20,}$", log.decode("utf-8", "replace"), flags=re.MULTILINE)
-    return [
-        {
-            "question": m["q"].split(" Answer Choices:")[0],
-            "rationale": m["r"].strip(),
-            "teacher_completion": m["a"].strip(),
-        }
-        for m in map(LOG_ENTRY.search, blocks)
-        if m
-    ]
+    return [entry for entry in map(log_entry, blocks) if entry]
+
+
+def log_entry(block: str) -> dict | None:
+    """One entry as a row; step by step, because one regex for all of it needs hours for a file that
+    is none."""
+    before, after = "\npred_before : ", "\npred_after :"
+    _, found, text = ("\n" + block).partition("\nQ: ")
+    question, told, text = text.partition("\nA: Let's think step by step.")
+    last = text.rfind(before, 0, max(0, text.rfind(after)))
+    triggers = [m for m in LOG_TRIGGER.finditer(text) if m.end() <= last]
+    if not (found and told and triggers):
+        return None
+    answer = text[text.find(before, triggers[-1].end()) + len(before) :]
+    return {
+        "question": question.split(" Answer Choices:")[0],
+        "rationale": text[: triggers[-1].start()].strip(),
+        "teacher_completion": answer.partition(after)[0].strip(),
+    }
 
 
 def read_step_by_step(path: Path, questions: list[Question]) -> tuple[dict[str, Output], Counter]:

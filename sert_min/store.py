@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,21 +22,83 @@ def to_line(record: dict) -> str:
     return json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def read_jsonl(path: Path | str) -> Iterator[dict]:
-    """Yield the records of a JSONL file; a line that is no JSON object is an error with its
-    number. Reads line by line, so that memory stays flat."""
+MAX_LINE = 2**24  # bytes; the longest that anything here writes is a reply of 1,000,000 characters
+PATH = {  # the form of a line of paths.jsonl
+    "task": str,
+    "id": str,
+    "question": str,
+    "answer": str,
+    "branch": int,
+    "sample": int,
+    "text": str,
+    "token_ids": [int],
+    "logprobs": [float],
+    "path_start": int,
+    "path_end": int,
+    "finish": str,
+    "perplexity": (float, None),
+    "rep2": float,
+    "verdict": str,
+}
+
+
+def fits(value, form) -> bool:
+    """Has a JSON value this form? A type (float: any finite number), None, a range of whole
+    numbers, a tuple of alternatives (with `...`: or missing), [form of the elements] or {key:
+    form}, other keys allowed.
+
+    >>> fits({"a": [1, 2], "b": None}, {"a": [int], "b": (str, None), "c": (int, ...)})
+    True
+    """
+    if isinstance(form, dict):
+        return isinstance(value, dict) and not wrong_keys(value, form)
+    if isinstance(form, list):
+        if form == [int]:  # quick: paths are long
+            return isinstance(value, list) and set(map(type, value)) <= {int}
+        return isinstance(value, list) and all(fits(v, form[0]) for v in value)
+    if isinstance(form, tuple):
+        return any(fits(value, f) for f in form)
+    if isinstance(form, range):
+        return type(value) is int and value in form
+    if form is float:
+        return type(value) in (int, float) and abs(value) < 1e300  # not NaN
+    return value is None if form is None else type(value) is form
+
+
+def wrong_keys(record: dict, form: dict) -> list[str]:
+    """The keys of `form` that a record lacks, or has with another kind of value."""
+    return [k for k, f in form.items()
+            if not (fits(record[k], f) if k in record else isinstance(f, tuple) and ... in f)]  # fmt: skip
+
+
+def no_constant(name: str):
+    """JSON has no NaN and no Infinity, Python's reader has."""
+    raise ValueError(f"{name} is no number")
+
+
+def read_jsonl(path: Path | str, form: dict | None = None) -> Iterator[dict]:
+    """Yield the records of a JSONL file; a line that is no JSON object, or not of this `form`, is
+    an error with its number. Reads line by line, so that memory stays flat."""
+    way_out = "remove that line or make the file again"
     try:
         with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
+            number = 0
+            while line := f.readline(MAX_LINE + 1):
+                number += 1
+                if len(line) > MAX_LINE:
+                    raise SertError(f"{path} line {number} is longer than 16 MB; {way_out}")
                 try:
-                    record = json.loads(line.decode("utf-8"))
+                    record = json.loads(line.decode("utf-8"), parse_constant=no_constant)
                 except (ValueError, RecursionError) as e:
                     raise SertError(
-                        f"{path} line {number} is not JSON ({str(e)[:80]}); "
-                        "remove that line or make the file again"
+                        f"{path} line {number} is not JSON ({str(e)[:80]}); {way_out}"
                     ) from None
                 if not isinstance(record, dict):
                     raise SertError(f"{path} line {number} is not a JSON object; remove that line")
+                if wrong := wrong_keys(record, form or {}):
+                    raise SertError(
+                        f"{path} line {number}: {wrong[0]} is missing or of a wrong kind; {way_out}"
+                    )
                 yield record
     except FileNotFoundError:
         raise SertError(f"{path} does not exist; check the path") from None
@@ -46,7 +109,8 @@ def read_jsonl(path: Path | str) -> Iterator[dict]:
 def read_json(path: Path | str) -> dict:
     """The JSON object in `path`."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=no_constant)
     except FileNotFoundError:
         raise SertError(f"{path} does not exist; check the path") from None
     except IsADirectoryError:
@@ -84,7 +148,8 @@ def write_atomic(path: Path | str, chunks: str | Iterable[str]) -> None:
 
 def append_durable(path: Path | str, text: str) -> None:
     """Append whole lines and wait until they are on the disk. On failure (a full disk, say) the
-    file is cut back to what it held before."""
+    file is cut back to what it held before. A torn last line is set aside first."""
+    set_torn_tail_aside(path)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         before = os.fstat(fd).st_size
@@ -129,6 +194,28 @@ def set_torn_tail_aside(path: Path | str) -> int:
     return size - end
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the `.NAME.PID.tmp` that killed writers left in `folder` and the folders in it. A file
+    whose process lives stays: another script may be at work beside this one."""
+    for part in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
+        found = re.fullmatch(r"\..+\.(\d{1,9})\.tmp", part.name)
+        if found and part.is_file() and not is_running(int(found[1])):
+            part.unlink(missing_ok=True)
+
+
+def is_running(pid: int) -> bool:
+    """Does another process of this machine have this number?"""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its name, durably, if the block succeeds.
@@ -164,8 +251,9 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path | str, name: str = ".lock") -> Iterator[None]:
-    """Hold `folder` (made if missing) for this process; a second one is refused."""
+def lock_folder(folder: Path | str, name: str = ".lock", shared: bool = False) -> Iterator[None]:
+    """Hold `folder` (made if missing) for this process; a second one is refused. What killed writes
+    left there is removed, unless other machines may be writing as well (`shared`)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "w") as f:
@@ -175,6 +263,8 @@ def lock_folder(folder: Path | str, name: str = ".lock") -> Iterator[None]:
             raise SertError(
                 f"another process is writing to {folder}; wait for it or choose another --out-dir"
             ) from None
+        if not shared:
+            remove_leftovers(folder)
         yield
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from sert_min.store import read_json
+from sert_min.runtime import SertError
+from sert_min.store import fits, read_json
 
 METHODS = ("finetune", "sert", "sert-rd", "rd")  # in the paper's order
 METRICS = ("acc", "fmt", "len", "rep")
@@ -60,6 +61,12 @@ PAPER = {
 DIGITS = {"acc": 2, "fmt": 2, "len": 2, "rep": 2}
 
 
+TRIPLE = ([(float, None)], ...)  # mean, low, high
+FORM = {"task": str, "model": str, "n": range(2**53), "majority": list} | dict.fromkeys(
+    (*METRICS, "acc_likelihood"), TRIPLE
+)
+
+
 class Value(NamedTuple):
     """One number with its 95 % interval; NaN where there is none."""
 
@@ -80,12 +87,19 @@ class Row(NamedTuple):
 def find_metrics(folder: Path) -> list[dict]:
     """The metrics.json files of test sets anywhere under `folder`, in order of their path; other
     splits, prompts and checkpoints are left out."""
-    found = [read_json(path) for path in sorted(folder.rglob("metrics.json"))]
-    return [
-        m
-        for m in found
-        if m.get("split") == "test" and not m.get("variant") and m.get("method") in NAMES
-    ]
+    found = []
+    for path in sorted(folder.rglob("metrics.json")):
+        m = read_json(path)
+        if m.get("split") != "test" or m.get("variant") or str(m.get("method")) not in NAMES:
+            continue
+        triples = [m[k] for k in (*METRICS, "acc_likelihood") if k in m]
+        majority = m.get("majority")
+        majority = dict(enumerate(majority)) if isinstance(majority, list) else None
+        whole = fits(m, FORM) and fits(majority, {0: str, 1: float})
+        if not whole or any(len(v) != 3 for v in triples):
+            raise SertError(f"{path} is not what evaluate.py writes; evaluate that model again")
+        found.append(m)
+    return found
 
 
 def pooled(values: Iterable) -> Value | None:
@@ -94,11 +108,11 @@ def pooled(values: Iterable) -> Value | None:
     if not values:
         return None
     mean = math.fsum(v[0] for v in values) / len(values)
-    below = [v[0] - v[1] for v in values if v[1] is not None]
-    above = [v[2] - v[0] for v in values if v[2] is not None]
-    if not below:
+    spans = [v for v in values if None not in v]
+    if not spans:
         return Value(mean, math.nan, math.nan)
-    return Value(mean, mean - math.fsum(below) / len(below), mean + math.fsum(above) / len(above))
+    below, above = (math.fsum(v[0] - v[1] for v in spans), math.fsum(v[2] - v[0] for v in spans))
+    return Value(mean, mean - below / len(spans), mean + above / len(spans))
 
 
 def table_rows(metrics: list[dict], task: str) -> list[Row]:

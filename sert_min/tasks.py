@@ -95,9 +95,12 @@ def load(task: str, split: str, data_dir: Path | str | None = None) -> list[Ques
         from sert_min import micro
 
         return micro.questions(split)
-    read = read_commonsense_qa if task == "commonsense_qa" else read_strategy_qa
+    path = data_file(task, split, data_dir)
     try:
-        questions = read(data_file(task, split, data_dir), split)
+        if task == "commonsense_qa":  # a file per split
+            questions = read_commonsense_qa(path)
+        else:
+            questions = read_strategy_qa(path, split)
     except (KeyError, TypeError, ValueError, IndexError) as e:
         raise SertError(f"the {task} file is not in the expected form ({e!r}); get it again") from e
     if len(questions) != SIZES[task, split]:
@@ -167,7 +170,7 @@ def describe(questions: list[Question], split: str) -> str:
 # --- the two public sets ---------------------------------------------------------------------
 
 
-def read_commonsense_qa(path: Path, split: str) -> list[Question]:
+def read_commonsense_qa(path: Path) -> list[Question]:
     """One question per line; the options stand in the question text [SERT Fig. 2]."""
     questions = []
     for row in read_jsonl(path):

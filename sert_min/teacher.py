@@ -1,4 +1,4 @@
-"""One client for teachers and judges: any OpenAI-compatible endpoint, nothing paid for twice.
+"""One client for teachers and judges: any OpenAI-compatible endpoint; a stored reply is never bought again.
 
 Every reply is appended to responses.jsonl, durably, before anything else happens to it, under a key
 made of everything that shapes it. Repeating a command asks only for what is missing. Parsing comes
@@ -36,12 +36,21 @@ from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from sert_min.runtime import SertError, printable, stop_signals, this_command
-from sert_min.store import append_durable, read_jsonl, set_torn_tail_aside, to_line
+from sert_min.store import append_durable, fits, read_jsonl, set_torn_tail_aside, to_line
 
 MAX_REPLY = 1_000_000  # characters of one completion that are kept
 TRIES = 6  # attempts per request; those that only met a rate limit do not count
 BACKOFF = 0.5  # seconds before the second attempt; doubles
 DRAIN = 30.0  # seconds that an interrupted collection waits for what is in flight
+COUNT = range(2**53)  # a number of tokens that floating point can hold
+TOKENS = {"prompt_tokens": (COUNT, None, ...), "completion_tokens": (COUNT, None, ...)}
+REPLY = {
+    "key": str,
+    "text": str,
+    "finish": (str, None),
+    "usage": (TOKENS, None, ...),
+}  # of a folder
+NOTE = {"key": str, "at_most": ([COUNT], ...)}  # .. and of what was sent
 FINAL = ("length", "content_filter", "refusal")  # finish reasons with which empty text is final
 
 
@@ -169,6 +178,20 @@ def make_client(e: Endpoint):
     )
 
 
+def check_flags(args, max_tokens: str, from_zero: tuple[str, ...] = ()) -> None:
+    """Refuse numbers of an endpoint's flags that mean nothing, naming the flag. `max_tokens` and
+    `from_zero` are the flags that teacher and judge call otherwise."""
+    for flag in ("concurrency", "timeout", "deadline", max_tokens):
+        if not 0 < getattr(args, flag) < 2**31:
+            raise SertError(f"--{flag.replace('_', '-')} must be above 0 and below 2^31")
+    for flag in (*from_zero, "max_requests", "max_cost", "price_in", "price_out"):
+        value = getattr(args, flag)
+        if value is not None and not 0 <= value < math.inf:  # nan would switch a cap off
+            raise SertError(f"--{flag.replace('_', '-')} must be a number from 0")
+    if args.max_cost is not None and (args.price_in is None or args.price_out is None):
+        raise SertError("--max-cost needs --price-in and --price-out (USD per million tokens)")
+
+
 def check_url(e: Endpoint) -> None:
     """The address must be one, and hold nothing secret: it is printed."""
     parts = e.parts()
@@ -204,7 +227,7 @@ def attempt(client, e: Endpoint, messages: list[dict]) -> dict:
     except openai.APIStatusError as error:
         raise explain(error, e) from None
     except openai.OpenAIError as error:
-        raise SertError(clean(str(error), 200)) from None
+        raise SertError(server_text(str(error), 200)) from None
 
 
 def read_reply(body, e: Endpoint, request_id: str | None = None) -> dict:
@@ -214,7 +237,7 @@ def read_reply(body, e: Endpoint, request_id: str | None = None) -> dict:
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         error = body.get("error") if isinstance(body, dict) else None
         raise Retry(
-            "a 200 reply without choices" + (f" ({clean(str(error), 200)})" if error else "")
+            "a 200 reply without choices" + (f" ({server_text(str(error), 200)})" if error else "")
         )
     message = choices[0] if e.completions else choices[0].get("message")
     message = message if isinstance(message, dict) else {}
@@ -230,7 +253,7 @@ def read_reply(body, e: Endpoint, request_id: str | None = None) -> dict:
     return {
         "text": hide_key(text.encode("utf-8", "replace").decode()),  # lone surrogates break later
         "finish": short(finish),
-        "usage": {k: n if type(n) is int and n >= 0 else None for k, n in tokens.items()},
+        "usage": {k: n if fits(n, COUNT) else None for k, n in tokens.items()},
         "returned_model": short(body.get("model")),
         "request_id": short(request_id or body.get("id")),
     }
@@ -240,7 +263,7 @@ def explain(error, e: Endpoint) -> Exception:
     """An HTTP error -> Retry, or a SertError with advice."""
     status, code = error.status_code, f"{error.code} {error.type}"
     body = error.body if isinstance(error.body, dict) else {}
-    said = clean(str(body.get("message") or error.message), 300)
+    said = server_text(str(body.get("message") or error.message), 300)
     if status == 402 or "insufficient_quota" in code or "billing" in code:
         return SertError(f"the account has no quota left ({said}); add credit, then repeat")
     if status in (408, 409, 425, 429) or status >= 500:
@@ -255,7 +278,7 @@ def explain(error, e: Endpoint) -> Exception:
             f"/v1; give another --teacher-model or --judge-model, or --base-url ({said})"
         )
     if status < 400:
-        where = clean(error.response.headers.get("location", "elsewhere"), 200)
+        where = server_text(error.response.headers.get("location", "elsewhere"), 200)
         return SertError(f"{e.url()} redirects to {where}; if that is right, give it as --base-url")
     return SertError(f"HTTP {status}: {said}; {flag_to_change(said, str(error.param or ''), e)}")
 
@@ -284,8 +307,14 @@ def retry_after(headers) -> float | None:
             return max(0.0, float(headers[name]) * unit)
         except (KeyError, ValueError):
             continue
-    try:
-        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+
+    def seconds(name: str) -> float:
+        return parsedate_to_datetime(headers[name]).timestamp()
+
+    try:  # by the server's clock, if it says what that shows: ours may be wrong
+        return max(
+            0.0, seconds("retry-after") - (seconds("date") if "date" in headers else time.time())
+        )
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
 
@@ -296,14 +325,14 @@ def hide_key(text: str) -> str:
     return text.replace(key, "[key]") if len(key) >= 12 else text
 
 
-def clean(text: str, limit: int) -> str:
+def server_text(text: str, limit: int) -> str:
     """Server text for the terminal: no control characters, no key, not long."""
     return printable(hide_key(text))[:limit]
 
 
 def short(value) -> str | None:
     """A name that the server gave, for the record."""
-    return clean(value, 200) if isinstance(value, str) else None
+    return server_text(value, 200) if isinstance(value, str) else None
 
 
 # --- what a folder holds --------------------------------------------------------------------------
@@ -328,15 +357,14 @@ class Collection:
         for path in (self.path, self.sent_path()):
             if torn := set_torn_tail_aside(path):
                 print(f"{path}: a torn last line ({torn} bytes) was set aside in {path}.torn")
-        for note in read_jsonl(self.sent_path()) if self.sent_path().exists() else ():
+        for note in read_jsonl(self.sent_path(), NOTE) if self.sent_path().exists() else ():
             bounds = self.unanswered.setdefault(note["key"], [])
             if note.get("refused"):
                 del bounds[-1:]
-            else:
+            elif len(note.get("at_most", ())) == 2:
                 bounds.append(note["at_most"])
-        for record in read_jsonl(self.path) if self.path.exists() else ():
-            if isinstance(record.get("key"), str) and isinstance(record.get("text"), str):
-                self.count(record)
+        for record in read_jsonl(self.path, REPLY) if self.path.exists() else ():
+            self.count(record)
         return self
 
     def sending(self, key: str, at_most: tuple[int, int]) -> None:
@@ -381,7 +409,9 @@ class Collection:
     def summary(self, e: Endpoint) -> str:
         usd, bills = e.usd(self.tokens_in, self.tokens_out), len(self.open_bills())
         cost = "give --price-in and --price-out for USD" if usd is None else f"{usd:.4f} USD"
-        text = f"{e.model}: {len(self.replies):,} replies, {self.tokens_in:,} tokens in, "
+        text = (
+            f"{printable(e.model)}: {len(self.replies):,} replies, {self.tokens_in:,} tokens in, "
+        )
         text += f"{self.tokens_out:,} out; {cost}"
         if bills:
             text += f"; {bills:,} requests without a known bill (cut off, timed out or no usage)"
@@ -392,7 +422,12 @@ class Collection:
 def stored_replies(path: Path) -> dict[str, dict]:
     """The replies in a responses.jsonl by key, without touching it: another process may write."""
     whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    records = [json.loads(line) for line in whole.split(b"\n") if line]
+    try:
+        records = [json.loads(line) for line in whole.split(b"\n") if line]
+    except (ValueError, RecursionError):
+        records = [None]
+    if not fits(records, [REPLY]):
+        raise SertError(f"{path} holds a line that is no reply; remove that line")
     return {r["key"]: r for r in reversed(records)}
 
 
@@ -449,19 +484,19 @@ def collect(
     if not asks:
         return []
     check()
-    run = Run(collection, e, make_client(e), max_requests, max_cost, follow_up, progress)
+    run = Collecting(collection, e, make_client(e), max_requests, max_cost, follow_up, progress)
     run.todo.extend(Job(a, a.key(e)) for a in asks)
     with stop_signals() as stopped:
         try:
-            while run.todo or run.later or run.flying:
-                if stopped:
-                    print(f"\nno new requests; continue with: {this_command()}", flush=True)
-                    raise SystemExit(128 + stopped[0])
+            while not stopped and (run.todo or run.later or run.flying):
                 run.send_what_is_due()
                 if run.capped and not run.flying:
                     break
                 if run.receive(wait=0.05):
                     check()
+            if stopped:  # also behind the last reply: what follows may take hours
+                print(f"\nno new requests; continue with: {this_command()}", flush=True)
+                raise SystemExit(128 + stopped[0])
         finally:
             run.drain()
     left = [*run.later, *run.todo]
@@ -469,7 +504,7 @@ def collect(
 
 
 @dataclass
-class Run:
+class Collecting:
     """A collection at work. The calling thread decides, counts and writes; a thread per request in
     flight sends it and hands back what came. (Daemons: one that hangs can't keep us from ending.)"""
 
@@ -575,7 +610,7 @@ class Run:
         if why.busy:
             job.tries, job.pauses = job.tries - 1, job.pauses + 1
         job.due = now + max(pause, why.after or 0)
-        self.progress(0, f"retrying: {clean(str(why), 60)}")
+        self.progress(0, f"retrying: {server_text(str(why), 60)}")
         if job.tries >= TRIES or job.due > job.end:
             self.fail(job, str(why))
         else:

@@ -9,6 +9,7 @@ import json
 import socket
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,6 +21,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"  # real data; not part o
 MERGES = ["h e", "e s", "Ġ t", "Ġt he", "Ġ y", "Ġy es", "Ġ n", "Ġn o", "a n", "an s", "w e", "we r"]
 
 torch.set_num_threads(1)
+# A busy machine is no failure: no time limits per example.
+slow = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("here", deadline=None, suppress_health_check=slow)
+hypothesis.settings.load_profile("here")
 
 
 def shared(*parts: str) -> Path:

@@ -157,6 +157,27 @@ def test_loss_and_gradients_equal_transformers(config):
         assert_close(ours, ours_of(name, p.grad), 1e-5)
 
 
+def test_head_loss_equals_cross_entropy():
+    """Guards the head's own gradient, and a loss of infinity where a target's share rounds to 0."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(7, 8, generator=g), torch.randn(50, 8, generator=g)
+    hidden[0] *= 100  # logits hundreds of nats apart
+    targets = torch.randint(0, 50, (7,), generator=g)
+    targets[0] = (hidden[0] @ weight.T).argmin()
+    found = []
+    for f in (
+        lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"),
+        lambda h, w: finetune.HeadLoss.apply(h, w, targets),
+    ):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = f(h, w)
+        (loss / 3).backward()
+        found.append((loss.detach(), h.grad, w.grad))
+    assert found[0][0] > 500
+    for a, b in zip(*found):
+        assert_close(b, a, 1e-6)
+
+
 def test_packed_equals_padded_equals_one_by_one():
     """Guards the way into the attention grid and out of it."""
     model, examples = random_model(), random_examples()

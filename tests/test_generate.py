@@ -99,14 +99,15 @@ def test_logprobs_equal_full_forward(raw, rows):
 @pytest.mark.parametrize("rows", [1000, 40])
 def test_stale_cache_is_never_read(monkeypatch, rows):
     """Guards against attention to slots that a row has not written: they hold huge numbers."""
-    plain_init = generate.Decoder.__init__
+    plain_reach = generate.Decoder.reach
 
-    def init(self, *args):
-        plain_init(self, *args)
-        self.keys.fill_(1e4)
-        self.values.fill_(-1e4)
+    def reach(self, tokens):
+        before = self.chunks
+        plain_reach(self, tokens)
+        self.keys[:, before : self.chunks] = 1e4
+        self.values[:, before : self.chunks] = -1e4
 
-    monkeypatch.setattr(generate.Decoder, "__init__", init)
+    monkeypatch.setattr(generate.Decoder, "reach", reach)
     model, (prompts, names) = loud_model(), make_prompts(5)
     got = sample_block(model, Words(), prompts, names, replace(PAPER, rows=rows))
     assert logprob_error(model, prompts, got).abs().max() < 1e-4
@@ -259,6 +260,38 @@ def test_reject_stops_rows_and_leaves_the_others():
             assert (a.finish == "rejected") == stopped
             changed += b.token_ids[:n] != a.token_ids or (not stopped and n != len(b.token_ids))
         assert changed <= 1
+
+
+@pytest.mark.parametrize("look", [2, 8])
+@pytest.mark.parametrize("raw", [False, True])
+def test_looking_seldom_draws_the_same(look, raw):
+    """Guards the GPU's way, where the host sees several steps at once: what a row drew behind its
+    end is dropped, steps beyond the cap do no harm, rejection cuts at the same token, and the count
+    of progress leaves the dropped ones out."""
+    model, (prompts, names) = loud_model(), make_prompts(8)
+    s = replace(PAPER, rows=30, raw=raw)
+
+    def reject(row) -> bool:
+        return sum(row.token_ids[-2:]) % 29 == 0
+
+    told: list[int] = []
+    once = sample_block(model, Words(), prompts, names, s, reject, look=1)
+    rows = sample_block(model, Words(), prompts, names, s, reject, told.append, look=look)
+    assert {row.finish for row in rows} == {"eos", "length", "rejected"}
+    assert count_flips(once, rows)[0] <= 1  # other neighbours, other last bits; measured 0
+    assert [r.finish for r in rows] == [r.finish for r in once] or count_flips(once, rows)[0]
+    assert logprob_error(model, prompts, rows).abs().max() < 1e-4
+    assert sum(told) == sum(len(r.token_ids) - 1 + (r.finish == "eos") for r in rows)
+
+
+@pytest.mark.parametrize("new", [32, 33, 34, 70])
+def test_rows_longer_than_a_chunk(new):
+    """Guards the seam between two chunks of a row's own keys."""
+    model, (prompts, names) = loud_model(), make_prompts(4)
+    s = SampleSettings(branches=2, max_new_tokens=new, rows=20)
+    rows = sample_block(model, Words(eot=-1), prompts, names, s)
+    assert {len(row.token_ids) for row in rows} == {new}
+    assert logprob_error(model, prompts, rows).abs().max() < 1e-4
 
 
 def test_questions_finish_out_of_order():

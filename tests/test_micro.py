@@ -77,6 +77,20 @@ def test_answers_are_balanced(seed, split):
     assert 190 <= n <= 210 and abs(sum(c["yes"] for c in by_value.values()) - n / 2) <= 4
 
 
+@pytest.mark.parametrize("seed", [0, 7, 100])
+def test_the_first_word_of_a_town_tells_nothing(seed):
+    """Guards: a bridge of which one word is enough; and a word that is also a person's name."""
+    world = micro.make_world(seed)
+    for name, relation in micro.RELATIONS.items():
+        for first in micro.TOWN_FIRST:
+            values = [v for (n, t), v in world.value.items() if n == name and t.split()[0] == first]
+            assert sorted(values) == sorted(relation.values)
+    assert len(world.value) == len(micro.RELATIONS) * len(set(micro.TOWNS))
+    assert not set(" ".join(micro.TOWNS).split()) & set(micro.PEOPLE)
+    homes = Counter(world.home.values())
+    assert set(homes) == set(micro.TOWNS) and max(homes.values()) - min(homes.values()) <= 1
+
+
 def test_gold_answers_are_the_facts():
     """Guards: a wrong gold label. Worked out here from the facts alone."""
     for q in ALL:
@@ -175,7 +189,7 @@ def test_judge_takes_the_relation_words_of_every_path_form(documents):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=200) | st.lists(st.sampled_from(
-    ["So the flag is", " not", " red", "Alan", " lives in", " Ashford", ".", " This is not what",
+    ["So the flag is", " not", " red", "Alan", " lives in", " Ash Creek", ".", " This is not what",
      " The flag of", "that is"])).map("".join), st.integers(0, len(ALL) - 1))  # fmt: skip
 def test_judge_never_raises(text, i):
     """Guards: a division by zero or a missing group on odd text."""
@@ -203,7 +217,7 @@ def test_names_are_single_tokens(student):
     """Guards: a BPE of another corpus. Names in mid-sentence and values are one token each."""
     tokenizer = student[1]
     values = [v for r in micro.RELATIONS.values() for v in r.values]
-    for word in (*micro.PEOPLE, *micro.TOWNS, *values):
+    for word in (*micro.PEOPLE, *micro.TOWN_FIRST, *micro.TOWN_SECOND, *values):
         assert len(tokenizer.encode(f" {word}")) == 1, word
     vocab = json.loads((MICRO / "vocab.json").read_text("utf-8"))
     assert vocab["<|endoftext|>"] == len(vocab) - 1 == tokenizer.eot

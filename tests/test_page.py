@@ -143,7 +143,7 @@ def test_wrong_inputs_are_one_line(tmp_path, tokenizer):
             page.write_page(runs, out, tok)
         assert not out.exists()
     (run / "paths.jsonl").write_text('{"task":"micro"}\n')
-    with pytest.raises(SertError, match="line 1 lacks id"):
+    with pytest.raises(SertError, match="line 1: id is missing"):
         page.write_page([run], out, tokenizer)
 
 

@@ -141,6 +141,15 @@ def test_a_torn_tail_is_set_aside_not_glued(tmp_path):
     assert store.set_torn_tail_aside(path) == 17 and path.read_bytes() == b""
 
 
+def test_appending_sets_a_torn_line_aside(tmp_path):
+    """Guards files that are only ever appended to (timings): nobody else looks at their end."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a":1}\n{"a":')
+    store.append_durable(path, '{"a":2}\n')
+    assert list(store.read_jsonl(path)) == [{"a": 1}, {"a": 2}]
+    assert (tmp_path / "a.jsonl.torn").read_bytes() == b'{"a":\n'
+
+
 @settings(max_examples=50)
 @given(st.lists(st.sampled_from([b"\n", b"a", b"b" * 65536]), max_size=6))
 def test_torn_tail_of_any_file(tmp_path_factory, pieces):

@@ -226,6 +226,14 @@ def test_retry_after_is_waited_for_by_all(tmp_path):
     assert failures == [] and len(server.times) == 31 and meanwhile <= 4  # those in flight
 
 
+def test_a_date_to_wait_for_is_read_by_the_servers_clock():
+    """With this machine's clock an hour slow, five seconds became an hour, and the run stopped."""
+    then = {"retry-after": "Wed, 01 Jan 2020 00:00:05 GMT", "date": "Wed, 01 Jan 2020 00:00:00 GMT"}
+    assert teacher.retry_after(then) == 5
+    assert 1 < teacher.retry_after({"retry-after": in_two_seconds()}) <= 2
+    assert teacher.retry_after({"retry-after": in_two_seconds(), "date": "nonsense"}) is None
+
+
 @pytest.mark.parametrize("steps, replies", [([ok()], 3), ([error(500, "x"), ok()], 2)])
 def test_max_requests_counts_every_request(steps, replies, tmp_path):
     """A cap that counts questions lets retries cost what they like."""
@@ -512,6 +520,14 @@ def test_a_signal_keeps_what_is_in_flight(number, tmp_path):
         stored = Collection(tmp_path / "responses.jsonl").load()
         assert len(stored.replies) == len(server.bodies) >= 5 and stored.open_bills() == []
     assert len(server.bodies) <= 9
+
+
+def test_a_signal_at_the_last_reply_stops_as_well(tmp_path):
+    """It was swallowed, and distill.py went on to train."""
+    with FakeServer(ok()) as server:
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path, server, 1, check=lambda: len(server.bodies) and os.kill(os.getpid(), 15))
+        assert stopped.value.code == 143 and len(server.bodies) == 1
 
 
 def test_a_hanging_request_does_not_hold_up_a_signal(tmp_path, monkeypatch):

@@ -1,0 +1,93 @@
+"""Training on several processes: `torchrun --nproc-per-node N train.py ..`, one per core or GPU.
+
+Every process reads the same examples, computes the gradient of its part of each batch, and gets the
+sum of all parts; so all take the same optimiser steps and hold the same weights. Process 0 alone
+writes, prints and validates. Without torchrun nothing here does anything.
+
+With --max-restarts N a process that dies makes torchrun start all of them again, from the last saved
+state (on one machine; on several, repeat the command).
+
+The number of processes may change from one run to the next in the same folder: sums are taken in
+another order then, so weights agree within rounding; the same bytes are promised for one number only.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+BUCKET = 2**23  # numbers that are summed at once: copies of the gradients stay small
+
+
+def start() -> None:
+    """Join the other processes; all but process 0 fall silent."""
+    if WORLD == 1 or torch.distributed.is_initialized():
+        return
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    store, *_ = next(torch.distributed.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(WORLD):
+        # After a restart the store still holds the addresses of the processes that died.
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = torch.distributed.PrefixStore(f"life {life}", store)
+    # A process that died is noticed by torchrun; a long wait for process 0 (a teacher's replies,
+    # validation) is no failure.
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=RANK,
+        world_size=WORLD,
+        timeout=timedelta(days=7),
+    )
+
+
+def end() -> None:
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers; also where they wait for each other."""
+    if WORLD == 1:
+        return number
+    shared = torch.tensor(number)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    return int(shared)
+
+
+def process_0_first(f: Callable):
+    """f() on process 0, then on the others, who find the disk as it left it."""
+    result = f() if RANK == 0 else None
+    largest(0)
+    if RANK > 0:
+        result = f()
+    largest(0)
+    return result
+
+
+def sum_up(total: Tensor, parameters: list[Tensor]) -> None:
+    """Replace `total` and all gradients by their sums over the processes. One that had no example
+    has no gradients and adds zeros."""
+    if WORLD == 1:
+        return
+    torch.distributed.all_reduce(total)
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    bucket: list[Tensor] = []
+    for p in [*parameters, None]:
+        if bucket and (p is None or sum(g.numel() for g in bucket) + p.numel() > BUCKET):
+            flat = torch.cat([g.flatten() for g in bucket])
+            torch.distributed.all_reduce(flat)
+            for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+                g.copy_(part.view_as(g))
+            bucket = []
+        if p is not None:
+            bucket.append(p.grad)

@@ -1,0 +1,159 @@
+"""The quick CPU path (kernels/cpu.py) against float64: products, the vocabulary in blocks, the bf16 head."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import shared
+
+from kernels import cpu, head_sample_and_score, reference
+
+GIVEN = {"top_k": 10, "top_p": 0.95, "seed": 3}
+
+
+def head_like_gpt2(V: int, C: int = 256, B: int = 40, seed: int = 0):
+    """Hidden states [B, C] and a weight [V, C] whose logits lie near -100, spread by some 4, as
+    GPT-2's do: a large part that all tokens share, and a small one that tells them apart."""
+    g = torch.Generator().manual_seed(seed)
+    common = torch.randn(C, generator=g)
+    common /= common.norm()
+    weight = 0.25 * torch.randn(V, C, generator=g) + 10 * common
+    hidden = torch.randn(B, C, generator=g) - 10 * common
+    return hidden, weight
+
+
+def exact_logprobs(hidden, weight):
+    return (hidden.double() @ weight.double().T).log_softmax(-1)
+
+
+@pytest.mark.parametrize("shape", [(5, 768, 3072), (3, 4, 512, 600), (1, 300, 300)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_an_fp32_product(shape, bias):
+    """Guards a product at less than fp32 (bf16 or tf32 would be 1,000 times as far off), a lost bias
+    and a lost leading dimension."""
+    *lead, i, o = shape
+    x, w = torch.randn(*lead, i), torch.randn(o, i)
+    b = torch.randn(o) if bias else None
+    with torch.no_grad():
+        found = cpu.linear(x, w, b)
+    wanted = x.double() @ w.double().T + (0 if b is None else b.double())
+    assert found.shape == wanted.shape and found.dtype is torch.float32
+    assert (found - wanted).abs().max() < 1e-6 * i
+
+
+def test_linear_has_gradients():
+    """Guards training: where gradients are wanted, the product must give them."""
+    x, w = torch.randn(3, 300, requires_grad=True), torch.randn(300, 300, requires_grad=True)
+    cpu.linear(x, w).sum().backward()
+    assert torch.allclose(w.grad, x.detach().sum(0).expand(300, 300), atol=1e-5)
+
+
+@pytest.mark.parametrize("V", [reference.BLOCK - 1, reference.BLOCK, 2 * reference.BLOCK + 3])
+def test_blocks_change_nothing(V):
+    """Guards ids that are off by a block, a last block shorter than k, and a sum over part of the
+    vocabulary."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, V, generator=g) * 4 - 100
+    best, lse, values, ids = reference.summary(lambda i, j: logits[:, i:j], V, 10)
+    wanted, wanted_ids = logits.topk(10)
+    assert torch.equal(values, wanted) and torch.equal(ids, wanted_ids)
+    assert ((best + lse) - logits.double().logsumexp(-1)).abs().max() < 2e-5
+
+
+def test_ties_across_blocks_go_to_the_lowest_id():
+    """Guards the order of equal logits that stand in different blocks."""
+    logits = torch.zeros(1, 3 * reference.BLOCK)
+    places = [2 * reference.BLOCK + 5, 7, reference.BLOCK, 3, reference.BLOCK - 1]
+    logits[0, places] = 1.0
+    ids = reference.summary(lambda i, j: logits[:, i:j], logits.shape[1], 4)[3]
+    assert ids[0].tolist() == sorted(places)[:4]
+
+
+def test_blocks_of_minus_infinity():
+    """Guards NaN from a block without any mass, and rows without any mass in no block."""
+    logits = torch.full((2, 2 * reference.BLOCK), float("-inf"))
+    logits[0, -1] = -100.0
+    tokens, logprobs = reference.sample_and_score(logits, top_k=3)
+    assert tokens.tolist() == [logits.shape[1] - 1, -1]
+    assert logprobs[0] == 0 and logprobs[1].isnan()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bf16_head_is_as_good_as_fp32(seed):
+    """Guards the whole point of screening: on logits near -100 the best ids are those of a float64
+    head and all log-probs are within 0.01 (rounding the logits to bf16 gives errors of 0.25)."""
+    hidden, weight = head_like_gpt2(20_000, seed=seed)
+    wanted = exact_logprobs(hidden, weight)
+    head = cpu.prepare(weight, hidden[:8], len(hidden))
+    best, lse, values, ids = cpu.screen(hidden, head, torch.full((len(hidden),), 10))
+    assert (hidden.double() @ weight.double().T).amax(1).mean() < -70
+    assert torch.equal(ids[:, :10], wanted.topk(10).indices)
+    found = values - best[:, None] - lse[:, None]
+    assert (found - wanted.gather(1, ids)).abs().max() < 0.005
+    rounded = (hidden.bfloat16() @ weight.bfloat16().T).double().log_softmax(-1)
+    assert (rounded.gather(1, ids) - wanted.gather(1, ids)).abs().max() > 0.1
+
+
+def test_bf16_head_on_real_logits():
+    """Guards the same on real GPT-2's logits. The hidden states of these rows are not known, so the
+    rows themselves are the weight of a head that gives exactly them."""
+    rows = torch.from_numpy(np.load(shared("golden", "gpt2_logits.npz"))["logits"])  # [5, V]
+    hidden, weight = torch.eye(len(rows)), rows.T.contiguous()
+    head = cpu.prepare(weight, hidden, len(rows))
+    best, lse, values, ids = cpu.screen(hidden, head, torch.full((len(rows),), 10))
+    wanted = rows.double().log_softmax(-1)
+    assert torch.equal(ids[:, :10], wanted.topk(10).indices)
+    found = (values - best[:, None] - lse[:, None])[:, :10]
+    assert (found - wanted.gather(1, ids[:, :10])).abs().max() < 0.01
+
+
+def test_draws_equal_those_of_an_exact_head():
+    """Guards the way from screening to the drawn token, with settings per row and fewer rows than
+    were prepared for."""
+    hidden, weight = head_like_gpt2(9_000)
+    head = cpu.prepare(weight, hidden, 64)
+    k = torch.arange(len(hidden)) % 16 + 1
+    given = {"top_k": k, "top_p": 0.9, "seed": 5, "position": k}
+    tokens, logprobs = head_sample_and_score(hidden, head, **given)
+    exact = (hidden.double() @ weight.double().T).float()
+    wanted, wanted_lp = reference.sample_and_score(exact, **given)
+    assert torch.equal(tokens, wanted)
+    assert (logprobs - wanted_lp).abs().max() < 0.01
+
+
+def test_rows_that_screening_can_not_tell_apart_are_computed_in_full(monkeypatch):
+    """Guards the check behind screening: where thousands of tokens are nearly as good as the best,
+    the 32 rough best are not the best; flat rows must take the exact way, the others must not."""
+    hidden, weight = head_like_gpt2(9_000, B=6)
+    hidden[2] *= 1e-3
+    full = []
+    exact_blocks = cpu.blocks
+    monkeypatch.setattr(cpu, "blocks", lambda h, w: full.append(len(h)) or exact_blocks(h, w))
+    head = cpu.prepare(weight, hidden, 6)
+    ids = cpu.screen(hidden, head, torch.full((6,), 10))[3]
+    assert full == [1]
+    wanted = (hidden @ weight.T).topk(10).indices
+    assert torch.equal(ids[2, :10], wanted[2])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_unusable_hidden_states_say_so(bad):
+    """Guards a token drawn from NaN, and a bad row that spoils its neighbours."""
+    hidden, weight = head_like_gpt2(9_000, B=4)
+    head = cpu.prepare(weight, hidden, 4)
+    wanted = head_sample_and_score(hidden, head, **GIVEN)[0]
+    hidden[1, 3] = bad
+    tokens, logprobs = head_sample_and_score(hidden, head, **GIVEN)
+    assert tokens[1] == -1 and logprobs[1].isnan()
+    assert torch.equal(tokens[[0, 2, 3]], wanted[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("given", [{"top_k": 0}, {"top_k": 100}, {"temperature": 0.0}])
+def test_what_is_not_screened_is_exact(given):
+    """Guards top-k off or above what is screened, and greedy."""
+    hidden, weight = head_like_gpt2(9_000)
+    found = head_sample_and_score(hidden, cpu.prepare(weight, hidden, 64), seed=1, **given)
+    exact = (hidden.double() @ weight.double().T).float()
+    wanted = reference.sample_and_score(exact, seed=1, **given)
+    assert (found[0] == wanted[0]).float().mean() > 0.97  # a draw at the edge of a uniform may flip
+    same = found[0] == wanted[0]
+    assert (found[1] - wanted[1])[same].abs().max() < 0.01

@@ -1,0 +1,63 @@
+"""docs/example.md says what the program does today: written again, it is the same page.
+
+Guards against a page that went stale. Texts, ids and verdicts have to be equal, numbers close. On
+a CPU other than the one named at the page's end a draw may flip, so a few lines may differ there.
+"""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+NUMBER = re.compile(r"-?\d+\.\d+")
+FEW = 3  # lines of about 250: a flipped draw changes one or two, a changed rule more
+
+
+def differing(page: str, again: str) -> list[str]:
+    """The lines of `again` that do not say what `page` says."""
+    old, new = page.splitlines(), again.splitlines()
+    if len(old) != len(new):
+        return new
+    return [b for a, b in zip(old, new) if not same(a, b)]
+
+
+def same(a: str, b: str) -> bool:
+    numbers = (map(float, NUMBER.findall(text)) for text in (a, b))
+    return NUMBER.sub("#", a) == NUMBER.sub("#", b) and all(
+        abs(x - y) <= 0.01 + 0.02 * abs(x) for x, y in zip(*numbers)
+    )
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> tuple[str, str]:
+    """(the committed page, the page written now)"""
+    path = tmp_path_factory.mktemp("example") / "example.md"
+    subprocess.run([sys.executable, ROOT / "docs" / "example.py", path], check=True, cwd=ROOT)
+    return tuple(p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "example.md", path))
+
+
+def test_the_page_is_what_the_program_says(pages):
+    page, again = pages
+    same_machine = page.splitlines()[-1] == again.splitlines()[-1]
+    found = differing(page, again)
+    assert len(found) <= (0 if same_machine else FEW), (
+        "run `python docs/example.py`:\n" + "\n".join(found[:20])
+    )
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("| selected |", "| kept |"),
+        ("-2.959", "-2.859"),
+        ("| 921 |", "| 922 |"),
+        ("## 8.", "## 9."),
+    ],
+)
+def test_the_comparison_sees_a_change(pages, old, new):
+    page, _ = pages
+    assert old in page
+    assert differing(page, page.replace(old, new))
+    assert not differing(page, page.replace("-2.959", "-2.957"))
