@@ -131,7 +131,8 @@ def read_rows(
         if completion is None and "teacher_answer" in row:  # our own record: read and cleaned
             answer = row["teacher_answer"]
             completion, finish = f"{answer_text(q, answer)}." if answer else "", "stop"
-        found[q.id] = Output(as_text(row["rationale"]), as_text(completion), finish, source)
+        said = as_text(row["rationale"]) or ""  # null: the teacher said nothing
+        found[q.id] = Output(said, as_text(completion), finish, source)
     return found, left
 
 
