@@ -11,19 +11,18 @@ runs the same way, whatever ran before it: that makes a run the same bytes after
 """
 
 import hashlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kernels import bf16_pieces, cpu, head_sample_and_score
+from kernels.attention import CHUNK, shared_attention
 from kernels.reference import best_first
 from sert_min.gpt2 import GPT2, causal_attention, first_broken
 from sert_min.runtime import SertError
-
-CHUNK = 32  # own tokens of a row in one piece of the decoder's buffers
-
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -99,34 +98,36 @@ def check_lengths(prompts: list[list[int]], names: list[str], model: GPT2, new: 
 
 @dataclass
 class Prompts:
-    """What prefill leaves of Q prompts: per layer keys and values [Q, H, P, D], shared by rows."""
+    """What prefill leaves of Q prompts: keys and values [L, Q, H, P, D], shared by their rows."""
 
-    keys: list[Tensor]
-    values: list[Tensor]
-    lengths: Tensor  # [Q]
-    mask: Tensor  # [Q, P] 0 at a prompt's tokens, -inf at padding
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor  # [Q]; what lies behind them is padding
     hidden: Tensor  # [Q, C] at each prompt's last token
 
 
 def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
-    """Run each prompt once. Padding stands on the right, where causal attention never looks."""
-    device = model.wte.weight.device
+    """Run each prompt once. Padding stands on the right, where causal attention never looks; on a
+    GPU to a multiple of 64, so that most blocks have one shape."""
+    c, device = model.config, model.wte.weight.device
     P = max(map(len, prompts))
+    if device.type == "cuda":
+        P = min(-(-P // 64) * 64, c.n_positions)
     ids = torch.zeros(len(prompts), P, dtype=torch.long)
     for i, p in enumerate(prompts):
         ids[i, : len(p)] = torch.tensor(p)
     lengths = torch.tensor([len(p) for p in prompts])
-    keys, values = [], []
+    size = (c.n_layer, len(prompts), c.n_head, P, c.n_embd // c.n_head)
+    keys = torch.empty(size, dtype=model.h[0].attn.c_attn.weight.dtype, device=device)
+    values = torch.empty_like(keys)
 
     def attend(layer, q, k, v):  # [Q, P, H, D]
-        keys.append(k.transpose(1, 2).contiguous())
-        values.append(v.transpose(1, 2).contiguous())
+        keys[layer], values[layer] = k.transpose(1, 2), v.transpose(1, 2)
         return causal_attention(layer, q, k, v)
 
     hidden = model(ids.to(device), attend=attend)  # [Q, P, C]
     last = hidden[torch.arange(len(prompts)), lengths - 1]  # [Q, C]
-    mask = torch.where(torch.arange(P) < lengths[:, None], 0.0, float("-inf"))
-    return Prompts(keys, values, lengths.to(device), mask.to(device), last)
+    return Prompts(keys, values, lengths.to(device), last)
 
 
 def first_rows(logits: Tensor, names: list[str], s: SampleSettings, eot: int) -> list[Row]:
@@ -151,113 +152,13 @@ def first_rows(logits: Tensor, names: list[str], s: SampleSettings, eot: int) ->
     return rows
 
 
-class Decoder:
-    """The live rows of a block and their own keys and values, in static buffers.
-
-    Slots 0..n-1 are live; `rows[slot]` is the Row there. The own key of a row's token t stands in
-    keys[layer, t // CHUNK, slot, :, t % CHUNK]: products of a chunk, which is contiguous, are up to
-    three times as fast as those of a slice of one long buffer. `chunks` of them are in use.
-    After any change of `rows`, `group` makes the index tensors that `step` needs."""
-
-    def __init__(self, model: GPT2, prompts: Prompts, draw, n_rows: int, max_tokens: int):
-        c = model.config
-        self.draw, self.max_tokens = draw, max_tokens
-        size = (n_rows, c.n_head, CHUNK, c.n_embd // c.n_head)
-        self.model, self.prompts, self.device = model, prompts, prompts.lengths.device
-        self.keys = prompts.keys[0].new_empty(c.n_layer, -(-max_tokens // CHUNK), *size)
-        self.values = torch.empty_like(self.keys)
-        self.chunks = 0
-        self.rows: list[Row] = []
-
-    def place(self, slot: int, row: Row) -> None:
-        """Put a fresh row into a slot; stale keys behind its length are masked away."""
-        self.rows[slot : slot + 1] = [row]
-
-    def remove(self, slot: int) -> None:
-        """Drop a row; the last live row moves into its slot, so that live rows stay together."""
-        last = len(self.rows) - 1
-        if slot != last:
-            for x in (self.keys, self.values):
-                x[:, : self.chunks, slot] = x[:, : self.chunks, last]
-            self.rows[slot] = self.rows[last]
-        self.rows.pop()
-
-    def reach(self, tokens: int) -> None:
-        """Take as many chunks into use as this number of own tokens needs."""
-        while self.chunks * CHUNK < tokens:
-            for x in (self.keys, self.values):
-                x[:, self.chunks] = 0  # what is masked must still be a number
-            self.chunks += 1
-
-    def group(self) -> None:
-        """Index tensors that bring rows of one question together for its shared prompt: rows lie
-        in any order, so each question of the live window gets a table of its J slots at most."""
-        of = [row.question for row in self.rows]
-        self.first, G = min(of), max(of) - min(of) + 1
-        tables: list[list[int]] = [[] for _ in range(G)]
-        for slot, q in enumerate(of):
-            tables[q - self.first].append(slot)
-        J = max(map(len, tables))
-        flat = [0] * len(of)
-        for g, table in enumerate(tables):
-            for j, slot in enumerate(table):
-                flat[slot] = g * J + j
-        padded = [table + [0] * (J - len(table)) for table in tables]
-        self.slots = torch.tensor(padded, device=self.device)  # [G, J]
-        self.flat = torch.tensor(flat, device=self.device)  # [n] -> place in G * J
-        self.of = torch.tensor(of, device=self.device)  # [n]
-        self.streams = torch.tensor([row.stream for row in self.rows], device=self.device)
-        self.prompt_mask = self.prompts.mask[self.of][:, None]  # [n, 1, P]
-        self.ids = torch.tensor([row.token_ids[-1] for row in self.rows], device=self.device)
-        lengths = [len(row.token_ids) for row in self.rows]
-        self.t, self.longest = torch.tensor(lengths, device=self.device), max(lengths)  # [n]
-
-    def step(self) -> tuple[Tensor, Tensor]:
-        """Feed each live row's last token and draw its next: tokens and log-probs [n]."""
-        self.reach(self.longest)
-        t, n, T = self.t, len(self.rows), self.chunks * CHUNK
-        P = self.prompts.mask.shape[1]
-        window = slice(self.first, self.first + len(self.slots))
-        slots, own_slot = torch.arange(n, device=self.device), t - 1
-        chunk, place = own_slot // CHUNK, own_slot % CHUNK
-        own_mask = torch.where(torch.arange(T, device=self.device) < t[:, None], 0.0, float("-inf"))
-        mask = torch.cat([self.prompt_mask, own_mask[:, None]], -1)  # [n, 1, P + T]
-
-        def by_question(x):  # [n, H, X] -> [G, H, J, X]
-            return x[self.slots].transpose(1, 2)
-
-        def by_row(x):  # [G, H, J, X] -> [n, H, X]
-            return x.transpose(1, 2).flatten(0, 1)[self.flat]
-
-        def attend(layer, q, k, v):  # [n, H, D]
-            self.keys[layer, chunk, slots, :, place] = k
-            self.values[layer, chunk, slots, :, place] = v
-            own_k, own_v = (x[layer, : self.chunks, :n] for x in (self.keys, self.values))
-            shared_k = self.prompts.keys[layer][window]  # [G, H, P, D]
-            shared_v = self.prompts.values[layer][window]
-            scores = [by_row(by_question(q) @ shared_k.mT)]  # [n, H, P]
-            scores += [(q[:, :, None] @ x.mT)[:, :, 0] for x in own_k]  # [n, H, CHUNK] each
-            w = (torch.cat(scores, -1).float() + mask).softmax(-1).to(q.dtype)  # [n, H, P + T]
-            out = by_row(by_question(w[..., :P]) @ shared_v)  # [n, H, D]
-            for weights, x in zip(w[:, :, None, P:].split(CHUNK, -1), own_v):
-                out = out + (weights @ x)[:, :, 0]
-            return out
-
-        hidden = self.model(self.ids, self.prompts.lengths[self.of] + own_slot, attend)  # [n, C]
-        tokens, logprobs = self.draw(hidden, self.streams, t)
-        self.ids = tokens.clamp(min=0)  # -1 says that the logits were NaN: noticed by the caller
-        self.t = (t + 1).clamp(max=self.max_tokens)
-        self.longest = min(self.longest + 1, self.max_tokens)
-        return tokens, logprobs
-
-
 def make_draw(
     model: GPT2, s: SampleSettings, shared: Prompts, n_vocab: int, n_rows: int
 ) -> Callable:
     """`draw(hidden [n, C], streams [n], position [n])` -> tokens and log-probs [n]: the head and the
     draw. A model in bf16 has its head read in bf16 too, without its errors (kernels/)."""
     weight = model.head_weight[:n_vocab]  # fp32 [V, C]
-    bf16, kind = shared.keys[0].dtype is torch.bfloat16, weight.device.type
+    bf16, kind = shared.keys.dtype is torch.bfloat16, weight.device.type
     in_pieces = bf16 and kind == "cuda"
     if in_pieces:
         weight = bf16_pieces(weight, weight=True)
@@ -272,49 +173,245 @@ def make_draw(
     return draw
 
 
-@dataclass
-class Queue:
-    """The rows of a block: those that wait, and those that are done; the others are live."""
+class Decoder:
+    """The live rows of a block with their own keys and values: all of it stands on the device, in
+    buffers that stay where they are, so that `step` needs no host and can be a CUDA graph.
 
-    waiting: list[Row]  # the next one last
-    broken: Callable[[int, list[int]], SertError]  # what to raise about a question's row
+    Slot i of n holds row `row[i]` of the block's R rows (R: no row), of which t[i] tokens are known
+    and ids[i] is the last. The own key of token t stands in keys[layer, t // CHUNK, slot, :,
+    t % CHUNK]; what lies behind a row's tokens is stale, but
+    finite, and masked away."""
+
+    def __init__(self, model: GPT2, prompts: Prompts, s: SampleSettings, tokenizer, R: int):
+        c, device = model.config, prompts.lengths.device
+        self.model, self.s, self.eot, self.R = model, s, tokenizer.eot, R
+        self.gpu = on_gpu(prompts.lengths)
+        self.n_slots = N = min(s.rows, R)
+        size = (c.n_layer, -(-s.max_new_tokens // CHUNK), N, c.n_head, CHUNK, c.n_embd // c.n_head)
+        self.keys = torch.zeros(size, dtype=prompts.keys.dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+        self.prompts = prompts
+        self.draw = make_draw(model, s, prompts, min(tokenizer.n_vocab, c.vocab_size), N)
+        # By row of the block, and for "no row":
+        self.stream, self.first = (torch.zeros(2, R + 1, dtype=torch.long, device=device)).unbind()
+        self.stopped = torch.zeros(R + 1, dtype=torch.bool, device=device)  # ended by the host
+        self.order = torch.full((R + 1,), R, device=device)  # rows that wait, in order
+        # By slot:
+        self.row, self.t, self.ids = torch.zeros(3, N, dtype=torch.long, device=device).unbind()
+        self.ended = torch.zeros(N, dtype=torch.bool, device=device)
+        self.taken = torch.zeros(1, dtype=torch.long, device=device)  # of those that wait
+        self.state = [self.row, self.t, self.ids, self.ended, self.taken]
+        self.graphs: dict[tuple[int, int], Callable] = {}
+
+    def load(self, prompts: Prompts, rows: list[Row], waiting: list[int]) -> None:
+        """Begin a block: its prompts and rows, of which `waiting` are to be decoded, in order."""
+        if prompts is not self.prompts:
+            for x in ("keys", "values", "lengths"):
+                getattr(self.prompts, x).copy_(getattr(prompts, x))
+        self.stream[:-1] = torch.tensor([row.stream for row in rows])
+        self.first[:-1] = torch.tensor([(row.token_ids or [0])[0] for row in rows])
+        self.order.fill_(self.R)[: len(waiting)] = torch.tensor(waiting)
+        self.stopped.zero_()[-1] = True  # "no row" always looks for a row
+        self.row.fill_(self.R)
+        self.taken.zero_()
+        self.n, self.steps = min(self.n_slots, len(waiting)), 0
+
+    def refill(self) -> None:
+        """Give the slots whose row has ended to the rows that wait; without any, to no row."""
+        n = self.n
+        row, t, ids, ended = self.row[:n], self.t[:n], self.ids[:n], self.ended[:n]
+        free = ended | self.stopped[row]
+        turn = self.taken + free.cumsum(0) - 1  # [n]: which of the waiting rows, if free
+        new = self.order[turn.clamp(0, self.R)]
+        row.copy_(torch.where(free, new, row))
+        t.masked_fill_(free, 1)
+        ids.copy_(torch.where(free, self.first[row], ids))
+        self.taken.add_(free.sum()).clamp_(max=self.R)
+        ended.zero_()
+
+    def stop(self, rows: list[int]) -> None:
+        """The host has ended these rows of the block."""
+        if rows:
+            self.stopped[torch.tensor(rows).to(self.row.device, non_blocking=True)] = True
+
+    def shrink_to(self, left: int) -> None:
+        """Go on with fewer slots if at most `left` rows have not ended: on a CPU as many as rows, on
+        a GPU, where each size is a graph, in halves. Rows of the slots behind move to the front."""
+        n = min(self.n, left)
+        if self.gpu:
+            n = self.n
+            while left <= n // 2 and n >= 128:
+                n //= 2
+        if n == self.n:
+            return
+        self.refill()
+        holes = (self.row[:n] == self.R).nonzero()[:, 0]
+        movers = (self.row[n : self.n] != self.R).nonzero()[:, 0] + n
+        holes = holes[: len(movers)]
+        for x in (*self.keys.flatten(0, 1), *self.values.flatten(0, 1), self.row, self.t, self.ids):
+            x[holes] = x[movers]
+        self.n = n
+
+    def look(self, steps: int) -> Callable[[], Iterator[tuple[int, list[int], list[float]]]]:
+        """Go some steps. Returns a function that waits for them, and then gives what rows drew: row,
+        tokens, log-probs."""
+        drawn = torch.empty(2, self.n, steps, dtype=torch.long, device=self.row.device)
+        scores = torch.empty(self.n, steps, device=self.row.device)
+        for i in range(steps):
+            drawn[0, :, i], drawn[1, :, i], scores[:, i] = self.step()
+        if self.gpu:
+            drawn, scores = (x.to("cpu", non_blocking=True) for x in (drawn, scores))  # pinned
+            done = torch.cuda.Event()
+            done.record()
+
+        def read():
+            if self.gpu:
+                done.synchronize()
+            for who, tokens, logprobs in zip(*drawn.tolist(), rounded(scores).tolist()):
+                start = 0
+                for i in range(1, steps + 1):  # a slot may have passed to another row
+                    if i == steps or who[i] != who[start]:
+                        if who[start] < self.R:
+                            yield who[start], tokens[start:i], logprobs[start:i]
+                        start = i
+
+        return read
+
+    def step(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Refill, feed each slot's last token and draw its next one: rows, tokens, log-probs [n]."""
+        self.steps += 1
+        if not self.gpu:
+            return self.run()
+        chunks = min(-(-self.steps // CHUNK), self.keys.shape[1])  # no row is older than the block
+        if (self.n, chunks) not in self.graphs:
+            self.graphs[self.n, chunks] = capture(lambda: self.run(chunks), self.state)
+        return self.graphs[self.n, chunks]()
+
+    def run(self, chunks: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """A step. With `chunks`, its shapes and addresses depend on nothing but n and chunks; without,
+        it takes those questions and chunks that have live rows."""
+        self.refill()
+        n, J = self.n, self.s.branches * self.s.samples
+        row, t = self.row[:n], self.t[:n]
+        first, last = 0, self.R // J
+        if chunks is None:
+            chunks = -(-int(t.max()) // CHUNK)
+            first, last = (int(x) // J for x in row.clamp(max=self.R - 1).aminmax())
+            last += 1
+        place = (row - first * J).clamp(max=(last - first) * J)
+        lengths = self.prompts.lengths[first:last]
+        position = self.prompts.lengths[(row // J).clamp(max=self.R // J - 1)] + t - 1
+        slots, chunk, at = torch.arange(n, device=t.device), (t - 1) // CHUNK, (t - 1) % CHUNK
+
+        def attend(layer, q, k, v):  # [n, H, D]
+            self.keys[layer][chunk, slots, :, at] = k
+            self.values[layer][chunk, slots, :, at] = v
+            own_k, own_v = (x[layer, :chunks, :n] for x in (self.keys, self.values))
+            prompt_k, prompt_v = (
+                x[layer, first:last] for x in (self.prompts.keys, self.prompts.values)
+            )
+            return shared_attention(q, prompt_k, prompt_v, lengths, own_k, own_v, t, place, J)
+
+        hidden = self.model(self.ids[:n], position, attend)  # [n, C]
+        tokens, logprobs = self.draw(hidden, self.stream[row], t)
+        self.ended[:n] = (tokens == self.eot) | (t + 1 >= self.s.max_new_tokens)
+        self.ids[:n] = tokens.clamp(min=0)  # -1: the logits were NaN; the host will see it
+        drawn = row.clone(), tokens, logprobs
+        t += 1
+        return drawn
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+def rounded(logprobs: Tensor) -> Tensor:
+    """To the 5 decimals that records have, fp64."""
+    return logprobs.cpu().double().round(decimals=5)
+
+
+def capture(f: Callable, state: list[Tensor]) -> Callable:
+    """`f`, whose tensors stay where they are, as a CUDA graph: one launch in place of hundreds. It
+    runs once before (kernels get compiled); the `state` that this changes is put back."""
+    before, side = [x.clone() for x in state], torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        f()
+    torch.cuda.current_stream().wait_stream(side)
+    for x, y in zip(state, before):
+        x.copy_(y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = f()
+
+    def replay():
+        graph.replay()
+        return drawn
+
+    return replay
+
+
+def find_decoder(kept: dict, model, shared: Prompts, s, tokenizer, R: int) -> Decoder:
+    """The decoder of the last block if it fits this one (a GPU's), else a new one."""
+    key = (id(model), s, tuple(shared.keys.shape), shared.keys.dtype, R)
+    if not on_gpu(shared.lengths):
+        return Decoder(model, shared, s, tokenizer, R)
+    if key not in kept:
+        kept.clear()  # its memory first
+        kept[key] = Decoder(model, shared, s, tokenizer, R)
+    return kept[key]
+
+
+def draw_first_tokens(live: Decoder, shared: Prompts, rows: list[Row], ends: "Ends") -> None:
+    """Plain samples begin with a draw at their prompt's end."""
+    for i in range(0, len(rows), live.n_slots):
+        some = rows[i : i + live.n_slots]
+        streams = torch.tensor([row.stream for row in some], device=shared.lengths.device)
+        hidden = shared.hidden[[row.question for row in some]]
+        drawn = live.draw(hidden, streams, torch.zeros_like(streams))
+        for row, token, lp in zip(some, drawn[0].tolist(), rounded(drawn[1]).tolist()):
+            ends.extend(row, [token], [lp])
+
+
+@dataclass
+class Ends:
+    """What ends a row: end-of-text, the cap, or `reject`, which stays true for all that is longer."""
+
     s: SampleSettings
     eot: int
     reject: Callable[[Row], bool] | None
-    done: list[Row] = field(default_factory=list)
+    broken: Callable[[int, list[int]], SertError]  # what to raise about a question's row
 
-    def take(self, row: Row, tokens: list[int], logprobs: list[float]) -> int:
-        """Append drawn tokens to a row until it ends; how many of them it took."""
-        for i, (token, lp) in enumerate(zip(tokens, logprobs)):
-            if token < 0:
-                raise self.broken(row.question, row.token_ids)
-            if token == self.eot:
-                row.finish = "eos"
-            else:
-                row.token_ids.append(token)
-                row.logprobs.append(round(lp, 5))
-                self.judge(row)
-            if row.finish:
-                return i + 1
-        return len(tokens)
+    def extend(self, row: Row, tokens: list[int], logprobs: list[float]) -> int:
+        """Append drawn tokens to a row until it ends; how many it took, with an end-of-text."""
+        known = len(row.token_ids)
+        n = tokens.index(self.eot) if self.eot in tokens else len(tokens)
+        n = 0 if row.finish else min(n, self.s.max_new_tokens - known)
+        if -1 in tokens[:n]:
+            raise self.broken(row.question, row.token_ids + tokens[: tokens.index(-1)])
+        if row.finish:
+            return 0
+        row.token_ids += tokens[:n]
+        row.logprobs += logprobs[:n]
+        self.judge(row, known)
+        if not row.finish and n < len(tokens):
+            row.finish = "eos"
+            return n + 1
+        return len(row.token_ids) - known
 
-    def judge(self, row: Row) -> None:
-        """Does a row end with the token that it has just got?"""
-        if self.reject is not None and self.reject(row):
+    def judge(self, row: Row, known: int = 0) -> None:
+        """Has a row ended, of which the first `known` tokens were judged before? A rejected row ends
+        with the token that broke it."""
+        if self.reject and len(row.token_ids) > known and self.reject(row):
             row.finish = "rejected"
+            while len(row.token_ids) > known + 1:
+                last = row.token_ids.pop()
+                if not self.reject(row):
+                    row.token_ids.append(last)
+                    break
+            del row.logprobs[len(row.token_ids) :]
         elif len(row.token_ids) >= self.s.max_new_tokens:
             row.finish = "length"
-
-    def admit(self) -> Row | None:
-        """The next row that still has to be decoded."""
-        while self.waiting:
-            row = self.waiting.pop()
-            if not self.s.raw:  # its branch token has not been judged
-                self.judge(row)
-            if not row.finish:
-                return row
-            self.done.append(row)
-        return None
 
 
 @torch.inference_mode()
@@ -326,17 +423,23 @@ def sample_block(
     s: SampleSettings,
     reject: Callable[[Row], bool] | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
+    kept: dict | None = None,
     look: int | None = None,
+    ahead: int | None = None,
 ) -> list[Row]:
     """All continuations of a block of prompts, in the order (question, branch, sample).
 
     `names` are "task/id", the root of each row's random stream; `reject(row)` may stop a row early
-    (finish "rejected"); `progress(n)` is told of n new tokens. With s = GREEDY: one greedy
-    continuation per prompt. The host looks at the tokens every `look` steps (1 on a CPU, 8 on a
-    GPU, which then never waits for it in between); what a row drew behind its end is dropped."""
+    (finish "rejected") and must stay true for every longer row; `progress(n)` is told of n new
+    tokens. With s = GREEDY: one greedy continuation per prompt. `kept` is a dict that holds a GPU's
+    buffers and graphs from one block of a run to the next.
+
+    The host looks at the tokens every `look` steps and lets the device go on for `ahead` looks in
+    the meantime: 1 and 0 on a CPU, 8 and 1 on a GPU, which so never waits. What a row drew behind
+    its end is dropped."""
     check_lengths(prompts, names, model, s.max_new_tokens)
-    n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
     shared = prefill(model, prompts)
+    n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
     logits = model.logits(shared.hidden)[:, :n_vocab]  # [Q, V]
 
     def broken(question: int, ids: list[int]) -> SertError:
@@ -349,35 +452,31 @@ def sample_block(
     for question in (~logits.logsumexp(-1).isfinite()).nonzero().flatten().tolist():
         raise broken(question, [])
     rows = first_rows(logits, names, s, tokenizer.eot)
-    n_rows = min(s.rows, len(rows))
-    draw = make_draw(model, s, shared, n_vocab, n_rows)
-    device = shared.lengths.device
-    look = look or (8 if device.type == "cuda" else 1)
-    queue = Queue(rows[::-1], broken, s, tokenizer.eot, reject)
+    live = find_decoder({} if kept is None else kept, model, shared, s, tokenizer, len(rows))
+    ends = Ends(s, tokenizer.eot, reject, broken)
+    if s.raw:
+        draw_first_tokens(live, shared, rows, ends)
+    else:  # the branch tokens
+        for row in rows:
+            ends.judge(row)
+    waiting = [i for i, row in enumerate(rows) if not row.finish]
+    live.load(shared, rows, waiting)
 
-    for i in range(0, len(rows) if s.raw else 0, s.rows):  # first tokens from the prompts' ends
-        some = rows[i : i + s.rows]
-        streams = torch.tensor([row.stream for row in some], device=device)
-        hidden = shared.hidden[[row.question for row in some]]
-        drawn = draw(hidden, streams, torch.zeros_like(streams))
-        for row, token, lp in zip(some, *(x.tolist() for x in drawn)):
-            queue.take(row, [token], [lp])
-
-    live = Decoder(model, shared, draw, n_rows, s.max_new_tokens)
-    while len(live.rows) < n_rows and (row := queue.admit()):
-        live.place(len(live.rows), row)
-    while live.rows:
-        live.group()
-        ended: list[int] = []
-        while not ended:
-            drawn = [live.step() for _ in range(look)]
-            tokens, logprobs = (torch.stack(x, 1).tolist() for x in zip(*drawn))  # [n][look]
-            progress(sum(map(queue.take, live.rows, tokens, logprobs)))
-            ended = [slot for slot, row in enumerate(live.rows) if row.finish]
-        for slot in reversed(ended):
-            queue.done.append(live.rows[slot])
-            if row := queue.admit():
-                live.place(slot, row)
-            else:
-                live.remove(slot)
-    return sorted(queue.done, key=lambda r: (r.question, r.branch, r.sample))
+    gpu = on_gpu(shared.lengths)
+    look, ahead = look or (8 if gpu else 1), int(gpu) if ahead is None else ahead
+    left, looks = len(waiting), deque()
+    while left:
+        live.shrink_to(left)
+        looks.append(live.look(look))
+        if len(looks) <= ahead:
+            continue
+        taken, ended = 0, []
+        for i, tokens, logprobs in looks.popleft()():
+            before = rows[i].finish
+            taken += ends.extend(rows[i], tokens, logprobs)
+            if rows[i].finish and not before:
+                ended.append(i)
+        live.stop([i for i in ended if rows[i].finish == "rejected"])
+        left -= len(ended)
+        progress(taken)
+    return rows

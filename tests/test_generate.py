@@ -6,9 +6,12 @@ vocabulary of 61 makes rows end at all lengths. Nothing here reads a file.
 
 import hashlib
 from dataclasses import asdict, replace
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import sample_and_score
 from sert_min import generate
@@ -99,15 +102,13 @@ def test_logprobs_equal_full_forward(raw, rows):
 @pytest.mark.parametrize("rows", [1000, 40])
 def test_stale_cache_is_never_read(monkeypatch, rows):
     """Guards against attention to slots that a row has not written: they hold huge numbers."""
-    plain_reach = generate.Decoder.reach
+    plain_load = generate.Decoder.load
 
-    def reach(self, tokens):
-        before = self.chunks
-        plain_reach(self, tokens)
-        self.keys[:, before : self.chunks] = 1e4
-        self.values[:, before : self.chunks] = -1e4
+    def load(self, *block):
+        self.keys.fill_(1e4), self.values.fill_(-1e4)
+        plain_load(self, *block)
 
-    monkeypatch.setattr(generate.Decoder, "reach", reach)
+    monkeypatch.setattr(generate.Decoder, "load", load)
     model, (prompts, names) = loud_model(), make_prompts(5)
     got = sample_block(model, Words(), prompts, names, replace(PAPER, rows=rows))
     assert logprob_error(model, prompts, got).abs().max() < 1e-4
@@ -262,26 +263,109 @@ def test_reject_stops_rows_and_leaves_the_others():
         assert changed <= 1
 
 
-@pytest.mark.parametrize("look", [2, 8])
+@pytest.mark.parametrize("look, ahead", [(2, 0), (8, 0), (1, 1), (8, 1), (3, 2)])
 @pytest.mark.parametrize("raw", [False, True])
-def test_looking_seldom_draws_the_same(look, raw):
-    """Guards the GPU's way, where the host sees several steps at once: what a row drew behind its
-    end is dropped, steps beyond the cap do no harm, rejection cuts at the same token, and the count
-    of progress leaves the dropped ones out."""
+def test_looking_seldom_draws_the_same(look, ahead, raw):
+    """Guards the GPU's way, where the host sees several steps at once, late: what a row drew behind
+    its end is dropped, steps beyond the cap do no harm, rejection cuts at the same token, and the
+    count of progress leaves the dropped ones out."""
     model, (prompts, names) = loud_model(), make_prompts(8)
     s = replace(PAPER, rows=30, raw=raw)
 
     def reject(row) -> bool:
-        return sum(row.token_ids[-2:]) % 29 == 0
+        return any(sum(pair) % 29 == 0 for pair in zip(row.token_ids, row.token_ids[1:]))
 
     told: list[int] = []
-    once = sample_block(model, Words(), prompts, names, s, reject, look=1)
-    rows = sample_block(model, Words(), prompts, names, s, reject, told.append, look=look)
+    once = sample_block(model, Words(), prompts, names, s, reject)
+    seldom = {"look": look, "ahead": ahead}
+    rows = sample_block(model, Words(), prompts, names, s, reject, told.append, **seldom)
     assert {row.finish for row in rows} == {"eos", "length", "rejected"}
     assert count_flips(once, rows)[0] <= 1  # other neighbours, other last bits; measured 0
     assert [r.finish for r in rows] == [r.finish for r in once] or count_flips(once, rows)[0]
     assert logprob_error(model, prompts, rows).abs().max() < 1e-4
     assert sum(told) == sum(len(r.token_ids) - 1 + (r.finish == "eos") for r in rows)
+
+
+class Trace(TorchDispatchMode):
+    """What a CUDA graph would record of a call: the operations with their shapes, and the memory that
+    the call has not made itself. What waits for the device can't be recorded at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.made, self.outside, self.paused = [], set(), set(), False
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if not self.paused:
+            assert op._overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "is_nonzero")
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.calls.append((str(op), [tuple(x.shape) for x in tensors]))
+            self.outside |= {x.untyped_storage().data_ptr() for x in tensors} - self.made
+            made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+            self.made |= {x.untyped_storage().data_ptr() for x in made} - self.outside
+        return out
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_gpus_steps_could_be_graphs(monkeypatch, raw):
+    """Guards the GPU's way as far as a CPU can: every step with one number of slots and chunks runs
+    the same operations on the same memory, waits for nothing (the draw apart, which is another one
+    there), also in a second block that takes over the buffers; and the rows are those of the CPU's
+    way."""
+    traces, current = {}, []
+
+    def capture(f, state):
+        before = [x.clone() for x in state]
+        f()
+        for x, y in zip(state, before):
+            x.copy_(y)
+
+        def replay():
+            with Trace() as trace:
+                current[:] = [trace]
+                drawn = f()
+            calls, outside = traces.setdefault(replay, (trace.calls, trace.outside))
+            assert trace.calls == calls and trace.outside == outside
+            return drawn
+
+        return replay
+
+    def make_draw(*given):
+        draw = plain_make_draw(*given)
+
+        def paused_draw(*args):
+            for trace in current:
+                trace.paused = True
+            drawn = draw(*args)
+            for trace in current:
+                trace.paused = False
+                trace.made |= {x.untyped_storage().data_ptr() for x in drawn}
+            return drawn
+
+        return paused_draw
+
+    model, kept = loud_model(), {}
+    s = replace(PAPER, rows=150, raw=raw, max_new_tokens=40)
+    blocks = [make_prompts(10, seed=3), make_prompts(10, seed=4)]
+    for prompts, _ in blocks:
+        prompts[0] = [5] * 40  # all blocks are as wide
+
+    def reject(row) -> bool:
+        return any(sum(pair) % 53 == 0 for pair in zip(row.token_ids, row.token_ids[1:]))
+
+    plain = [sample_block(model, Words(), *block, s, reject) for block in blocks]
+    plain_make_draw = generate.make_draw
+    monkeypatch.setattr(generate, "make_draw", make_draw)
+    monkeypatch.setattr(generate, "on_gpu", lambda x: True)
+    monkeypatch.setattr(generate, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "Event", mock.MagicMock)
+    for block, wanted in zip(blocks, plain):
+        rows = sample_block(model, Words(), *block, s, reject, kept=kept)
+        assert count_flips(wanted, rows)[0] <= 1  # measured 0
+        assert logprob_error(model, block[0], rows).abs().max() < 1e-4
+    (decoder,) = kept.values()
+    assert {(150, 1), (150, 2), (75, 2)} == set(decoder.graphs)
+    assert len(traces) == len(decoder.graphs)
 
 
 @pytest.mark.parametrize("new", [32, 33, 34, 70])
