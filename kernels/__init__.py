@@ -11,7 +11,7 @@ nothing else of this repository. Read the files in this order.
 import torch
 from torch import Tensor
 
-from kernels import cpu, reference
+from kernels import attention, cpu, reference
 
 FUSE_ROWS = 256  # above, on Hopper, a library product and a second kernel are expected to be faster
 BACKENDS = (None, "reference", "triton")  # None: Triton on CUDA, the reference elsewhere
@@ -123,6 +123,31 @@ def score(
             hidden.contiguous(), weight.contiguous(), targets, **launch
         )
     return reference.score(hidden, weight, targets)
+
+
+def shared_attention(
+    q: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+    lengths: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    t: Tensor,
+    place: Tensor,
+    J: int,
+    backend: str | None = None,
+) -> Tensor:
+    """attention.shared_attention: out [n, H, D] of queries that attend to the prompts they share and
+    to their own tokens. On CUDA in two Triton kernels (heads of up to 128 numbers)."""
+    given = (q, shared_k, shared_v, lengths, own_k, own_v, t, place, J)
+    if use_triton(q, backend) and len(q):
+        from kernels import attention_triton
+
+        if attention_triton.supported(q, shared_k, shared_v, own_k, own_v):
+            return attention_triton.launch(*given)
+        if backend:
+            raise ValueError(f"no kernel for heads of {q.shape[2]} numbers in this layout")
+    return attention.shared_attention(*given)
 
 
 def fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:
