@@ -34,7 +34,7 @@ MAX_D = 128  # of a head; wider ones would not fit into registers
 
 @triton.jit(do_not_specialize=("places", "chunks"))
 def own_kernel(
-    q, q_row, q_head, k, v, chunk_stride, row_stride, head_stride, token_stride, t, place, places,
+    q, q_row, q_head, k, v, chunk_stride, slot_stride, head_stride, token_stride, t, place, places,
     chunks, slot_at, own_max, own_sum, own_acc, out, H,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def own_kernel(
     inside = d < D
     if at < places:
         query = tl.load(q + slot * q_row + h * q_head + d, mask=inside, other=0.0).to(tl.float32)
-        offsets = slot * row_stride + h * head_stride + token[:, None] * token_stride + d[None, :]
+        offsets = slot * slot_stride + h * head_stride + token[:, None] * token_stride + d[None, :]
         k_ptr, v_ptr = k + offsets, v + offsets
         m = float("-inf")
         s = tl.zeros([CHUNK], tl.float32)
@@ -129,13 +129,13 @@ def supported(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_
     return same and q.shape[2] <= MAX_D and all(x.stride(-1) == 1 for x in (q, shared_k, own_k))
 
 
-def tiles(J: int, D: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """BLOCK_D, BLOCK_J, BLOCK_P, and the warps of own_kernel; smaller tiles for fp32, which takes
-    more registers."""
+def tiles(J: int, D: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
+    """BLOCK_D, BLOCK_J, BLOCK_P, and the warps of both kernels, such that nothing spills."""
+    fp32 = dtype == torch.float32  # its products are done without tensor cores
     block_d = max(16, triton.next_power_of_2(D))
-    fp32 = dtype == torch.float32
-    block_j = min(32 if fp32 else 64, max(16, triton.next_power_of_2(J)))
-    return block_d, block_j, 32 if fp32 else 64, max(1, block_d // 32)
+    block_j = 16 if J <= 16 else 32
+    block_p = 32 if fp32 or block_d == 16 else 64
+    return block_d, block_j, block_p, max(1, block_d // 32), 8 if fp32 else 4
 
 
 def launch(
@@ -151,7 +151,7 @@ def launch(
 ) -> Tensor:
     """attention.shared_attention for what is `supported`; n > 0."""
     (n, H, D), (G, _, P, _), (chunks, _, _, chunk, _) = q.shape, shared_k.shape, own_k.shape
-    block_d, block_j, block_p, warps = tiles(J, D, q.dtype)
+    block_d, block_j, block_p, own_warps, warps = tiles(J, D, q.dtype)
     out = torch.empty(n, H, D, dtype=q.dtype, device=q.device)
     own_acc = torch.empty(n, H, D, dtype=torch.float32, device=q.device)
     own_max, own_sum = torch.empty(2, n, H, dtype=torch.float32, device=q.device)
@@ -161,12 +161,13 @@ def launch(
     own_kernel[(n * H,)](
         *queries, own_k, own_v, *own_k.stride()[:4], t, place, G * J, chunks,
         slot_at, own_max, own_sum, own_acc, out, H,
-        D=D, BLOCK_D=block_d, CHUNK=chunk, num_warps=warps,
+        D=D, BLOCK_D=block_d, CHUNK=chunk, num_warps=own_warps,
     )  # fmt: skip
     prompt_kernel[(G * H, triton.cdiv(J, block_j))](
         *queries, shared_k, shared_v, *shared_k.stride()[:3], lengths, place, slot_at,
         own_max, own_sum, own_acc, out, n, J, P, H,
         D=D, BLOCK_D=block_d, BLOCK_J=block_j, BLOCK_P=block_p,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=4, num_stages=2,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps,
+        num_stages=2,
     )  # fmt: skip
     return out
