@@ -146,7 +146,7 @@ def shared_attention(
         if attention_triton.supported(q, shared_k, shared_v, own_k, own_v):
             return attention_triton.launch(*given)
         if backend:
-            raise ValueError(f"no kernel for heads of {q.shape[2]} numbers in this layout")
+            raise ValueError(f"no attention kernel for heads of {q.shape[2]} numbers in this layout")
     return attention.shared_attention(*given)
 
 

@@ -128,3 +128,105 @@ def test_equals_float64(case, dtype):
         error = (out.double() - wanted)[live].abs().max()
         assert error < tolerance * (1 if out is found else 5)
     assert wanted[live].abs().max() > 1  # so that an error shows
+
+
+def test_unusable_rows_stay_alone():
+    """Guards neighbours of a row whose query is NaN, and that the NaN is not lost on the way."""
+    given = make(G=2, J=5, P=40, chunks=2, D=16, dtype=torch.float32)
+    given["q"] = given["q"].clone()
+    given["q"][3] = float("nan")
+    wanted, found = exact(**given), kernel(given)
+    torch.testing.assert_close(found.double(), wanted, equal_nan=True, atol=2e-5, rtol=0)
+    assert found[3].isnan().all() and found.isnan().sum() == found[3].numel()
+
+
+def test_a_row_does_not_depend_on_the_others():
+    """Guards rows that reach into each other: in another order, and with other rows absent, each
+    row's output is the same to the last bit."""
+    given = make(G=2, J=25, P=70, chunks=2, D=16, dtype=torch.float32)
+    whole = kernel(given)
+    some = torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20]
+    part = {name: given[name][some] for name in ("q", "t", "place")}
+    part |= {name: given[name][:, some] for name in ("own_k", "own_v")}
+    assert torch.equal(kernel({**given, **part}), whole[some])
+
+
+def test_offsets_above_2_to_the_31(monkeypatch):
+    """Guards offsets in 32 bits: four rows and four prompts that stand 2^30 numbers apart, in memory
+    that nothing touches between them (the interpreter would copy it onto itself)."""
+    plain = torch.UntypedStorage.copy_
+
+    def copy_(self, other, *rest):
+        return self if self.data_ptr() == other.data_ptr() else plain(self, other, *rest)
+
+    monkeypatch.setattr(torch.UntypedStorage, "copy_", copy_)
+    memory = torch.UntypedStorage(6 * 2**30 + 2**21, device=DEVICE)
+    memory = torch.zeros(0, dtype=torch.bfloat16, device=DEVICE).set_(memory)
+    given = make(G=4, J=1, P=20, chunks=2, D=16, dtype=torch.bfloat16, H=1)
+    for i, name in enumerate(("shared_k", "shared_v", "own_k", "own_v")):
+        x = given[name].to(DEVICE)
+        strides = (2**30, 2**12, 16, 1) if i < 2 else (2**12, 2**30, 2**12, 16, 1)
+        given[name] = memory.as_strided(x.shape, strides, i * 2**16).copy_(x)
+    on_cpu = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    assert (kernel(given).double() - exact(**on_cpu)).abs().max() < 2e-2
+
+
+def test_what_no_kernel_takes():
+    """Guards a wrong result where the kernels make an assumption: heads above 128, values laid out
+    otherwise than keys, numbers of a head apart. The definition takes over, or an error names it."""
+    fits = make(G=1, J=2, P=5, chunks=1, D=16, dtype=torch.float32)
+    wide = make(G=1, J=2, P=5, chunks=1, D=130, dtype=torch.float32)
+    other = {**fits, "shared_v": fits["shared_v"].mT.contiguous().mT}
+    apart = {**fits, "q": fits["q"].mT.contiguous().mT}
+    names = ("q", "shared_k", "shared_v", "own_k", "own_v")
+    assert attention_triton.supported(*map(fits.get, names))
+    for given in (wide, other, apart):
+        assert not attention_triton.supported(*map(given.get, names))
+        wanted = attention.shared_attention(**given)
+        with pytest.raises(ValueError, match="attention"):
+            kernels.shared_attention(**given, backend="triton")
+        assert torch.equal(kernels.shared_attention(**given, backend="reference"), wanted)
+    with pytest.raises(ValueError, match="abacus"):
+        kernels.shared_attention(**fits, backend="abacus")
+    none = {name: fits[name][:0] for name in ("q", "t", "place")}
+    none |= {name: fits[name][:, :0] for name in ("own_k", "own_v")}
+    for backend in (None, "triton", "reference"):
+        assert kernels.shared_attention(**{**fits, **none}, backend=backend).shape == (0, 2, 16)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("G, J", [(8, 25), (256, 25), (640, 1)])
+def test_real_shapes(G, J, dtype):
+    """Guards what small shapes do not show: 12 heads of 64, prompts of 130 tokens, up to 6,400 rows
+    (races, a grid too small)."""
+    given = make(G=G, J=J, P=130, chunks=4, D=64, H=12, dtype=dtype, absent=min(30, G - 1), empty=7)
+    given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    found, wanted = kernels.shared_attention(**given), attention.shared_attention(**given)
+    live = given["place"] < G * J
+    error = (found - wanted)[live].abs().max()
+    assert error < (1e-4 if dtype is torch.float32 else 1e-1)
+
+
+@GPU
+def test_cuda_graph_replays_see_new_numbers():
+    """Guards a graph that keeps what it was captured with: rows that grew, ended and moved between
+    two replays."""
+    given = make(G=3, J=25, P=130, chunks=3, D=64, dtype=torch.float32, absent=20, empty=5)
+    given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    kernels.shared_attention(**given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.shared_attention(**given)
+    for _ in range(3):
+        graph.replay()
+        live = given["place"] < 75
+        wanted = attention.shared_attention(**given)
+        assert (out - wanted)[live].abs().max() < 1e-4
+        given["t"].add_(1).clamp_(max=96)
+        given["place"].copy_(given["place"].roll(7))
+        given["place"][:3] = 75
