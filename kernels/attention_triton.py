@@ -13,12 +13,15 @@ of program that suits it, and the second kernel goes on where the first one stop
 
 Why two. With one program per (row, head) for both lists the prompt would be read J times. With one
 per (prompt, head) there would be 96 programs for 200 rows, and each would walk through the own keys
-of 25 rows one after another, while most of the GPU waits; and own keys are most of the bytes.
+of 25 rows one after another, while most of the GPU waits; and own keys are most of the bytes. Memory
+is the limit of `own_kernel`: on Hopper 8 programs fit onto a multiprocessor at D = 64 in bf16 (123
+registers, 64 threads), each asks for 8 KB at once, and 64 KB is more than must be under way to keep
+memory busy (rate times latency, some 20 to 30 KB).
 
-Bytes, for C = H D and 2 bytes a number: 4 C for each own token of each row and for each token of
-each prompt, 4 n C for q and out, and 8 n C for acc (fp32, written and read, mostly in the L2 cache).
-200 rows of 64 own tokens, 8 prompts of 130: 39.3 + 3.2 + 0.6 + 1.2 MB = 44 MB, 13 us at 3.35 TB/s (computed,
-not measured).
+Bytes of a layer, for C = H D and 2 bytes a number: 4 C for each own token of each row and each token
+of each prompt, 4 C a row for q and out, and 8 C a row for acc (fp32, written and read, mostly in the
+L2 cache). 200 rows of 64 own tokens, 8 prompts of 130: 39.3 + 3.2 + 0.6 + 1.2 = 44 MB, 13 us at 3.35
+TB/s (computed, not measured).
 
 Nothing here waits for the device or has a shape that depends on its data, so it can stand in a CUDA
 graph.
@@ -96,7 +99,8 @@ def prompt_kernel(
     d = tl.arange(0, BLOCK_D)
     inside = d < D
     row_mask = live[:, None] & inside[None, :]
-    queries = tl.load(q + (slot * q_row + h * q_head)[:, None] + d[None, :], mask=row_mask, other=0.0)
+    q_ptr = q + (slot * q_row + h * q_head)[:, None] + d[None, :]
+    queries = tl.load(q_ptr, mask=row_mask, other=0.0)
     cell = slot * H + h
     m = tl.load(own_max + cell, mask=live, other=0.0)
     s = tl.load(own_sum + cell, mask=live, other=1.0)

@@ -58,7 +58,8 @@ def make(G, J, P, chunks, D, dtype, H=2, absent=0, empty=0, loud=3.0) -> dict:
 
     def ends(count, most):
         x = torch.randint(1, most + 1, (count,), generator=g)
-        x[torch.randperm(count, generator=g)[:4]] = torch.tensor([most, 1, CHUNK, CHUNK + 1])[:count]
+        some = torch.tensor([most, 1, CHUNK, CHUNK + 1])[:count]
+        x[torch.randperm(count, generator=g)[:4]] = some
         return x.clamp(max=most)
 
     place = torch.cat([torch.randperm(G * J, generator=g)[absent:], torch.full((empty,), G * J)])
@@ -83,10 +84,11 @@ def exact(q, shared_k, shared_v, lengths, own_k, own_v, t, place, J) -> torch.Te
         if at == len(lengths) * J:
             continue
         of = at // J
-        k, v = (
-            torch.cat([a[of, :, : lengths[of]], b[:, i].transpose(0, 1).flatten(1, 2)[:, : t[i]]], 1)
-            for a, b in ((shared_k, own_k), (shared_v, own_v))
-        )  # [H, tokens, D]
+        both = []
+        for a, b in ((shared_k, own_k), (shared_v, own_v)):
+            b = b[:, i].transpose(0, 1).flatten(1, 2)  # [H, chunks * CHUNK, D]
+            both.append(torch.cat([a[of, :, : lengths[of]], b[:, : t[i]]], 1))
+        k, v = both  # [H, tokens, D]
         w = (k.double() @ q[i].double()[:, :, None]).softmax(1)
         out[i] = (w * v.double()).sum(1)
     return out
@@ -130,6 +132,21 @@ def test_equals_float64(case, dtype):
     assert wanted[live].abs().max() > 1  # so that an error shows
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has an order of its own")
+@pytest.mark.parametrize("J", [25, 40])
+def test_order_of_programs_does_not_matter(J, monkeypatch):
+    """Guards rows that two programs write: the interpreter runs programs in order, so the right one
+    could hide a wrong one before it. Backwards, the wrong one is the last."""
+    given = make(G=3, J=J, P=20, chunks=1, D=16, H=1, absent=8, empty=2, dtype=torch.float32)
+    forwards, plain = kernel(given), interpreter.InterpreterBuilder.set_grid_idx
+
+    def set_grid_idx(self, *at):
+        plain(self, *(n - 1 - i for n, i in zip(self.grid_dim, at)))
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", set_grid_idx)
+    assert torch.equal(kernel(given), forwards)
+
+
 def test_unusable_rows_stay_alone():
     """Guards neighbours of a row whose query is NaN, and that the NaN is not lost on the way."""
     given = make(G=2, J=5, P=40, chunks=2, D=16, dtype=torch.float32)
@@ -152,7 +169,7 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 def test_offsets_above_2_to_the_31(monkeypatch):
-    """Guards offsets in 32 bits: four rows and four prompts that stand 2^30 numbers apart, in memory
+    """Guards offsets in 32 bits: rows and prompts, four each, that stand 2^30 numbers apart, in memory
     that nothing touches between them (the interpreter would copy it onto itself)."""
     plain = torch.UntypedStorage.copy_
 
@@ -163,9 +180,10 @@ def test_offsets_above_2_to_the_31(monkeypatch):
     memory = torch.UntypedStorage(6 * 2**30 + 2**21, device=DEVICE)
     memory = torch.zeros(0, dtype=torch.bfloat16, device=DEVICE).set_(memory)
     given = make(G=4, J=1, P=20, chunks=2, D=16, dtype=torch.bfloat16, H=1)
-    for i, name in enumerate(("shared_k", "shared_v", "own_k", "own_v")):
+    for i, name in enumerate(("shared_k", "shared_v", "q", "own_k", "own_v")):
         x = given[name].to(DEVICE)
-        strides = (2**30, 2**12, 16, 1) if i < 2 else (2**12, 2**30, 2**12, 16, 1)
+        rows = (2**30, 16, 1) if name == "q" else (2**30, 2**12, 16, 1)
+        strides = (2**12, *rows) if x.dim() == 5 else rows
         given[name] = memory.as_strided(x.shape, strides, i * 2**16).copy_(x)
     on_cpu = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     assert (kernel(given).double() - exact(**on_cpu)).abs().max() < 2e-2
