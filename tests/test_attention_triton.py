@@ -48,8 +48,8 @@ def dirty_memory(monkeypatch):
 
 def make(G, J, P, chunks, D, dtype, H=2, absent=0, empty=0, loud=3.0) -> dict:
     """Random arguments of shared_attention as the decoder has them: parts of larger buffers, rows in
-    any order, `absent` places without a row, `empty` slots without one; lengths and numbers of own
-    tokens from 1 to all; huge numbers where nothing is real."""
+    any order, `absent` places without a row, `empty` slots without one; lengths from 1 and
+    numbers of own tokens from 0 to all; huge numbers where nothing is real."""
     g = torch.Generator().manual_seed(G * 1000 + J * 100 + P + D)
     n = G * J - absent + empty
 
@@ -65,8 +65,9 @@ def make(G, J, P, chunks, D, dtype, H=2, absent=0, empty=0, loud=3.0) -> dict:
     place = torch.cat([torch.randperm(G * J, generator=g)[absent:], torch.full((empty,), G * J)])
     place = place[torch.randperm(n, generator=g)]
     lengths, t = ends(G, P), ends(n, chunks * CHUNK)
-    shared = random(2, 3, G + 2, H, P, D)[:, 1, 1 : 1 + G]  # of a layer and a window of prompts
-    own = random(2, 3, chunks + 1, n + 3, H, CHUNK, D)[:, 1, :chunks, :n]
+    t[4:5] = 0
+    shared = random(2, 2, G + 2, H, P, D)[:, 1, 1 : 1 + G]  # of a layer and a window of prompts
+    own = random(2, 2, chunks + 1, n + 3, H, CHUNK, D)[:, 1, :chunks, :n]
     stale = torch.arange(P) >= lengths[:, None]  # [G, P]
     shared.mul_(1 + 1e4 * stale[:, None, :, None])
     stale = torch.arange(chunks * CHUNK).view(-1, 1, CHUNK) >= t[:, None]  # [chunks, n, CHUNK]
@@ -217,16 +218,17 @@ def test_what_no_kernel_takes():
 
 @GPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("G, J", [(8, 25), (256, 25), (640, 1)])
-def test_real_shapes(G, J, dtype):
-    """Guards what small shapes do not show: 12 heads of 64, prompts of 130 tokens, up to 6,400 rows
-    (races, a grid too small)."""
-    given = make(G=G, J=J, P=130, chunks=4, D=64, H=12, dtype=dtype, absent=min(30, G - 1), empty=7)
+@pytest.mark.parametrize("G, J, chunks", [(8, 25, 4), (64, 25, 2), (640, 1, 4)])
+def test_real_shapes(G, J, chunks, dtype):
+    """Guards what small shapes do not show (races, a grid too small): 12 heads of 64, prompts of up
+    to 130 tokens, up to 1,600 rows; against the definition in fp32 on the same numbers."""
+    given = make(G, J, 130, chunks, 64, dtype, H=12, absent=7, empty=7)
     given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    found, wanted = kernels.shared_attention(**given), attention.shared_attention(**given)
+    wide = {k: v.float() if k in ("q", "shared_k", "shared_v", "own_k", "own_v") else v
+            for k, v in given.items()}  # fmt: skip
     live = given["place"] < G * J
-    error = (found - wanted)[live].abs().max()
-    assert error < (1e-4 if dtype is torch.float32 else 1e-1)
+    error = (kernels.shared_attention(**given) - attention.shared_attention(**wide))[live].abs()
+    assert error.max() < (1e-4 if dtype is torch.float32 else 3e-2)
 
 
 @GPU
