@@ -16,19 +16,25 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import head_sample_score, sample_score
+from kernels import attention_triton, head_sample_score, sample_score
+from kernels.attention import CHUNK
 
 TYPES = {
-    "logits": None, "hidden": None, "weight": None,  # the variant's dtype
+    **dict.fromkeys(("logits", "hidden", "weight", "q", "k", "v", "out")),  # the variant's dtype
     "temperature": "*fp32", "top_k": "*i64", "top_p": "*fp64", "streams": "*i64",
     "position": "*i64", "tokens": "*i64", "logprobs": "*fp32", "part_max": "*fp32",
     "part_sum": "*fp32", "part_best": "*fp32", "part_ids": "*i32", "seed": "i64",
+    "t": "*i64", "lengths": "*i64", "place": "*i64", "slot_at": "*i32", "own_max": "*fp32", "own_sum": "*fp32", "own_acc": "*fp32",
 }  # fmt: skip
-ALIGNED = ("hidden", "weight", "h_stride", "w_stride", "C")  # as at run time for width 768
+ALIGNED = (  # as at run time for width 768
+    "hidden", "weight", "h_stride", "w_stride", "C", "q", "k", "v", "out", "own_acc",
+    "q_row", "q_head", "chunk_stride", "slot_stride", "head_stride", "token_stride", "group_stride",
+)  # fmt: skip
 
 
 def variants() -> list[tuple]:
@@ -51,6 +57,16 @@ def variants() -> list[tuple]:
         tile = {**tile, "K": 16, "BLOCK_B": min(rows, 32), "BLOCK_V": 64, "BLOCK_C": 32}
         tile["PRECISION"] = "tf32x3"
         found.append((h.head_kernel, tile, "fp32", warps, 2))
+    a = attention_triton
+    for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        for D in (16, 32, 64, 128):
+            for J in (1, 25):
+                block_d, block_j, block_p, own_warps, warps = a.tiles(J, D, kind)
+                tile = {"D": D, "BLOCK_D": block_d, "BLOCK_J": block_j, "BLOCK_P": block_p}
+                tile["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
+                found.append((a.prompt_kernel, tile, dtype, warps, 2))
+            tile = {"D": D, "BLOCK_D": block_d, "CHUNK": CHUNK}
+            found.append((a.own_kernel, tile, dtype, own_warps, 3))
     return found
 
 
@@ -98,8 +114,7 @@ def main() -> None:
         for variant in variants():
             r = compile_one(*variant, sm)
             rows.append(r)
-            keys = ("K", "BLOCK", "PARTS", "BLOCK_B", "BLOCK_V", "BLOCK_C", "PRECISION")
-            shape = " ".join(f"{k}={r[k]}" for k in keys if k in r)
+            shape = " ".join(f"{k}={r[k]}" for k in variant[1])
             print(
                 f"{r['kernel']:14} {r['target']} {r['dtype']:5} {shape:58} {r['registers']:4} "
                 f"registers {r['spill_bytes']:4} spilled {r['shared_bytes']:7} shared"

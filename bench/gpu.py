@@ -21,7 +21,8 @@ BENCHMARKS = ("kernels", "sampling", "training")
 
 def run_tests() -> dict:
     """The tests that run on this GPU; what pytest said last."""
-    files = [f"tests/test_{name}.py" for name in ("kernels", "generate", "gpt2", "finetune")]
+    names = ("kernels", "attention_triton", "generate", "gpt2", "finetune")
+    files = [f"tests/test_{name}.py" for name in names]
     p = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *files], cwd=ROOT, capture_output=True, text=True
     )
@@ -65,11 +66,18 @@ def headlines(result: dict) -> list[str]:
     """One ratio of each benchmark; None where it failed."""
     rows = result["kernels"].get("rows", ())
     eager = [r["ratio"]["eager"] for r in rows if (r["from"], r["B"]) == ("logits", 1000)]
+    shape = ("prompts", 1000, 64, "bfloat16")
+    copies = [
+        r["ratio"]["attention over copies"]
+        for r in rows
+        if (r["from"], r["B"], r.get("t"), r.get("dtype")) == shape
+    ]
     sampling = result["sampling"].get("bf16", {}).get("ratio", {})
     peers = [r for name, r in sampling.items() if name.startswith("transformers")]
     training = result["training"].get("bf16, paths", {})
     return [
         f"kernels: ratio to PyTorch eager at 1,000 rows: {eager[0] if eager else None}",
+        f"attention: ratio to PyTorch's over copied prompts: {copies[0] if copies else None}",
         f"sampling, bf16: ratio to transformers' best: {min(peers, default=None)}",
         f"training, bf16: ratio to transformers' best: {training.get('ratio_to_best')}",
     ]

@@ -1,11 +1,13 @@
-"""Time of one sampling step on a GPU: ours against what people use, and against the hardware.
+"""Time of one sampling step's kernels on a GPU: ours against what people use, and the hardware.
 
 From logits: one pass of sample_score.py against PyTorch eager (softmax, top-k, cumsum, multinomial,
 gather), the same compiled, transformers' logits warpers, and FlashInfer with a log-sum-exp and a
 gather where it can be imported. From hidden states: the fused head against the product followed by
-the one-pass kernel, and against the bare product. Inputs rotate, so that no candidate reads its
-logits from a warm cache; every candidate gives tokens and log-probs. Draws are checked against the
-reference in the same run.
+the one-pass kernel, and against the bare product. Attention of one layer over shared prompts: against
+its definition, and against PyTorch's attention over keys where each row has a copy of its prompt's
+(made beforehand, and without a mask, as all rows are equally long here). Inputs rotate, so that no
+candidate reads them from a warm cache; every candidate of sampling gives tokens and log-probs.
+Results are checked against the reference in the same run.
 
     python bench/kernels.py --out bench/results/kernels.json     (needs a GPU)
 """
@@ -23,10 +25,12 @@ import kernels
 from bench.common import TOP_K as K
 from bench.common import TOP_P as P
 from bench.common import eager, finish, gpu_medians, machine
-from kernels import head_sample_score, reference, sample_score
+from kernels import attention, head_sample_score, reference, sample_score
 
 SHAPES = [(50257, 768), (128256, 768)]  # GPT-2's; a larger vocabulary
 ROWS = [25, 200, 1000, 4000]
+PROMPTS = [(8, torch.bfloat16), (40, torch.bfloat16), (256, torch.bfloat16), (40, torch.float32)]
+PATHS, PROMPT_TOKENS, HEADS, WIDTH = 25, 130, 12, 64  # rows of a prompt; GPT-2's heads
 
 
 def warpers(logits):
@@ -140,6 +144,49 @@ def from_hidden(B: int, V: int, C: int, runs: int) -> dict:
     return result
 
 
+def attention_inputs(G: int, t: int, dtype: torch.dtype) -> tuple[dict, tuple]:
+    """Arguments of shared_attention for G prompts of PATHS rows in any order, t own tokens each; and
+    q, k, v for PyTorch's attention, where each row has all its keys."""
+    n, chunks = G * PATHS, -(-t // attention.CHUNK)
+
+    size = {"device": "cuda", "dtype": dtype}
+    q = torch.randn(n, HEADS, WIDTH, **size) * WIDTH**-0.5
+    shared = torch.randn(2, G, HEADS, PROMPT_TOKENS, WIDTH, **size)
+    own = torch.randn(2, chunks, n, HEADS, attention.CHUNK, WIDTH, **size)
+    place = torch.randperm(n, device="cuda")
+    lengths = torch.full((G,), PROMPT_TOKENS, device="cuda")
+    given = dict(zip(("shared_k", "shared_v", "own_k", "own_v"), (*shared, *own)))
+    given |= {"q": q, "lengths": lengths, "t": torch.full((n,), t, device="cuda")}
+    flat = own.permute(0, 2, 3, 1, 4, 5).flatten(3, 4)[..., :t, :]  # [2, n, H, t, D]
+    k, v = torch.cat([shared[:, place // PATHS], flat], 3)
+    return {**given, "place": place, "J": PATHS}, (q[:, :, None], k, v)
+
+
+def from_prompts(G: int, t: int, dtype: torch.dtype, runs: int, bandwidth: float) -> dict:
+    """Attention of one layer; the floor is every key and value, q and out once."""
+    n, C = G * PATHS, HEADS * WIDTH
+    floor = (2 * (G * PROMPT_TOKENS + n * t) + 2 * n) * C * dtype.itemsize
+    inputs = [attention_inputs(G, t, dtype) for _ in range(max(2, min(8, int(1e9 / floor))))]
+    a, b, c = (itertools.cycle(inputs) for _ in range(3))
+    candidates = {
+        "ours": lambda: kernels.shared_attention(**next(a)[0]),
+        "definition": lambda: attention.shared_attention(**next(b)[0]),
+        "attention over copies": lambda: F.scaled_dot_product_attention(*next(c)[1], scale=1.0),
+    }
+    times = gpu_medians(candidates, runs)
+    given, (q, k, v) = inputs[0]
+    weights = (q.float() @ k.float().mT).softmax(-1)
+    exact = (weights @ v.float())[:, :, 0]
+    error = (kernels.shared_attention(**given).float() - exact).abs().max()
+    return {
+        "from": "prompts", "B": n, "G": G, "t": t, "dtype": str(dtype).removeprefix("torch."),
+        "us": {k: round(t * 1e6, 2) for k, t in times.items()},
+        "ratio": {k: round(t / times["ours"], 2) for k, t in times.items()},
+        "share_of_bandwidth": round(floor / times["ours"] / bandwidth, 3),
+        "error": float(error),
+    }  # fmt: skip
+
+
 def main(argv=None) -> dict:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--quick", action="store_true", help="fewer shapes and runs")
@@ -157,6 +204,10 @@ def main(argv=None) -> dict:
             for r in (from_logits(B, V, runs, bandwidth), from_hidden(B, V, C, runs)):
                 rows.append(r)
                 print(r)
+    for G, dtype in PROMPTS[: 2 if args.quick else None]:
+        for t in (16, 64, 128):
+            rows.append(from_prompts(G, t, dtype, runs, bandwidth))
+            print(rows[-1])
     result = {"machine": machine(), "copy_bandwidth": bandwidth, "rows": rows}
     finish(result, args.out)
     main_row = next(r for r in rows if r["from"] == "logits" and r["B"] == 1000)

@@ -1,17 +1,19 @@
-"""One step of sampling: the next token under temperature, top-k and top-p, and its exact log-prob.
+"""One step of sampling: the next token under temperature, top-k and top-p, and its exact log-prob;
+and the attention of rows that share prompts.
 
     from kernels import sample_and_score
     tokens, logprobs = sample_and_score(logits, temperature=0.8, top_k=10, top_p=0.95, seed=1)
 
 reference.py is the definition and what runs on the CPU; cpu.py makes it quick there. On CUDA the
-Triton kernels run: sample_score.py from logits, head_sample_score.py from hidden states. They need
-nothing else of this repository. Read the files in this order.
+Triton kernels run: sample_score.py from logits, head_sample_score.py from hidden states. Attention is
+defined in attention.py; attention_triton.py is what runs on CUDA. They need nothing else of this
+repository. Read the files in this order.
 """
 
 import torch
 from torch import Tensor
 
-from kernels import cpu, reference
+from kernels import attention, cpu, reference
 
 FUSE_ROWS = 256  # above, on Hopper, a library product and a second kernel are expected to be faster
 BACKENDS = (None, "reference", "triton")  # None: Triton on CUDA, the reference elsewhere
@@ -123,6 +125,31 @@ def score(
             hidden.contiguous(), weight.contiguous(), targets, **launch
         )
     return reference.score(hidden, weight, targets)
+
+
+def shared_attention(
+    q: Tensor,
+    shared_k: Tensor,
+    shared_v: Tensor,
+    lengths: Tensor,
+    own_k: Tensor,
+    own_v: Tensor,
+    t: Tensor,
+    place: Tensor,
+    J: int,
+    backend: str | None = None,
+) -> Tensor:
+    """attention.shared_attention: out [n, H, D] of queries that attend to the prompts they share and
+    to their own tokens. On CUDA in two Triton kernels, if heads have at most 128 numbers."""
+    given = (q, shared_k, shared_v, lengths, own_k, own_v, t, place, J)
+    if use_triton(q, backend) and len(q):
+        from kernels import attention_triton
+
+        if attention_triton.supported(q, shared_k, shared_v, own_k, own_v):
+            return attention_triton.launch(*given)
+        if backend:
+            raise ValueError(f"no attention kernel for this layout or heads of {q.shape[2]}")
+    return attention.shared_attention(*given)
 
 
 def fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def shared_attention(
                         G * J for a slot without a row, whose output means nothing
 
     What is not real must be finite. Sums and softmax are fp32."""
-    (G, H, P, _), T = shared_k.shape, own_k.shape[0] * CHUNK
+    (G, _, P, _), T = shared_k.shape, own_k.shape[0] * CHUNK
     at = place.clamp(max=G * J - 1)
 
     def by_prompt(x: Tensor) -> Tensor:  # [n, H, X] -> [G, H, J, X]

@@ -1,0 +1,252 @@
+"""Attention over shared prompts, definition and kernels, against float64 row by row: on a GPU if
+there is one, else in Triton's interpreter at small sizes."""
+
+import os
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before any module with a kernel is imported
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed on this platform")
+import triton.language as tl
+from triton.runtime import interpreter
+
+import kernels
+from kernels import attention, attention_triton
+from kernels.attention import CHUNK
+
+GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def dirty_memory(monkeypatch):
+    """What is not initialised holds the worst: 0, which looks like a slot, or NaN. And the
+    interpreter, which keeps bf16 as integers, gets a bf16 product that is one."""
+    plain_empty, plain_dot = torch.empty, interpreter.InterpreterBuilder.create_dot
+
+    def empty(*size, **given):
+        x = plain_empty(*size, **given)
+        return x.fill_(float("nan") if x.is_floating_point() else 0)
+
+    def fp32(x):
+        if x.dtype != tl.bfloat16:
+            return x
+        data = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def dot(self, a, b, *rest):
+        return plain_dot(self, fp32(a), fp32(b), *rest)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+def make(G, J, P, chunks, D, dtype, H=2, absent=0, empty=0, loud=3.0) -> dict:
+    """Random arguments of shared_attention as the decoder has them: parts of larger buffers, rows in
+    any order, `absent` places without a row, `empty` slots without one; lengths from 1 and
+    numbers of own tokens from 0 to all; huge numbers where nothing is real."""
+    g = torch.Generator().manual_seed(G * 1000 + J * 100 + P + D)
+    n = G * J - absent + empty
+
+    def random(*size, scale=1.0):
+        return torch.randn(*size, generator=g) * scale
+
+    def ends(count, most):
+        x = torch.randint(1, most + 1, (count,), generator=g)
+        some = torch.tensor([most, 1, CHUNK, CHUNK + 1])[:count]
+        x[torch.randperm(count, generator=g)[:4]] = some
+        return x.clamp(max=most)
+
+    place = torch.cat([torch.randperm(G * J, generator=g)[absent:], torch.full((empty,), G * J)])
+    place = place[torch.randperm(n, generator=g)]
+    lengths, t = ends(G, P), ends(n, chunks * CHUNK)
+    t[4:5] = 0
+    shared = random(2, 2, G + 2, H, P, D)[:, 1, 1 : 1 + G]  # of a layer and a window of prompts
+    own = random(2, 2, chunks + 1, n + 3, H, CHUNK, D)[:, 1, :chunks, :n]
+    stale = torch.arange(P) >= lengths[:, None]  # [G, P]
+    shared.mul_(1 + 1e4 * stale[:, None, :, None])
+    stale = torch.arange(chunks * CHUNK).view(-1, 1, CHUNK) >= t[:, None]  # [chunks, n, CHUNK]
+    own.mul_(1 + 1e4 * stale[:, :, None, :, None])
+    q = random(n, 3, H, D, scale=loud * D**-0.5)[:, 1]
+    q, shared, own = (x.to(dtype) for x in (q, shared, own))
+    names = ("q", "shared_k", "shared_v", "lengths", "own_k", "own_v", "t", "place", "J")
+    return dict(zip(names, (q, *shared, lengths, *own, t, place, J)))
+
+
+def exact(q, shared_k, shared_v, lengths, own_k, own_v, t, place, J) -> torch.Tensor:
+    """float64 [n, H, D], one row at a time; 0 for slots without a row."""
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for i, at in enumerate(place.tolist()):
+        if at == len(lengths) * J:
+            continue
+        of = at // J
+        both = []
+        for a, b in ((shared_k, own_k), (shared_v, own_v)):
+            b = b[:, i].transpose(0, 1).flatten(1, 2)  # [H, chunks * CHUNK, D]
+            both.append(torch.cat([a[of, :, : lengths[of]], b[:, : t[i]]], 1))
+        k, v = both  # [H, tokens, D]
+        w = (k.double() @ q[i].double()[:, :, None]).softmax(1)
+        out[i] = (w * v.double()).sum(1)
+    return out
+
+
+def kernel(given: dict) -> torch.Tensor:
+    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    return kernels.shared_attention(**on_device, backend="triton").cpu()
+
+
+CASES = {
+    "paper": {"G": 2, "J": 25, "P": 70, "chunks": 3, "D": 64},
+    "greedy": {"G": 9, "J": 1, "P": 40, "chunks": 2, "D": 32},
+    "holes": {"G": 3, "J": 25, "P": 64, "chunks": 2, "D": 16, "absent": 30, "empty": 5},
+    "two tiles of rows": {"G": 1, "J": 70, "P": 33, "chunks": 1, "D": 16, "absent": 3, "H": 3},
+    "40": {"G": 2, "J": 40, "P": 9, "chunks": 1, "D": 32, "H": 1, "empty": 1},
+    "long": {"G": 2, "J": 2, "P": 300, "chunks": 7, "D": 16},
+    "D 24": {"G": 2, "J": 5, "P": 40, "chunks": 2, "D": 24, "absent": 1, "empty": 2},
+    "D 8": {"G": 2, "J": 5, "P": 1, "chunks": 1, "D": 8},
+    "D 128": {"G": 1, "J": 3, "P": 70, "chunks": 2, "D": 128},
+    "one of 25": {"G": 2, "J": 25, "P": 70, "chunks": 2, "D": 16, "absent": 49, "empty": 3},
+    "loud": {"G": 2, "J": 5, "P": 70, "chunks": 3, "D": 16, "loud": 100.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_float64(case, dtype):
+    """Guards every offset, mask and rescaling: a row of another prompt, slot, layer or head, a
+    token too many or too few, stale numbers, places without a row, slots without one, memory that
+    nobody wrote. In bf16 the weights and the result are rounded (2^-9 each)."""
+    given = make(**case, dtype=dtype)
+    wanted, found = exact(**given), kernel(given)
+    live = given["place"] < len(given["lengths"]) * given["J"]
+    assert found.dtype is dtype and found.shape == given["q"].shape
+    assert found.isfinite().all()
+    tolerance = 2e-5 if dtype is torch.float32 else 2e-2
+    for out in (found, attention.shared_attention(**given)):
+        error = (out.double() - wanted)[live].abs().max()
+        assert error < tolerance * (1 if out is found else 5)
+    assert wanted[live].abs().max() > 1  # so that an error shows
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has an order of its own")
+@pytest.mark.parametrize("J", [25, 40])
+def test_order_of_programs_does_not_matter(J, monkeypatch):
+    """Guards rows that two programs write: the interpreter runs programs in order, so the right one
+    could hide a wrong one before it. Backwards, the wrong one is the last."""
+    given = make(G=3, J=J, P=20, chunks=1, D=16, H=1, absent=8, empty=2, dtype=torch.float32)
+    forwards, plain = kernel(given), interpreter.InterpreterBuilder.set_grid_idx
+
+    def set_grid_idx(self, *at):
+        plain(self, *(n - 1 - i for n, i in zip(self.grid_dim, at)))
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", set_grid_idx)
+    assert torch.equal(kernel(given), forwards)
+
+
+def test_unusable_rows_stay_alone():
+    """Guards neighbours of a row whose query is NaN, and that the NaN is not lost on the way."""
+    given = make(G=2, J=5, P=40, chunks=2, D=16, dtype=torch.float32)
+    given["q"] = given["q"].clone()
+    given["q"][3] = float("nan")
+    wanted, found = exact(**given), kernel(given)
+    torch.testing.assert_close(found.double(), wanted, equal_nan=True, atol=2e-5, rtol=0)
+    assert found[3].isnan().all() and found.isnan().sum() == found[3].numel()
+
+
+def test_a_row_does_not_depend_on_the_others():
+    """Guards rows that reach into each other: in another order, and with other rows absent, each
+    row's output is the same to the last bit."""
+    given = make(G=2, J=25, P=70, chunks=2, D=16, dtype=torch.float32)
+    whole = kernel(given)
+    some = torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20]
+    part = {name: given[name][some] for name in ("q", "t", "place")}
+    part |= {name: given[name][:, some] for name in ("own_k", "own_v")}
+    assert torch.equal(kernel({**given, **part}), whole[some])
+
+
+def test_offsets_above_2_to_the_31(monkeypatch):
+    """Guards offsets in 32 bits: rows and prompts, four each, that stand 2^30 numbers apart, in memory
+    that nothing touches between them (the interpreter would copy it onto itself)."""
+    plain = torch.UntypedStorage.copy_
+
+    def copy_(self, other, *rest):
+        return self if self.data_ptr() == other.data_ptr() else plain(self, other, *rest)
+
+    monkeypatch.setattr(torch.UntypedStorage, "copy_", copy_)
+    memory = torch.UntypedStorage(6 * 2**30 + 2**21, device=DEVICE)
+    memory = torch.zeros(0, dtype=torch.bfloat16, device=DEVICE).set_(memory)
+    given = make(G=4, J=1, P=20, chunks=2, D=16, dtype=torch.bfloat16, H=1)
+    for i, name in enumerate(("shared_k", "shared_v", "q", "own_k", "own_v")):
+        x = given[name].to(DEVICE)
+        rows = (2**30, 16, 1) if name == "q" else (2**30, 2**12, 16, 1)
+        strides = (2**12, *rows) if x.dim() == 5 else rows
+        given[name] = memory.as_strided(x.shape, strides, i * 2**16).copy_(x)
+    on_cpu = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    assert (kernel(given).double() - exact(**on_cpu)).abs().max() < 2e-2
+
+
+def test_what_no_kernel_takes():
+    """Guards a wrong result where the kernels make an assumption: heads above 128, values laid out
+    otherwise than keys, numbers of a head apart. The definition takes over, or an error names it."""
+    fits = make(G=1, J=2, P=5, chunks=1, D=16, dtype=torch.float32)
+    wide = make(G=1, J=2, P=5, chunks=1, D=130, dtype=torch.float32)
+    other = {**fits, "shared_v": fits["shared_v"].mT.contiguous().mT}
+    apart = {**fits, "q": fits["q"].mT.contiguous().mT}
+    names = ("q", "shared_k", "shared_v", "own_k", "own_v")
+    assert attention_triton.supported(*map(fits.get, names))
+    for given in (wide, other, apart):
+        assert not attention_triton.supported(*map(given.get, names))
+        wanted = attention.shared_attention(**given)
+        with pytest.raises(ValueError, match="attention"):
+            kernels.shared_attention(**given, backend="triton")
+        assert torch.equal(kernels.shared_attention(**given, backend="reference"), wanted)
+    with pytest.raises(ValueError, match="abacus"):
+        kernels.shared_attention(**fits, backend="abacus")
+    none = {name: fits[name][:0] for name in ("q", "t", "place")}
+    none |= {name: fits[name][:, :0] for name in ("own_k", "own_v")}
+    for backend in (None, "triton", "reference"):
+        assert kernels.shared_attention(**{**fits, **none}, backend=backend).shape == (0, 2, 16)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("G, J, chunks", [(8, 25, 4), (64, 25, 2), (640, 1, 4)])
+def test_real_shapes(G, J, chunks, dtype):
+    """Guards what small shapes do not show (races, a grid too small): 12 heads of 64, prompts of up
+    to 130 tokens, up to 1,600 rows; against the definition in fp32 on the same numbers."""
+    given = make(G, J, 130, chunks, 64, dtype, H=12, absent=7, empty=7)
+    given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    wide = {k: v.float() if k in ("q", "shared_k", "shared_v", "own_k", "own_v") else v
+            for k, v in given.items()}  # fmt: skip
+    live = given["place"] < G * J
+    error = (kernels.shared_attention(**given) - attention.shared_attention(**wide))[live].abs()
+    assert error.max() < (1e-4 if dtype is torch.float32 else 3e-2)
+
+
+@GPU
+def test_cuda_graph_replays_see_new_numbers():
+    """Guards a graph that keeps what it was captured with: rows that grew, ended and moved between
+    two replays."""
+    given = make(G=3, J=25, P=130, chunks=3, D=64, dtype=torch.float32, absent=20, empty=5)
+    given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    kernels.shared_attention(**given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.shared_attention(**given)
+    for _ in range(3):
+        graph.replay()
+        live = given["place"] < 75
+        wanted = attention.shared_attention(**given)
+        assert (out - wanted)[live].abs().max() < 1e-4
+        given["t"].add_(1).clamp_(max=96)
+        given["place"].copy_(given["place"].roll(7))
+        given["place"][:3] = 75
