@@ -155,6 +155,7 @@ class Run(NamedTuple):
     s: SampleSettings
     rules: FilterSettings
     settings: dict  # stored beside the paths; other ones are refused
+    kept: dict  # a GPU's buffers from one block to the next
 
     @property
     def per_question(self) -> int:
@@ -180,7 +181,9 @@ def block_records(run: Run, questions: list, progress=lambda tokens: None) -> li
     names = [f"{q.task}/{q.id}" for q in questions]
     kinds = run.settings["early_reject"]
     reject = early_reject(questions, run.tokenizer, kinds) if kinds else None
-    rows = sample_block(run.model, run.tokenizer, prompts, names, run.s, reject, progress)
+    rows = sample_block(
+        run.model, run.tokenizer, prompts, names, run.s, reject, progress, run.kept
+    )
     records = []
     for row in rows:
         q = questions[row.question]
@@ -502,7 +505,7 @@ def prepare(args) -> Run:
         **asdict(rules),
     }
     model.cast_(torch.bfloat16 if machine["dtype"] == "bf16" else torch.float32).to(device)
-    return Run(out, name, model, tokenizer, questions, suffix, s, rules, settings)
+    return Run(out, name, model, tokenizer, questions, suffix, s, rules, settings, {})
 
 
 def room(device: torch.device, model: GPT2, s: SampleSettings) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def greedy(
 ) -> list[tuple[str, str]]:
     """(text, finish) of each question's greedy output. A block of `rows` questions is decoded
     together; the cap shrinks to what the model's context leaves to its longest prompt."""
-    outputs = []
+    outputs, kept = [], {}
     for i in range(0, len(questions), rows):
         block = questions[i : i + rows]
         prompts = [tokenizer.encode(question_prompt(q, suffix)) for q in block]
@@ -53,7 +53,8 @@ def greedy(
             )
         s = replace(GREEDY, max_new_tokens=min(max_new_tokens, room), rows=len(block))
         names = [f"question {q.id}" for q in block]
-        for row in sample_block(model, tokenizer, prompts, names, s, progress=progress):
+        drawn = sample_block(model, tokenizer, prompts, names, s, None, progress, kept)
+        for row in drawn:
             outputs.append((tokenizer.decode(row.token_ids), row.finish))
     return outputs
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels import bf16_pieces, cpu, head_sample_and_score
-from kernels.attention import CHUNK, shared_attention
+from kernels import bf16_pieces, cpu, head_sample_and_score, shared_attention
+from kernels.attention import CHUNK
 from kernels.reference import best_first
 from sert_min.gpt2 import GPT2, causal_attention, first_broken
 from sert_min.runtime import SertError
