@@ -181,9 +181,7 @@ def block_records(run: Run, questions: list, progress=lambda tokens: None) -> li
     names = [f"{q.task}/{q.id}" for q in questions]
     kinds = run.settings["early_reject"]
     reject = early_reject(questions, run.tokenizer, kinds) if kinds else None
-    rows = sample_block(
-        run.model, run.tokenizer, prompts, names, run.s, reject, progress, run.kept
-    )
+    rows = sample_block(run.model, run.tokenizer, prompts, names, run.s, reject, progress, run.kept)
     records = []
     for row in rows:
         q = questions[row.question]

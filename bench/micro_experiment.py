@@ -115,7 +115,9 @@ def selected_pairs(model, tokenizer, questions: list, seed: int) -> tuple[list, 
     s = SampleSettings(max_new_tokens=preset["max_new_tokens"], seed=seed)
     pairs, right, contradict = [], 0, 0
     by_id = {q.id: q for q in questions}
-    run = sample.Run(Path(), "", model, tokenizer, questions, "", s, rules, {"early_reject": []}, {})
+    run = sample.Run(
+        Path(), "", model, tokenizer, questions, "", s, rules, {"early_reject": []}, {}
+    )
     for i in range(0, len(questions), sample.BLOCK):
         for r in sample.block_records(run, questions[i : i + sample.BLOCK]):
             if r["verdict"] != "selected":

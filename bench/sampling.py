@@ -56,6 +56,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--new-tokens", type=int, default=64)
     p.add_argument("--runs", type=int, default=5)
     p.add_argument("--ours-only", action="store_true", help="no peers")
+    p.add_argument("--no-batching", action="store_true", help="without continuous batching")
     args = p.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.questions = args.questions or (40 if args.device == "cuda" else 8)
@@ -75,10 +76,10 @@ def make_model(shape: str) -> GPT2:
 
 def ours(model: GPT2, prompts: list[list[int]], new: int):
     s = SampleSettings(raw=True, max_new_tokens=new, rows=25 * len(prompts))
-    names = [f"question {i}" for i in range(len(prompts))]
+    names, kept = [f"question {i}" for i in range(len(prompts))], {}
 
     def run() -> tuple[Tensor, Tensor]:
-        rows = sample_block(model, NEVER, prompts, names, s)
+        rows = sample_block(model, NEVER, prompts, names, s, kept=kept)
         return (
             torch.tensor([r.token_ids for r in rows]),
             torch.tensor([r.logprobs for r in rows]),
@@ -179,7 +180,7 @@ def product_seconds(model: GPT2, rows: int, times: int = 15) -> dict[str, float]
             fp32_product(h, pieces) if bf16 else fp32_product(x, weight)
             return
         for i in range(0, len(weight), BLOCK):
-            if bf16:
+            if bf16 and cpu.has_bf16():
                 x.bfloat16() @ rough[i : i + BLOCK].T
             else:
                 cpu.linear(x, weight[i : i + BLOCK])
@@ -217,7 +218,7 @@ def largest_error(model: GPT2, prompts: list[list[int]], found: tuple[Tensor, Te
     return float((wanted.cpu() - logprobs).abs().max())
 
 
-def peers(folder: str, model: GPT2, dtype: torch.dtype, prompts, new: int) -> dict:
+def peers(folder: str, model: GPT2, dtype: torch.dtype, prompts, new: int, batching: bool) -> dict:
     """The candidates of transformers, on the same weights."""
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
@@ -232,7 +233,7 @@ def peers(folder: str, model: GPT2, dtype: torch.dtype, prompts, new: int) -> di
             theirs, prompts, new, cache_implementation="static"
         ),
     }
-    if hasattr(theirs, "generate_batch"):
+    if hasattr(theirs, "generate_batch") and batching:
         found["transformers, batching"] = transformers_batching(theirs, prompts, new)
     return found
 
@@ -246,7 +247,9 @@ def measure(args, name: str, folder: str, model: GPT2, result: dict) -> None:
     candidates = {"ours": ours(model, prompts, args.new_tokens)}
     failed = {}
     if not args.ours_only:
-        candidates |= peers(folder, model, DTYPES[name], prompts, args.new_tokens)
+        candidates |= peers(
+            folder, model, DTYPES[name], prompts, args.new_tokens, not args.no_batching
+        )
     rows, few = 25 * args.questions, max(2, args.new_tokens // 32)
     tokens = {c: rows * args.new_tokens for c in candidates}
     warm = {}

@@ -137,6 +137,7 @@ def shared_attention(
     t: Tensor,
     place: Tensor,
     J: int,
+    longest: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """attention.shared_attention: out [n, H, D] of queries that attend to the prompts they share and
@@ -149,7 +150,7 @@ def shared_attention(
             return attention_triton.launch(*given)
         if backend:
             raise ValueError(f"no attention kernel for this layout or heads of {q.shape[2]}")
-    return attention.shared_attention(*given)
+    return attention.shared_attention(*given, longest)
 
 
 def fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ def shared_attention(
     t: Tensor,
     place: Tensor,
     J: int,
+    longest: int | None = None,
 ) -> Tensor:
     """out [n, H, D] of scaled queries q [n, H, D], all in one dtype (fp32 or bf16).
 
@@ -30,9 +31,11 @@ def shared_attention(
     own_k, own_v        [chunks, n, H, CHUNK, D], of which each row's first t [n] tokens are real
     place               int64 [n]: row j of prompt g stands at g * J + j, no two rows at one place;
                         G * J for a slot without a row, whose output means nothing
+    longest             the largest t where the host knows it: less is read
 
     What is not real must be finite. Sums and softmax are fp32."""
-    (G, _, P, _), T = shared_k.shape, own_k.shape[0] * CHUNK
+    (G, _, P, _), T = shared_k.shape, longest or own_k.shape[0] * CHUNK
+    pieces = [slice(0, T - i) for i in range(0, T, CHUNK)]  # of tokens, in each chunk
     at = place.clamp(max=G * J - 1)
 
     def by_prompt(x: Tensor) -> Tensor:  # [n, H, X] -> [G, H, J, X]
@@ -46,9 +49,9 @@ def shared_attention(
     real = [torch.arange(x, device=q.device) < ends[:, i] for i, x in enumerate((P, T))]
     mask = torch.where(torch.cat(real, 1), 0.0, float("-inf"))[:, None]  # [n, 1, P + T]
     scores = [by_row(by_prompt(q) @ shared_k.mT)]  # [n, H, P]
-    scores += [(q[:, :, None] @ x.mT)[:, :, 0] for x in own_k]  # [n, H, CHUNK] each
+    scores += [(q[:, :, None] @ x[:, :, s].mT)[:, :, 0] for x, s in zip(own_k, pieces)]
     w = (torch.cat(scores, -1).float() + mask).softmax(-1).to(q.dtype)  # [n, H, P + T]
     out = by_row(by_prompt(w[..., :P]) @ shared_v)  # [n, H, D]
-    for weights, x in zip(w[:, :, None, P:].split(CHUNK, -1), own_v):
-        out = out + (weights @ x)[:, :, 0]
+    for weights, x, s in zip(w[:, :, None, P:].split(CHUNK, -1), own_v, pieces):
+        out = out + (weights @ x[:, :, s])[:, :, 0]
     return out

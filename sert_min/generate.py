@@ -24,6 +24,7 @@ from kernels.reference import best_first
 from sert_min.gpt2 import GPT2, causal_attention, first_broken
 from sert_min.runtime import SertError
 
+
 @dataclass(frozen=True)
 class SampleSettings:
     """How paths are drawn [SERT §III-A]; the paper's values are the defaults."""
@@ -118,10 +119,14 @@ def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
         ids[i, : len(p)] = torch.tensor(p)
     lengths = torch.tensor([len(p) for p in prompts])
     size = (c.n_layer, len(prompts), c.n_head, P, c.n_embd // c.n_head)
-    keys = torch.empty(size, dtype=model.h[0].attn.c_attn.weight.dtype, device=device)
+    dtype = model.h[0].attn.c_attn.weight.dtype
+    if device.type == "cpu" and not cpu.has_bf16():
+        dtype = torch.float32  # bf16 numbers, kept so that nothing has to be converted
+    keys = torch.empty(size, dtype=dtype, device=device)
     values = torch.empty_like(keys)
 
     def attend(layer, q, k, v):  # [Q, P, H, D]
+        q, k, v = (x.to(dtype) for x in (q, k, v))
         keys[layer], values[layer] = k.transpose(1, 2), v.transpose(1, 2)
         return causal_attention(layer, q, k, v)
 
@@ -182,14 +187,14 @@ class Decoder:
     t % CHUNK]; what lies behind a row's tokens is stale, but
     finite, and masked away."""
 
-    def __init__(self, model: GPT2, prompts: Prompts, s: SampleSettings, tokenizer, R: int):
+    def __init__(
+        self, model: GPT2, prompts: Prompts, s: SampleSettings, tokenizer, R: int, own: Tensor
+    ):
         c, device = model.config, prompts.lengths.device
         self.model, self.s, self.eot, self.R = model, s, tokenizer.eot, R
         self.gpu = on_gpu(prompts.lengths)
         self.n_slots = N = min(s.rows, R)
-        size = (c.n_layer, -(-s.max_new_tokens // CHUNK), N, c.n_head, CHUNK, c.n_embd // c.n_head)
-        self.keys = torch.zeros(size, dtype=prompts.keys.dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        self.keys, self.values = own
         self.prompts = prompts
         self.draw = make_draw(model, s, prompts, min(tokenizer.n_vocab, c.vocab_size), N)
         # By row of the block, and for "no row":
@@ -294,8 +299,10 @@ class Decoder:
         n, J = self.n, self.s.branches * self.s.samples
         row, t = self.row[:n], self.t[:n]
         first, last = 0, self.R // J
+        longest = None
         if chunks is None:
-            chunks = -(-int(t.max()) // CHUNK)
+            longest = int(t.max())
+            chunks = -(-longest // CHUNK)
             first, last = (int(x) // J for x in row.clamp(max=self.R - 1).aminmax())
             last += 1
         place = (row - first * J).clamp(max=(last - first) * J)
@@ -304,13 +311,15 @@ class Decoder:
         slots, chunk, at = torch.arange(n, device=t.device), (t - 1) // CHUNK, (t - 1) % CHUNK
 
         def attend(layer, q, k, v):  # [n, H, D]
+            q, k, v = (x.to(self.keys.dtype) for x in (q, k, v))
             self.keys[layer][chunk, slots, :, at] = k
             self.values[layer][chunk, slots, :, at] = v
             own_k, own_v = (x[layer, :chunks, :n] for x in (self.keys, self.values))
             prompt_k, prompt_v = (
                 x[layer, first:last] for x in (self.prompts.keys, self.prompts.values)
             )
-            return shared_attention(q, prompt_k, prompt_v, lengths, own_k, own_v, t, place, J)
+            keys = (prompt_k, prompt_v, lengths, own_k, own_v)
+            return shared_attention(q, *keys, t, place, J, longest)
 
         hidden = self.model(self.ids[:n], position, attend)  # [n, C]
         tokens, logprobs = self.draw(hidden, self.stream[row], t)
@@ -352,14 +361,17 @@ def capture(f: Callable, state: list[Tensor]) -> Callable:
 
 
 def find_decoder(kept: dict, model, shared: Prompts, s, tokenizer, R: int) -> Decoder:
-    """The decoder of the last block if it fits this one (a GPU's), else a new one."""
-    key = (id(model), s, tuple(shared.keys.shape), shared.keys.dtype, R)
-    if not on_gpu(shared.lengths):
-        return Decoder(model, shared, s, tokenizer, R)
+    """A decoder for a block of R rows. On a GPU, the last block's if it fits, with its graphs; on a
+    CPU, a new one with the last one's memory for own keys and values, as new memory is slow."""
+    c, shape = model.config, tuple(shared.keys.shape) if on_gpu(shared.lengths) else ()
+    key = (id(model), s, shape, shared.keys.dtype, R)
     if key not in kept:
         kept.clear()  # its memory first
-        kept[key] = Decoder(model, shared, s, tokenizer, R)
-    return kept[key]
+        chunks, N = -(-s.max_new_tokens // CHUNK), min(s.rows, R)
+        size = (2, c.n_layer, chunks, N, c.n_head, CHUNK, c.n_embd // c.n_head)
+        own = torch.zeros(size, dtype=shared.keys.dtype, device=shared.keys.device)
+        kept[key] = Decoder(model, shared, s, tokenizer, R, own) if shape else own
+    return kept[key] if shape else Decoder(model, shared, s, tokenizer, R, kept[key])
 
 
 def draw_first_tokens(live: Decoder, shared: Prompts, rows: list[Row], ends: "Ends") -> None:

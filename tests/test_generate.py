@@ -297,7 +297,11 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
         if not self.paused:
-            assert op._overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "is_nonzero")
+            assert op._overloadpacket.__name__ not in (
+                "_local_scalar_dense",
+                "nonzero",
+                "is_nonzero",
+            )
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             self.calls.append((str(op), [tuple(x.shape) for x in tensors]))
             self.outside |= {x.untyped_storage().data_ptr() for x in tensors} - self.made
