@@ -201,12 +201,11 @@ def block_records(run: Run, questions: list, progress=lambda tokens: None) -> li
                 "finish": row.finish,
             }
         )
-    return apply_rules(records, questions, run.tokenizer, run.rules)
+    return apply_rules(records, {q.id: q for q in questions}, run.tokenizer, run.rules)
 
 
-def apply_rules(records: list[dict], questions: list, tokenizer, rules) -> list[dict]:
+def apply_rules(records: list[dict], by_id: dict, tokenizer, rules) -> list[dict]:
     """Fill text, path_end, perplexity, rep2 and verdict of whole questions' records."""
-    by_id = {q.id: q for q in questions}
     for r in records:
         token_bytes = [tokenizer.to_bytes.get(i, b"") for i in r["token_ids"]]
         r.update(filters.judge_path(r, token_bytes, by_id[r["id"]], rules))
@@ -295,14 +294,16 @@ def refilter(run: Run, stored: dict) -> None:
     single = [[q] for q in run.questions]  # the last block may be short: --limit
     whole_blocks(folder / "paths.jsonl", single, run.per_question)  # cuts a torn question off
 
+    by_id = {q.id: q for q in run.questions}
+
     def lines():
         group: list[dict] = []
         for record in read_jsonl(folder / "paths.jsonl", PATH):
             if group and record["id"] != group[0]["id"]:
-                yield from map(to_line, apply_rules(group, run.questions, run.tokenizer, rules))
+                yield from map(to_line, apply_rules(group, by_id, run.tokenizer, rules))
                 group = []
             group.append(record)
-        yield from map(to_line, apply_rules(group, run.questions, run.tokenizer, rules))
+        yield from map(to_line, apply_rules(group, by_id, run.tokenizer, rules))
 
     def write_settings(**more) -> None:
         settings = {**stored, **asdict(rules), **more}

@@ -25,7 +25,8 @@ import torch
 import sample
 from bench import sampling
 from bench.common import ROOT, finish, interleaved, machine
-from sert_min.generate import CHUNK, sample_block
+from kernels.attention import CHUNK
+from sert_min.generate import sample_block
 from sert_min.prompts import question_prompt
 from sert_min.store import read_jsonl
 
@@ -51,11 +52,7 @@ def computed_bytes(model, rows: int, prompts: int, prompt: int, new: int) -> dic
         "weights": model.n_params() * 4,
         "prompts": prompts * prompt * one,
         "own tokens": rows * own * one,
-        "scratch": max(prompts * prompt, rows)
-        * 4
-        * c.n_embd
-        * 4
-        * 3,  # MLP of prefill: 3 at a time
+        "scratch": 3 * 4 * max(prompts * prompt, rows) * 4 * c.n_embd,  # 3 at a time in an MLP
     }
 
 

@@ -22,7 +22,8 @@ import distill
 import sample
 from kernels import reference
 from sert_min import evaluate, filters, finetune, micro, prompts, rationales
-from sert_min.generate import first_rows, prefill, stream_of
+from sert_min.decode import prefill
+from sert_min.generate import first_rows, stream_of
 
 N_QUESTIONS, FOLLOWED = 64, 3  # two blocks; of them this one, which the training leaves out
 EPOCHS, BATCH, LR = 3, 8, 3e-4
@@ -80,7 +81,7 @@ def branching(run, q) -> list[str]:
     logits = run.model.logits(prefill(run.model, [prompt]).hidden)[:, : run.tokenizer.n_vocab]
     rows = first_rows(logits, [f"{q.task}/{q.id}"], run.s, run.tokenizer.eot)
     about = """
-        `generate.prefill`, `generate.first_rows` (paper: §II-A-1)
+        `decode.prefill`, `generate.first_rows` (paper: §II-A-1)
 
         The prompt runs through the model once; its keys and values are kept and shared by all 25
         paths. At its end the five most probable first tokens become five branches. This is where
@@ -116,7 +117,7 @@ def drawing(run, q, path) -> list[str]:
         shown.append((i, code(tokenizer.decode([i])), f"{p_i:.4f}", f"{before_i:.4f}", fate))
     u = reference.uniform(s.seed, stream, torch.tensor([at])).item()
     about = f"""
-        `generate.Decoder.step`, `kernels.head_sample_and_score` (paper: §II-A-1, §III-A)
+        `decode.Decoder.step`, `kernels.head_sample_and_score` (paper: §II-A-1, §III-A)
 
         Branch {path["branch"]}, sample {path["sample"]}. The first token has log-prob
         {path["logprobs"][0]:.3f}; the mean of the others is {sum(rest) / len(rest):.3f}. Reasoning

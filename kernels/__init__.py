@@ -137,7 +137,6 @@ def shared_attention(
     t: Tensor,
     place: Tensor,
     J: int,
-    longest: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """attention.shared_attention: out [n, H, D] of queries that attend to the prompts they share and
@@ -150,7 +149,8 @@ def shared_attention(
             return attention_triton.launch(*given)
         if backend:
             raise ValueError(f"no attention kernel for this layout or heads of {q.shape[2]}")
-    return attention.shared_attention(*given, longest)
+    own = (cpu.own_scores, cpu.own_sum) if q.device.type == "cpu" and not backend else ()
+    return attention.shared_attention(*given, *own)
 
 
 def fp32_product(hidden: Tensor, weight: Tensor) -> Tensor:

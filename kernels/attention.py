@@ -7,10 +7,23 @@ Letters: n rows, G prompts of J rows each, P prompt tokens (padded), H heads of 
 of a row stand in pieces ("chunks") of CHUNK tokens: piece c of all rows is contiguous.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 CHUNK = 32  # own tokens of a row in one piece
+
+
+def own_scores(q: Tensor, own_k: Tensor) -> Tensor:
+    """Each query [n, H, D] times its row's own keys [chunks, n, H, CHUNK, D]: [n, H, chunks * CHUNK]."""
+    return torch.cat([(q[:, :, None] @ x.mT)[:, :, 0] for x in own_k], -1)
+
+
+def own_sum(w: Tensor, own_v: Tensor) -> Tensor:
+    """Sum [n, H, D] of each row's own values [chunks, n, H, CHUNK, D], weighted by [n, H, chunks * CHUNK]."""
+    pieces = zip(w[:, :, None].split(CHUNK, -1), own_v)
+    return sum((weights @ x)[:, :, 0] for weights, x in pieces)
 
 
 def shared_attention(
@@ -23,7 +36,8 @@ def shared_attention(
     t: Tensor,
     place: Tensor,
     J: int,
-    longest: int | None = None,
+    own_scores: Callable[[Tensor, Tensor], Tensor] = own_scores,
+    own_sum: Callable[[Tensor, Tensor], Tensor] = own_sum,
 ) -> Tensor:
     """out [n, H, D] of scaled queries q [n, H, D], all in one dtype (fp32 or bf16).
 
@@ -31,27 +45,32 @@ def shared_attention(
     own_k, own_v        [chunks, n, H, CHUNK, D], of which each row's first t [n] tokens are real
     place               int64 [n]: row j of prompt g stands at g * J + j, no two rows at one place;
                         G * J for a slot without a row, whose output means nothing
-    longest             the largest t where the host knows it: less is read
 
-    What is not real must be finite. Sums and softmax are fp32."""
-    (G, _, P, _), T = shared_k.shape, longest or own_k.shape[0] * CHUNK
-    pieces = [slice(0, T - i) for i in range(0, T, CHUNK)]  # of tokens, in each chunk
-    at = place.clamp(max=G * J - 1)
+    What is not real must be finite. Sums and softmax are fp32. `own_scores` and `own_sum` may be
+    quicker ways (cpu.py)."""
+    (G, _, P, _), T = shared_k.shape, own_k.shape[0] * CHUNK
+    n, H, _ = q.shape
+    if n == 0:
+        return q
+    at, heads = place.clamp(max=G * J - 1), torch.arange(H, device=q.device)
+    # The row of each place (any where there is none), and both orders as rows of a table.
+    row = torch.zeros(G * J + 1, dtype=torch.long, device=q.device)
+    row = row.index_copy_(0, place, torch.arange(n, device=q.device))[:-1].view(G, 1, J)
+    there = (row * H + heads[:, None]).flatten()  # [G * H * J] of n * H
+    back = ((at // J * H)[:, None] + heads) * J + (at % J)[:, None]  # [n, H] of G * H * J
 
     def by_prompt(x: Tensor) -> Tensor:  # [n, H, X] -> [G, H, J, X]
-        full = x.new_zeros(G * J + 1, *x.shape[1:]).index_copy_(0, place, x)
-        return full[:-1].unflatten(0, (G, J)).transpose(1, 2)
+        return x.flatten(0, 1).index_select(0, there).view(G, H, J, x.shape[-1])
 
     def by_row(x: Tensor) -> Tensor:  # [G, H, J, X] -> [n, H, X]
-        return x.transpose(1, 2).flatten(0, 1)[at]
+        return x.flatten(0, 2).index_select(0, back.flatten()).view(n, H, x.shape[-1])
 
     ends = torch.stack([lengths[at // J], t], 1)[:, :, None]  # [n, 2, 1]
     real = [torch.arange(x, device=q.device) < ends[:, i] for i, x in enumerate((P, T))]
-    mask = torch.where(torch.cat(real, 1), 0.0, float("-inf"))[:, None]  # [n, 1, P + T]
-    scores = [by_row(by_prompt(q) @ shared_k.mT)]  # [n, H, P]
-    scores += [(q[:, :, None] @ x[:, :, s].mT)[:, :, 0] for x, s in zip(own_k, pieces)]
-    w = (torch.cat(scores, -1).float() + mask).softmax(-1).to(q.dtype)  # [n, H, P + T]
+    mask = torch.where(torch.cat(real, 1), 0.0, float("-inf"))[:, None].to(q.dtype)  # [n, 1, P + T]
+    scores = torch.cat(
+        [by_row(by_prompt(q) @ shared_k.mT), own_scores(q, own_k)], -1
+    )  # [n, H, P + T]
+    w = (scores + mask).softmax(-1)  # sums in fp32 also if the scores are bf16
     out = by_row(by_prompt(w[..., :P]) @ shared_v)  # [n, H, D]
-    for weights, x, s in zip(w[:, :, None, P:].split(CHUNK, -1), own_v, pieces):
-        out = out + (weights @ x[:, :, s])[:, :, 0]
-    return out
+    return out + own_sum(w[..., P:], own_v)

@@ -14,20 +14,23 @@ stands. Two things mend it:
     2. Look again. The 32 best tokens of each row are computed anew in fp32: the draw and the score
        use these. The others enter the log-sum-exp only, where their errors average out.
 A row whose k-th best exact logit does not stand clear of the 32nd rough one is computed in full.
+
+`own_scores` and `own_sum` are a row's attention to its own tokens, read as embedding bags.
 """
 
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import BLOCK, best_first, summary
+from kernels import attention
+from kernels.reference import BLOCK, GROUP, best_first, summary
 
 CANDIDATES = 32  # tokens of a row that are computed again in fp32
 MAX_K = 16  # largest top-k that is screened
-GROUP = 16  # logits of a row of which only the largest is looked at first
 
 
 def has_bf16() -> bool:
@@ -35,17 +38,23 @@ def has_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [.., I] @ weight [O, I].T + bias, as F.linear, in x's dtype; sums are fp32."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu_tanh: bool = False
+) -> Tensor:
+    """x [.., I] @ weight [O, I].T + bias, as F.linear, in x's dtype; sums are fp32. `gelu_tanh`: of
+    that F.gelu(.., approximate="tanh"), which oneDNN takes before the sums leave its registers."""
+    act = partial(F.gelu, approximate="tanh") if gelu_tanh else lambda x: x
     if x.device.type != "cpu" or torch.is_grad_enabled() or weight.numel() <= 2**16:
-        return F.linear(x, weight, bias)
-    if x.dtype is torch.bfloat16 and not has_bf16():
+        return act(F.linear(x, weight, bias))
+    bf16 = x.dtype is torch.bfloat16
+    if bf16 and not has_bf16():
         bias = None if bias is None else bias.float()
-        return linear(x.float(), weight.float(), bias).bfloat16()
+        return linear(x.float(), weight.float(), bias, gelu_tanh).bfloat16()
     wide = len(weight) >= 4096 or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if x.dtype is torch.float32 and wide and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    if torch.backends.mkldnn.is_available() and (bf16 or wide):
+        given = ("gelu", [], "tanh") if gelu_tanh else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *given)
+    return act(F.linear(x, weight, bias))
 
 
 def blocks(hidden: Tensor, weight: Tensor) -> Callable[[int, int], Tensor]:
@@ -63,14 +72,13 @@ class Head(NamedTuple):
     mean: Tensor  # fp32 [C], the mean row of the weight
     centre: Tensor  # fp32 [C], a typical hidden state
     base: Tensor  # fp32 [V], weight @ centre
-    scratch: Tensor  # fp32 [rows, W], the rough logits; W is V rounded up, -inf beyond V
+    scratch: Tensor  # fp32 [blocks, rows, BLOCK], the rough logits; -inf beyond V
 
 
 def prepare(weight: Tensor, hidden: Tensor, rows: int) -> Head:
     """Head of a weight [V, C] for up to `rows` hidden states like `hidden` [B, C], all fp32."""
     mean, centre = weight.mean(0), hidden.mean(0)
-    width = -(-len(weight) // GROUP) * GROUP
-    scratch = torch.full((rows, width), float("-inf"))
+    scratch = torch.full((-(-len(weight) // BLOCK), rows, BLOCK), float("-inf"))
     return Head(weight, (weight - mean).bfloat16(), mean, centre, weight @ centre, scratch)
 
 
@@ -78,24 +86,24 @@ def screen(hidden: Tensor, head: Head, k: Tensor) -> tuple[Tensor, Tensor, Tenso
     """`reference.summary` of the logits hidden [B, C] @ weight.T with CANDIDATES entries, of which
     each row's first k (int64 [B], at most MAX_K) are those of an fp32 product."""
     B, V = len(hidden), len(head.weight)
-    if V <= GROUP * CANDIDATES:
-        return summary(blocks(hidden, head.weight), V, min(V, CANDIDATES))
+    if V <= CANDIDATES:
+        return summary(blocks(hidden, head.weight), V, V)
     rest = hidden - head.centre  # [B, C]
     rounded, shared = rest.bfloat16(), rest @ head.mean  # [B, C], [B]
-    rough, parts = head.scratch[:B], []  # [B, W]
-    for i in range(0, V, BLOCK):
-        x = rough[:, i : min(i + BLOCK, V)]
-        x.copy_(rounded @ head.rough[i : i + BLOCK].T).add_(head.base[i : i + BLOCK])
-        top = x.amax(1, keepdim=True)
-        parts.append((x - top).exp_().sum(1).log() + top[:, 0])
-    total = torch.stack(parts, 1).logsumexp(1)  # [B]
-    # A row's 32 best tokens stand in the 32 columns of this [GROUP, W / GROUP] table that have the
-    # best maxima.
-    table = rough.unflatten(1, (GROUP, -1))
-    columns = table.amax(1).topk(CANDIDATES).indices  # [B, CANDIDATES]
-    ids = (columns[:, None] + torch.arange(GROUP)[:, None] * table.shape[2]).flatten(1)
-    near, order = rough.gather(1, ids).topk(CANDIDATES)
-    ids = ids.gather(1, order)
+    rough, width = head.scratch[:, :B], BLOCK // GROUP
+    sums, maxima = [], []
+    for i, x in zip(range(0, V, BLOCK), rough):  # x [B, BLOCK] stays in the cache
+        part = rounded @ head.rough[i : i + BLOCK].T
+        x[:, : part.shape[1]].copy_(part).add_(head.base[i : i + BLOCK])
+        sums.append(x[:, 0] - x.log_softmax(1)[:, 0])
+        maxima.append(x.unflatten(1, (GROUP, width)).amax(1))
+    total = torch.stack(sums, 1).logsumexp(1)  # [B]
+    # The best tokens stand in those columns of GROUP that have the best maxima.
+    column = torch.cat(maxima, 1).topk(CANDIDATES).indices  # [B, CANDIDATES]
+    first = column // width * BLOCK + column % width
+    ids = (first[:, None] + torch.arange(0, BLOCK, width)[:, None]).flatten(1)
+    near, order = rough[ids // BLOCK, torch.arange(B)[:, None], ids % BLOCK].topk(CANDIDATES)
+    ids = ids.gather(1, order).clamp(max=V - 1)  # beyond V only if the row is unusable
     exact = (hidden[:, None] @ F.embedding(ids, head.weight).mT)[:, 0]  # [B, CANDIDATES]
     # In the sum, the candidates' exact mass takes the place of their rough mass.
     others = (1 - (near - total[:, None]).exp().sum(1)).clamp(min=0).log() + total + shared
@@ -112,3 +120,54 @@ def screen(hidden: Tensor, head: Head, k: Tensor) -> tuple[Tensor, Tensor, Tenso
         for x, y in zip(found, again):
             x[unsure] = y
     return found
+
+
+# --- attention of rows to their own tokens ---------------------------------------------------------
+# Each row has keys and values of its own, so these products are of one vector with a small matrix:
+# thousands of them, bound by memory. The sum of some rows of a table, each with its weight, is what
+# an embedding bag is, and PyTorch reads its rows two to three times as fast as it multiplies. Keys
+# must be laid out for it: for each number of a head, those of all CHUNK tokens side by side.
+
+
+def own_scores(q: Tensor, own_k: Tensor) -> Tensor:
+    """attention.own_scores: the keys' numbers of all tokens, summed with the query as weights."""
+    pieces = own_k.mT  # [chunks, n, H, D, CHUNK]
+    if not in_rows(pieces):
+        return attention.own_scores(q, own_k)
+    rows = row_numbers(pieces.shape[:-1], row_strides(pieces))  # [n, H, chunks, D]
+    sums = bags(rows.flatten(0, 2), q[:, :, None].expand(rows.shape), pieces)
+    return sums.view(*q.shape[:2], -1)  # [n, H, chunks * CHUNK]
+
+
+def own_sum(w: Tensor, own_v: Tensor) -> Tensor:
+    """attention.own_sum: the values of all tokens, summed with w as weights."""
+    if not in_rows(own_v):
+        return attention.own_sum(w, own_v)
+    rows = row_numbers(own_v.shape[:-1], row_strides(own_v))  # [n, H, chunks, CHUNK]
+    return bags(rows.flatten(2).flatten(0, 1), w, own_v).view(*w.shape[:2], -1)
+
+
+def in_rows(pieces: Tensor) -> bool:
+    """Is the memory of [chunks, n, H, R, X] a table of rows of X numbers, of which it is a part?"""
+    *strides, last = pieces.stride()
+    return pieces.numel() > 0 and last == 1 and not any(s % pieces.shape[-1] for s in strides)
+
+
+def row_strides(pieces: Tensor) -> tuple[int, ...]:
+    return tuple(s // pieces.shape[-1] for s in pieces.stride()[:-1])
+
+
+@lru_cache(4)
+def row_numbers(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Where the R rows of a piece stand in the table: int32 [n, H, chunks, R]."""
+    chunk, slot, head, row = (
+        torch.arange(n, dtype=torch.int32) * stride for n, stride in zip(sizes, strides)
+    )
+    return (slot[:, None] + head)[..., None, None] + chunk[:, None] + row
+
+
+def bags(rows: Tensor, weights: Tensor, pieces: Tensor) -> Tensor:
+    """Sum [bags, X] of a bag's rows [bags, R] of the pieces [.., X], each times its weight."""
+    X = pieces.shape[-1]
+    table = pieces.as_strided((int(rows[-1, -1]) + 1, X), (X, 1))
+    return F.embedding_bag(rows, table, per_sample_weights=weights.reshape(rows.shape), mode="sum")

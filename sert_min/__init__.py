@@ -6,7 +6,7 @@ Data flows one way, from script to script, through JSONL files:
               -> evaluate.py -> predictions, table, figures
 
 Read in the order of the data: tasks.py, prompts.py (what is asked), gpt2.py, tokenizer.py (the
-student), generate.py, filters.py (stage 1: sample and select), finetune.py (stage 2: learn),
+student), generate.py, decode.py, filters.py (stage 1: sample and select), finetune.py (stage 2: learn),
 rationales.py, teacher.py (stage 3: distil), evaluate.py, judge.py, table.py, plots.py (what came of
 it), micro.py (the embedded world that makes all of it run on a laptop).
 

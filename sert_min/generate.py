@@ -3,25 +3,25 @@
 A *block* is a fixed number of consecutive questions; all that follows happens inside one block.
     1. Prefill: each prompt runs through the model once; its keys and values are kept once.
     2. Branch: the five most probable first tokens start five branches of five rows each.
-    3. Decode: up to `rows` rows at a time take one token per step. A row attends to its prompt's
-       shared keys (25 rows read one copy) and to its own; both meet in one softmax.
-    4. Retire: a row that ended makes room for the block's next one.
+    3. Decode: up to `rows` rows at a time take one token per step; a row that ended makes room for
+       the block's next one (decode.py).
+    4. Judge: the host looks at the tokens and ends rows that broke a rule.
 Sums in floating point change in the last bits with the number of rows, so the same block always
 runs the same way, whatever ran before it: that makes a run the same bytes after any restart.
 """
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kernels import bf16_pieces, cpu, head_sample_and_score, shared_attention
-from kernels.attention import CHUNK
+from kernels import bf16_pieces, cpu, head_sample_and_score
 from kernels.reference import best_first
-from sert_min.gpt2 import GPT2, causal_attention, first_broken
+from sert_min.decode import Decoder, Prompts, on_gpu, own_memory, prefill, rounded
+from sert_min.gpt2 import GPT2, first_broken
 from sert_min.runtime import SertError
 
 
@@ -97,44 +97,6 @@ def check_lengths(prompts: list[list[int]], names: list[str], model: GPT2, new: 
             )
 
 
-@dataclass
-class Prompts:
-    """What prefill leaves of Q prompts: keys and values [L, Q, H, P, D], shared by their rows."""
-
-    keys: Tensor
-    values: Tensor
-    lengths: Tensor  # [Q]; what lies behind them is padding
-    hidden: Tensor  # [Q, C] at each prompt's last token
-
-
-def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
-    """Run each prompt once. Padding stands on the right, where causal attention never looks; on a
-    GPU to a multiple of 64, so that most blocks have one shape."""
-    c, device = model.config, model.wte.weight.device
-    P = max(map(len, prompts))
-    if device.type == "cuda":
-        P = min(-(-P // 64) * 64, c.n_positions)
-    ids = torch.zeros(len(prompts), P, dtype=torch.long)
-    for i, p in enumerate(prompts):
-        ids[i, : len(p)] = torch.tensor(p)
-    lengths = torch.tensor([len(p) for p in prompts])
-    size = (c.n_layer, len(prompts), c.n_head, P, c.n_embd // c.n_head)
-    dtype = model.h[0].attn.c_attn.weight.dtype
-    if device.type == "cpu" and not cpu.has_bf16():
-        dtype = torch.float32  # bf16 numbers, kept so that nothing has to be converted
-    keys = torch.empty(size, dtype=dtype, device=device)
-    values = torch.empty_like(keys)
-
-    def attend(layer, q, k, v):  # [Q, P, H, D]
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-        keys[layer], values[layer] = k.transpose(1, 2), v.transpose(1, 2)
-        return causal_attention(layer, q, k, v)
-
-    hidden = model(ids.to(device), attend=attend)  # [Q, P, C]
-    last = hidden[torch.arange(len(prompts)), lengths - 1]  # [Q, C]
-    return Prompts(keys, values, lengths.to(device), last)
-
-
 def first_rows(logits: Tensor, names: list[str], s: SampleSettings, eot: int) -> list[Row]:
     """All rows of a block in order, each with its first token if that is a branch [SERT §II-A-1];
     logits [Q, V] at the prompts' ends."""
@@ -158,7 +120,7 @@ def first_rows(logits: Tensor, names: list[str], s: SampleSettings, eot: int) ->
 
 
 def make_draw(
-    model: GPT2, s: SampleSettings, shared: Prompts, n_vocab: int, n_rows: int
+    model: GPT2, shared: Prompts, s: SampleSettings, n_vocab: int, n_rows: int
 ) -> Callable:
     """`draw(hidden [n, C], streams [n], position [n])` -> tokens and log-probs [n]: the head and the
     draw. A model in bf16 has its head read in bf16 too, without its errors (kernels/)."""
@@ -178,200 +140,22 @@ def make_draw(
     return draw
 
 
-class Decoder:
-    """The live rows of a block with their own keys and values: all of it stands on the device, in
-    buffers that stay where they are, so that `step` needs no host and can be a CUDA graph.
+def find_decoder(kept: dict, model: GPT2, shared: Prompts, s: SampleSettings, tokenizer) -> Decoder:
+    """A decoder for a block. On a GPU, the last block's if it fits, with its graphs; on a CPU, a new
+    one with the last one's memory for own keys and values, as new memory is slow."""
+    Q, J, gpu = len(shared.lengths), s.branches * s.samples, on_gpu(shared.keys)
+    n_slots, n_vocab = min(s.rows, Q * J), min(tokenizer.n_vocab, model.config.vocab_size)
 
-    Slot i of n holds row `row[i]` of the block's R rows (R: no row), of which t[i] tokens are known
-    and ids[i] is the last. The own key of token t stands in keys[layer, t // CHUNK, slot, :,
-    t % CHUNK]; what lies behind a row's tokens is stale, but
-    finite, and masked away."""
+    def make(own: tuple[Tensor, Tensor]) -> Decoder:
+        draw = make_draw(model, shared, s, n_vocab, n_slots)
+        return Decoder(model, shared, own, draw, J, s.max_new_tokens, tokenizer.eot)
 
-    def __init__(
-        self, model: GPT2, prompts: Prompts, s: SampleSettings, tokenizer, R: int, own: Tensor
-    ):
-        c, device = model.config, prompts.lengths.device
-        self.model, self.s, self.eot, self.R = model, s, tokenizer.eot, R
-        self.gpu = on_gpu(prompts.lengths)
-        self.n_slots = N = min(s.rows, R)
-        self.keys, self.values = own
-        self.prompts = prompts
-        self.draw = make_draw(model, s, prompts, min(tokenizer.n_vocab, c.vocab_size), N)
-        # By row of the block, and for "no row":
-        self.stream, self.first = (torch.zeros(2, R + 1, dtype=torch.long, device=device)).unbind()
-        self.stopped = torch.zeros(R + 1, dtype=torch.bool, device=device)  # ended by the host
-        self.order = torch.full((R + 1,), R, device=device)  # rows that wait, in order
-        # By slot:
-        self.row, self.t, self.ids = torch.zeros(3, N, dtype=torch.long, device=device).unbind()
-        self.ended = torch.zeros(N, dtype=torch.bool, device=device)
-        self.taken = torch.zeros(1, dtype=torch.long, device=device)  # of those that wait
-        self.state = [self.row, self.t, self.ids, self.ended, self.taken]
-        self.graphs: dict[tuple[int, int], Callable] = {}
-
-    def load(self, prompts: Prompts, rows: list[Row], waiting: list[int]) -> None:
-        """Begin a block: its prompts and rows, of which `waiting` are to be decoded, in order."""
-        if prompts is not self.prompts:
-            for x in ("keys", "values", "lengths"):
-                getattr(self.prompts, x).copy_(getattr(prompts, x))
-        self.stream[:-1] = torch.tensor([row.stream for row in rows])
-        self.first[:-1] = torch.tensor([(row.token_ids or [0])[0] for row in rows])
-        self.order.fill_(self.R)[: len(waiting)] = torch.tensor(waiting)
-        self.stopped.zero_()[-1] = True  # "no row" always looks for a row
-        self.row.fill_(self.R)
-        self.taken.zero_()
-        self.n, self.steps = min(self.n_slots, len(waiting)), 0
-
-    def refill(self) -> None:
-        """Give the slots whose row has ended to the rows that wait; without any, to no row."""
-        n = self.n
-        row, t, ids, ended = self.row[:n], self.t[:n], self.ids[:n], self.ended[:n]
-        free = ended | self.stopped[row]
-        turn = self.taken + free.cumsum(0) - 1  # [n]: which of the waiting rows, if free
-        new = self.order[turn.clamp(0, self.R)]
-        row.copy_(torch.where(free, new, row))
-        t.masked_fill_(free, 1)
-        ids.copy_(torch.where(free, self.first[row], ids))
-        self.taken.add_(free.sum()).clamp_(max=self.R)
-        ended.zero_()
-
-    def stop(self, rows: list[int]) -> None:
-        """The host has ended these rows of the block."""
-        if rows:
-            self.stopped[torch.tensor(rows).to(self.row.device, non_blocking=True)] = True
-
-    def shrink_to(self, left: int) -> None:
-        """Go on with fewer slots if at most `left` rows have not ended: on a CPU as many as rows, on
-        a GPU, where each size is a graph, in halves. Rows of the slots behind move to the front."""
-        n = min(self.n, left)
-        if self.gpu:
-            n = self.n
-            while left <= n // 2 and n >= 128:
-                n //= 2
-        if n == self.n:
-            return
-        self.refill()
-        holes = (self.row[:n] == self.R).nonzero()[:, 0]
-        movers = (self.row[n : self.n] != self.R).nonzero()[:, 0] + n
-        holes = holes[: len(movers)]
-        for x in (*self.keys.flatten(0, 1), *self.values.flatten(0, 1), self.row, self.t, self.ids):
-            x[holes] = x[movers]
-        self.n = n
-
-    def look(self, steps: int) -> Callable[[], Iterator[tuple[int, list[int], list[float]]]]:
-        """Go some steps. Returns a function that waits for them, and then gives what rows drew: row,
-        tokens, log-probs."""
-        drawn = torch.empty(2, self.n, steps, dtype=torch.long, device=self.row.device)
-        scores = torch.empty(self.n, steps, device=self.row.device)
-        for i in range(steps):
-            drawn[0, :, i], drawn[1, :, i], scores[:, i] = self.step()
-        if self.gpu:
-            drawn, scores = (x.to("cpu", non_blocking=True) for x in (drawn, scores))  # pinned
-            done = torch.cuda.Event()
-            done.record()
-
-        def read():
-            if self.gpu:
-                done.synchronize()
-            for who, tokens, logprobs in zip(*drawn.tolist(), rounded(scores).tolist()):
-                start = 0
-                for i in range(1, steps + 1):  # a slot may have passed to another row
-                    if i == steps or who[i] != who[start]:
-                        if who[start] < self.R:
-                            yield who[start], tokens[start:i], logprobs[start:i]
-                        start = i
-
-        return read
-
-    def step(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Refill, feed each slot's last token and draw its next one: rows, tokens, log-probs [n]."""
-        self.steps += 1
-        if not self.gpu:
-            return self.run()
-        chunks = min(-(-self.steps // CHUNK), self.keys.shape[1])  # no row is older than the block
-        if (self.n, chunks) not in self.graphs:
-            self.graphs[self.n, chunks] = capture(lambda: self.run(chunks), self.state)
-        return self.graphs[self.n, chunks]()
-
-    def run(self, chunks: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """A step. With `chunks`, its shapes and addresses depend on nothing but n and chunks; without,
-        it takes those questions and chunks that have live rows."""
-        self.refill()
-        n, J = self.n, self.s.branches * self.s.samples
-        row, t = self.row[:n], self.t[:n]
-        first, last = 0, self.R // J
-        longest = None
-        if chunks is None:
-            longest = int(t.max())
-            chunks = -(-longest // CHUNK)
-            first, last = (int(x) // J for x in row.clamp(max=self.R - 1).aminmax())
-            last += 1
-        place = (row - first * J).clamp(max=(last - first) * J)
-        lengths = self.prompts.lengths[first:last]
-        position = self.prompts.lengths[(row // J).clamp(max=self.R // J - 1)] + t - 1
-        slots, chunk, at = torch.arange(n, device=t.device), (t - 1) // CHUNK, (t - 1) % CHUNK
-
-        def attend(layer, q, k, v):  # [n, H, D]
-            q, k, v = (x.to(self.keys.dtype) for x in (q, k, v))
-            self.keys[layer][chunk, slots, :, at] = k
-            self.values[layer][chunk, slots, :, at] = v
-            own_k, own_v = (x[layer, :chunks, :n] for x in (self.keys, self.values))
-            prompt_k, prompt_v = (
-                x[layer, first:last] for x in (self.prompts.keys, self.prompts.values)
-            )
-            keys = (prompt_k, prompt_v, lengths, own_k, own_v)
-            return shared_attention(q, *keys, t, place, J, longest)
-
-        hidden = self.model(self.ids[:n], position, attend)  # [n, C]
-        tokens, logprobs = self.draw(hidden, self.stream[row], t)
-        self.ended[:n] = (tokens == self.eot) | (t + 1 >= self.s.max_new_tokens)
-        self.ids[:n] = tokens.clamp(min=0)  # -1: the logits were NaN; the host will see it
-        drawn = row.clone(), tokens, logprobs
-        t += 1
-        return drawn
-
-
-def on_gpu(x: Tensor) -> bool:
-    return x.device.type == "cuda"
-
-
-def rounded(logprobs: Tensor) -> Tensor:
-    """To the 5 decimals that records have, fp64."""
-    return logprobs.cpu().double().round(decimals=5)
-
-
-def capture(f: Callable, state: list[Tensor]) -> Callable:
-    """`f`, whose tensors stay where they are, as a CUDA graph: one launch in place of hundreds. It
-    runs once before (kernels get compiled); the `state` that this changes is put back."""
-    before, side = [x.clone() for x in state], torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        f()
-    torch.cuda.current_stream().wait_stream(side)
-    for x, y in zip(state, before):
-        x.copy_(y)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        drawn = f()
-
-    def replay():
-        graph.replay()
-        return drawn
-
-    return replay
-
-
-def find_decoder(kept: dict, model, shared: Prompts, s, tokenizer, R: int) -> Decoder:
-    """A decoder for a block of R rows. On a GPU, the last block's if it fits, with its graphs; on a
-    CPU, a new one with the last one's memory for own keys and values, as new memory is slow."""
-    c, shape = model.config, tuple(shared.keys.shape) if on_gpu(shared.lengths) else ()
-    key = (id(model), s, shape, shared.keys.dtype, R)
+    key = (id(model), s, Q, shared.keys.dtype, shared.keys.shape if gpu else ())
     if key not in kept:
         kept.clear()  # its memory first
-        chunks, N = -(-s.max_new_tokens // CHUNK), min(s.rows, R)
-        size = (2, c.n_layer, chunks, N, c.n_head, CHUNK, c.n_embd // c.n_head)
-        own = torch.zeros(size, dtype=shared.keys.dtype, device=shared.keys.device)
-        kept[key] = Decoder(model, shared, s, tokenizer, R, own) if shape else own
-    return kept[key] if shape else Decoder(model, shared, s, tokenizer, R, kept[key])
+        own = own_memory(shared, n_slots, s.max_new_tokens)
+        kept[key] = make(own) if gpu else own
+    return kept[key] if gpu else make(kept[key])
 
 
 def draw_first_tokens(live: Decoder, shared: Prompts, rows: list[Row], ends: "Ends") -> None:
@@ -464,7 +248,7 @@ def sample_block(
     for question in (~logits.logsumexp(-1).isfinite()).nonzero().flatten().tolist():
         raise broken(question, [])
     rows = first_rows(logits, names, s, tokenizer.eot)
-    live = find_decoder({} if kept is None else kept, model, shared, s, tokenizer, len(rows))
+    live = find_decoder({} if kept is None else kept, model, shared, s, tokenizer)
     ends = Ends(s, tokenizer.eot, reject, broken)
     if s.raw:
         draw_first_tokens(live, shared, rows, ends)
@@ -472,7 +256,8 @@ def sample_block(
         for row in rows:
             ends.judge(row)
     waiting = [i for i, row in enumerate(rows) if not row.finish]
-    live.load(shared, rows, waiting)
+    first = [(row.token_ids or [0])[0] for row in rows]
+    live.load(shared, [row.stream for row in rows], first, waiting)
 
     gpu = on_gpu(shared.lengths)
     look, ahead = look or (8 if gpu else 1), int(gpu) if ahead is None else ahead

@@ -3,7 +3,7 @@
 Decoder-only transformer with learned positions, LayerNorm before each half of a block and a head
 that shares the token embedding (Radford et al. 2019; the names follow the published weights). One
 thing is unusual: `forward` takes the attention as a function, so that training, prefill and the
-sampler's decoding over shared prompts (generate.py) all run this one model.
+sampler's decoding over shared prompts (decode.py) all run this one model.
 
 Precision: linear layers compute in their weights' dtype (fp32 or bf16); the residual stream,
 LayerNorm, embeddings and the head stay fp32. GPT-2's logits lie near -100, where bf16 numbers are
@@ -36,9 +36,9 @@ HUB = {
     "distilgpt2": ("distilbert/distilgpt2", "2290a62682d06624634c1f46a6ad5be0f47f38aa"),
 }
 MICRO = Path(__file__).parent / "micro_student"  # the embedded student of the micro-world
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "gelu_new": None,  # gelu_tanh, which `linear` takes together with the product
+    "gelu_pytorch_tanh": None,
     "gelu": F.gelu,
     "relu": F.relu,
     "silu": F.silu,
@@ -80,9 +80,9 @@ def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0).transpose(1, 2)
 
 
-def product(x: Tensor, layer: nn.Linear) -> Tensor:
+def product(x: Tensor, layer: nn.Linear, gelu_tanh: bool = False) -> Tensor:
     """A linear layer, in the dtype of its weight."""
-    return linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
+    return linear(x.to(layer.weight.dtype), layer.weight, layer.bias, gelu_tanh)
 
 
 class Attention(nn.Module):
@@ -111,6 +111,8 @@ class MLP(nn.Module):
         self.act = ACTIVATIONS[c.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.act is None:
+            return product(product(x, self.c_fc, gelu_tanh=True), self.c_proj)
         return product(self.act(product(x, self.c_fc)), self.c_proj)
 
 

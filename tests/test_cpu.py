@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import shared
 
-from kernels import cpu, head_sample_and_score, reference
+from kernels import attention, cpu, head_sample_and_score, reference
 
 GIVEN = {"top_k": 10, "top_p": 0.95, "seed": 3}
 
@@ -45,6 +45,74 @@ def test_linear_has_gradients():
     x, w = torch.randn(3, 300, requires_grad=True), torch.randn(300, 300, requires_grad=True)
     cpu.linear(x, w).sum().backward()
     assert torch.allclose(w.grad, x.detach().sum(0).expand(300, 300), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (300, 400)])  # by PyTorch, by oneDNN
+def test_gelu_tanh_is_taken_with_the_product(shape):
+    """Guards another gelu, its constants, the far ends (where exp overflows), a bias that is added
+    behind it, and training, which needs gradients."""
+    i, o = shape
+    x = torch.linspace(-20, 20, 501)[:, None] * torch.ones(i) / i**0.5
+    x = torch.cat([x, torch.full((1, i), 1e15), torch.full((1, i), -1e15)])
+    w, b = torch.full((o, i), i**-0.5), torch.linspace(-1, 1, o)
+    with torch.no_grad():
+        found = cpu.linear(x, w, b, gelu_tanh=True)
+    exact = x.double() @ w.double().T + b.double()
+    wanted = torch.nn.functional.gelu(exact, approximate="tanh")
+    assert ((found - wanted).abs() <= 1e-5 * exact.abs().clamp(min=1)).all()
+    w.requires_grad_()
+    cpu.linear(x[:-2], w, b, gelu_tanh=True).sum().backward()
+    assert w.grad.isfinite().all() and (w.grad != 0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunks, n, slots", [(1, 5, 5), (3, 4, 7)])
+def test_own_attention_is_that_of_the_definition(dtype, chunks, n, slots):
+    """Guards rows of another slot, head, chunk or layer, weights of another token, and rows kept from
+    a call of another shape, with fewer live rows and chunks than there is memory for."""
+    H, D, C = 3, 16, attention.CHUNK
+    g = torch.Generator().manual_seed(chunks)
+    size = (2, chunks + 1, slots, H)
+    keys = torch.randn(*size, D, C, generator=g).to(dtype).mT[1, :chunks, :n]
+    values = torch.randn(*size, C, D, generator=g).to(dtype)[1, :chunks, :n]
+    q = torch.randn(n, 3, H, D, generator=g).to(dtype)[:, 1]  # a part of q, k, v
+    w = torch.rand(n, H, 7 + chunks * C, generator=g).to(dtype)[..., 7:]
+    assert cpu.in_rows(keys.mT) and cpu.in_rows(values)  # else the definition runs twice
+    found = cpu.own_scores(q, keys), cpu.own_sum(w, values)
+    exact = attention.own_scores(q.double(), keys.double())
+    exact = exact, attention.own_sum(w.double(), values.double())
+    off = 1e-5 if dtype is torch.float32 else 0.13  # of bf16 numbers up to 32
+    for x, y in zip(found, exact):
+        assert x.dtype is dtype and x.shape == y.shape and (x - y).abs().max() < off
+
+
+def test_own_attention_in_any_layout():
+    """Guards a table read where the memory is none: keys as a GPU has them, heads that lie apart."""
+    keys = torch.randn(2, 3, 4, attention.CHUNK, 8)
+    q, w = torch.randn(3, 4, 8), torch.rand(3, 4, 2 * attention.CHUNK)
+    apart = torch.randn(2, 3, 4, attention.CHUNK, 9)[..., 1:]
+    assert torch.equal(cpu.own_scores(q, keys), attention.own_scores(q, keys))
+    assert torch.equal(cpu.own_sum(w, apart), attention.own_sum(w, apart))
+    assert cpu.own_sum(w[:0], keys[:, :0]).shape == (0, 4, 8)
+
+
+@pytest.mark.parametrize("V", [1, 7, 100, 8 * 23 + 7, 8 * 60, 1105, 8192])
+@pytest.mark.parametrize("k", [1, 11, 30])
+def test_largest_is_topk(V, k):
+    """Guards entries behind the last whole line of the table, two best ones in one column, and rows
+    of equal, infinite or unusable logits."""
+    k = min(k, V)
+    x = torch.randn(40, V, generator=torch.Generator().manual_seed(V))
+    x[0, -k:] += 9
+    x[1, :: max(1, V // 8)] += 9  # most of them in one column
+    wanted, wanted_ids = x.topk(k)
+    found, ids = reference.largest(x, k)
+    assert torch.equal(found, wanted) and torch.equal(ids, wanted_ids)
+    odd = torch.zeros(3, V)
+    odd[1], odd[2, V // 2] = float("-inf"), float("nan")
+    found, ids = reference.largest(odd, k)
+    assert torch.equal(found.nan_to_num(5), odd.topk(k)[0].nan_to_num(5))
+    assert all(len(set(row)) == k for row in ids.tolist())
 
 
 @pytest.mark.parametrize("V", [reference.BLOCK - 1, reference.BLOCK, 2 * reference.BLOCK + 3])
@@ -98,7 +166,7 @@ def test_bf16_head_on_real_logits():
     rows themselves are the weight of a head that gives exactly them."""
     rows = torch.from_numpy(np.load(shared("golden", "gpt2_logits.npz"))["logits"])  # [5, V]
     hidden, weight = torch.eye(len(rows)), rows.T.contiguous()
-    head = cpu.prepare(weight, hidden, len(rows))
+    head = cpu.prepare(weight, hidden, 64)
     best, lse, values, ids = cpu.screen(hidden, head, torch.full((len(rows),), 10))
     wanted = rows.double().log_softmax(-1)
     assert torch.equal(ids[:, :10], wanted.topk(10).indices)
@@ -128,7 +196,7 @@ def test_rows_that_screening_can_not_tell_apart_are_computed_in_full(monkeypatch
     full = []
     exact_blocks = cpu.blocks
     monkeypatch.setattr(cpu, "blocks", lambda h, w: full.append(len(h)) or exact_blocks(h, w))
-    head = cpu.prepare(weight, hidden, 6)
+    head = cpu.prepare(weight, hidden, 64)
     ids = cpu.screen(hidden, head, torch.full((6,), 10))[3]
     assert full == [1]
     wanted = (hidden @ weight.T).topk(10).indices
@@ -139,7 +207,7 @@ def test_rows_that_screening_can_not_tell_apart_are_computed_in_full(monkeypatch
 def test_unusable_hidden_states_say_so(bad):
     """Guards a token drawn from NaN, and a bad row that spoils its neighbours."""
     hidden, weight = head_like_gpt2(9_000, B=4)
-    head = cpu.prepare(weight, hidden, 4)
+    head = cpu.prepare(weight, hidden, 64)
     wanted = head_sample_and_score(hidden, head, **GIVEN)[0]
     hidden[1, 3] = bad
     tokens, logprobs = head_sample_and_score(hidden, head, **GIVEN)

@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     make_tiny_model(folder / "tiny", n_embd=16, n_layer=1, n_head=2)
     run_one(folder, "one")
     done = run_two(folder, "two")
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-6000:]
     return folder
 
 
@@ -102,7 +102,7 @@ def test_killed_process_is_restarted_and_ends_the_same(folder):
     """Guards a restart that begins anew, or processes that go on from different states: the same
     bytes as an undisturbed run of two."""
     done = run_two(folder, "killed", number=9, at=6, restarts=1)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-6000:]
     assert "going on from step" in done.stdout
     a, b = (load_model(folder / name / "last").state_dict() for name in ("two", "killed"))
     assert all(torch.equal(a[k], b[k]) for k in a)
