@@ -27,6 +27,10 @@ def start() -> None:
     """Join the other processes; all but process 0 fall silent."""
     if WORLD == 1 or torch.distributed.is_initialized():
         return
+    # The optimiser imports this. Imported while there is a process group it keeps it for ever, and
+    # then gloo's threads run on into the end of the interpreter, where they sometimes abort it.
+    from torch import _dynamo  # noqa: F401
+
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
     cuda = torch.cuda.is_available()
