@@ -1,6 +1,6 @@
 """What makes one step quick on a CPU: the products, and a bf16 head that is as good as fp32.
 
-`linear` picks the library of a product. fp32 goes to oneDNN, which PyTorch otherwise keeps for bf16,
+`linear` picks the library of a product, of training too (`Linear`). fp32 goes to oneDNN, which PyTorch otherwise keeps for bf16,
 where that was seen to be quicker than MKL on an AMD EPYC: with AVX-512 1.1 to 1.7 times, with AVX2
 only where the output is wide. bf16 on a CPU without instructions for it is multiplied as fp32, some
 eight times as fast as PyTorch does it there: products of bf16 numbers are exact in fp32.
@@ -44,17 +44,38 @@ def linear(
     """x [.., I] @ weight [O, I].T + bias, as F.linear, in x's dtype; sums are fp32. `gelu_tanh`: of
     that F.gelu(.., approximate="tanh"), which oneDNN takes before the sums leave its registers."""
     act = partial(F.gelu, approximate="tanh") if gelu_tanh else lambda x: x
-    if x.device.type != "cpu" or torch.is_grad_enabled() or weight.numel() <= 2**16:
+    if x.device.type != "cpu" or weight.numel() <= 2**16 or torch.is_autocast_enabled("cpu"):
         return act(F.linear(x, weight, bias))
-    bf16 = x.dtype is torch.bfloat16
+    bf16, fp32 = x.dtype is torch.bfloat16, x.dtype is torch.float32
+    if torch.is_grad_enabled():
+        return act(Linear.apply(x, weight, bias) if fp32 else F.linear(x, weight, bias))
     if bf16 and not has_bf16():
         bias = None if bias is None else bias.float()
         return linear(x.float(), weight.float(), bias, gelu_tanh).bfloat16()
     wide = len(weight) >= 4096 or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if torch.backends.mkldnn.is_available() and (bf16 or wide):
+    if torch.backends.mkldnn.is_available() and (bf16 or (fp32 and wide)):
         given = ("gelu", [], "tanh") if gelu_tanh else ("none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *given)
     return act(F.linear(x, weight, bias))
+
+
+class Linear(torch.autograd.Function):
+    """`linear` with gradients: they are two more of its products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        x, weight = ctx.saved_tensors
+        wanted, rows = ctx.needs_input_grad, g.flatten(0, -2)  # [N, O]
+        return (
+            linear(g, weight.t()) if wanted[0] else None,
+            linear(rows.t(), x.flatten(0, -2).t()) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+        )
 
 
 def blocks(hidden: Tensor, weight: Tensor) -> Callable[[int, int], Tensor]:

@@ -134,7 +134,8 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: Tensor):
         hidden, weight, gradient = ctx.saved_tensors
-        return (gradient @ weight) * scale, gradient.t() @ (hidden * scale), None
+        of_hidden = linear(gradient, weight.t()) * scale
+        return of_hidden, linear(gradient.t(), hidden.t() * scale), None
 
 
 def loss_sum(model: GPT2, batch: Batch, bf16: bool = False) -> Tensor:

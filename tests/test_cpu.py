@@ -40,11 +40,24 @@ def test_linear_is_an_fp32_product(shape, bias):
     assert (found - wanted).abs().max() < 1e-6 * i
 
 
-def test_linear_has_gradients():
-    """Guards training: where gradients are wanted, the product must give them."""
-    x, w = torch.randn(3, 300, requires_grad=True), torch.randn(300, 300, requires_grad=True)
-    cpu.linear(x, w).sum().backward()
-    assert torch.allclose(w.grad, x.detach().sum(0).expand(300, 300), atol=1e-5)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7, 300, 400), (2, 3, 400, 300)])
+def test_linear_has_gradients(shape, bias):
+    """Guards training: a gradient that is transposed, summed over part of the rows, or of less than
+    fp32; and one that autocast to bf16 would not see."""
+    *lead, i, o = shape
+    given = [torch.randn(*lead, i), torch.randn(o, i), torch.randn(o) if bias else None]
+    given = [x if x is None else x.requires_grad_() for x in given]
+    exact = [x if x is None else x.detach().double().requires_grad_() for x in given]
+    g = torch.randn(*lead, o)
+    (cpu.linear(*given) * g).sum().backward()
+    (torch.nn.functional.linear(*exact) * g).sum().backward()
+    for x, y in zip(given, exact):
+        assert x is None or (x.grad - y.grad).abs().max() < 1e-6 * i
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cpu.linear(*given).dtype is torch.bfloat16
+    with torch.no_grad():  # nothing is wanted
+        assert not cpu.linear(*given).requires_grad
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (300, 400)])  # by PyTorch, by oneDNN
