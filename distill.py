@@ -55,11 +55,18 @@ def parse_args(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("teacher")
     g.add_argument(
         "--teacher-file",
-        help="existing rationales: a path (our records, a zero_shot_cot log, outputs of "
-        f"distilling-step-by-step, ..) or a public file by name ({', '.join(PUBLIC)})",
+        help="existing rationales instead of a model's: a public file by name "
+        f"({', '.join(PUBLIC)}), a rationales.jsonl of ours, a zero_shot_cot .log, a folder of "
+        "distilling-step-by-step's train_CoT_N.json, or .jsonl rows of your own with question, "
+        'rationale, teacher_completion ("(B)."; null: the rationale states it), and maybe id and '
+        'finish ("stop": the rationale is whole; else a last half sentence is cut off)',
     )
     g.add_argument("--teacher-model", help="model name at the endpoint; there is no default")
-    g.add_argument("--base-url", help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1")
+    g.add_argument(
+        "--base-url",
+        help="OpenAI-compatible endpoint, e.g. "
+        "http://localhost:8000/v1; default: OPENAI_BASE_URL, else OpenAI's",
+    )
     g.add_argument("--completions", action="store_true", help="the older /completions interface")
     g.add_argument("--teacher-max-tokens", type=int, default=512)
     g.add_argument("--teacher-temperature", type=float, help="sent only if given")
@@ -105,6 +112,11 @@ def pick_student(args) -> tuple[str, str]:
             return str(sert), "sert-rd"
         print(f"no SERT checkpoint at {sert}: starting from the raw student {name} (RD)")
     method = read_sert(find_model(name)).get("method")
+    if method in ("finetune", "rd", "sert-rd") and not args.out_dir:
+        raise SertError(
+            f"--model {name} is a student of {method} already: RD starts from a raw student or from "
+            "SERT; choose one of these, or give --out-dir to go on from this one anyway"
+        )
     return name, "sert-rd" if method == "sert" else "rd"
 
 
@@ -421,8 +433,10 @@ def end_with_missing_rows(failures: list[str], folder: Path) -> None:
     """Say what is missing and how to go on; exit status 2."""
     for why in failures[:5]:
         print(f"  missing: {printable(why)}", file=sys.stderr)
+    spent = any("--max-cost" in why for why in failures)  # of all runs together
+    fix = "Raise --max-cost and repeat" if spent else "Repeat"
     print(
-        f"error: {len(failures):,} rationales are missing; replies so far are in {folder}. Repeat "
+        f"error: {len(failures):,} rationales are missing; replies so far are in {folder}. {fix} "
         "the command to ask for the rest",
         file=sys.stderr,
     )

@@ -94,7 +94,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--figures", metavar="DIR", help="Figures 1, 3, 4 from the files under DIR")
     g = p.add_argument_group("judge [SERT Table I]")
     g.add_argument("--judge-model", help="model name at the endpoint (micro: a program judges)")
-    g.add_argument("--base-url", help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1")
+    g.add_argument(
+        "--base-url",
+        help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; default: OPENAI_BASE_URL, else OpenAI's",
+    )
     g.add_argument("--judge-max-tokens", type=int, default=512)
     g.add_argument("--judge-temperature", default="0", help="a number, or `none`: not sent")
     g.add_argument("--token-parameter", choices=("auto", "max_tokens", "max_completion_tokens"),

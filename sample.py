@@ -30,6 +30,7 @@ from sert_min.generate import Row, SampleSettings, check_lengths, sample_block
 from sert_min.gpt2 import GPT2, find_model, load_model, model_label, read_sert, weights_hash
 from sert_min.prompts import question_prompt
 from sert_min.runtime import (
+    MACHINE,
     SertError,
     pick_device,
     pick_dtype,
@@ -355,7 +356,7 @@ def print_summary(run: Run) -> None:
         seen = {x["verdict"] for x in shown["other"]}
         if len(shown[kind]) < 3 and (kind == "selected" or r["verdict"] not in seen | {"kept"}):
             shown[kind].append(r)
-    for title, some in (("kept", shown["selected"]), ("rejected", shown["other"])):
+    for title, some in (("selected", shown["selected"]), ("rejected", shown["other"])):
         print(f"\n{title}:")
         for r in some:
             print(f"  Q: {printable(r['question'])[:200]}")
@@ -486,10 +487,14 @@ def prepare(args) -> Run:
         out = folder.parent / kind  # where the figures look for it
     out = Path(args.out_dir or out)
     stored = stored_settings(out)
-    device, machine = resolve_machine(args, out / "settings.json", model.n_params())
+    if args.refilter:  # nothing is computed: another machine or version will do
+        device, machine = torch.device("cpu"), {k: stored.get(k) for k in MACHINE}
+    else:
+        device, machine = resolve_machine(args, out / "settings.json", model.n_params())
     rows, size = room(device, model, s) if device.type == "cuda" else (s.rows, BLOCK)
     s = replace(s, rows=given(args.rows, stored.get("rows", rows)))
     early = given(args.early_reject, tasks.preset(args.task)["early_reject"])
+    early = [k for k in rules.patterns or () if k in filters.EARLY_KINDS] if early else []
     settings = {
         "task": args.task,
         "split": args.split,
@@ -499,7 +504,7 @@ def prepare(args) -> Run:
         "prompt_suffix": suffix,
         **asdict(s),
         "block_questions": given(args.block_questions, stored.get("block_questions", size)),
-        "early_reject": list(rules.patterns or ()) if early else [],
+        "early_reject": stored.get("early_reject") if args.refilter else early,
         **machine,
         **asdict(rules),
     }
@@ -570,7 +575,7 @@ def sample_blocks(run: Run, blocks: list[list]) -> None:
             done = merge_blocks(out, blocks, done)
         bar.update(len(blocks[i]))
     bar.close()
-    if RANK == 0 and done < len(blocks):
+    if RANK == 0 and done < len(blocks) and WORLD > 1:
         print("waiting for the blocks of the other processes")
     while RANK == 0 and done < len(blocks):
         time.sleep(0.1)

@@ -1,7 +1,7 @@
 """What makes one step quick on a CPU: the products, and a bf16 head that is as good as fp32.
 
 `linear` picks the library of a product, of training too (`Linear`). fp32 goes to oneDNN, which PyTorch otherwise keeps for bf16,
-where that was seen to be quicker than MKL on an AMD EPYC: with AVX-512 1.1 to 1.7 times, with AVX2
+where that was seen to be quicker than MKL on an AMD EPYC: with AVX-512 1.1 to 2.2 times, with AVX2
 only where the output is wide. bf16 on a CPU without instructions for it is multiplied as fp32, some
 eight times as fast as PyTorch does it there: products of bf16 numbers are exact in fp32.
 

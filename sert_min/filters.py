@@ -27,6 +27,7 @@ from sert_min.runtime import SertError
 from sert_min.tasks import LETTERS, Question
 
 PATTERN_KINDS = ("imitative", "options", "direct")  # ties go to the first
+EARLY_KINDS = PATTERN_KINDS[:2]  # nothing mends them; a direct answer may get a second sentence
 RULES = ("pattern", "length", "repetition", "perplexity")
 
 

@@ -144,14 +144,17 @@ def ask_judge(
         collection = Collection(folder / "responses.jsonl").load()
         asks = asks_of(records, e)
         todo = [ask for key, ask in asks.items() if key not in collection.replies]
-        before = len(collection.replies)
         if todo:
             print(f"{len(asks) - len(todo):,} responses are judged already, {len(todo):,} to ask")
 
+        checked = False
+
         def check() -> None:
-            new = list(collection.replies.values())[before:]
-            if len(new) == 20:
-                check_readable([reply["text"] for reply in new])
+            nonlocal checked
+            there = [collection.replies[key]["text"] for key in asks if key in collection.replies]
+            if not checked and len(there) >= 20:
+                checked = True
+                check_readable(there)
 
         try:
             with tqdm(total=len(todo), unit="reply", disable=not todo) as bar:

@@ -148,9 +148,13 @@ def this_command() -> str:
     return shlex.join([*launcher, *sys.argv])
 
 
+MACHINE = ("device", "dtype", "threads", "cpu", "gpu", "torch")  # what decides a run's bytes
+
+
 def resolve_machine(args, settings: Path, n_params: int) -> tuple[torch.device, dict]:
-    """The device of a run, and what of this machine decides its bytes: --device, --dtype, threads,
-    versions. A run that goes on (it has its settings file) keeps what it began with."""
+    """The device of a run, and what of this machine decides its bytes (MACHINE). Device, dtype and
+    threads that were left to us stay those of the run's settings file, if there is one; another
+    CPU, GPU or torch than there is refused later (store.check_settings)."""
     from sert_min.store import fits, read_json  # here: store.py needs this file's SertError
 
     stored = read_json(settings) if settings.exists() else {}
@@ -166,11 +170,7 @@ def resolve_machine(args, settings: Path, n_params: int) -> tuple[torch.device, 
     dtype = pick_dtype(chosen("dtype"), device, n_params)
     threads = stored.get("threads") or pick_threads(n_params)
     torch.set_num_threads(threads)
-    return device, {
-        "device": device.type,
-        "dtype": "bf16" if dtype is torch.bfloat16 else "fp32",
-        "threads": threads,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "torch": torch.__version__,
-    }
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    dtype = "bf16" if dtype is torch.bfloat16 else "fp32"
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return device, dict(zip(MACHINE, (device.type, dtype, threads, cpu, gpu, torch.__version__)))

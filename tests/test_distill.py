@@ -366,17 +366,20 @@ def test_the_sert_checkpoint_is_the_default_student(student, tmp_path, monkeypat
         assert "starting from the SERT checkpoint" in capsys.readouterr().out
         run(sert, server, "--collect-only", "--limit", "4")
         assert len(server.bodies) == 4
+        make_sert(student, Path("finetuned/last"), label, method="finetune")
+        with pytest.raises(SertError, match="a student of finetune already.*--out-dir"):
+            run("finetuned", server, "--collect-only", "--limit", "4")
     found = {
         p.relative_to(f"out/strategy_qa/{label}") for p in Path("out").rglob("rationales.jsonl")
     }
     assert found == {Path(f"{method}/seed0/rationales.jsonl") for method in ("rd", "sert-rd")}
 
 
-def make_sert(student, folder, label):
+def make_sert(student, folder, label, method="sert"):
     from sert_min.gpt2 import load_model, save_model
 
     folder.parent.mkdir(parents=True)
-    save_model(load_model(Path(student)), folder, Path(student), {"method": "sert", "root": label})
+    save_model(load_model(Path(student)), folder, Path(student), {"method": method, "root": label})
 
 
 def test_micro_teacher_is_offline_and_right(tmp_path):

@@ -166,6 +166,9 @@ def test_a_judge_that_ignores_the_form_is_stopped_early():
         with pytest.raises(SertError, match="only 0 of the first 20 replies hold all four scores"):
             run(server, predictions(60))
         assert len(server.bodies) < 40
+        with pytest.raises(SertError, match="hold all four scores"):  # nor 20 more by repeating
+            run(server, predictions(60))
+        assert len(server.bodies) < 60
 
 
 def test_dry_run_prices_and_sends_nothing(capsys):

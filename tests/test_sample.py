@@ -155,6 +155,20 @@ def test_refilter_judges_stored_samples_anew(model, tmp_path):
     assert (tmp_path / "a/paths.jsonl").read_bytes() == bytes_before
 
 
+def test_refilter_on_another_machine(model, tmp_path):
+    """Guards samples of a GPU that a laptop is to judge anew, and of an older PyTorch; what was drawn
+    there goes on being refused here."""
+    run(model, tmp_path)
+    path = tmp_path / "settings.json"
+    there = {**json.loads(path.read_text()), "device": "cuda", "torch": "1.0", "dtype": "bf16"}
+    path.write_text(json.dumps(there))
+    assert len(run(model, tmp_path, "--max-rep2", "0.1", "--refilter")) == 150
+    kept = json.loads(path.read_text())
+    assert kept == {**there, "max_rep2": 0.1}
+    with pytest.raises(SertError, match="torch: 1.0 there"):
+        run(model, tmp_path, "--max-rep2", "0.1", "--dtype", "fp32")
+
+
 def test_refilter_keeps_a_short_last_block(model, tmp_path):
     """Guards stored samples: --limit may end inside a block, which is then no torn one."""
     assert len(run(model, tmp_path, "--limit", "5")) == 125
@@ -205,6 +219,10 @@ def test_looser_patterns_on_an_early_rejected_run_are_refused(model, tmp_path):
     run(model, tmp_path, *flags)
     with pytest.raises(SertError, match="--no-early-reject"):
         run(model, tmp_path, "--patterns", "options", "--refilter")
+    # No row is stopped for a direct answer: that rule may come and go.
+    run(model, tmp_path / "all", "--early-reject", "--patterns", "imitative,options,direct")
+    again = run(model, tmp_path / "all", "--patterns", "imitative,options", "--refilter")
+    assert again == run(model, tmp_path / "two", *flags)
 
 
 def test_raw_sampling(model, tmp_path):
