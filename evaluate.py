@@ -466,11 +466,11 @@ def print_judge_plan(args, records: list[dict], what: str) -> None:
 
 def questions_by_key(args, rows: list[dict]) -> dict:
     """The dataset's questions by id and by text without options, if any row needs them."""
-    if all("Answer choices:" in str(r.get("question", "Answer choices:")) for r in rows
+    if all(tasks.CHOICES in str(r.get("question", tasks.CHOICES)) for r in rows
            if r.get("answer") in tuple(LETTERS)):  # fmt: skip
         return {}
     both = [tasks.load(args.task, split, args.data_dir) for split in ("test", "train")]
-    by_text = {q.text.split(" Answer choices:")[0].strip(): q for some in both for q in some}
+    by_text = {tasks.stem(q.text): q for some in both for q in some}
     return by_text | {q.id: q for some in both for q in some}
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ it
 import torch
 
 from bench.common import finish, interleaved, machine
+from kernels import cpu
 from runs.estimate import EPOCHS, TASKS, cell, hours
 
 V = 50257
@@ -31,7 +32,7 @@ GPUS = {"H100 SXM": (989e12, 67e12, 3.35e12), "H200": (989e12, 67e12, 4.8e12)}
 
 
 def this_cpu() -> tuple[float, float, float]:
-    """The same three numbers of one thread here: the best of two large products, and a copy."""
+    """The same three numbers of one thread here: two large products, and a copy."""
     x, w = torch.randn(512, 1024), torch.randn(2048, 1024)
     xb, wb = x.bfloat16(), w.bfloat16()
     a = torch.empty(2**26)
@@ -40,42 +41,59 @@ def this_cpu() -> tuple[float, float, float]:
         t = interleaved(
             {
                 "bf16": lambda: xb @ wb.T,
-                "mkl": lambda: x @ w.T,
-                "onednn": lambda: torch.nn.functional.linear(x.to_mkldnn(), w).to_dense(),
+                "fp32": lambda: cpu.linear(x, w),
                 "copy": lambda: a.copy_(b),
             },
             9,
         )
     ops = 2 * 512 * 1024 * 2048
-    return ops / t["bf16"], ops / min(t["mkl"], t["onednn"]), 2 * a.nbytes / t["copy"]
+    return ops / t["bf16"], ops / t["fp32"], 2 * a.nbytes / t["copy"]
 
 
 def sampling_step(
-    size: str, rows: int, prompt: int, own: float, peak, fp32_peak, bandwidth, wide=2, share=25
+    size: str,
+    rows: int,
+    prompt: int,
+    own: float,
+    peak,
+    fp32_peak,
+    bandwidth,
+    wide=2,
+    pieces=3,
+    share=25,
 ) -> dict[str, float]:
     """Seconds of one decoding step, by part: `rows` rows over rows / share prompts, `own` tokens of
     their own on average; `wide` bytes per number (bf16: 2, fp32: 4). The head's logits need fp32's
-    accuracy; three bf16 products are counted for it, one fp32 product where that is quicker."""
+    accuracy: `pieces` bf16 products are counted for it, one fp32 product where that is quicker."""
     L, C = SIZES[size]
     top = peak if wide == 2 else fp32_peak
-    body, head = 12 * L * C * C, V * C
-    pieces = min(3 / top, 1 / fp32_peak)
+    body = 12 * L * C * C
     kv = 2 * C * L * wide  # keys and values of one token
     attention = 4 * rows * C * L * (prompt + own)
     return {
         "body": max(2 * rows * body / top, wide * body / bandwidth),
-        "head": max(2 * rows * head * pieces, 4 * head / bandwidth),
+        "head": head_seconds(rows, C, top, fp32_peak, bandwidth, wide, pieces),
         "attention": max(attention / top, (rows / share * prompt + rows * own) * kv / bandwidth),
     }
 
 
-def scoring(size: str, tokens: int, peak, fp32_peak, bandwidth, wide=2) -> dict[str, float]:
+def head_seconds(rows, C, top, fp32_peak, bandwidth, wide, pieces) -> float:
+    """The product with the head, in fp32 or in so many bf16 pieces."""
+    ways = [(1, fp32_peak, 4)] + [(pieces, top, 2)] * (wide == 2)
+    return min(
+        n * max(2 * rows * V * C / speed, width * V * C / bandwidth) for n, speed, width in ways
+    )
+
+
+def scoring(
+    size: str, tokens: int, peak, fp32_peak, bandwidth, wide=2, pieces=3
+) -> dict[str, float]:
     """Seconds to score `tokens` given tokens in one forward."""
     L, C = SIZES[size]
     top = peak if wide == 2 else fp32_peak
     return {
         "body": max(2 * tokens * 12 * L * C * C / top, wide * 12 * L * C * C / bandwidth),
-        "head": max(2 * tokens * V * C * min(3 / top, 1 / fp32_peak), 4 * V * C / bandwidth),
+        "head": head_seconds(tokens, C, top, fp32_peak, bandwidth, wide, pieces),
     }
 
 
@@ -83,13 +101,14 @@ def training_step(
     size: str, tokens: float, supervised: float, length: float, peak, fp32_peak, bandwidth, wide=2
 ) -> dict[str, float]:
     """Seconds of one optimiser step: forward and twice as much backward; Adam reads weight,
-    gradient and two moments and writes three of them, and the gradient is written once, in fp32."""
+    gradient and two moments and writes three of them, and the gradient is written once, in
+    fp32. The head is fp32 at any dtype."""
     L, C = SIZES[size]
     top = peak if wide == 2 else fp32_peak
     parameters = 12 * L * C * C + V * C
     return {
         "body": 6 * tokens * 12 * L * C * C / top,
-        "head": 6 * supervised * V * C / fp32_peak if wide == 4 else 6 * supervised * V * C / top,
+        "head": 6 * supervised * V * C / fp32_peak,
         "attention": 6 * 2 * tokens * length * C * L / top,
         "optimiser": 8 * 4 * parameters / bandwidth,
     }
@@ -105,11 +124,12 @@ def floors(machines: dict) -> dict:
     found = {}
     for name, (peak, fp32, bandwidth, wide, rows) in machines.items():
         hw = (peak, fp32, bandwidth, wide)
+        pieces = 1 if "CPU" in name else 3  # a CPU looks at the best tokens again instead
         print(f"\n{name}: {(peak if wide == 2 else fp32) / 1e12:.3g} Tflop/s, "
               f"{bandwidth / 1e9:,.0f} GB/s")  # fmt: skip
         for size in SIZES:
-            step = sampling_step(size, rows, 64, 32, *hw)
-            score = scoring(size, 8192, *hw)
+            step = sampling_step(size, rows, 64, 32, *hw, pieces)
+            score = scoring(size, 8192, *hw, pieces)
             train = training_step(size, 8 * 64, 8 * 9, 64, *hw)
             rate = rows / sum(step.values())
             print(f"  {size:<12} sampling, {rows} rows, ms a step {ms(step)}  {rate:,.0f} tokens/s")

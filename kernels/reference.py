@@ -142,12 +142,13 @@ def sample_and_score(
 
     logits [B, V] float -> tokens int64 [B], logprobs fp32 [B]: the log-prob of each drawn token
     under softmax(logits), temperature 1, full vocabulary. temperature 0 is argmax; top_k 0 and
-    top_p 1 are off; top-k comes first, top-p acts on the renormalised rest (the order of Hugging
-    Face). Ties go to the lowest id. The draw is a function of (row, settings, seed, stream,
-    position) alone. `streams` int64 [B] defaults to 0..B-1; `position`, temperature, top_k, top_p
-    are numbers or [B] tensors. A row with NaN, +inf or nothing but -inf gives token -1 and
-    log-prob NaN; no exception, so that nobody has to wait for the device. Wrong shapes and numbers
-    out of range are a ValueError.
+    top_p 1 are off; top-k comes first, top-p acts on the rest, tempered and renormalised (the
+    result of Hugging Face's order). Ties go to the lowest id. The draw is a function of (row,
+    settings, seed, stream, position) alone. `streams` int64 [B] defaults to 0..B-1; `position` is
+    how many tokens the row has drawn or been given already. It, temperature, top_k and top_p are
+    numbers or [B] tensors. A row with NaN, +inf or nothing but -inf gives token -1 and log-prob
+    NaN; no exception, so that nobody has to wait for the device. Wrong shapes and numbers out of
+    range are a ValueError.
     """
     if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
         raise ValueError(f"logits must be float [B, V], not {logits.dtype} {list(logits.shape)}")

@@ -295,7 +295,8 @@ def launch(
     parts: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Settings from reference.checked -> tokens, logprobs. They are [B] tensors, which may be
-    expanded numbers (stride 0); top_k is 1 (greedy) to V (off); `max_k` is at least its maximum."""
+    expanded numbers (stride 0); top_k is 1 (greedy) to V (off); `max_k` is at least its maximum.
+    Other sizes of blocks, or warps: bench/compile_kernels.py has a copy of them."""
     B, V = logits.shape
     device = logits.device
     tokens = torch.empty(B, dtype=torch.int64, device=device)

@@ -202,7 +202,7 @@ class Decoder:
             last += 1
         place = (row - first * J).clamp(max=(last - first) * J)
         lengths = self.prompts.lengths[first:last]
-        position = self.prompts.lengths[(row // J).clamp(max=self.R // J - 1)] + t - 1
+        places = self.prompts.lengths[(row // J).clamp(max=self.R // J - 1)] + t - 1  # in the text
         slots, chunk, at = torch.arange(n, device=t.device), (t - 1) // CHUNK, (t - 1) % CHUNK
 
         def attend(layer, q, k, v):  # [n, H, D]
@@ -216,7 +216,7 @@ class Decoder:
             keys = (prompt_k, prompt_v, lengths, own_k, own_v)
             return shared_attention(q, *keys, t, place, J)
 
-        hidden = self.model(self.ids[:n], position, attend)  # [n, C]
+        hidden = self.model(self.ids[:n], places, attend)  # [n, C]
         tokens, logprobs = self.draw(hidden, self.stream[row], t)
         self.ended[:n] = (tokens == self.eot) | (t + 1 >= self.cap)
         self.ids[:n] = tokens.clamp(min=0)  # -1: the logits were NaN; the host will see it

@@ -19,7 +19,7 @@ from sert_min.generate import GREEDY, sample_block
 from sert_min.gpt2 import GPT2
 from sert_min.prompts import extract_answer, extract_lenient, question_prompt, stated_answers
 from sert_min.runtime import SertError
-from sert_min.tasks import LETTERS, Question, majority
+from sert_min.tasks import CHOICES, LETTERS, Question, majority, stem
 
 MAX_NEW_TOKENS = 512  # of a greedy output: 256 could not give the paper's Len of 257
 MAX_LOOP = 0.5  # rep-2 over words above which an output counts as severely repetitive
@@ -160,11 +160,11 @@ def question_of(row: dict, task: str, by_key: dict) -> Question:
     name = str(row.get("id", row.get("index", "")))
     if answer in ("yes", "no"):
         return Question(task, name, text, answer)
-    stem, _, listed = text.partition(" Answer choices: ")
+    _, _, listed = text.partition(CHOICES)
     if listed:
         options = tuple(re.split(r"(?:^|, )\([A-E]\) ", listed)[1:])
     else:
-        known = by_key.get(name) or by_key.get(stem.strip())
+        known = by_key.get(name) or by_key.get(stem(text))
         if known and known.answer != answer:
             raise ValueError(f"the answer of question {name} is {known.answer} in the dataset")
         if text and not known:

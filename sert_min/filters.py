@@ -28,6 +28,9 @@ from sert_min.tasks import LETTERS, Question
 
 PATTERN_KINDS = ("imitative", "options", "direct")  # ties go to the first
 EARLY_KINDS = PATTERN_KINDS[:2]  # nothing mends them; a direct answer may get a second sentence
+# In this order; each sees what the one before it left. A new rule goes here and into FilterSettings
+# and judge_path; tasks.preset and micro.PRESET (its value); sample.py (its flag, filter_settings,
+# print_run, print_funnel); a style in plots.plot_ablation; page.py and page.html (its words).
 RULES = ("pattern", "length", "repetition", "perplexity")
 
 

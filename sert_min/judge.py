@@ -17,7 +17,10 @@ from sert_min.runtime import SertError
 from sert_min.store import lock_folder
 from sert_min.teacher import Ask, Collection, Endpoint, collect, stored_replies
 
-CRITERIA = {  # each asked for by a question, as in the paper's Table I
+# Each is asked for by a question, as in the paper's Table I. A fifth one also changes the words
+# "four" below, micro.judge and the panels of plots.plot_ablation; and as the prompt is another one
+# then, all replies are asked for, and paid, anew.
+CRITERIA = {
     "Coherence": "Do its sentences connect, so that it reads as one clear line of thought?",
     "Relevance": "Does it deal with what the question asks, without straying from it?",
     "Logical Consistency": "Does each step follow from the ones before it, without contradiction?",

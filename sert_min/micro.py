@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from sert_min.tasks import Question
+from sert_min.tasks import CHOICES, Question
 
 STUDENT_SEED = 7  # world seed of the shipped student
 # fmt: off
@@ -155,7 +155,7 @@ def make_world(seed: int) -> World:
 
 def choice_text(stem: str, options: list[str]) -> str:
     """CommonsenseQA's form: `{stem} Answer choices: (A) .., (B) .., .. (E) ..`."""
-    return stem + " Answer choices: " + ", ".join(f"({a}) {o}" for a, o in zip(LETTERS, options))
+    return stem + CHOICES + ", ".join(f"({a}) {o}" for a, o in zip(LETTERS, options))
 
 
 def questions(split: str, world_seed: int = STUDENT_SEED) -> list[Question]:
@@ -416,10 +416,9 @@ HOME_PATTERNS, FACT_PATTERNS, VERDICT_PATTERNS, ASK_PATTERNS = patterns()
 def parse_question(question: Question) -> Asked:
     """Asked of a question of this world; ValueError for any other text."""
     seed = re.match(r"w(\d+)-", question.id)
-    stem = question.text.split(" Answer choices:")[0]
     for name, asks in ASK_PATTERNS.items():
         for ask in asks:
-            found = ask.match(stem)
+            found = ask.match(question.text.partition(CHOICES)[0])
             if found and seed:
                 return Asked(make_world(int(seed[1])), found["p"], name, found.groupdict().get("v"))
     raise ValueError(f"not a question of the micro-world: {question.id!r} {question.text!r}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from sert_min import filters
 from sert_min.runtime import SertError
 from sert_min.store import PATH, read_json, read_jsonl, write_atomic
-from sert_min.tasks import LETTERS, Question
+from sert_min.tasks import CHOICES, LETTERS, Question
 from sert_min.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -201,7 +201,7 @@ def choices_of(question: str) -> tuple[str, ...]:
     >>> choices_of("Where? Answer choices: (A) bank, (B) shop, mall")
     ('bank', 'shop, mall')
     """
-    _, found, listed = question.partition(" Answer choices: (A) ")
+    _, found, listed = question.partition(CHOICES + "(A) ")
     return tuple(re.split(rf", \([{LETTERS[1:]}]\) ", listed)) if found else ()
 
 

@@ -5,7 +5,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from sert_min.judge import SCORED
+from sert_min.filters import RULES
+from sert_min.judge import KEYS, SCORED
 from sert_min.runtime import SertError
 from sert_min.store import read_json, read_jsonl, write_atomic
 
@@ -63,7 +64,6 @@ def plot_training(metrics: Path, png: Path, title: str) -> None:
 #   {rd,sert-rd}/seedN             greedy outputs: Fig. 3
 
 BINS = ("0–2", "2–4", "4–6", "6–8", "8–10")  # [0,2) [2,4) [4,6) [6,8) [8,10]
-CURVES = ("raw", "+ pattern", "+ length", "+ repetition", "+ perplexity")
 # Okabe and Ito's colours, told apart with any colour vision, and by lightness in print
 ORANGE, SKY, GREEN, BLUE, RED, GREY = (
     "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#8C8C8C")  # fmt: skip
@@ -102,9 +102,9 @@ def ablation(scored: list[dict]) -> dict[str, list[dict]]:
     """Fig. 4's curves: what is left when the rules are switched on one by one. The rules ran in
     this order and a verdict names the first that a path broke, so the same samples serve all."""
     left, curves = list(scored), {"raw": scored}
-    for curve, rule in zip(CURVES[1:], ("pattern", "length", "repetition", "perplexity")):
+    for rule in RULES:
         left = [r for r in left if r["verdict"].split(":")[0] != rule]
-        curves[curve] = left
+        curves[f"+ {rule}"] = left
     return curves
 
 
@@ -251,7 +251,6 @@ def plot_criteria(by_model: dict[str, dict[str, list[dict]]], png: Path, title: 
     """Fig. 3: mean score of each criterion with its 95 % interval, SERT+RD against RD; a panel per
     model. Returns the numbers."""
     from sert_min.evaluate import mean_interval
-    from sert_min.judge import KEYS
 
     fig, axes = canvas(png, 1, len(by_model), figsize=(1.2 + 4.4 * len(by_model), 4), sharey=True)
     numbers: dict = {}
@@ -261,14 +260,14 @@ def plot_criteria(by_model: dict[str, dict[str, list[dict]]], png: Path, title: 
             values = {k: [r["scores"][k] for r in methods[method]] for k in KEYS}
             stats = {k: mean_interval([v for v in vs if v is not None]) for k, vs in values.items()}
             numbers.setdefault(model, {})[method] = {k: round(s[0], 4) for k, s in stats.items()}
-            x, means = [i + side * 0.2 for i in range(4)], [s[0] for s in stats.values()]
+            x, means = [i + side * 0.2 for i in range(len(KEYS))], [s[0] for s in stats.values()]
             ends = [[max(0, s[0] - s[1]) for s in stats.values()],
                     [max(0, s[2] - s[0]) for s in stats.values()]]  # fmt: skip
             ax.bar(x, means, 0.36, color=color, label=label)
             ax.errorbar(x, means, ends, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
             for at, mean, up in zip(x, means, ends[1]):
                 ax.text(at, mean + up + 0.15, f"{mean:.2f}", ha="center", fontsize=8, color=INK)
-        ax.set_xticks(range(4), ["coherence", "relevance", "logical\nconsistency", "completeness"])
+        ax.set_xticks(range(len(KEYS)), [key.replace(" ", "\n") for key in KEYS])
         ax.tick_params(axis="x", labelsize=9)
         ax.set_title(model, fontsize=10.5, color=INK)
         ax.set_yticks(range(0, 11, 2))
@@ -285,15 +284,15 @@ def plot_criteria(by_model: dict[str, dict[str, list[dict]]], png: Path, title: 
 def plot_ablation(curves: dict[str, list[dict]], png: Path, title: str) -> dict:
     """Fig. 4: the distribution of each criterion's scores as the rules are switched on one by one;
     a panel per criterion. Returns the numbers."""
-    from sert_min.judge import KEYS
-
     colors = (GREY, SKY, GREEN, ORANGE, RED)
     # later marks smaller: where curves lie on one another, all marks show
     styles = (("--", "o", 9), ("-", "s", 8.5), ("-", "^", 7.5), ("-", "D", 5), ("-", "v", 3.5))
     fig, axes = canvas(png, 2, 2, figsize=(9.6, 6.6), sharex=True, sharey=True)
     numbers: dict = {}
-    for ax, key in zip(axes.flat, KEYS):
-        for (name, some), color, (line, marker, size) in zip(curves.items(), colors, styles):
+    for ax, key in zip(axes.flat, KEYS, strict=True):
+        for (name, some), color, (line, marker, size) in zip(
+            curves.items(), colors, styles, strict=True
+        ):
             if not any(r["scores"][key] is not None for r in some):
                 continue
             values = [r["scores"][key] for r in some if r["scores"][key] is not None]

@@ -24,7 +24,7 @@ from sert_min.prompts import (
 )
 from sert_min.runtime import SertError, printable
 from sert_min.store import read_jsonl
-from sert_min.tasks import DATA_URL, Question, download, save_checked
+from sert_min.tasks import DATA_URL, Question, download, save_checked, stem
 
 ANSWER_TRIGGER = " So the answer is "
 
@@ -116,14 +116,14 @@ def read_rows(
     by_id = {q.id: q for q in questions}
     by_text: dict[str, Question] = {}
     for q in questions:
-        by_text.setdefault(stem(q), q)
+        by_text.setdefault(stem(q.text), q)
     found: dict[str, Output] = {}
     left: Counter = Counter()
     for row in rows:
         text = row["question"].strip()
         q = by_id.get(str(row.get("id", row.get("index"))))
-        if q is None or text not in (stem(q), q.text):
-            q = by_text.get(text.split(" Answer choices:")[0].strip())
+        if q is None or text not in (stem(q.text), q.text):
+            q = by_text.get(stem(text))
         if q is None or q.id in found:
             left["other questions" if q is None else "repeated questions"] += 1
             continue
@@ -210,26 +210,29 @@ def check_order(found: dict[str, Output], questions: list[Question]) -> None:
         )
 
 
-def stem(q: Question) -> str:
-    """The question without its options: teacher files carry only that."""
-    return q.text.split(" Answer choices:")[0].strip()
-
-
 # --- cleaning -------------------------------------------------------------------------------------
+
+
+def without_thinking(text: str) -> str:
+    """What a reasoning model says behind its <think> block; nothing if that was never closed. It is
+    no text for a student: drafts, doubts and all."""
+    _, closed, said = text.rpartition("</think>")
+    return said if closed or not text.lstrip().startswith("<think>") else ""
 
 
 def teacher_answer(output: Output, q: Question) -> str | None:
     """The teacher's own answer, canonical: strictly, then (for a reply in one piece) leniently."""
+    text = without_thinking(output.rationale)
     if output.completion is not None:
-        return extract_answer(output.rationale + ANSWER_TRIGGER + output.completion, q)
-    plain = re.sub(r"[*_`#]+", "", output.rationale)  # Markdown
+        return extract_answer(text + ANSWER_TRIGGER + output.completion, q)
+    plain = re.sub(r"[*_`#]+", "", text)  # Markdown
     return extract_answer(plain, q) or extract_lenient(plain, q)
 
 
 def clean(output: Output) -> tuple[str, bool, bool]:
     """(rationale as the student will read it, lost its answer sentence, lost a half sentence). It
     is one paragraph without control characters. A rationale without any full sentence stays."""
-    text = output.rationale.strip()
+    text = without_thinking(output.rationale).strip()
     ends = [m.end() for m in SENTENCE_END.finditer(text)]
     cut = output.finish in (None, "length", "content_filter")
     halved = cut and bool(ends) and ends[-1] < len(text)

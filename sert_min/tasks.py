@@ -67,6 +67,7 @@ SIZES = {
     ("strategy_qa", "train"): 1603,
     ("strategy_qa", "test"): 687,
 }
+CHOICES = " Answer choices: "  # between a question and its options, in the prompt
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class Question:
     text: str  # options included: "... Answer choices: (A) .., (B) .."
     answer: str
     choices: tuple[str, ...] = ()  # option texts in order A, B, ..; empty for yes/no questions
+
+
+def stem(text: str) -> str:
+    """A question's text without its options: files of other people carry only that."""
+    return text.partition(CHOICES.rstrip())[0].strip()
 
 
 def load(task: str, split: str, data_dir: Path | str | None = None) -> list[Question]:
@@ -99,8 +105,10 @@ def load(task: str, split: str, data_dir: Path | str | None = None) -> list[Ques
     try:
         if task == "commonsense_qa":  # a file per split
             questions = read_commonsense_qa(path)
-        else:
+        elif task == "strategy_qa":
             questions = read_strategy_qa(path, split)
+        else:
+            raise NotImplementedError(f"a reader for {task}")
     except (KeyError, TypeError, ValueError, IndexError) as e:
         raise SertError(f"the {task} file is not in the expected form ({e!r}); get it again") from e
     if len(questions) != SIZES[task, split]:
@@ -179,7 +187,7 @@ def read_commonsense_qa(path: Path) -> list[Question]:
             raise ValueError(f"options of question {row['id']}")
         choices = tuple(c["text"].strip() for c in options)
         listed = ", ".join(f"({a}) {c}" for a, c in zip(LETTERS, choices))
-        text = f"{row['question']['stem'].strip()} Answer choices: {listed}"
+        text = row["question"]["stem"].strip() + CHOICES + listed
         questions.append(Question("commonsense_qa", row["id"], text, row["answerKey"], choices))
     return questions
 

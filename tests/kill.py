@@ -6,7 +6,7 @@ A run is a forked child of this process (its imports are done: a run takes a fra
 The child traces its own lines and kills itself at one of them, chosen at random inside a phase that
 is chosen in turn, or behind half of an os.write; a fifth of the runs is killed from outside after a
 random time. Every sixth gets SIGTERM instead of SIGKILL. After one to four kills, with the folder
-renamed now and then, the command may end; then the files of SPEC §11 are compared with those of an
+renamed now and then, the command may end; then the files that a command promises are compared with those of an
 uninterrupted run. distill asks a teacher in a process of its own that counts what it is asked.
 
 Prints each kill and a table; fails if a record is lost or there twice, a byte differs, a file is
@@ -56,7 +56,7 @@ class Command(NamedTuple):
     script: object
     flags: str
     phases: dict[str, str]  # innermost known function on the stack -> phase
-    files: tuple[str, ...]  # what SPEC §11 promises
+    files: tuple[str, ...]  # the same bytes are promised
 
 
 SAMPLE = "--limit 6 --block-questions 2 --max-new-tokens 6 --patterns none --min-perplexity 0"

@@ -212,7 +212,7 @@ def test_long_reasoning_is_cut_to_the_context(model):
     ],
 )
 def test_real_teacher_outputs(name, task, n, right, unread, agreement, capsys):
-    """Guards the extractor on 11,344 real texts; SPEC §7 has the numbers of somebody else's."""
+    """Guards the extractor on 11,344 real texts; somebody else's numbers, with other rules, lie near."""
     file = shared("data", "teacher", f"{name}.jsonl")
     run("--predictions", file, "--task", task, "--data-dir", shared("data"), "--out-dir", "o")
     m = json.loads(Path("o/metrics.json").read_text())
@@ -286,7 +286,7 @@ def metrics(method="sert", acc=(0.55, 0.51, 0.59), model="gpt2", seed=0, task="s
 
 
 def test_paper_numbers_are_those_of_the_spec():
-    """Guards a mistyped cell: every number against the table that the SPEC holds."""
+    """Guards a mistyped cell: every number against a copy of the table that lies outside."""
     names = {"GPT-3.5": "GPT-3.5", "gpt2": "gpt2", "medium": "gpt2-medium", "large": "gpt2-large"}
     methods = {v: k for k, v in table.NAMES.items()}
     rows = re.findall(

@@ -38,7 +38,7 @@ def test_ablation_is_nested_and_follows_the_verdicts():
     verdicts = ["pattern:direct", "pattern:options", "length", "repetition", "perplexity", "kept",
                 "selected"]  # fmt: skip
     curves = ablation([scored(i, i, verdict=v) for i, v in enumerate(verdicts)])
-    assert list(curves) == list(plots.CURVES)
+    assert list(curves) == list(("raw", "+ pattern", "+ length", "+ repetition", "+ perplexity"))
     assert [len(c) for c in curves.values()] == [7, 5, 4, 3, 2]
     assert [r["verdict"] for r in curves["+ perplexity"]] == ["kept", "selected"]
     shares = score_shares(curves["raw"], "coherence")

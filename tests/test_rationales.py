@@ -300,6 +300,9 @@ def test_palm_counts():
         ("  It\nis \n\n wet. ", "stop", "It is wet."),
         ("It \x1b[31mis\x1b[0m wet.\x07", "stop", "It [31mis [0m wet."),
         ("", "length", ""),
+        ("<think>\nIs it? No. </think>\n\nIt is wet.", "stop", "It is wet."),
+        ("Is it? No. </think> It is wet.", "stop", "It is wet."),  # some chat templates open it
+        ("<think> Is it? The answer is yes.", "length", ""),
     ],
 )
 def test_cleaning(text, finish, cleaned):
@@ -309,6 +312,9 @@ def test_cleaning(text, finish, cleaned):
 def test_a_live_reply_is_read_through_its_markdown():
     def read(text, q=MALL):
         return teacher_answer(Output(text, None, "stop", ""), q)
+
+    assert read("<think> The answer is (A).") is None  # no more than thought
+    assert read("<think> Say (A)? </think> The answer is (B).") == "B"
 
     assert read("A shop. **So the answer is (B).**") == "B"
     assert read("A shop.\n\nSo the answer is **(B) mall**.") == "B"

@@ -109,7 +109,7 @@ def test_a_torn_file_is_mended(model, tmp_path):
 
 
 def test_two_processes_merge_to_the_same_bytes(model, tmp_path):
-    """Guards SPEC-level promise: which process computes a block must not show in its bytes."""
+    """Guards a promise: which process computes a block must not show in its bytes."""
     run(model, tmp_path / "one")
     both = [in_process(model, tmp_path / "two", RANK=str(r), WORLD_SIZE="2") for r in (1, 0)]
     for p in both:
