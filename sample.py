@@ -280,7 +280,7 @@ def write_selected(folder: Path) -> None:
 def refilter(run: Run, stored: dict) -> None:
     """New verdicts for the stored samples, question by question; no sampling."""
     folder, rules = run.out, run.rules
-    if not stored or not (folder / "paths.jsonl").exists():
+    if not (folder / "paths.jsonl").exists():
         raise SertError(f"{folder} holds no samples; run without --refilter first")
     of_rules = {*asdict(rules), "early_reject", "refilter"}
     fixed = run.settings.keys() - of_rules
@@ -488,6 +488,8 @@ def prepare(args) -> Run:
     out = Path(args.out_dir or out)
     stored = stored_settings(out)
     if args.refilter:  # nothing is computed: another machine or version will do
+        if not stored:
+            raise SertError(f"{out} holds no samples; run without --refilter first")
         device, machine = torch.device("cpu"), {k: stored.get(k) for k in MACHINE}
     else:
         device, machine = resolve_machine(args, out / "settings.json", model.n_params())

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: tests first, then every benchmark, one JSON.
+"""Everything that needs a GPU, in one command: tests first, then the benchmarks, one JSON.
 
 python bench/gpu.py --out bench/results/NAME.json [--quick]
 """

@@ -10,7 +10,9 @@ student), generate.py, decode.py, filters.py (stage 1: sample and select), finet
 rationales.py, teacher.py (stage 3: distil), evaluate.py, judge.py, table.py, plots.py (what came of
 it), micro.py (the embedded world that makes all of it run on a laptop).
 
-One letter set for shapes, everywhere:
+One letter set for shapes:
     B rows   T positions   C width   H heads   D head size   V vocabulary   L layers
-    Q questions of a block   K branches (first tokens)   S samples per branch
+    Q questions of a block (G: those with live rows)   K branches (first tokens; in kernels: candidates)
+    J rows of a question   R rows of a block   n live rows   P prompt tokens   N, M tokens of a batch,
+    those with a loss
 """

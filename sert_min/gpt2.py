@@ -6,8 +6,13 @@ thing is unusual: `forward` takes the attention as a function, so that training,
 sampler's decoding over shared prompts (decode.py) all run this one model.
 
 Precision: linear layers compute in their weights' dtype (fp32 or bf16); the residual stream,
-LayerNorm, embeddings and the head stay fp32. GPT-2's logits lie near -100, where bf16 numbers are
-0.5 apart, so a rounded head would destroy the order of the best tokens.
+LayerNorm, embeddings and `logits` stay fp32. GPT-2's logits lie near -100, where bf16 numbers are
+0.5 apart, so a rounded head would destroy the order of the best tokens. (The sampler's draws of a
+bf16 model take a quicker head that is as good as fp32's: generate.make_draw.)
+
+Another architecture: besides this file, prefill, own_memory and shared_attention take as many heads
+of keys as of queries; positions reach no `attend`, so rotary ones belong before it; tokenizer.py
+wants byte-level BPE with GPT-2's splitting; `sample.py --check` knows gpt2 124M.
 """
 
 import hashlib
