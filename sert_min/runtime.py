@@ -80,9 +80,9 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device, n_params: int) -> torch.dtype:
     """`auto` takes bf16 where matrix products are fast in it, else fp32; small models fp32."""
     if name == "auto":
+        cpus = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private: may go away
         fast = (device.type == "cuda" and torch.cuda.is_bf16_supported()) or (
-            device.type == "cpu"
-            and getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # private: may go away
+            device.type == "cpu" and any(getattr(torch.cpu, cpu, bool)() for cpu in cpus)
         )
         name = "bf16" if fast and n_params > 20e6 else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
