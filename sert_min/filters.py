@@ -148,7 +148,8 @@ def pattern_break(
     text: str, question: Question, kinds: Sequence[str] = PATTERN_KINDS, final: bool = True
 ) -> tuple[str, int] | None:
     """(kind, length of the shortest beginning of `text` that breaks it) of the first break, if
-    any. With `final=False` more text may follow: what is found then, every continuation breaks."""
+    any. With `final=False` more text may follow: what is found then, every continuation breaks.
+    This ends rows early; verdicts are `break_token`'s, which looks at whole tokens."""
     breaks = pattern_breaks(text, question, kinds, final)
     order = sorted(breaks, key=lambda kind: (breaks[kind], PATTERN_KINDS.index(kind)))
     return (order[0], breaks[order[0]]) if order else None
