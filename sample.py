@@ -156,7 +156,7 @@ class Run(NamedTuple):
     s: SampleSettings
     rules: FilterSettings
     settings: dict  # stored beside the paths; other ones are refused
-    kept: dict  # a GPU's buffers from one block to the next
+    kept: dict  # memory, from one block to the next
 
     @property
     def per_question(self) -> int:

@@ -18,6 +18,7 @@ A row whose k-th best exact logit does not stand clear of the 32nd rough one is 
 `own_scores` and `own_sum` are a row's attention to its own tokens, read as embedding bags.
 """
 
+import platform
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -29,13 +30,17 @@ from torch import Tensor
 from kernels import attention
 from kernels.reference import BLOCK, GROUP, best_first, summary
 
+X86_BF16 = ("amx_tile", "avx512_bf16")  # of torch.cpu's private tests, which may go away
 CANDIDATES = 32  # tokens of a row that are computed again in fp32
 MAX_K = 16  # largest top-k that is screened
 
 
 def has_bf16() -> bool:
-    """Is bf16 quicker than fp32 on this CPU, or at least not slower by much? (AVX-512, AMX, Arm)"""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Has this CPU instructions for bf16 products? (oneDNN also does them without, slowly.)"""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    known = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in X86_BF16]
+    return platform.machine() not in ("x86_64", "AMD64") or any(f() for f in known if f)
 
 
 def linear(
@@ -44,17 +49,21 @@ def linear(
     """x [.., I] @ weight [O, I].T + bias, as F.linear, in x's dtype; sums are fp32. `gelu_tanh`: of
     that F.gelu(.., approximate="tanh"), which oneDNN takes before the sums leave its registers."""
     act = partial(F.gelu, approximate="tanh") if gelu_tanh else lambda x: x
-    if x.device.type != "cpu" or weight.numel() <= 2**16 or torch.is_autocast_enabled("cpu"):
+    one_dtype = x.dtype is weight.dtype and (bias is None or bias.dtype is x.dtype)
+    if not one_dtype or weight.numel() <= 2**16 or torch.is_autocast_enabled("cpu"):
         return act(F.linear(x, weight, bias))
     bf16, fp32 = x.dtype is torch.bfloat16, x.dtype is torch.float32
+    if x.device.type != "cpu" or not (bf16 or fp32):
+        return act(F.linear(x, weight, bias))
     if torch.is_grad_enabled():
         return act(Linear.apply(x, weight, bias) if fp32 else F.linear(x, weight, bias))
     if bf16 and not has_bf16():
         bias = None if bias is None else bias.float()
         return linear(x.float(), weight.float(), bias, gelu_tanh).bfloat16()
     wide = len(weight) >= 4096 or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if torch.backends.mkldnn.is_available() and (bf16 or (fp32 and wide)):
+    if torch.backends.mkldnn.is_available() and (bf16 or wide):
         given = ("gelu", [], "tanh") if gelu_tanh else ("none", [], "")
+        bias = None if bias is None else bias.contiguous()  # strides are not looked at
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *given)
     return act(F.linear(x, weight, bias))
 
@@ -125,6 +134,8 @@ def screen(hidden: Tensor, head: Head, k: Tensor) -> tuple[Tensor, Tensor, Tenso
     ids = (first[:, None] + torch.arange(0, BLOCK, width)[:, None]).flatten(1)
     near, order = rough[ids // BLOCK, torch.arange(B)[:, None], ids % BLOCK].topk(CANDIDATES)
     ids = ids.gather(1, order).clamp(max=V - 1)  # beyond V only if the row is unusable
+    ids, by_id = ids.sort(1)  # of equal logits the lowest id is the better one
+    border, near = near[:, -1] + shared, near.gather(1, by_id)
     exact = (hidden[:, None] @ F.embedding(ids, head.weight).mT)[:, 0]  # [B, CANDIDATES]
     # In the sum, the candidates' exact mass takes the place of their rough mass.
     others = (1 - (near - total[:, None]).exp().sum(1)).clamp(min=0).log() + total + shared
@@ -135,7 +146,7 @@ def screen(hidden: Tensor, head: Head, k: Tensor) -> tuple[Tensor, Tensor, Tenso
     near = near + shared[:, None]
     worst_error = (near - exact).abs().amax(1)
     kth = values.gather(1, k[:, None] - 1)[:, 0]
-    unsure = ~(kth > near[:, -1] + 4 * worst_error)  # also where anything is NaN
+    unsure = ~(kth > border + 4 * worst_error)  # also where anything is NaN
     if unsure.any():
         again = summary(blocks(hidden[unsure], head.weight), V, CANDIDATES)
         for x, y in zip(found, again):
@@ -171,7 +182,9 @@ def own_sum(w: Tensor, own_v: Tensor) -> Tensor:
 def in_rows(pieces: Tensor) -> bool:
     """Is the memory of [chunks, n, H, R, X] a table of rows of X numbers, of which it is a part?"""
     *strides, last = pieces.stride()
-    return pieces.numel() > 0 and last == 1 and not any(s % pieces.shape[-1] for s in strides)
+    end = sum((n - 1) * s for n, s in zip(pieces.shape, strides))
+    whole = last == 1 and not any(s % pieces.shape[-1] for s in strides)
+    return pieces.numel() > 0 and whole and end // pieces.shape[-1] < 2**31  # rows are int32
 
 
 def row_strides(pieces: Tensor) -> tuple[int, ...]:
@@ -179,6 +192,7 @@ def row_strides(pieces: Tensor) -> tuple[int, ...]:
 
 
 @lru_cache(4)
+@torch.inference_mode(False)  # what is kept serves any later caller
 def row_numbers(sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     """Where the R rows of a piece stand in the table: int32 [n, H, chunks, R]."""
     chunk, slot, head, row = (

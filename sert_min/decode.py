@@ -38,6 +38,7 @@ def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
     for i, p in enumerate(prompts):
         ids[i, : len(p)] = torch.tensor(p)
     lengths = torch.tensor([len(p) for p in prompts])
+    padding = (torch.arange(P) >= lengths[:, None]).to(device)[..., None, None]  # [Q, P, 1, 1]
     size = (c.n_layer, len(prompts), c.n_head, P, c.n_embd // c.n_head)
     dtype = model.h[0].attn.c_attn.weight.dtype
     if device.type == "cpu" and not cpu.has_bf16():
@@ -47,6 +48,7 @@ def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
 
     def attend(layer, q, k, v):  # [Q, P, H, D]
         q, k, v = (x.to(dtype) for x in (q, k, v))
+        k, v = (x.masked_fill(padding, 0) for x in (k, v))  # no NaN that a weight of 0 would spread
         keys[layer], values[layer] = k.transpose(1, 2), v.transpose(1, 2)
         return causal_attention(layer, q, k, v)
 

@@ -150,7 +150,10 @@ def find_decoder(kept: dict, model: GPT2, shared: Prompts, s: SampleSettings, to
         draw = make_draw(model, shared, s, n_vocab, n_slots)
         return Decoder(model, shared, own, draw, J, s.max_new_tokens, tokenizer.eot)
 
-    key = (id(model), s, Q, shared.keys.dtype, shared.keys.shape if gpu else ())
+    L, _, H, P, D = shared.keys.shape
+    key = (shared.keys.dtype, L, H, D, n_slots, s.max_new_tokens)
+    if gpu:  # a decoder holds its model, so that nothing else gets its id
+        key += (id(model), s, Q, P)
     if key not in kept:
         kept.clear()  # its memory first
         own = own_memory(shared, n_slots, s.max_new_tokens)
@@ -227,18 +230,20 @@ def sample_block(
 
     `names` are "task/id", the root of each row's random stream; `reject(row)` may stop a row early
     (finish "rejected") and must stay true for every longer row; `progress(n)` is told of n new
-    tokens. With s = GREEDY: one greedy continuation per prompt. `kept` is a dict that holds a GPU's
-    buffers and graphs from one block of a run to the next.
+    tokens. With s = GREEDY: one greedy continuation per prompt. `kept` is a dict that holds memory
+    (on a GPU also buffers and graphs) from one block of a run to the next.
 
     The host looks at the tokens every `look` steps and lets the device go on for `ahead` looks in
     the meantime: 1 and 0 on a CPU, 8 and 1 on a GPU, which so never waits. What a row drew behind
     its end is dropped."""
     check_lengths(prompts, names, model, s.max_new_tokens)
+    kept = {} if kept is None else kept
     shared = prefill(model, prompts)
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
     logits = model.logits(shared.hidden)[:, :n_vocab]  # [Q, V]
 
     def broken(question: int, ids: list[int]) -> SertError:
+        kept.clear()  # a NaN in it would spoil the next block
         return SertError(
             f"{names[question]}: the model's logits are NaN or infinite "
             f"({first_broken(model, prompts[question] + ids)}); check its weights, or use "
@@ -248,7 +253,7 @@ def sample_block(
     for question in (~logits.logsumexp(-1).isfinite()).nonzero().flatten().tolist():
         raise broken(question, [])
     rows = first_rows(logits, names, s, tokenizer.eot)
-    live = find_decoder({} if kept is None else kept, model, shared, s, tokenizer)
+    live = find_decoder(kept, model, shared, s, tokenizer)
     ends = Ends(s, tokenizer.eot, reject, broken)
     if s.raw:
         draw_first_tokens(live, shared, rows, ends)

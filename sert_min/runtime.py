@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from kernels import cpu
+
 
 class SertError(Exception):
     """A problem that the user can mend. The message is one line and names the fix."""
@@ -80,9 +82,8 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device, n_params: int) -> torch.dtype:
     """`auto` takes bf16 where matrix products are fast in it, else fp32; small models fp32."""
     if name == "auto":
-        cpus = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # private: may go away
         fast = (device.type == "cuda" and torch.cuda.is_bf16_supported()) or (
-            device.type == "cpu" and any(getattr(torch.cpu, cpu, bool)() for cpu in cpus)
+            device.type == "cpu" and cpu.has_bf16()
         )
         name = "bf16" if fast and n_params > 20e6 else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
@@ -172,5 +173,5 @@ def resolve_machine(args, settings: Path, n_params: int) -> tuple[torch.device, 
     torch.set_num_threads(threads)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     dtype = "bf16" if dtype is torch.bfloat16 else "fp32"
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return device, dict(zip(MACHINE, (device.type, dtype, threads, cpu, gpu, torch.__version__)))
+    kind = torch.backends.cpu.get_cpu_capability() + (" with bf16" if cpu.has_bf16() else "")
+    return device, dict(zip(MACHINE, (device.type, dtype, threads, kind, gpu, torch.__version__)))

@@ -25,19 +25,39 @@ def exact_logprobs(hidden, weight):
     return (hidden.double() @ weight.double().T).log_softmax(-1)
 
 
-@pytest.mark.parametrize("shape", [(5, 768, 3072), (3, 4, 512, 600), (1, 300, 300)])
+@pytest.fixture(params=[True, False], ids=["bf16", "no bf16"])
+def has_bf16(request, monkeypatch):
+    """As if this CPU had instructions for bf16, and as if it had none."""
+    monkeypatch.setattr(cpu, "has_bf16", lambda: request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 768, 3072), (3, 4, 512, 600), (1, 300, 300), (2, 8, 8)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_is_an_fp32_product(shape, bias):
+def test_linear_is_a_product_with_fp32_sums(shape, bias, dtype, has_bf16):
     """Guards a product at less than fp32 (bf16 or tf32 would be 1,000 times as far off), a lost bias
-    and a lost leading dimension."""
+    or activation, a lost leading dimension and memory that is not contiguous, on each way."""
     *lead, i, o = shape
-    x, w = torch.randn(*lead, i), torch.randn(o, i)
-    b = torch.randn(o) if bias else None
+    x, w = torch.randn(*lead, 2 * i)[..., ::2].to(dtype), torch.randn(i, o).T.to(dtype)
+    b = torch.randn(2 * o)[::2].to(dtype) if bias else None
     with torch.no_grad():
-        found = cpu.linear(x, w, b)
+        found, active = cpu.linear(x, w, b), cpu.linear(x, w, b, gelu_tanh=True)
     wanted = x.double() @ w.double().T + (0 if b is None else b.double())
-    assert found.shape == wanted.shape and found.dtype is torch.float32
-    assert (found - wanted).abs().max() < 1e-6 * i
+    bent = torch.nn.functional.gelu(wanted, approximate="tanh")
+    off = 2**-8 if dtype is torch.bfloat16 else 0  # rounded at the end
+    for x, y in ((found, wanted), (active, bent)):
+        assert x.shape == y.shape and x.dtype is dtype
+        assert ((x - y).abs() <= 1e-6 * i + 2 * off * y.abs() + off).all()
+
+
+def test_linear_takes_what_pytorch_takes():
+    """Guards other numbers than fp32 and bf16, and a mixture that PyTorch refuses."""
+    with torch.no_grad():
+        for dtype in (torch.float64, torch.float16):
+            x, w = torch.randn(4, 300).to(dtype), torch.randn(300, 300).to(dtype)
+            assert torch.equal(cpu.linear(x, w), torch.nn.functional.linear(x, w))
+        with pytest.raises(RuntimeError):
+            cpu.linear(torch.randn(4, 300), torch.randn(300, 300).bfloat16())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -106,6 +126,11 @@ def test_own_attention_in_any_layout():
     apart = torch.randn(2, 3, 4, attention.CHUNK, 9)[..., 1:]
     assert torch.equal(cpu.own_scores(q, keys), attention.own_scores(q, keys))
     assert torch.equal(cpu.own_sum(w, apart), attention.own_sum(w, apart))
+    with torch.inference_mode():
+        cpu.own_sum(w, keys)
+    cpu.own_sum(w.clone().requires_grad_(), keys)  # what was kept then serves now
+    far = torch.empty_strided((1, 3, 1, 1, 8), (8, 8 * 2**30, 8, 8, 1), device="meta")
+    assert not cpu.in_rows(far)  # its rows have no int32 number
     assert cpu.own_sum(w[:0], keys[:, :0]).shape == (0, 4, 8)
 
 
@@ -199,6 +224,17 @@ def test_draws_equal_those_of_an_exact_head():
     wanted, wanted_lp = reference.sample_and_score(exact, **given)
     assert torch.equal(tokens, wanted)
     assert (logprobs - wanted_lp).abs().max() < 0.01
+
+
+def test_ties_of_a_bf16_head_go_to_the_lowest_id():
+    """Guards greedy decoding: equal tokens are found by rounded logits, in any order."""
+    hidden, weight = head_like_gpt2(6_000)
+    weight = torch.cat([weight, weight])  # each token twice
+    head = cpu.prepare(weight, hidden, 64)
+    for given in ({"temperature": 0.0}, {"top_k": 1}, {"top_k": 9, "seed": 4}):
+        tokens = head_sample_and_score(hidden, head, **given)[0]
+        exact = (hidden.double() @ weight.double().T).float()
+        assert torch.equal(tokens, reference.sample_and_score(exact, **given)[0]), given
 
 
 def test_rows_that_screening_can_not_tell_apart_are_computed_in_full(monkeypatch):

@@ -452,16 +452,10 @@ def test_dtype_and_threads(monkeypatch):
     cpu = torch.device("cpu")
     assert runtime.pick_dtype("auto", cpu, 1_000_000) == torch.float32
     assert runtime.pick_dtype("bf16", cpu, 1_000_000) == torch.bfloat16
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    for name in names:
-        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
-    assert runtime.pick_dtype("auto", cpu, 124_000_000) == torch.float32
-    monkeypatch.setattr(torch.cpu, names[1], lambda: True)
-    assert runtime.pick_dtype("auto", cpu, 124_000_000) == torch.bfloat16
-    assert runtime.pick_dtype("auto", cpu, 1_000_000) == torch.float32
-    for name in names:
-        monkeypatch.delattr(torch.cpu, name)
-    assert runtime.pick_dtype("auto", cpu, 124_000_000) == torch.float32
+    for has, wanted in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(runtime.cpu, "has_bf16", lambda has=has: has)
+        assert runtime.pick_dtype("auto", cpu, 124_000_000) == wanted
+        assert runtime.pick_dtype("auto", cpu, 1_000_000) == torch.float32
     before = torch.get_num_threads()
     try:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
