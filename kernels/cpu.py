@@ -1,9 +1,10 @@
 """What makes one step quick on a CPU: the products, and a bf16 head that is as good as fp32.
 
-`linear` picks the library of a product, of training too (`Linear`). fp32 goes to oneDNN, which PyTorch otherwise keeps for bf16,
-where that was seen to be quicker than MKL on an AMD EPYC: with AVX-512 1.1 to 2.2 times, with AVX2
-only where the output is wide. bf16 on a CPU without instructions for it is multiplied as fp32, some
-eight times as fast as PyTorch does it there: products of bf16 numbers are exact in fp32.
+`linear` picks the library of a product, of training too (`Linear`). fp32 goes to oneDNN, which
+PyTorch otherwise keeps for bf16, where that was seen to be quicker than MKL on an AMD EPYC: with
+AVX-512 1.1 to 2.2 times, with AVX2 only where the output is wide. bf16 on a CPU without instructions
+for it is multiplied as fp32, some eight times as fast as PyTorch does it there: products of bf16
+numbers are exact in fp32.
 
 `screen` reads the vocabulary once in bf16 and then computes exactly what decides the draw. GPT-2's
 logits lie near -100, where bf16 numbers are 0.5 apart, so the rounded product is of no use as it
@@ -49,23 +50,27 @@ def linear(
     """x [.., I] @ weight [O, I].T + bias, as F.linear, in x's dtype; sums are fp32. `gelu_tanh`: of
     that F.gelu(.., approximate="tanh"), which oneDNN takes before the sums leave its registers."""
     act = partial(F.gelu, approximate="tanh") if gelu_tanh else lambda x: x
-    one_dtype = x.dtype is weight.dtype and (bias is None or bias.dtype is x.dtype)
-    if not one_dtype or weight.numel() <= 2**16 or torch.is_autocast_enabled("cpu"):
+    bf16, wants_gradient = x.dtype is torch.bfloat16, torch.is_grad_enabled()
+    quick = (
+        x.device.type == "cpu"
+        and weight.numel() > 2**16
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and all(t is None or t.dtype is x.dtype for t in (weight, bias))
+        and not torch.is_autocast_enabled("cpu")
+    )
+    if not quick or (bf16 and wants_gradient):
         return act(F.linear(x, weight, bias))
-    bf16, fp32 = x.dtype is torch.bfloat16, x.dtype is torch.float32
-    if x.device.type != "cpu" or not (bf16 or fp32):
-        return act(F.linear(x, weight, bias))
-    if torch.is_grad_enabled():
-        return act(Linear.apply(x, weight, bias) if fp32 else F.linear(x, weight, bias))
+    if wants_gradient:
+        return act(Linear.apply(x, weight, bias))
     if bf16 and not has_bf16():
         bias = None if bias is None else bias.float()
         return linear(x.float(), weight.float(), bias, gelu_tanh).bfloat16()
     wide = len(weight) >= 4096 or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if torch.backends.mkldnn.is_available() and (bf16 or wide):
-        given = ("gelu", [], "tanh") if gelu_tanh else ("none", [], "")
-        bias = None if bias is None else bias.contiguous()  # strides are not looked at
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *given)
-    return act(F.linear(x, weight, bias))
+    if not (torch.backends.mkldnn.is_available() and (bf16 or wide)):
+        return act(F.linear(x, weight, bias))
+    given = ("gelu", [], "tanh") if gelu_tanh else ("none", [], "")
+    bias = None if bias is None else bias.contiguous()  # strides are not looked at
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *given)
 
 
 class Linear(torch.autograd.Function):
