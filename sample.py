@@ -580,7 +580,7 @@ def sample_blocks(run: Run, blocks: list[list]) -> None:
     if RANK == 0 and done < len(blocks) and WORLD > 1:
         print("waiting for the blocks of the other processes")
     while RANK == 0 and done < len(blocks):
-        time.sleep(0.1)
+        time.sleep(0.02)
         done = merge_blocks(out, blocks, done)
     for i in range(done if RANK == 0 else 0):  # made twice around a restart
         block_file(out, i, blocks[i]).unlink(missing_ok=True)

@@ -104,7 +104,7 @@ def run_sample(out: str, *flags: str, processes: int = 1) -> dict:
 
 def processes(quick: bool) -> dict:
     """Two processes against one, in turn, three times."""
-    limit = ["--limit", "128" if quick else "256"]
+    limit = ["--limit", "128" if quick else "384"]
     rates, hashes = {1: [], 2: []}, set()
     with tempfile.TemporaryDirectory() as folder:
         for i in range(1 if quick else 3):
