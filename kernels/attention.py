@@ -68,9 +68,7 @@ def shared_attention(
     ends = torch.stack([lengths[at // J], t], 1)[:, :, None]  # [n, 2, 1]
     real = [torch.arange(x, device=q.device) < ends[:, i] for i, x in enumerate((P, T))]
     mask = torch.where(torch.cat(real, 1), 0.0, float("-inf"))[:, None].to(q.dtype)  # [n, 1, P + T]
-    scores = torch.cat(
-        [by_row(by_prompt(q) @ shared_k.mT), own_scores(q, own_k)], -1
-    )  # [n, H, P + T]
-    w = (scores + mask).softmax(-1)  # sums in fp32 also if the scores are bf16
+    scores = by_row(by_prompt(q) @ shared_k.mT), own_scores(q, own_k)  # [n, H, P], [n, H, T]
+    w = (torch.cat(scores, -1) + mask).softmax(-1)  # sums in fp32 also if the scores are bf16
     out = by_row(by_prompt(w[..., :P]) @ shared_v)  # [n, H, D]
     return out + own_sum(w[..., P:], own_v)

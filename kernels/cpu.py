@@ -114,7 +114,10 @@ def prepare(weight: Tensor, hidden: Tensor, rows: int) -> Head:
     """Head of a weight [V, C] for up to `rows` hidden states like `hidden` [B, C], all fp32."""
     mean, centre = weight.mean(0), hidden.mean(0)
     scratch = torch.full((-(-len(weight) // BLOCK), rows, BLOCK), float("-inf"))
-    return Head(weight, (weight - mean).bfloat16(), mean, centre, weight @ centre, scratch)
+    rough = torch.empty_like(weight, dtype=torch.bfloat16)
+    for x, y in zip(rough.split(BLOCK), weight.split(BLOCK)):  # no second weight in fp32
+        x.copy_(y - mean)
+    return Head(weight, rough, mean, centre, weight @ centre, scratch)
 
 
 def screen(hidden: Tensor, head: Head, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -162,7 +165,7 @@ def screen(hidden: Tensor, head: Head, k: Tensor) -> tuple[Tensor, Tensor, Tenso
 # --- attention of rows to their own tokens ---------------------------------------------------------
 # Each row has keys and values of its own, so these products are of one vector with a small matrix:
 # thousands of them, bound by memory. The sum of some rows of a table, each with its weight, is what
-# an embedding bag is, and PyTorch reads its rows two to three times as fast as it multiplies. Keys
+# an embedding bag is, and PyTorch reads its rows faster than it multiplies. Keys
 # must be laid out for it: for each number of a head, those of all CHUNK tokens side by side.
 
 
