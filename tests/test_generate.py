@@ -456,7 +456,7 @@ def test_progress_counts_tokens():
 def test_same_block_same_bytes():
     """Guards against anything that outlives a block: the same block before and after another."""
     model, (prompts, names) = loud_model(), make_prompts(7)
-    s = replace(PAPER, rows=50)
+    s = replace(PAPER, rows=100)  # more than the short block has
     first = [asdict(row) for row in sample_block(model, Words(), prompts, names, s)]
     kept: dict = {}
     for others, seed in ((3, 9), (9, 2)):  # a shorter and a longer block before
