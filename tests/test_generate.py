@@ -464,6 +464,8 @@ def test_same_block_same_bytes():
         for memory in (None, kept):
             again = sample_block(model, Words(), prompts, names, s, kept=memory)
             assert first == [asdict(row) for row in again]
+        ((keys, _),) = kept.values()
+        assert keys.shape[2] == 100  # slots: those of the short block would do, in other sums
     other = sample_block(model, Words(), prompts, names, replace(s, seed=1))
     assert sum(a["token_ids"] == b.token_ids for a, b in zip(first, other)) < 20
 
