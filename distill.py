@@ -19,18 +19,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sert_min import parallel, prompts, tasks
-from sert_min.gpt2 import find_model, model_label, read_config, read_sert
-from sert_min.rationales import (
-    PUBLIC,
-    Output,
-    rationale_records,
-    read_teacher_file,
-    teacher_answer,
-)
-from sert_min.runtime import SertError, printable, run_script
-from sert_min.store import lock_folder, read_jsonl, to_line, write_atomic
-from sert_min.teacher import (
+from sert_min import prompts, tasks
+from sert_min.gpt2 import read_config
+from sert_min.io import parallel
+from sert_min.io.endpoint import (
     Ask,
     Collection,
     Endpoint,
@@ -42,6 +34,12 @@ from sert_min.teacher import (
     read_reply,
     stored_replies,
 )
+from sert_min.io.errors import SertError, printable, run_script
+from sert_min.io.files import lock_folder, read_jsonl, to_line, write_atomic
+from sert_min.io.hub import find_model, model_label, read_sert
+from sert_min.questions import describe
+from sert_min.rationales import rationale_records, teacher_answer
+from sert_min.teacher_files import PUBLIC, Output, read_teacher_file
 from sert_min.tokenizer import load_tokenizer
 from train import add_training_flags, train_student
 
@@ -103,7 +101,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def pick_student(args) -> tuple[str, str]:
     """(model, method): the SERT checkpoint of this task and seed if there is one, else the raw
     student."""
-    name = args.model or tasks.default_model(args.task)
+    name = args.model or tasks.get(args.task).student
     if args.model is None:
         label = model_label(name, find_model(name))
         sert = Path(f"out/{args.task}/{label}/sert/seed{args.seed}")
@@ -316,7 +314,7 @@ def main(args) -> None:
     if parallel.RANK > 0 and (args.dry_run or args.export_batch or args.collect_only):
         return None  # process 0 asks the teacher alone; the others only train
     questions = tasks.load(args.task, "train", args.data_dir)
-    print(tasks.describe(questions, "train"))
+    print(describe(questions, "train"))
     if args.limit is not None:
         if args.limit < 1:
             raise SertError("--limit must be at least 1")
@@ -352,7 +350,7 @@ def main(args) -> None:
     if not kept:
         raise SertError(f"no rationale was kept; look at {out}/rationales.jsonl, or use --keep all")
     pairs = [(q, *prompts.rd_pair(q, text)) for q, text in kept]
-    source = args.teacher_file or args.teacher_model or "micro"
+    source = args.teacher_file or args.teacher_model or args.task
     args.out_dir = str(out)
     train_student(args, method, name, pairs, prompts.COT_SUFFIX, source)
     return None
@@ -369,7 +367,7 @@ def collect_records(args, questions: list, folder: Path | None, student: Path, o
         for what, n in left.items():
             print(f"{args.teacher_file}: {n:,} outputs for {what} are left out")
     else:
-        outputs = micro_outputs(questions)
+        outputs = program_outputs(questions, tasks.get(args.task).teacher)
 
     records, counts = rationale_records(questions, outputs, args.keep, fits_context(student))
     print(f"{len(records):,} rationales for {len(questions):,} questions:")
@@ -396,7 +394,7 @@ def save_records(out: Path, records: list[dict]) -> None:
 def check_teacher_flags(args) -> None:
     if args.teacher_file and args.teacher_model:
         raise SertError("give --teacher-file or --teacher-model, not both")
-    if not args.teacher_file and not args.teacher_model and args.task != "micro":
+    if not args.teacher_file and not args.teacher_model and not tasks.get(args.task).teacher:
         raise SertError(
             f"--task {args.task} needs a teacher: --teacher-model NAME (any OpenAI-compatible "
             "endpoint, see --base-url) or --teacher-file FILE"
@@ -408,14 +406,9 @@ def check_teacher_flags(args) -> None:
                 raise SertError(f"--{flag.replace('_', '-')} needs --teacher-model")
 
 
-def micro_outputs(questions: list) -> dict[str, Output]:
-    """The micro-world's own teacher: its generator, which is always right."""
-    from sert_min import micro
-
-    return {
-        q.id: Output(micro.teacher_rationale(q), prompts.answer_text(q) + ".", "stop", "micro")
-        for q in questions
-    }
+def program_outputs(questions: list, teacher: Callable) -> dict[str, Output]:
+    """What a task's own teacher writes (tasks.Task.teacher); it is always right."""
+    return {q.id: Output(teacher(q), q.write() + ".", "stop", q.task) for q in questions}
 
 
 def fits_context(student: Path) -> Callable:

@@ -24,34 +24,12 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from sample import given, whole_blocks
-from sert_min import judge, prompts, table, tasks
-from sert_min.evaluate import (
-    greedy,
-    greedy_cap,
-    question_of,
-    score,
-    share_interval,
-    summarize,
-    text_of,
-    without_nan,
-)
-from sert_min.gpt2 import (
-    find_model,
-    load_model,
-    model_label,
-    read_config,
-    read_sert,
-    weights_hash,
-)
-from sert_min.likelihood import answer_logprobs, likelihood_record
-from sert_min.runtime import (
-    SertError,
-    printable,
-    printable_lines,
-    resolve_machine,
-    run_script,
-)
-from sert_min.store import (
+from sert_min import prompts, tasks
+from sert_min.gpt2 import load_model, read_config
+from sert_min.io import files
+from sert_min.io.endpoint import Endpoint, check_flags, check_url
+from sert_min.io.errors import SertError, printable, printable_lines, run_script
+from sert_min.io.files import (
     append_durable,
     check_settings,
     lock_folder,
@@ -60,8 +38,13 @@ from sert_min.store import (
     to_line,
     write_atomic,
 )
-from sert_min.tasks import LETTERS, Question
-from sert_min.teacher import Endpoint, check_flags, check_url
+from sert_min.io.hub import find_model, model_label, read_sert, weights_hash
+from sert_min.io.machine import resolve_machine
+from sert_min.metrics import greedy, score, share_interval, summarize, without_nan
+from sert_min.questions import CHOICES, LETTERS, Question, data_hash, describe, stem
+from sert_min.report import judge, table
+from sert_min.report.likelihood import answer_logprobs, likelihood_record
+from sert_min.report.texts import question_of, text_of
 from sert_min.tokenizer import load_tokenizer
 
 BLOCK = 64  # questions decoded together
@@ -74,7 +57,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     g = p.add_argument_group("what to evaluate")
-    g.add_argument("--task", choices=tasks.TASKS, default="micro", help="default: %(default)s")
+    g.add_argument(
+        "--task", choices=tasks.TASKS, default=tasks.DEFAULT, help="default: %(default)s"
+    )
     g.add_argument("--data-dir", help="read the datasets here instead of downloading them")
     g.add_argument("--split", choices=tasks.SPLITS, default="test", help="default: %(default)s")
     g.add_argument("--limit", type=int, help="only the first N questions; may be raised later")
@@ -162,7 +147,7 @@ def cell_of(name: str, args) -> Cell:
 
 def default_models(args) -> list[str]:
     """The task's student and every finished checkpoint that came of it."""
-    name = tasks.default_model(args.task)
+    name = tasks.get(args.task).student
     label = model_label(name, find_model(name))
     runs = (Path(f"out/{args.task}/{label}") / method for method in table.METHODS)
     done = [seed for run in runs for seed in sorted(run.glob("seed*"))]
@@ -201,16 +186,18 @@ def prepare(args, cell: Cell, everything: list[Question]):
     stored = read_json(path) if path.exists() else {}
     c = read_config(cell.folder)
     n_params = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd  # near enough for choices
-    device, machine = resolve_machine(args, path, n_params)
+    device, machine = resolve_machine(
+        args.device, args.dtype, files.stored_settings(path), n_params
+    )
     settings = {
         "task": args.task,
         "split": args.split,
-        "data": tasks.data_hash(everything),
+        "data": data_hash(everything),
         "model": cell.label,
         "method": cell.method,
         "weights": weights_hash(cell.folder),
         "prompt_suffix": cell.suffix,
-        "max_new_tokens": given(args.max_new_tokens, greedy_cap(args.task)),
+        "max_new_tokens": given(args.max_new_tokens, tasks.get(args.task).greedy_cap),
         "block_questions": given(args.block_questions, stored.get("block_questions", BLOCK)),
         **machine,
     }
@@ -398,8 +385,9 @@ def judge_records(args, records: list[dict], questions: list[Question], out: Pat
     if args.judge_model:
         caps = args.max_requests, args.max_cost
         scored, failures = judge.ask_judge(records, endpoint(args), judge_folder(args), *caps)
-    elif args.task == "micro":
-        scored, failures = judge.program_scores(records, {q.id: q for q in questions}), []
+    elif program := tasks.get(args.task).judge:
+        by_id = {q.id: q for q in questions}
+        scored, failures = judge.program_scores(records, by_id, program), []
     else:
         return []
     write_atomic(path, map(to_line, scored))
@@ -421,7 +409,7 @@ def end_if_missing(failures: list[str]) -> None:
 
 def judge_paths(args) -> None:
     """Score the paths of sample.py's runs, for Figures 1 and 4."""
-    if args.task != "micro" and not args.judge_model:
+    if not tasks.get(args.task).judge and not args.judge_model:
         raise SertError("--paths needs --judge-model (only the micro-world has a judge program)")
     for name in args.paths:
         path = Path(name) / "paths.jsonl" if Path(name).is_dir() else Path(name)
@@ -466,11 +454,11 @@ def print_judge_plan(args, records: list[dict], what: str) -> None:
 
 def questions_by_key(args, rows: list[dict]) -> dict:
     """The dataset's questions by id and by text without options, if any row needs them."""
-    if all(tasks.CHOICES in str(r.get("question", tasks.CHOICES)) for r in rows
+    if all(CHOICES in str(r.get("question", CHOICES)) for r in rows
            if r.get("answer") in tuple(LETTERS)):  # fmt: skip
         return {}
     both = [tasks.load(args.task, split, args.data_dir) for split in ("test", "train")]
-    by_text = {tasks.stem(q.text): q for some in both for q in some}
+    by_text = {stem(q.text): q for some in both for q in some}
     return by_text | {q.id: q for some in both for q in some}
 
 
@@ -556,10 +544,10 @@ def main(args) -> None:
     if args.table:
         return print_table(Path(args.table))
     if args.figures:
-        from sert_min import plots  # here: matplotlib takes a second
+        from sert_min.report import figures
 
         out = Path(args.out_dir or Path(args.figures) / "figures")
-        return plots.draw_figures(Path(args.figures), out, args.split, args.judge_model)
+        return figures.draw_figures(Path(args.figures), out, args.split, args.judge_model)
     if args.paths:
         return judge_paths(args)
     if args.predictions:
@@ -568,7 +556,7 @@ def main(args) -> None:
     if args.out_dir and len(names) > 1:
         raise SertError("--out-dir takes the results of one --model only")
     everything = tasks.load(args.task, args.split, args.data_dir)
-    print(tasks.describe(everything, args.split))
+    print(describe(everything, args.split))
     cells = [cell_of(name, args) for name in names]
     if args.dry_run:
         for cell in cells:
@@ -584,7 +572,7 @@ def print_plan(args, cell: Cell, everything: list[Question]) -> None:
     """--dry-run: how much there is to decode and to judge."""
     path = cell.out / "predictions.jsonl"
     n, there = len(everything[: args.limit]), whole_lines(path)
-    cap = given(args.max_new_tokens, greedy_cap(args.task))
+    cap = given(args.max_new_tokens, tasks.get(args.task).greedy_cap)
     print(
         f"{cell.label} {table.NAMES[cell.method]}: {max(0, n - there):,} of {n:,} outputs to decode, "
         f"at most {max(0, n - there) * cap:,} tokens, to {cell.out}"

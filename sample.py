@@ -24,23 +24,13 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from sert_min import filters, page, tasks
+from sert_min import filters, patterns, tasks
 from sert_min.filters import FilterSettings
 from sert_min.generate import Row, SampleSettings, check_lengths, sample_block
-from sert_min.gpt2 import GPT2, find_model, load_model, model_label, read_sert, weights_hash
-from sert_min.prompts import question_prompt
-from sert_min.runtime import (
-    MACHINE,
-    SertError,
-    pick_device,
-    pick_dtype,
-    pick_threads,
-    printable,
-    printable_lines,
-    resolve_machine,
-    run_script,
-)
-from sert_min.store import (
+from sert_min.gpt2 import GPT2, load_model
+from sert_min.io import files
+from sert_min.io.errors import SertError, printable, printable_lines, run_script
+from sert_min.io.files import (
     PATH,
     append_durable,
     check_settings,
@@ -51,6 +41,11 @@ from sert_min.store import (
     to_line,
     write_atomic,
 )
+from sert_min.io.hub import find_model, model_label, read_sert, weights_hash
+from sert_min.io.machine import MACHINE, pick_device, pick_dtype, pick_threads, resolve_machine
+from sert_min.prompts import question_prompt
+from sert_min.questions import data_hash, describe
+from sert_min.report import page
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
 BLOCK = 32  # questions per block
@@ -65,7 +60,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     d = SampleSettings()
     g = p.add_argument_group("what to sample")
-    g.add_argument("--task", choices=tasks.TASKS, default="micro", help="default: %(default)s")
+    g.add_argument(
+        "--task", choices=tasks.TASKS, default=tasks.DEFAULT, help="default: %(default)s"
+    )
     g.add_argument("--data-dir", help="read the datasets here instead of downloading them")
     g.add_argument("--split", choices=("train", "validation", "test"), default="train")
     g.add_argument("--limit", type=int, help="only the first N questions (default: all)")
@@ -122,9 +119,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 def filter_settings(args) -> FilterSettings:
     """The task's preset, moved by the flags that were given."""
     names = ("min_tokens", "max_rep2", "min_perplexity")
-    chosen = {k: given(getattr(args, k), tasks.preset(args.task)[k]) for k in names}
+    chosen = {k: given(getattr(args, k), tasks.get(args.task).preset[k]) for k in names}
     if args.patterns is not None:
-        chosen["patterns"] = filters.parse_patterns(args.patterns)
+        chosen["patterns"] = patterns.parse_patterns(args.patterns)
     return FilterSettings(**chosen)
 
 
@@ -135,7 +132,7 @@ def given(value, otherwise):
 
 def sample_settings(args) -> SampleSettings:
     chosen = {f.name: getattr(args, f.name) for f in fields(SampleSettings)}
-    default = tasks.preset(args.task)["max_new_tokens"]
+    default = tasks.get(args.task).preset["max_new_tokens"]
     chosen["max_new_tokens"] = given(args.max_new_tokens, default)
     chosen["rows"] = given(args.rows, SampleSettings.rows)
     s = SampleSettings(**chosen).check()
@@ -171,7 +168,7 @@ def early_reject(questions: list, tokenizer, kinds: list):
 
     def broken(row: Row) -> bool:
         text = tokenizer.decode(row.token_ids[row.path_start :])
-        return filters.pattern_break(text, questions[row.question], kinds, final=False) is not None
+        return patterns.pattern_break(text, questions[row.question], kinds, final=False) is not None
 
     return broken
 
@@ -324,7 +321,7 @@ def refilter(run: Run, stored: dict) -> None:
 def print_run(run: Run, n: int) -> None:
     """What is about to happen, with everything that was resolved."""
     m, rules = run.settings, run.rules
-    print(tasks.describe(run.questions, m["split"]))
+    print(describe(run.questions, m["split"]))
     print(
         f"model {m['model']} ({run.model.n_params() / 1e6:.1f}M parameters), {m['device']}, "
         f"{m['dtype']}, {m['threads']} thread(s); {n:,} questions x {run.per_question} paths, at "
@@ -367,7 +364,7 @@ def print_summary(run: Run) -> None:
             print(f"     -> {r['verdict']} ({facts}, branch {r['branch']})")
     print(f"\nwrote {folder / 'paths.jsonl'} and {folder / 'selected.jsonl'}")
     if run.settings["split"] == "train" and not run.s.raw:
-        task = "" if run.settings["task"] == "micro" else f" --task {run.settings['task']}"
+        task = "" if run.settings["task"] == tasks.DEFAULT else f" --task {run.settings['task']}"
         print(f"next: python train.py{task} --model {run.name} --paths {folder / 'selected.jsonl'}")
 
 
@@ -383,7 +380,7 @@ def print_funnel(c: filters.Counts, rules: FilterSettings) -> None:
     for rule in filters.RULES:
         saw, dropped = c.seen[rule], c.dropped[rule]
         print(f"{rule:<22}{saw:>9,}{dropped:>9,}{dropped / max(saw, 1):>8.1%}   {limits[rule]}")
-        for kind in filters.PATTERN_KINDS if rule == "pattern" else ():
+        for kind in patterns.PATTERN_KINDS if rule == "pattern" else ():
             print(f"  {kind:<20}{'':>9}{c.dropped[f'pattern:{kind}']:>9,}")
     print(
         f"{c.passed:,} of {c.paths:,} paths passed; {c.selected:,} of {c.questions:,} questions have "
@@ -404,7 +401,9 @@ def print_prompt_samples(args, model, tokenizer, s: SampleSettings) -> None:
 
 def check_known_outputs(model, tokenizer) -> None:
     """Compare next-token log-probs of gpt2 124M with known ones of the real weights."""
-    known = json.loads((Path(tasks.__file__).parent / "gpt2_known_outputs.json").read_text())
+    known = json.loads(
+        (Path(tasks.__file__).parent / "report" / "gpt2_known_outputs.json").read_text()
+    )
     errors = []
     for row in known["prompts"]:
         ids = tokenizer.encode(row["prompt"])
@@ -475,7 +474,7 @@ def prepare(args) -> Run:
         raise SertError(f"--html {args.html}: its folder does not exist; make it first")
     if args.html_before and not args.html:
         raise SertError("--html-before needs --html")
-    name = args.model or tasks.default_model(args.task)
+    name = args.model or tasks.get(args.task).student
     folder = find_model(name)
     tokenizer, model, label = load_tokenizer(folder), load_model(folder), model_label(name, folder)
     questions = tasks.load(args.task, args.split, args.data_dir)
@@ -492,15 +491,17 @@ def prepare(args) -> Run:
             raise SertError(f"{out} holds no samples; run without --refilter first")
         device, machine = torch.device("cpu"), {k: stored.get(k) for k in MACHINE}
     else:
-        device, machine = resolve_machine(args, out / "settings.json", model.n_params())
+        device, machine = resolve_machine(
+            args.device, args.dtype, files.stored_settings(out / "settings.json"), model.n_params()
+        )
     rows, size = room(device, model, s) if device.type == "cuda" else (s.rows, BLOCK)
     s = replace(s, rows=given(args.rows, stored.get("rows", rows)))
-    early = given(args.early_reject, tasks.preset(args.task)["early_reject"])
-    early = [k for k in rules.patterns or () if k in filters.EARLY_KINDS] if early else []
+    early = given(args.early_reject, tasks.get(args.task).preset["early_reject"])
+    early = [k for k in rules.patterns or () if k in patterns.EARLY_KINDS] if early else []
     settings = {
         "task": args.task,
         "split": args.split,
-        "data": tasks.data_hash(questions),
+        "data": data_hash(questions),
         "model": label,
         "weights": weights_hash(folder),
         "prompt_suffix": suffix,
@@ -536,7 +537,7 @@ def stored_settings(out: Path) -> dict:
 
 def without_task(args) -> None:
     """--prompt and --check: the model alone."""
-    folder = find_model(args.model or ("gpt2" if args.check else tasks.default_model(args.task)))
+    folder = find_model(args.model or ("gpt2" if args.check else tasks.get(args.task).student))
     tokenizer, device = load_tokenizer(folder), pick_device(args.device)
     model = load_model(folder, device)
     pick_threads(model.n_params())

@@ -21,28 +21,16 @@ from typing import NamedTuple
 
 import torch
 
-from sert_min import filters, parallel, prompts, tasks
-from sert_min.evaluate import greedy, greedy_cap, score, summarize
-from sert_min.finetune import (
-    METRICS,
-    TrainSettings,
-    encode_example,
-    fit,
-    mean_loss,
-    n_supervised,
-)
-from sert_min.gpt2 import (
-    GPT2,
-    find_model,
-    load_model,
-    model_label,
-    read_sert,
-    save_model,
-    weights_hash,
-)
-from sert_min.plots import plot_training
-from sert_min.runtime import SertError, printable, resolve_machine, run_script
-from sert_min.store import check_settings, lock_folder, read_jsonl
+from sert_min import answers, filters, patterns, prompts, tasks
+from sert_min.finetune import METRICS, TrainSettings, encode_example, fit, mean_loss, n_supervised
+from sert_min.gpt2 import GPT2, load_model, save_model
+from sert_min.io import files, parallel
+from sert_min.io.errors import SertError, printable, run_script
+from sert_min.io.files import check_settings, lock_folder, read_jsonl
+from sert_min.io.hub import find_model, model_label, read_sert, weights_hash
+from sert_min.io.machine import resolve_machine
+from sert_min.metrics import greedy, score, summarize
+from sert_min.questions import describe
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
 VALIDATE = 100  # validation questions answered after each epoch
@@ -52,7 +40,9 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     """The flags that train.py and distill.py share."""
     d = TrainSettings()
     g = p.add_argument_group("data and model")
-    g.add_argument("--task", choices=tasks.TASKS, default="micro", help="default: %(default)s")
+    g.add_argument(
+        "--task", choices=tasks.TASKS, default=tasks.DEFAULT, help="default: %(default)s"
+    )
     g.add_argument("--data-dir", help="read the datasets here instead of downloading them")
     g.add_argument(
         "--model", help="student to start from: name, folder or hub id (default: the task's)"
@@ -112,7 +102,7 @@ def sert_pairs(paths: Path, questions: list) -> list[tuple]:
                 f"{paths}: question {record.get('id')} is not in this task's train split, or its "
                 "record is damaged; give the --task that the paths were sampled for"
             )
-        text, had_one = prompts.strip_answer_sentence(record["text"])
+        text, had_one = answers.strip_answer_sentence(record["text"])
         stripped, empty = stripped + had_one, empty + (not text)
         if text:
             pairs.append((q, *prompts.sert_pair(q, text)))
@@ -130,10 +120,10 @@ def finetune_pairs(questions: list) -> list[tuple]:
 
 def main(args) -> None:
     parallel.start()
-    name = args.model or tasks.default_model(args.task)
+    name = args.model or tasks.get(args.task).student
     folder = find_model(name)
     questions = tasks.load(args.task, "train", args.data_dir)
-    print(tasks.describe(questions, "train"))
+    print(describe(questions, "train"))
     if args.method == "finetune":
         pairs, source = finetune_pairs(questions), "labels"
     else:
@@ -202,9 +192,11 @@ def train_student(args, method: str, name: str, pairs: list, suffix: str, source
         parallel.end()
         if parallel.RANK > 0:
             return out
+        save_model(run.model, out / "last", run.folder, {**run.sert, "step": steps})  # it is done
+        from sert_min.report.figures import plot_training  # late: matplotlib takes a second
+
         title = f"{method}, {args.task}, {run.sert['root']}"
         plot_training(out / "metrics.jsonl", out / "loss.png", title)
-        save_model(run.model, out / "last", run.folder, {**run.sert, "step": steps})  # it is done
         if asked:
             print_before_after(before, greedy_records(run, asked, run.sert), asked, run.tokenizer)
     print(f"\nwrote {out}/last (Hugging Face format), {out}/metrics.jsonl and {out}/loss.png")
@@ -217,7 +209,9 @@ def prepare(args, method: str, name: str, pairs: list, suffix: str, source: str)
     model, tokenizer, label = load_model(folder), load_tokenizer(folder), model_label(name, folder)
     out = Path(args.out_dir or f"out/{args.task}/{label}/{method}/seed{args.seed}")
     pairs, held = split_pairs(pairs, args)
-    device, machine = resolve_machine(args, out / "settings.json", model.n_params())
+    device, machine = resolve_machine(
+        args.device, args.dtype, files.stored_settings(out / "settings.json"), model.n_params()
+    )
     settings = {
         "method": method,
         "task": args.task,
@@ -263,7 +257,7 @@ def train_settings(args) -> TrainSettings:
         raise SertError("--limit must be at least 1")
     chosen = {f.name: getattr(args, f.name) for f in fields(TrainSettings)}
     if chosen["epochs"] is None:
-        chosen["epochs"] = tasks.preset(args.task)["epochs"]
+        chosen["epochs"] = tasks.get(args.task).preset["epochs"]
     return TrainSettings(**chosen).check()
 
 
@@ -313,13 +307,13 @@ def best_so_far(metrics: Path) -> float:
 
 def report_questions(args) -> list:
     """The test questions of the table of before and after; none on the real tasks by default."""
-    n = args.report if args.report is not None else 100 if args.task == "micro" else 0
+    n = args.report if args.report is not None else tasks.get(args.task).report
     return tasks.load(args.task, "test", args.data_dir)[:n] if n > 0 else []
 
 
 def greedy_records(run: Run, questions: list, sert: dict, progress=lambda _: None) -> list[dict]:
     """Prediction records of greedy decoding with the prompt form that `sert` names."""
-    suffix, cap = sert.get("prompt_suffix", ""), greedy_cap(run.settings["task"])
+    suffix, cap = sert.get("prompt_suffix", ""), tasks.get(run.settings["task"]).greedy_cap
     outputs = greedy(run.model, run.tokenizer, questions, suffix, cap, progress=progress)
     return [score(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
 
@@ -327,11 +321,11 @@ def greedy_records(run: Run, questions: list, sert: dict, progress=lambda _: Non
 def reasons(q, text: str, tokenizer) -> bool:
     """Is this output a reasoning path? Without its closing answer sentence it breaks no pattern
     rule, is as long as the task's rules ask, and does not repeat itself more than they allow."""
-    text, rules = prompts.strip_answer_sentence(text)[0], tasks.preset(q.task)
+    text, rules = answers.strip_answer_sentence(text)[0], tasks.get(q.task).preset
     ids = tokenizer.encode(text)
     if len(ids) < rules["min_tokens"] or filters.rep2(ids) > rules["max_rep2"]:
         return False
-    return filters.pattern_break(text, q) is None
+    return patterns.pattern_break(text, q) is None
 
 
 def print_before_after(before, after, questions, tokenizer) -> None:

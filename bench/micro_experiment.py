@@ -28,19 +28,12 @@ import torch
 
 import sample
 from bench.common import machine
-from sert_min import filters, micro, prompts, tasks
-from sert_min.evaluate import greedy, score
-from sert_min.finetune import (
-    TrainSettings,
-    encode_example,
-    epoch_order,
-    make_optimizer,
-    train_step,
-)
+from sert_min import answers, filters, prompts, tasks
+from sert_min.finetune import TrainSettings, encode_example, epoch_order, make_optimizer, train_step
 from sert_min.generate import SampleSettings
-from sert_min.gpt2 import find_model, load_model, weights_hash
-from sert_min.runtime import SertError, run_script
-from sert_min.store import (
+from sert_min.gpt2 import load_model
+from sert_min.io.errors import SertError, run_script
+from sert_min.io.files import (
     append_durable,
     check_settings,
     lock_folder,
@@ -49,6 +42,9 @@ from sert_min.store import (
     to_line,
     write_atomic,
 )
+from sert_min.io.hub import find_model, weights_hash
+from sert_min.metrics import greedy, score
+from sert_min.micro import program, world
 from sert_min.tokenizer import load_tokenizer
 
 CURVES = ("RD", "SERT+RD", "Finetune+RD", "RD, steps of SERT+RD")
@@ -60,7 +56,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--first-seed", type=int, default=0)
     p.add_argument("--n", type=int, default=40, help="rationales of the headline comparison")
     p.add_argument("--curve", default="10,20,40,80,160,400", help="numbers of rationales")
-    p.add_argument("--epochs", type=int, default=tasks.preset("micro")["epochs"])
+    p.add_argument("--epochs", type=int, default=tasks.get("micro").preset["epochs"])
     p.add_argument("--test", type=int, default=400, help="test questions")
     p.add_argument("--train", type=int, default=400, help="train questions")
     p.add_argument("--model", default="micro")
@@ -96,9 +92,9 @@ def trained(model, pairs: list, tokenizer, epochs: int, seed: int, steps: int | 
 
 def tested(student, tokenizer, questions: list, suffix: str) -> dict:
     """Greedy test answers as a string of 0 and 1, and the share of outputs that reason."""
-    outputs = greedy(student, tokenizer, questions, suffix, micro.PRESET["max_new_tokens"])
+    outputs = greedy(student, tokenizer, questions, suffix, world.PRESET["max_new_tokens"])
     records = [score(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
-    reasoned = [micro.check_path(q, t)["stated"] > 0 for q, (t, _) in zip(questions, outputs)]
+    reasoned = [program.check_path(q, t)["stated"] > 0 for q, (t, _) in zip(questions, outputs)]
     return {
         "correct": "".join(str(int(r["correct"])) for r in records),
         "unreadable": sum(r["extracted"] is None for r in records),
@@ -108,7 +104,7 @@ def tested(student, tokenizer, questions: list, suffix: str) -> dict:
 
 def selected_pairs(model, tokenizer, questions: list, seed: int) -> tuple[list, dict]:
     """SERT's training pairs from this seed's own samples, and how good the paths are."""
-    preset = micro.PRESET
+    preset = world.PRESET
     rules = filters.FilterSettings(
         **{k: preset[k] for k in ("min_tokens", "max_rep2", "min_perplexity")}
     )
@@ -123,10 +119,10 @@ def selected_pairs(model, tokenizer, questions: list, seed: int) -> tuple[list, 
             if r["verdict"] != "selected":
                 continue
             q = by_id[r["id"]]
-            text, _ = prompts.strip_answer_sentence(r["text"])
+            text, _ = answers.strip_answer_sentence(r["text"])
             if not text:  # train.py leaves these out as well
                 continue
-            seen = micro.check_path(q, text)
+            seen = program.check_path(q, text)
             right += seen["facts"] and seen["relation"] and seen["verdict"]
             contradict += bool(seen["stated"] and not seen["gold"])
             pairs.append(prompts.sert_pair(q, text))
@@ -137,13 +133,13 @@ def selected_pairs(model, tokenizer, questions: list, seed: int) -> tuple[list, 
 def rationale(q, wording: str) -> str:
     """A right rationale: in the teacher's wording, or in that of the student's latent paths."""
     if wording == "other":
-        return micro.teacher_rationale(q)
-    asked = micro.parse_question(q)
+        return program.teacher_rationale(q)
+    asked = program.parse_question(q)
     t = asked.world.home[asked.person]
     v = asked.world.value[asked.relation, t]
     rng = random.Random(q.id)
-    text = micro.latent_reasoning(rng, asked.relation, asked.person, t, v, asked.value)
-    return prompts.strip_answer_sentence(text)[0]
+    text = world.latent_reasoning(rng, asked.relation, asked.person, t, v, asked.value)
+    return answers.strip_answer_sentence(text)[0]
 
 
 # --- one seed -------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from bench import sampling
 from bench.common import ROOT, finish, interleaved, machine
 from kernels.attention import CHUNK
 from sert_min.generate import sample_block
+from sert_min.io.files import read_jsonl
 from sert_min.prompts import question_prompt
-from sert_min.store import read_jsonl
 
 PARTS = ("memory", "processes", "rejection", "growth")
 BASE = {"shape": "124M", "rows": 200, "prompt": 64, "new": 16}

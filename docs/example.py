@@ -21,9 +21,9 @@ import torch
 import distill
 import sample
 from kernels import reference
-from sert_min import evaluate, filters, finetune, micro, prompts, rationales
-from sert_min.decode import prefill
-from sert_min.generate import first_rows, stream_of
+from sert_min import answers, filters, finetune, metrics, prompts, rationales, tasks
+from sert_min.generate import first_rows, prefill, stream_of
+from sert_min.micro import program
 
 N_QUESTIONS, FOLLOWED = 64, 3  # two blocks; of them this one, which the training leaves out
 EPOCHS, BATCH, LR = 3, 8, 3e-4
@@ -67,7 +67,7 @@ def question(run, q) -> list[str]:
     about = f"""
         `tasks.load` -> `prompts.question_prompt` -> `Tokenizer.encode` (paper: §II-A-1, Fig. 2)
 
-        Question {q.id}, gold answer `{q.answer}`, written {code(prompts.answer_text(q))}. The
+        Question {q.id}, gold answer `{q.answer}`, written {code(q.write())}. The
         options stand in the question's text, as in CommonsenseQA. The prompt ends without a space:
         in GPT-2's byte-level BPE the space belongs to the word behind it, so every first token
         below brings its own."""
@@ -180,10 +180,10 @@ def filtering(run, records, path) -> list[str]:
 
 def selected_examples(run, q, records) -> tuple[tuple, list]:
     """(training example of q, those of the other questions)"""
-    by_id, person = {x.id: x for x in run.questions}, micro.parse_question(q).person
+    by_id, person = {x.id: x for x in run.questions}, program.parse_question(q).person
     examples = {}
     for r in records:
-        text, _ = prompts.strip_answer_sentence(r["text"])
+        text, _ = answers.strip_answer_sentence(r["text"])
         if r["verdict"] == "selected" and text:
             pair = prompts.sert_pair(by_id[r["id"]], text)
             examples[r["id"]] = finetune.encode_example(run.tokenizer, *pair)
@@ -195,8 +195,8 @@ def learn(run, q, mine, others) -> tuple[tuple, tuple, list[float]]:
     """Train on `others`: (loss on `mine`, greedy output) before and after, losses of the steps."""
 
     def state() -> tuple[float, tuple[str, str]]:
-        cap = evaluate.greedy_cap(q.task)
-        output = evaluate.greedy(run.model, run.tokenizer, [q], run.suffix, cap)[0]
+        cap = tasks.get(q.task).greedy_cap
+        output = metrics.greedy(run.model, run.tokenizer, [q], run.suffix, cap)[0]
         return finetune.mean_loss(run.model, [mine]), output
 
     before, losses = state(), []
@@ -248,7 +248,7 @@ def training(run, q, records) -> list[str]:
     )
     outputs, scores = [], []
     for name, (loss, (text, finish)) in (("before", before), ("after", after)):
-        r = evaluate.score(q, text, finish)
+        r = metrics.score(q, text, finish)
         outputs.append((name, f"{loss:.3f}", code(text)))
         read = r["extracted"] or "-", r["extracted_lenient"] or "-", r["correct"], r["reason"]
         scores.append((name, *read, r["words"], f"{r['rep1']:.3f}"))

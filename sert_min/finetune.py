@@ -16,10 +16,8 @@ is constant, so a finished run can also be continued with more epochs.
 """
 
 import contextlib
-import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,25 +29,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.cpu import linear
-from sert_min import parallel
 from sert_min.gpt2 import GPT2, causal_attention, first_broken
-from sert_min.runtime import (
-    SertError,
-    keep_freed_memory,
-    printable,
-    stop_signals,
-    this_command,
-)
-from sert_min.store import (
-    append_durable,
-    atomic_folder,
-    read_json,
-    read_jsonl,
-    set_torn_tail_aside,
-    sha256_file,
-    to_line,
-    write_atomic,
-)
+from sert_min.io import parallel
+from sert_min.io.errors import SertError, this_command
+from sert_min.io.files import append_durable, read_jsonl, set_torn_tail_aside, to_line, write_atomic
+from sert_min.io.machine import keep_freed_memory, stop_signals
+from sert_min.io.state import load_state, save_state
 
 IGNORE = -100  # target of a position that has no loss
 METRICS = {"step": int, "loss": (float, ...), "validation_loss": (float, ...)}  # of a line
@@ -381,96 +366,3 @@ def keep_metrics_before(metrics: Path, step: int) -> int:
     kept = [r for r in there if r["step"] <= step]
     write_atomic(metrics, map(to_line, kept))
     return max((r["step"] for r in kept if "validation_loss" in r), default=0)
-
-
-# --- the state on disk ----------------------------------------------------------------------------
-
-
-def state_tensors(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of a training state by name; references, not copies."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        tensors[f"model.{name}"] = p.detach()
-        for key, value in optimizer.state[p].items():
-            tensors[f"{key}.{name}"] = value
-    tensors["rng.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    return tensors
-
-
-def save_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path, step: int) -> None:
-    """Write `out`/state/step-N whole (fsync, rename; state.json with the hash inside) and drop all
-    older states but one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    folder = out / "state"
-    with atomic_folder(folder / f"step-{step:08d}") as part:
-        try:
-            save_file(state_tensors(model, optimizer), part / "state.safetensors")
-        except SafetensorError as e:  # its form of an OSError
-            raise SertError(
-                f"{folder} can't be written ({e}); the state before is kept. Free some space, then "
-                f"continue with: {this_command()}"
-            ) from None
-        state = {"step": step, "sha256": sha256_file(part / "state.safetensors")}
-        (part / "state.json").write_text(json.dumps(state) + "\n")
-    for old in sorted(folder.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
-
-
-def load_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path) -> int:
-    """Restore the newest whole state and return its step; 0 if there is none. A broken one is
-    named and renamed, and the one before it is taken. Removes what killed writes left behind."""
-    for old in (out / "state").glob(".step-*.old"):  # killed between atomic_folder's two renames
-        back = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
-        shutil.rmtree(old) if back.exists() else old.rename(back)
-    for junk in (*out.glob(".*.tmp"), *(out / "state").glob(".step-*")):
-        junk.unlink() if junk.is_file() else shutil.rmtree(junk)
-    tensors = None
-    for folder in sorted((out / "state").glob("step-*"), reverse=True):
-        tensors = read_state(folder)
-        if tensors is not None:
-            break
-    if tensors is None:
-        return 0
-    parameters = dict(model.named_parameters())
-    stored = {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}
-    if {k: t.shape for k, t in stored.items()} != {k: p.shape for k, p in parameters.items()}:
-        raise SertError(f"{folder} belongs to another model; choose another --out-dir")
-    keys = {k.split(".", 1)[0] for k in tensors} - {"model", "rng"}  # none before the first step
-    moments = {
-        i: {key: tensors[f"{key}.{name}"] for key in keys} for i, name in enumerate(parameters)
-    }
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(stored[name])
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments if keys else {}})
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    step = int(folder.name.removeprefix("step-"))
-    print(f"going on from step {step:,}")
-    return step
-
-
-def read_state(folder: Path) -> dict[str, Tensor] | None:
-    """The tensors in a state folder; None, after a printed line, if it is broken."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = read_json(folder / "state.json")
-        if state.get("sha256") != sha256_file(folder / "state.safetensors"):
-            raise SertError("its hash differs")
-        if folder.name != f"step-{state.get('step'):08d}":
-            raise SertError(f"its step is {state.get('step')}")
-        return load_file(folder / "state.safetensors")
-    except (SertError, OSError, ValueError, TypeError, SafetensorError) as e:
-        aside = folder.with_name(folder.name.replace("step", "broken"))
-        why = printable(str(e))
-        print(f"{folder} is broken ({why}); it is now {aside.name}; the state before it is taken")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        return None

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import tiktoken
 
-from sert_min.runtime import SertError
-from sert_min.store import read_json
+from sert_min.io.errors import SertError
+from sert_min.io.files import read_json
 
 END = "<|endoftext|>"
 # GPT-2's pre-tokeniser: contractions, words, numbers, other runs, white space

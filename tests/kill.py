@@ -36,19 +36,20 @@ import distill
 import evaluate
 import sample
 import train
-from sert_min import gpt2, tasks, teacher
-from sert_min.store import read_jsonl, set_torn_tail_aside
+from sert_min import gpt2, tasks
+from sert_min.io import endpoint
+from sert_min.io.files import read_jsonl, set_torn_tail_aside
 
 TORN, TIMED = "half a line", "random moment"
 TRAINING = {
     "finetune.train_step": "step",
     "finetune.fit": "loop",
     "finetune.note": "metrics line",
-    "finetune.save_state": "state write",
-    "finetune.load_state": "resume",
+    "state.save_state": "state write",
+    "state.load_state": "resume",
     "finetune.keep_metrics_before": "resume",
     "gpt2.save_model": "checkpoint write",
-    "plots.plot_training": "curve",
+    "figures.plot_training": "curve",
 }
 
 
@@ -69,7 +70,7 @@ COMMANDS = {
         f"{SAMPLE} --min-tokens 2 --max-rep2 0.9",
         {
             "sample.prepare": "start",
-            "store.check_settings": "settings",
+            "files.check_settings": "settings",
             "sample.whole_blocks": "resume",
             "sample.block_records": "sampling",
             "sample.sample_blocks": "block file",
@@ -103,12 +104,12 @@ COMMANDS = {
         f"--teacher-model fake --keep all --limit 10 --concurrency 3 {STUDENT}",
         {
             **TRAINING,
-            "teacher.load": "resume",
-            "teacher.sending": "note of a request",
-            "teacher.refused": "note of a refusal",
-            "teacher.add": "reply",
-            "teacher.receive": "waiting",
-            "teacher.send_what_is_due": "sending",
+            "endpoint.load": "resume",
+            "endpoint.sending": "note of a request",
+            "endpoint.refused": "note of a refusal",
+            "endpoint.add": "reply",
+            "endpoint.receive": "waiting",
+            "endpoint.send_what_is_due": "sending",
             "rationales.rationale_records": "cleaning",
             "distill.save_records": "rationales",
             "train.prepare": "start",
@@ -120,7 +121,7 @@ COMMANDS = {
         "--limit 6 --block-questions 2 --max-new-tokens 8 --by likelihood",
         {
             "evaluate.prepare": "start",
-            "store.check_settings": "settings",
+            "files.check_settings": "settings",
             "sample.whole_blocks": "resume",
             "evaluate.greedy": "decoding",
             "evaluate.decode": "predictions line",
@@ -379,8 +380,9 @@ def prompt_of(name: str) -> str:
 def kill_all(folder: Path, kills: int, seed: int, names: list[str], say=print) -> dict:
     """`kills` kills shared by the commands; the table."""
     rng, asked = random.Random(seed), folder / "asked.txt"
-    train.VALIDATE, train.greedy_cap = 2, lambda task: 6  # quick validations
-    teacher.BACKOFF = 0.01
+    train.VALIDATE = 2  # quick validations
+    tasks.TASKS["micro"] = tasks.get("micro")._replace(greedy_cap=6)
+    endpoint.BACKOFF = 0.01
     os.environ["OPENAI_API_KEY"] = "sk-of-the-kill-harness"
     tasks.load = functools.cache(tasks.load)
     warm_up(folder)
@@ -414,11 +416,11 @@ def warm_up(folder: Path) -> None:
     """Slow imports and first calls once here, not in every child; no autograd before the forks."""
     import openai  # noqa: F401
 
-    from sert_min import plots
+    from sert_min.report import figures
 
     torch.optim.Adam([torch.zeros(1)])  # imports the compiler
     (folder / "metrics.jsonl").write_text('{"step":1,"epoch":1,"loss":1.0}\n')
-    plots.plot_training(folder / "metrics.jsonl", folder / "loss.png", "")
+    figures.plot_training(folder / "metrics.jsonl", folder / "loss.png", "")
 
 
 def print_table(rows: dict) -> None:

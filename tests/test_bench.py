@@ -4,10 +4,10 @@ import torch
 from conftest import shared
 
 from bench import gpu, training
-from sert_min import prompts, tasks
+from sert_min import answers, prompts, tasks
 from sert_min.finetune import n_supervised
 from sert_min.gpt2 import GPT2, GPT2Config, save_model
-from sert_min.store import read_jsonl
+from sert_min.io.files import read_jsonl
 from sert_min.tokenizer import load_tokenizer
 
 
@@ -27,7 +27,7 @@ def test_lengths_are_those_of_commonsense_qa(tmp_path):
     }
     found = []
     for q in tasks.load("commonsense_qa", "train", str(data))[::76][:128]:
-        path, _ = prompts.strip_answer_sentence(teacher[q.id])
+        path, _ = answers.strip_answer_sentence(teacher[q.id])
         prompt, completion = prompts.sert_pair(q, path)
         found.append(f"{len(tokenizer.encode(prompt))}+{len(tokenizer.encode(completion)) + 1}")
         label = prompts.finetune_pair(q)[1]

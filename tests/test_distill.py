@@ -13,10 +13,11 @@ from conftest import ROOT, make_tiny_model, shared
 from fake_server import FakeServer, by_body, error, ok
 
 import distill
-from sert_min import tasks, teacher
-from sert_min.runtime import SertError
-from sert_min.store import read_jsonl
-from sert_min.tasks import Question
+from sert_min import tasks
+from sert_min.io import endpoint
+from sert_min.io.errors import SertError
+from sert_min.io.files import read_jsonl
+from sert_min.questions import Question
 
 KEY = "sk-test-0123456789abcdefKEY"
 YES = "Things are so. So the answer is yes."
@@ -35,7 +36,7 @@ def student(tmp_path_factory):
 def place(tmp_path, monkeypatch):
     """An empty folder to work in, a fake key, and 30 questions instead of a dataset."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(teacher, "BACKOFF", 0.01)
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     real = tasks.load
@@ -253,7 +254,7 @@ import sys
 from sert_min import tasks, teacher
 from sert_min.runtime import run_script
 teacher.BACKOFF = 0.01
-ask = [tasks.Question("strategy_qa", str(i), f"Is {i} even?", "yes") for i in range(30)]
+ask = [Question("strategy_qa", str(i), f"Is {i} even?", "yes") for i in range(30)]
 tasks.load = lambda *args: ask
 import distill
 run_script(distill.main, distill.parse_args(sys.argv[1:]))
@@ -353,7 +354,7 @@ def test_rationales_that_do_not_fit_the_student_are_counted(student, capsys):
 
 def test_the_sert_checkpoint_is_the_default_student(student, tmp_path, monkeypatch, capsys):
     """SERT+RD if self-training is done, RD else; both said. --model decides by its own record."""
-    monkeypatch.setattr(tasks, "default_model", lambda task: student)
+    monkeypatch.setitem(tasks.TASKS, "micro", tasks.get("micro")._replace(student=student))
     with FakeServer(ok(YES)) as server:
         live = flags(student, server, "--collect-only", "--limit", "4")
         del live[live.index("--model") : live.index("--model") + 2]

@@ -21,7 +21,8 @@ import pytest
 import tokenizers
 from conftest import ROOT, make_tiny_model
 
-from sert_min.gpt2 import HUB, load_model, weights_hash
+from sert_min.gpt2 import load_model
+from sert_min.io.hub import HUB, weights_hash
 
 MAIN = "0123456789abcdef0123456789abcdef01234567"  # the commit of `main`
 SHORT = "model.safetensors"

@@ -7,11 +7,11 @@ from conftest import make_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sert_min import evaluate
-from sert_min.evaluate import greedy, mean_interval, score, share_interval, summarize
+from sert_min import tasks
 from sert_min.gpt2 import load_model
-from sert_min.runtime import SertError
-from sert_min.tasks import Question
+from sert_min.io.errors import SertError
+from sert_min.metrics import greedy, mean_interval, score, share_interval, summarize
+from sert_min.questions import Question
 from sert_min.tokenizer import load_tokenizer
 
 YES_NO = Question("strategy_qa", "7", "Is it so?", "yes")
@@ -129,4 +129,4 @@ def test_greedy_stays_in_the_context(tmp_path):
     assert finish in ("length", "eos")
     with pytest.raises(SertError, match="question from 0 to 1 fills the model's context of 64"):
         greedy(model, tokenizer, questions(2, 30))
-    assert evaluate.greedy_cap("commonsense_qa") == 512
+    assert tasks.get("commonsense_qa").greedy_cap == 512 and tasks.get("micro").greedy_cap == 64

@@ -14,14 +14,16 @@ import torch
 from conftest import ROOT, make_tiny_model, shared
 
 import evaluate
-from sert_min import table, tasks
-from sert_min.evaluate import greedy, question_of, score
+from sert_min import tasks
 from sert_min.gpt2 import load_model
-from sert_min.likelihood import answer_logprobs, make_tree
+from sert_min.io.errors import SertError
+from sert_min.io.files import read_jsonl, to_line, write_atomic
+from sert_min.metrics import greedy, score
 from sert_min.prompts import answer_sentence, question_prompt
-from sert_min.runtime import SertError
-from sert_min.store import read_jsonl, to_line, write_atomic
-from sert_min.tasks import Question
+from sert_min.questions import Question
+from sert_min.report import table
+from sert_min.report.likelihood import answer_logprobs, make_tree
+from sert_min.report.texts import question_of
 from sert_min.tokenizer import load_tokenizer
 
 FIELDS = ["task", "id", "question", "answer", "text", "extracted", "extracted_lenient", "correct",

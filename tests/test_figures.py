@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from sert_min import plots
-from sert_min.judge import KEYS
-from sert_min.plots import ablation, bin_of, question_shares, score_shares, token_groups
-from sert_min.runtime import SertError
-from sert_min.store import to_line, write_atomic
+from sert_min.io.errors import SertError
+from sert_min.io.files import to_line, write_atomic
+from sert_min.report import figures
+from sert_min.report.figures import ablation, bin_of, question_shares, score_shares, token_groups
+from sert_min.report.judge import KEYS
 
 
 def scored(question, mean, branch=0, verdict="kept", sample=0):
@@ -65,7 +65,7 @@ def make_runs(folder, early=()):
 
 def test_figures_are_drawn_and_numbered(tmp_path, capsys):
     make_runs(tmp_path / "micro/m")
-    plots.draw_figures(tmp_path / "micro", tmp_path / "f", "test", None)
+    figures.draw_figures(tmp_path / "micro", tmp_path / "f", "test", None)
     names = sorted(p.name for p in (tmp_path / "f").iterdir())
     assert names == ["fig1-micro-m.png", "fig3-micro.png", "fig4-micro-m.png", "figures.json"]
     for name in names[:3]:
@@ -81,18 +81,18 @@ def test_early_rejected_runs_are_refused(tmp_path):
     """Guards a figure of texts that were cut short."""
     make_runs(tmp_path / "m", early=["direct"])
     with pytest.raises(SertError, match="--no-early-reject"):
-        plots.draw_figures(tmp_path, tmp_path / "f", "test", None)
+        figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
 
 
 def test_two_judges_are_not_mixed(tmp_path):
     make_runs(tmp_path / "m")
     write_atomic(tmp_path / "m/paths-test/seed0/scores-other.jsonl", "")
     with pytest.raises(SertError, match="--judge-model"):
-        plots.draw_figures(tmp_path, tmp_path / "f", "test", None)
-    plots.draw_figures(tmp_path, tmp_path / "f", "test", "program")
+        figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
+    figures.draw_figures(tmp_path, tmp_path / "f", "test", "program")
 
 
 def test_nothing_judged_is_one_line(tmp_path):
     (tmp_path / "m/sert").mkdir(parents=True)
     with pytest.raises(SertError, match="nothing under .* is judged"):
-        plots.draw_figures(tmp_path, tmp_path / "f", "test", None)
+        figures.draw_figures(tmp_path, tmp_path / "f", "test", None)

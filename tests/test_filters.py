@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sert_min import filters, prompts
-from sert_min.filters import FilterSettings, break_token, judge_path, pattern_break
-from sert_min.runtime import SertError
-from sert_min.tasks import Question
+from sert_min import answers, filters, patterns
+from sert_min.filters import FilterSettings, judge_path
+from sert_min.io.errors import SertError
+from sert_min.patterns import break_token, pattern_break
+from sert_min.questions import Question
 
 CHOICES = ("bank", "library", "department store", "mall", "new york")
 FIVE = Question("commonsense_qa", "q", "Where is a revolving door of use?", "A", CHOICES)
@@ -131,7 +132,7 @@ def test_ties_in_one_token_go_by_kind():
     """Guards a verdict that depends on characters inside a token, which a sampler never sees."""
     tokens = [b" bank,", b" library,", b" mall Question:"]
     assert break_token(tokens, FIVE) == ("imitative", 2)
-    assert pattern_break(filters.decode(tokens), FIVE)[0] == "options"
+    assert pattern_break(patterns.decode(tokens), FIVE)[0] == "options"
     assert break_token([b" bank, library, mall ", b"Question:"], FIVE) == ("options", 0)
 
 
@@ -213,9 +214,9 @@ def test_break_token_equals_looking_after_every_token(text, question, sizes):
             data = data[size:]
     first = None
     for n in range(1, len(tokens) + 1):
-        breaks = filters.pattern_breaks(filters.decode(tokens[:n]), question, final=False)
+        breaks = patterns.pattern_breaks(patterns.decode(tokens[:n]), question, final=False)
         if breaks:
-            first = (min(breaks, key=filters.PATTERN_KINDS.index), n - 1)
+            first = (min(breaks, key=patterns.PATTERN_KINDS.index), n - 1)
             break
     found = break_token(tokens, question, final=False)
     assert found == first
@@ -231,7 +232,7 @@ def test_trimming_arbitrary_bytes(tokens, start):
     start = min(start, len(tokens))
     end = filters.trim_to_sentence(tokens, start)
     assert start <= end <= len(tokens)
-    assert filters.characters_complete(tokens)[-1:] in ([], [len(filters.decode(tokens))])
+    assert patterns.characters_complete(tokens)[-1:] in ([], [len(patterns.decode(tokens))])
 
 
 def test_slow_texts():
@@ -254,9 +255,9 @@ def test_slow_texts():
         for question in (FIVE, YES_NO):
             text = "bank" + unit * 600
             pattern_break(text, question)
-            prompts.extract_answer("the answer is " + text, question)
-            prompts.extract_lenient(text, question)
-            prompts.strip_answer_sentence("the answer " + text)
+            answers.extract_answer("the answer is " + text, question)
+            answers.extract_lenient(text, question)
+            answers.strip_answer_sentence("the answer " + text)
 
 
 # --- trimming, numbers -----------------------------------------------------------------------
@@ -412,11 +413,11 @@ def test_settings_are_checked(wrong):
 
 def test_parse_patterns():
     """Guards a misspelt kind that switches a rule off."""
-    assert filters.parse_patterns("none") == ()
-    assert filters.parse_patterns("direct, imitative") == ("imitative", "direct")
+    assert patterns.parse_patterns("none") == ()
+    assert patterns.parse_patterns("direct, imitative") == ("imitative", "direct")
     for wrong in ("", "none,direct", "Direct", "all"):
         with pytest.raises(SertError):
-            filters.parse_patterns(wrong)
+            patterns.parse_patterns(wrong)
 
 
 # --- selection and counts --------------------------------------------------------------------

@@ -16,17 +16,16 @@ from sert_min.finetune import (
     encode_example,
     epoch_order,
     fit,
-    load_state,
     loss_sum,
     make_optimizer,
     mean_loss,
     n_supervised,
     pack,
-    save_state,
     train_step,
 )
 from sert_min.gpt2 import GPT2, GPT2Config, load_model
-from sert_min.runtime import SertError
+from sert_min.io.errors import SertError
+from sert_min.io.state import load_state, save_state
 from sert_min.tokenizer import load_tokenizer
 
 SMALL = {"vocab_size": 61, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}

@@ -33,12 +33,29 @@ import distill
 import evaluate
 import sample
 import train
-from sert_min import filters, finetune, judge, page, plots, prompts, rationales, table, tasks
-from sert_min import teacher as client
-from sert_min.gpt2 import load_model, model_label, read_config, read_sert
-from sert_min.runtime import SertError, resolve_machine
-from sert_min.store import check_settings, read_json, read_jsonl, set_torn_tail_aside
-from sert_min.tasks import Question
+from sert_min import (
+    answers,
+    filters,
+    finetune,
+    patterns,
+    rationales,
+    tasks,
+    teacher_files,
+)
+from sert_min.gpt2 import load_model, read_config
+from sert_min.io import endpoint
+from sert_min.io.errors import SertError
+from sert_min.io.files import (
+    check_settings,
+    read_json,
+    read_jsonl,
+    set_torn_tail_aside,
+    stored_settings,
+)
+from sert_min.io.hub import model_label, read_sert
+from sert_min.io.machine import resolve_machine
+from sert_min.questions import LETTERS, Question
+from sert_min.report import figures, judge, page, table
 from sert_min.tokenizer import load_tokenizer
 
 TIMES = float(os.environ.get("FUZZ", 1))
@@ -220,9 +237,7 @@ def place():
 # --- our own files and those of others ------------------------------------------------------------
 
 CHOICES = ("bank", "library", "mall", "park", "bus stop")
-TEXT = "Where is it? Answer choices: " + ", ".join(
-    f"({a}) {c}" for a, c in zip(tasks.LETTERS, CHOICES)
-)
+TEXT = "Where is it? Answer choices: " + ", ".join(f"({a}) {c}" for a, c in zip(LETTERS, CHOICES))
 QUESTIONS = [
     Question("commonsense_qa", "a1", TEXT, "C", CHOICES),
     Question("strategy_qa", "2", "Is it so?", "yes"),
@@ -271,7 +286,7 @@ EVALUATED = {"task": "strategy_qa", "split": "test", "model": "gpt2", "method": 
 BATCH = [{"custom_id": "k", "response": {"request_id": "r", "body": {
     "model": "m", "usage": {"prompt_tokens": 1, "completion_tokens": 1}, "choices": [
         {"finish_reason": "stop", "message": {"role": "assistant", "content": "So."}}]}}}]  # fmt: skip
-ENDPOINT = client.Endpoint("m", "http://localhost:1/v1", price_in=1.0, price_out=2.0)
+ENDPOINT = endpoint.Endpoint("m", "http://localhost:1/v1", price_in=1.0, price_out=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -281,16 +296,16 @@ def model(tmp_path_factory):
 
 
 def read_collection(path: Path) -> None:
-    collection = client.Collection(path.with_name("responses.jsonl")).load()
+    collection = endpoint.Collection(path.with_name("responses.jsonl")).load()
     collection.summary(ENDPOINT), collection.most_usd(ENDPOINT), collection.open_bills()
     if collection.path.exists():
-        client.stored_replies(collection.path)
+        endpoint.stored_replies(collection.path)
 
 
 def read_batch(path: Path) -> None:
-    ask = client.Ask("strategy_qa", "2", 0, ({"role": "user", "content": "?"},))
-    with mock.patch.object(client.Ask, "key", lambda self, e: "k"):
-        distill.import_batch(path, [ask], ENDPOINT, client.Collection(Path("responses.jsonl")))
+    ask = endpoint.Ask("strategy_qa", "2", 0, ({"role": "user", "content": "?"},))
+    with mock.patch.object(endpoint.Ask, "key", lambda self, e: "k"):
+        distill.import_batch(path, [ask], ENDPOINT, endpoint.Collection(Path("responses.jsonl")))
 
 
 def read_paths(path: Path) -> None:
@@ -300,12 +315,12 @@ def read_paths(path: Path) -> None:
 
 
 def read_log(path: Path) -> None:
-    rationales.log_entries(path.read_bytes())
+    teacher_files.log_entries(path.read_bytes())
     read_taught(path)
 
 
 def read_taught(path: Path) -> None:
-    outputs, _ = rationales.read_teacher_file(str(path), QUESTIONS)
+    outputs, _ = teacher_files.read_teacher_file(str(path), QUESTIONS)
     for keep in ("right", "all"):
         rationales.rationale_records(QUESTIONS, outputs, keep, lambda q, text: len(text) < 50)
 
@@ -317,7 +332,7 @@ def read_metrics(path: Path) -> None:
 
 
 def read_scores(path: Path) -> None:
-    judge.summary(plots.path_scores(path.parent, None), 3)
+    judge.summary(figures.path_scores(path.parent, None), 3)
 
 
 def read_predictions(path: Path) -> None:
@@ -423,7 +438,7 @@ def test_settings_of_any_content(model, data):
 
     def work():
         args = script.parse_args(["--model", str(model), "--out-dir", "out"])
-        resolve_machine(args, Path("out", name), 10)
+        resolve_machine(args.device, args.dtype, stored_settings(Path("out", name)), 10)
         check_settings(Path("out", name), wanted, "choose another --out-dir")
         if script is sample:
             sample.prepare(args)
@@ -456,7 +471,7 @@ def test_states_of_any_content(data):
         if hashed and not strange:
             state = as_bytes({"step": 3, "sha256": finetune.sha256_file(file)})
         (folder / "step-00000003/state.json").write_bytes(state)
-        holds("training state", lambda: finetune.read_state(folder / "step-00000003"))
+        holds("training state", lambda: state.read_state(folder / "step-00000003"))
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -533,11 +548,11 @@ def test_model_files_of_any_content(model, name, data):
 @given(data=st.data())
 def test_replies_of_any_content(data):
     body = data.draw(changed(BATCH[0]["response"]["body"]))
-    e = client.Endpoint("m", completions=data.draw(st.booleans()))
-    holds("server reply", lambda: json.dumps(client.read_reply(body, e)), client.Retry)
+    e = endpoint.Endpoint("m", completions=data.draw(st.booleans()))
+    holds("server reply", lambda: json.dumps(endpoint.read_reply(body, e)), endpoint.Retry)
     header = data.draw(st.one_of(st.text(max_size=30), st.sampled_from(("nan", "inf", "1e400"))))
     waits = {data.draw(st.sampled_from(("retry-after", "retry-after-ms"))): header}
-    after = client.retry_after(waits)
+    after = endpoint.retry_after(waits)
     assert after is None or after >= 0
 
 
@@ -553,11 +568,11 @@ ANY_TEXT = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)), max
 @given(text=ANY_TEXT, q=st.sampled_from(QUESTIONS), done=st.sampled_from(("eos", "length", None)))
 def test_texts_of_any_content(text, q, done):
     def work():
-        prompts.extract_answer(text, q), prompts.extract_lenient(text, q)
-        prompts.stated_answers(text, q), prompts.strip_answer_sentence(text)
-        filters.pattern_break(text, q), filters.pattern_break(text, q, final=False)
+        answers.extract_answer(text, q), answers.extract_lenient(text, q)
+        answers.stated_answers(text, q), answers.strip_answer_sentence(text)
+        patterns.pattern_break(text, q), patterns.pattern_break(text, q, final=False)
         evaluate.score(q, text, done)
-        output = rationales.Output(text, None, done, "m")
+        output = teacher_files.Output(text, None, done, "m")
         rationales.teacher_answer(output, q), rationales.clean(output)
         judge.parse_scores(text.replace("the answer is", "Score for Coherence:"))
 
@@ -592,11 +607,11 @@ def test_long_texts_are_quick(piece, n):
     text = (piece * (n // len(piece) + 1))[:n]
     for q in QUESTIONS:
         for name, read in (
-            ("extract_lenient", lambda q=q: prompts.extract_lenient(text, q)),
-            ("strip_answer_sentence", lambda: prompts.strip_answer_sentence(text)),
+            ("extract_lenient", lambda q=q: answers.extract_lenient(text, q)),
+            ("strip_answer_sentence", lambda: answers.strip_answer_sentence(text)),
             ("score", lambda q=q: evaluate.score(q, text, "eos")),
-            ("clean", lambda: rationales.clean(rationales.Output(text, None, "length", "m"))),
-            ("log_entries", lambda: rationales.log_entries(text.encode())),
+            ("clean", lambda: rationales.clean(teacher_files.Output(text, None, "length", "m"))),
+            ("log_entries", lambda: teacher_files.log_entries(text.encode())),
             ("parse_scores", lambda: judge.parse_scores(text)),
         ):
             holds(f"long text: {name}", read, seconds=8)
@@ -652,8 +667,8 @@ def answer_any(body):
 def check_number(model, monkeypatch, script, flag: str, value: str) -> None:
     monkeypatch.setattr(tasks, "load", lambda task, split, data_dir=None: REAL(task, split)[:3])
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    monkeypatch.setattr(client, "BACKOFF", 0.01)
-    monkeypatch.setattr(client, "DRAIN", 0.5)
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
+    monkeypatch.setattr(endpoint, "DRAIN", 0.5)
     words = [*BASE[script].split(), "--model", str(model), "--device", "cpu", "--out-dir", "out"]
     with place(), FakeServer(answer_any) as server:
         if script in (distill, evaluate):

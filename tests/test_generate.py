@@ -13,11 +13,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import attention, cpu, sample_and_score
-from sert_min import decode, generate
+from kernels import attention, cpu, graph, sample_and_score
+from sert_min import generate
 from sert_min.generate import GREEDY, SampleSettings, sample_block, stream_of
 from sert_min.gpt2 import GPT2, GPT2Config
-from sert_min.runtime import SertError
+from sert_min.io.errors import SertError
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=128, n_embd=64, n_layer=2, n_head=4)
 PAPER = SampleSettings(max_new_tokens=24)
@@ -106,13 +106,13 @@ def test_logprobs_equal_full_forward(raw, rows):
 @pytest.mark.parametrize("rows", [1000, 40])
 def test_stale_cache_is_never_read(monkeypatch, rows):
     """Guards against attention to slots that a row has not written: they hold huge numbers."""
-    plain_load = decode.Decoder.load
+    plain_load = generate.Decoder.load
 
     def load(self, *block):
         self.keys.fill_(1e4), self.values.fill_(-1e4)
         plain_load(self, *block)
 
-    monkeypatch.setattr(decode.Decoder, "load", load)
+    monkeypatch.setattr(generate.Decoder, "load", load)
     model, (prompts, names) = loud_model(), make_prompts(5)
     got = sample_block(model, Words(), prompts, names, replace(PAPER, rows=rows))
     assert logprob_error(model, prompts, got).abs().max() < 1e-4
@@ -403,11 +403,11 @@ def test_a_gpus_steps_could_be_graphs(monkeypatch, raw):
     plain = [sample_block(model, Words(), *block, s, reject) for block in blocks]
     plain_make_draw = generate.make_draw
     monkeypatch.setattr(generate, "make_draw", make_draw)
-    for module in (generate, decode):
+    for module in (generate, generate):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     for name in ("own_scores", "own_sum"):  # the CPU's ways keep something from call to call
         monkeypatch.setattr(cpu, name, getattr(attention, name))
-    monkeypatch.setattr(decode, "capture", capture)
+    monkeypatch.setattr(graph, "capture", capture)
     monkeypatch.setattr(torch.cuda, "Event", mock.MagicMock)
     for block, wanted in zip(blocks, plain):
         rows = sample_block(model, Words(), *block, s, reject, kept=kept)

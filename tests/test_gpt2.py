@@ -16,8 +16,10 @@ from conftest import shared, write_tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from sert_min import gpt2
-from sert_min.gpt2 import GPT2, GPT2Config, load_model, model_label, read_sert, save_model
-from sert_min.runtime import SertError
+from sert_min.gpt2 import GPT2, GPT2Config, load_model, save_model
+from sert_min.io import hub
+from sert_min.io.errors import SertError
+from sert_min.io.hub import model_label, read_sert
 
 CONFIGS = {
     "one layer": {"n_layer": 1, "n_embd": 48, "n_head": 3, "vocab_size": 97, "n_positions": 40},
@@ -152,7 +154,7 @@ def test_labels_tell_local_models_apart(tmp_path, monkeypatch):
         model = GPT2(GPT2Config(300, 16, 16, 1, 2)).init_weights_(seed)
         save_model(model, tmp_path / where, tmp_path, {})
         monkeypatch.chdir(tmp_path)
-        labels.add(model_label(where, gpt2.find_model(where)))
+        labels.add(model_label(where, hub.find_model(where)))
     assert len(labels) == 3 and all(label.startswith("gpt2-") for label in labels)
     save_model(model, tmp_path / "child", tmp_path, {"root": "../gpt2 x"})
     assert model_label(str(tmp_path / "child"), tmp_path / "child") == "..-gpt2-x"
@@ -367,7 +369,7 @@ def test_index_cannot_leave_the_folder(folder):
         with pytest.raises(SertError, match="no usable weight_map"):
             load_model(folder)
     index.write_text(json.dumps({"weight_map": {"wte.weight": "model-00001.safetensors"}}))
-    for use in (load_model, gpt2.weights_hash):
+    for use in (load_model, hub.weights_hash):
         with pytest.raises(SertError, match="model-00001.safetensors is missing") as e:
             use(folder)
         one_line(e)
@@ -390,7 +392,7 @@ def test_pickle_only_and_empty_folders_are_refused(folder):
         load_model(folder)
     for name in ("./nowhere", "/nowhere", "a/b/c", "~/model"):
         with pytest.raises(SertError, match="no such folder"):
-            gpt2.find_model(name)
+            hub.find_model(name)
 
 
 if __name__ == "__main__":

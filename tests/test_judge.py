@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
-from sert_min import judge, micro, teacher
-from sert_min.judge import CRITERIA, KEYS, judge_prompt, mean_score, parse_scores
-from sert_min.runtime import SertError
-from sert_min.store import read_jsonl, to_line, write_atomic
+from sert_min.io import endpoint
+from sert_min.io.errors import SertError
+from sert_min.io.files import read_jsonl, to_line, write_atomic
+from sert_min.micro import program, world
+from sert_min.report import judge
+from sert_min.report.judge import CRITERIA, KEYS, judge_prompt, mean_score, parse_scores
 
 REPLY = "\n".join(f"Score for {name}: {i}" for i, name in enumerate(CRITERIA, 5)) + "\nFine."
 
@@ -22,7 +24,7 @@ def test_the_prompt_asks_what_the_paper_asks():
     for name in ("Coherence", "Relevance", "Logical Consistency", "Completeness"):
         assert f"Score for {name}: <number>" in text and CRITERIA[name].endswith("?")
     assert "between 0 and 10" in text and "summary" in text.splitlines()[-1]
-    assert tuple(micro.judge(micro.questions("test")[0], "hm")) == KEYS
+    assert tuple(program.judge(world.questions("test")[0], "hm")) == KEYS
     assert set(parse_scores(text).values()) == {None}, "a judge that echoes the form gave no score"
 
 
@@ -111,7 +113,7 @@ def test_any_reply_parses_to_scores_in_range(text):
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(teacher, "BACKOFF", 0.01)
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
 
 
@@ -183,9 +185,9 @@ def test_dry_run_prices_and_sends_nothing(capsys):
 
 def test_the_micro_world_has_a_program_judge(tmp_path):
     """Guards the stand-in: good reasoning scores high, an empty text 0, nothing is sent."""
-    q = next(q for q in micro.questions("test") if not q.choices)
+    q = next(q for q in world.questions("test") if not q.choices)
     about = {"task": "micro", "id": q.id, "question": q.text, "answer": q.answer, "branch": 2}
-    texts = [micro.teacher_rationale(q), "", "Yes."]
+    texts = [program.teacher_rationale(q), "", "Yes."]
     rows = [{**about, "sample": i, "verdict": "kept", "text": t} for i, t in enumerate(texts)]
     write_atomic("paths.jsonl", map(to_line, rows))
     evaluate.main(evaluate.parse_args(["--paths", "paths.jsonl"]))

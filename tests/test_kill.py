@@ -15,8 +15,9 @@ from fake_server import FakeServer, by_body, ok
 from kill import COMMANDS, differences
 
 import train
-from sert_min import store, tasks, teacher
-from sert_min.runtime import run_script
+from sert_min import tasks
+from sert_min.io import endpoint, files
+from sert_min.io.errors import run_script
 
 LOCKS = {"sample": ".lock-0", "train": ".lock", "distill": ".lock-responses",
          "evaluate": ".lock-evaluate"}  # fmt: skip
@@ -42,8 +43,8 @@ def model(tmp_path_factory):
 def go(model, monkeypatch, capsys):
     """go(command, out) runs a command of the kill harness here: (exit status, what stderr said)."""
     monkeypatch.setattr(train, "VALIDATE", 2)
-    monkeypatch.setattr(train, "greedy_cap", lambda task: 6)
-    monkeypatch.setattr(teacher, "BACKOFF", 0.01)
+    monkeypatch.setitem(tasks.TASKS, "micro", tasks.get("micro")._replace(greedy_cap=6))
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", "")
     monkeypatch.setattr(tasks, "load", functools.cache(tasks.load))
 
@@ -132,7 +133,7 @@ def test_a_read_only_folder(name, go, disk, tmp_path):
 @pytest.mark.parametrize("name", LOCKS)
 def test_a_second_process(name, go, tmp_path):
     """Two writers in one folder: the second is refused and has written nothing."""
-    with store.lock_folder(tmp_path / "out", LOCKS[name]):
+    with files.lock_folder(tmp_path / "out", LOCKS[name]):
         assert "another process is writing to" in one_line(*go(name, tmp_path / "out"))
     left = {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert left <= {*LOCKS.values(), "rationales.jsonl"}
@@ -160,9 +161,9 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
              f".a.{os.getpid()}.tmp", f".metrics.json.{child.pid}.tmp", ".notes.tmp", "a.1.tmp"]  # fmt: skip
     for name in names:
         (tmp_path / name).touch()
-    with store.lock_folder(tmp_path, shared=True):
+    with files.lock_folder(tmp_path, shared=True):
         assert all((tmp_path / name).exists() for name in names)
-    with store.lock_folder(tmp_path):
+    with files.lock_folder(tmp_path):
         assert [n for n in names if (tmp_path / n).exists()] == names[3:]
     child.kill()
     child.wait()

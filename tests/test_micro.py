@@ -13,27 +13,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sert_min import filters, micro, micro_build, prompts
-from sert_min.evaluate import greedy
-from sert_min.gpt2 import MICRO, load_model, read_sert
+from sert_min import answers, patterns, prompts
+from sert_min.gpt2 import load_model
+from sert_min.io.hub import MICRO, read_sert
+from sert_min.metrics import greedy
+from sert_min.micro import build, program, world
 from sert_min.tokenizer import load_tokenizer
 
 SEED = 100
-ALL = [q for split in ("train", "test") for q in micro.questions(split, SEED)]
+ALL = [q for split in ("train", "test") for q in world.questions(split, SEED)]
 
 
 @pytest.fixture(scope="module")
 def documents():
-    return micro_build.corpus(SEED, 30_000)
+    return build.corpus(SEED, 30_000)
 
 
 def test_no_evaluation_question_or_composed_answer_in_the_corpus(documents):
     """Guards: a leak. No line of the corpus may hold a person together with a value (or the name)
     of a relation that a train or test question asks about that person."""
     questions = {q.text for q in ALL}
-    use = micro.make_world(SEED).use
-    relation_of = {v: name for name, r in micro.RELATIONS.items() for v in r.values}
-    relation_of |= {name: name for name in micro.RELATIONS}
+    use = world.make_world(SEED).use
+    relation_of = {v: name for name, r in world.RELATIONS.items() for v in r.values}
+    relation_of |= {name: name for name in world.RELATIONS}
     seen = 0
     for document in documents:
         for line in document.split("\n"):
@@ -49,9 +51,9 @@ def test_no_evaluation_question_or_composed_answer_in_the_corpus(documents):
 
 def test_every_person_has_two_relations_in_the_corpus_and_one_question_per_split():
     """Guards: a person who is never reasoned about, or one who is asked about twice in a split."""
-    use = micro.make_world(SEED).use
-    for p in micro.PEOPLE:
-        roles = Counter(use[p, name] for name in micro.RELATIONS)
+    use = world.make_world(SEED).use
+    for p in world.PEOPLE:
+        roles = Counter(use[p, name] for name in world.RELATIONS)
         assert roles == {"corpus": 2, "train": 1, "test": 1}
 
 
@@ -59,13 +61,13 @@ def test_every_person_has_two_relations_in_the_corpus_and_one_question_per_split
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_answers_are_balanced(seed, split):
     """Guards: a student that scores by the value, the relation or the letter alone."""
-    questions = micro.questions(split, seed)
+    questions = world.questions(split, seed)
     assert (
         len(questions) == len({q.id for q in questions}) == len({q.text for q in questions}) == 400
     )
     by_value, letters = {}, Counter()
     for q in questions:
-        asked = micro.parse_question(q)
+        asked = program.parse_question(q)
         if q.choices:
             letters[q.answer] += 1
             assert len(set(q.choices)) == 5
@@ -80,21 +82,21 @@ def test_answers_are_balanced(seed, split):
 @pytest.mark.parametrize("seed", [0, 7, 100])
 def test_the_first_word_of_a_town_tells_nothing(seed):
     """Guards: a bridge of which one word is enough; and a word that is also a person's name."""
-    world = micro.make_world(seed)
-    for name, relation in micro.RELATIONS.items():
-        for first in micro.TOWN_FIRST:
-            values = [v for (n, t), v in world.value.items() if n == name and t.split()[0] == first]
+    facts = world.make_world(seed)
+    for name, relation in world.RELATIONS.items():
+        for first in world.TOWN_FIRST:
+            values = [v for (n, t), v in facts.value.items() if n == name and t.split()[0] == first]
             assert sorted(values) == sorted(relation.values)
-    assert len(world.value) == len(micro.RELATIONS) * len(set(micro.TOWNS))
-    assert not set(" ".join(micro.TOWNS).split()) & set(micro.PEOPLE)
-    homes = Counter(world.home.values())
-    assert set(homes) == set(micro.TOWNS) and max(homes.values()) - min(homes.values()) <= 1
+    assert len(facts.value) == len(world.RELATIONS) * len(set(world.TOWNS))
+    assert not set(" ".join(world.TOWNS).split()) & set(world.PEOPLE)
+    homes = Counter(facts.home.values())
+    assert set(homes) == set(world.TOWNS) and max(homes.values()) - min(homes.values()) <= 1
 
 
 def test_gold_answers_are_the_facts():
     """Guards: a wrong gold label. Worked out here from the facts alone."""
     for q in ALL:
-        asked = micro.parse_question(q)
+        asked = program.parse_question(q)
         value = asked.world.value[asked.relation, asked.world.home[asked.person]]
         if q.choices:
             assert q.choices["ABCDE".index(q.answer)] == value
@@ -109,54 +111,54 @@ def test_the_same_world_in_every_process():
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONHASHSEED": "1"}, cwd=MICRO.parents[1]).stdout  # fmt: skip
-    assert other.strip() == repr((micro.questions("test", 3), micro_build.corpus(3, 300)))
+    assert other.strip() == repr((world.questions("test", 3), build.corpus(3, 300)))
 
 
 def test_teacher_is_right_and_speaks_otherwise_than_the_corpus(documents):
     """Guards: a teacher that is wrong, or that has nothing new to teach."""
     told = {re.sub(r"[A-Z]\w+", "X", s) for d in documents for s in re.split(r"(?<=\.) ", d)}
     for q in ALL:
-        rationale = micro.teacher_rationale(q)
-        assert set(micro.judge(q, rationale).values()) == {10.0}, rationale
-        assert micro.check_path(q, rationale)["gold"], rationale
+        rationale = program.teacher_rationale(q)
+        assert set(program.judge(q, rationale).values()) == {10.0}, rationale
+        assert program.check_path(q, rationale)["gold"], rationale
         for sentence in re.split(r"(?<=\.) ", rationale):
             assert re.sub(r"[A-Z]\w+", "X", sentence) not in told
-        assert filters.pattern_break(rationale, q) is None
+        assert patterns.pattern_break(rationale, q) is None
         text = f"{rationale} {prompts.answer_sentence(q)}"
-        assert prompts.extract_answer(text, q) == q.answer
+        assert answers.extract_answer(text, q) == q.answer
 
 
 def scored(q, text):
-    return tuple(micro.judge(q, text).values())
+    return tuple(program.judge(q, text).values())
 
 
 def test_judge_on_right_wrong_irrelevant_and_incomplete_texts():
     """Guards: a judge that rewards the form and not the facts."""
-    q = next(q for q in ALL if q.answer == "no" and micro.parse_question(q).relation == "flag")
-    a = micro.parse_question(q)
+    q = next(q for q in ALL if q.answer == "no" and program.parse_question(q).relation == "flag")
+    a = program.parse_question(q)
     town = a.world.home[a.person]
     true = a.world.value["flag", town]
-    wrong_town = next(t for t in micro.TOWNS if a.world.value["flag", t] == a.value)
+    wrong_town = next(t for t in world.TOWNS if a.world.value["flag", t] == a.value)
     home, fact = f"{a.person} lives in {town}.", f"The flag of {town} is {true}."
     right = f" {home} {fact} So the flag is not {a.value} there."
     assert scored(q, right) == (10, 10, 10, 10)
-    check = micro.check_path(q, right)
+    check = program.check_path(q, right)
     assert check["facts"] and check["relation"] and check["verdict"] and check["gold"]
 
     wrong_verdict = f" {home} {fact} So the flag is indeed {a.value} there."
     assert scored(q, wrong_verdict) == (10, 10, 5, 10)
-    check = micro.check_path(q, wrong_verdict)
+    check = program.check_path(q, wrong_verdict)
     assert check["facts"] and not check["verdict"] and not check["gold"]
 
     # a false fact, but the verdict follows from it
     false_fact = f" {a.person} lives in {wrong_town}. The flag of {wrong_town} is {a.value}. "
     false_fact += f"So the flag is indeed {a.value} there."
-    check = micro.check_path(q, false_fact)
+    check = program.check_path(q, false_fact)
     assert not check["facts"] and check["relation"] and check["verdict"] and not check["gold"]
     assert scored(q, false_fact) == (10, 10, 7.5, 10)
 
     other_relation = f" {home} The tree of {town} is {a.world.value['tree', town]}."
-    check = micro.check_path(q, other_relation)
+    check = program.check_path(q, other_relation)
     assert check["facts"] and not check["relation"] and not check["verdict"]
     assert scored(q, other_relation)[1] == 4.0
 
@@ -167,12 +169,12 @@ def test_judge_on_right_wrong_irrelevant_and_incomplete_texts():
 
 def test_judge_takes_the_relation_words_of_every_path_form(documents):
     """Guards: a wording of the corpus that the judge can't read (its paths would look wrong)."""
-    world = micro.make_world(SEED)
+    facts = world.make_world(SEED)
     rng = random.Random(0)
-    for name, relation in micro.RELATIONS.items():
-        for p in micro.PEOPLE[:20]:
-            t = world.home[p]
-            v = world.value[name, t]
+    for name, relation in world.RELATIONS.items():
+        for p in world.PEOPLE[:20]:
+            t = facts.home[p]
+            v = facts.value[name, t]
             for asked in (None, v, next(u for u in relation.values if u != v)):
                 stem = (
                     relation.yes_no[0].format(p=p, v=asked)
@@ -181,10 +183,10 @@ def test_judge_takes_the_relation_words_of_every_path_form(documents):
                 )
                 options = (v, *[u for u in relation.values if u != v][:4]) if asked is None else ()
                 answer = "A" if asked is None else "yes" if asked == v else "no"
-                q = micro.Question("micro", f"w{SEED}-x", stem, answer, options)
-                text = micro.latent_reasoning(rng, name, p, t, v, asked)
+                q = world.Question("micro", f"w{SEED}-x", stem, answer, options)
+                text = world.latent_reasoning(rng, name, p, t, v, asked)
                 assert scored(q, text) == (10, 10, 10, 10), (stem, text)
-                assert micro.check_path(q, text)["gold"], (stem, text)
+                assert program.check_path(q, text)["gold"], (stem, text)
 
 
 @settings(max_examples=200, deadline=None)
@@ -193,7 +195,7 @@ def test_judge_takes_the_relation_words_of_every_path_form(documents):
      " The flag of", "that is"])).map("".join), st.integers(0, len(ALL) - 1))  # fmt: skip
 def test_judge_never_raises(text, i):
     """Guards: a division by zero or a missing group on odd text."""
-    assert all(0 <= s <= 10 for s in micro.judge(ALL[i], text).values())
+    assert all(0 <= s <= 10 for s in program.judge(ALL[i], text).values())
 
 
 # --- the shipped student --------------------------------------------------------------------------
@@ -216,8 +218,8 @@ def test_tokenizer_round_trip(text):
 def test_names_are_single_tokens(student):
     """Guards: a BPE of another corpus. Names in mid-sentence and values are one token each."""
     tokenizer = student[1]
-    values = [v for r in micro.RELATIONS.values() for v in r.values]
-    for word in (*micro.PEOPLE, *micro.TOWN_FIRST, *micro.TOWN_SECOND, *values):
+    values = [v for r in world.RELATIONS.values() for v in r.values]
+    for word in (*world.PEOPLE, *world.TOWN_FIRST, *world.TOWN_SECOND, *values):
         assert len(tokenizer.encode(f" {word}")) == 1, word
     vocab = json.loads((MICRO / "vocab.json").read_text("utf-8"))
     assert vocab["<|endoftext|>"] == len(vocab) - 1 == tokenizer.eot
@@ -236,25 +238,25 @@ def test_student_knows_its_facts_and_answers_directly(student):
     """Guards: garbage weights, or a student whose greedy output reasons already."""
     assert sum(f.stat().st_size for f in MICRO.iterdir()) < 6_000_000
     seed = read_sert(MICRO)["settings"]["world_seed"]
-    world, questions = micro.make_world(seed), micro.questions("test", seed)[:40]
-    asked = [micro.Question("micro", p, micro.ASK_HOME.format(p=p), world.home[p])
-             for p in micro.PEOPLE[::10]]  # fmt: skip
+    facts, questions = world.make_world(seed), world.questions("test", seed)[:40]
+    asked = [world.Question("micro", p, world.ASK_HOME.format(p=p), facts.home[p])
+             for p in world.PEOPLE[::10]]  # fmt: skip
     known = [text.rstrip(" .").endswith(q.answer)
              for q, (text, _) in zip(asked, greedy(*student, asked, "", 12))]  # fmt: skip
     assert sum(known) >= 0.95 * len(known)
     texts = [text for text, _ in greedy(*student, questions, "", 48)]
-    assert sum(micro.check_path(q, t)["stated"] > 0 for q, t in zip(questions, texts)) <= 2
+    assert sum(program.check_path(q, t)["stated"] > 0 for q, t in zip(questions, texts)) <= 2
 
 
 def test_latent_paths_of_the_student_are_right(student):
     """Guards: a student that has the form of reasoning and not its three skills."""
-    from sert_min import micro_report
+    from sert_min.micro import measure
 
-    questions = micro.questions("test", read_sert(MICRO)["settings"]["world_seed"])[:16]
+    questions = world.questions("test", read_sert(MICRO)["settings"]["world_seed"])[:16]
     by_id = {q.id: q for q in questions}
-    records = micro_report.sampled(*student, questions, replace(micro_report.SETTINGS, samples=2))
+    records = measure.sampled(*student, questions, replace(measure.SETTINGS, samples=2))
     paths = [r for r in records
-             if micro_report.behaviour(by_id[r["id"]], r["text"]) == "reasoning"]  # fmt: skip
+             if measure.behaviour(by_id[r["id"]], r["text"]) == "reasoning"]  # fmt: skip
     assert len({r["id"] for r in paths}) >= 14
-    checks = micro_report.path_checks(by_id, paths)
+    checks = measure.path_checks(by_id, paths)
     assert min(checks["facts"], checks["relation"], checks["verdict"]) > 0.85, checks

@@ -13,9 +13,9 @@ import sample
 import train
 from sert_min import tasks
 from sert_min.gpt2 import first_broken, load_model
-from sert_min.likelihood import answer_logprobs
-from sert_min.runtime import SertError
-from sert_min.tasks import Question
+from sert_min.io.errors import SertError
+from sert_min.questions import Question
+from sert_min.report.likelihood import answer_logprobs
 from sert_min.tokenizer import load_tokenizer
 
 

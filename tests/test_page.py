@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from conftest import write_tiny_tokenizer
 
-from sert_min import filters, page
-from sert_min.runtime import SertError
-from sert_min.tasks import Question
+from sert_min import filters
+from sert_min.io.errors import SertError
+from sert_min.questions import Question
+from sert_min.report import page
 from sert_min.tokenizer import load_tokenizer
 
 ATTACK = 'x</script><img src=q onerror="window.hacked=1"><script>window.hacked=1</script>'

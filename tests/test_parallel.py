@@ -12,9 +12,9 @@ import torch
 from conftest import ROOT, make_tiny_model
 
 import train
-from sert_min import parallel
 from sert_min.gpt2 import load_model
-from sert_min.store import read_json, read_jsonl
+from sert_min.io import parallel
+from sert_min.io.files import read_json, read_jsonl
 
 # Five batches of 4, 4, 1 examples an epoch: process 1 has no example in the last of each.
 FLAGS = "--method finetune --limit 9 --batch-size 4 --epochs 3 --report 0 --save-seconds 0"
@@ -127,7 +127,7 @@ def test_stop_of_one_stops_all_and_one_process_continues(folder):
 
 def test_locked_folder_ends_all(folder):
     """Guards processes that wait for a process 0 which was refused."""
-    from sert_min.store import lock_folder
+    from sert_min.io.files import lock_folder
 
     with lock_folder(folder / "locked"):
         done = run_two(folder, "locked")

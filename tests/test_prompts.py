@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sert_min import prompts, tasks
-from sert_min.prompts import extract_answer, extract_lenient, strip_answer_sentence
-from sert_min.tasks import Question
+from sert_min import answers, prompts, tasks
+from sert_min.answers import extract_answer, extract_lenient, strip_answer_sentence
+from sert_min.questions import LETTERS, Question
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real files in ../shared/data")
@@ -41,18 +41,18 @@ def test_texts_of_every_method():
 
 def test_answer_texts():
     """Guards `(C)`, and the micro-world's own words; answer likelihood asks for every option."""
-    assert [prompts.answer_text(FIVE, a) for a in "ABCDE"] == ["(A)", "(B)", "(C)", "(D)", "(E)"]
-    assert [prompts.answer_text(YES_NO, a) for a in ("yes", "no")] == ["yes", "no"]
+    assert [FIVE.write(a) for a in FIVE.answers] == ["(A)", "(B)", "(C)", "(D)", "(E)"]
+    assert [YES_NO.write(a) for a in YES_NO.answers] == ["yes", "no"]
     for q in tasks.load("micro", "test")[:50]:
         assert extract_answer(f"x. {prompts.answer_sentence(q)}", q) == q.answer
-        for other in tasks.LETTERS[: len(q.choices)]:
+        for other in LETTERS[: len(q.choices)]:
             assert extract_answer(prompts.answer_sentence(q, other), q) == other
 
 
 def test_our_own_answer_sentence_is_read_back():
     """Guards training on a sentence that evaluation can't read."""
-    for q, answers in ((FIVE, "ABCDE"), (DOUBLE, "ABCDE"), (YES_NO, ("yes", "no"))):
-        for answer in answers:
+    for q, some in ((FIVE, "ABCDE"), (DOUBLE, "ABCDE"), (YES_NO, ("yes", "no"))):
+        for answer in some:
             assert extract_answer(" x. " + prompts.answer_sentence(q, answer), q) == answer
 
 
@@ -198,7 +198,7 @@ def test_lenient(question, text, answer):
 def test_stated_answers():
     """Guards `exactly one answer` in the format score: it needs every statement."""
     text = "The answer is no. Hence the answer is unclear. So the answer is yes."
-    assert prompts.stated_answers(text, YES_NO) == ["no", None, "yes"]
+    assert answers.stated_answers(text, YES_NO) == ["no", None, "yes"]
 
 
 PIECES = st.sampled_from(
@@ -230,7 +230,7 @@ QUESTIONS = st.sampled_from(
 def test_reading_never_raises(text, question):
     """Guards a crash after hours of generation; answers are canonical; lenient covers strict."""
     strict, lenient = extract_answer(text, question), extract_lenient(text, question)
-    allowed = set(tasks.LETTERS[: len(question.choices)]) if question.choices else {"yes", "no"}
+    allowed = set(LETTERS[: len(question.choices)]) if question.choices else {"yes", "no"}
     assert {strict, lenient} - {None} <= allowed
     assert strict is None or lenient == strict
     rest, had_one = strip_answer_sentence(text)

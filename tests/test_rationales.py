@@ -8,17 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sert_min import rationales, tasks
+from sert_min.io.errors import SertError
 from sert_min.prompts import COT_SUFFIX, rd_pair
-from sert_min.rationales import (
-    Output,
-    clean,
-    log_entries,
-    rationale_records,
-    read_teacher_file,
-    teacher_answer,
-)
-from sert_min.runtime import SertError
-from sert_min.tasks import Question
+from sert_min.questions import Question
+from sert_min.rationales import clean, rationale_records, teacher_answer
+from sert_min.teacher_files import Output, log_entries, read_teacher_file
 
 YES = Question("strategy_qa", "42", "Is water wet?", "yes")
 NO = Question("strategy_qa", "7", "Do dogs fly?", "no")

@@ -14,8 +14,8 @@ from conftest import ROOT, make_tiny_model, shared
 
 import sample
 from sert_min.gpt2 import GPT2, GPT2Config
-from sert_min.runtime import SertError
-from sert_min.store import read_jsonl
+from sert_min.io.errors import SertError
+from sert_min.io.files import read_jsonl
 
 FIELDS = [
     "task",

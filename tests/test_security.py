@@ -21,14 +21,16 @@ import distill
 import evaluate
 import sample
 import train
-from sert_min import page, tasks, teacher
+from sert_min import tasks
 from sert_min.finetune import encode_example
-from sert_min.gpt2 import model_label
-from sert_min.likelihood import make_tree
+from sert_min.io import endpoint
+from sert_min.io.errors import run_script
+from sert_min.io.files import read_jsonl, to_line
+from sert_min.io.hub import model_label
 from sert_min.prompts import question_prompt, rd_pair
-from sert_min.runtime import run_script
-from sert_min.store import read_jsonl, to_line
-from sert_min.tasks import Question
+from sert_min.questions import Question
+from sert_min.report import page
+from sert_min.report.likelihood import make_tree
 from sert_min.tokenizer import END, load_tokenizer
 
 KEY = "sk-test-0123456789abcdefKEY"
@@ -110,8 +112,8 @@ def model(tmp_path_factory):
 def here(tmp_path, monkeypatch):
     """An empty folder, a key, and six questions for every task."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(teacher, "BACKOFF", 0.01)
-    monkeypatch.setattr(teacher, "DRAIN", 0.5)
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
+    monkeypatch.setattr(endpoint, "DRAIN", 0.5)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(tasks, "load", lambda *_: QUESTIONS)
 
@@ -273,7 +275,7 @@ def test_names_stay_in_their_folder(text):
     """A name that a model or a flag gives is one part of a path, and not `..`."""
     with contextlib.ExitStack() as stack:
         monkeypatch = stack.enter_context(pytest.MonkeyPatch.context())
-        monkeypatch.setattr("sert_min.gpt2.read_sert", lambda folder: {"root": text})
+        monkeypatch.setattr("sert_min.io.hub.read_sert", lambda folder: {"root": text})
         names = [model_label("no/where", Path("."))] if text else []
     args = evaluate.parse_args([f"--judge-model={text or 1}"])
     names.append(evaluate.judge_folder(args).name)

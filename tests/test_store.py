@@ -17,9 +17,9 @@ from conftest import make_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sert_min import runtime, store
 from sert_min.gpt2 import load_model, save_model
-from sert_min.runtime import SertError
+from sert_min.io import errors, files, machine
+from sert_min.io.errors import SertError
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -61,17 +61,17 @@ RECORDS = st.dictionaries(st.text(st.characters(), max_size=10), VALUES, max_siz
 def test_records_come_back(tmp_path_factory, records):
     """Guards line breaks, U+2028 and lone surrogates in text: one record stays one line."""
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
-    lines = [store.to_line(record) for record in records]
+    lines = [files.to_line(record) for record in records]
     assert all(line.count("\n") == 1 and line.isascii() for line in lines)
     path.write_text("".join(lines))
-    assert list(store.read_jsonl(path)) == records
+    assert list(files.read_jsonl(path)) == records
 
 
 def test_no_nan_in_a_record():
     """Guards `NaN` in a file, which is no JSON and which other readers refuse."""
     for value in (math.nan, math.inf):
         with pytest.raises(ValueError):
-            store.to_line({"logprob": value})
+            files.to_line({"logprob": value})
 
 
 @settings(max_examples=200)
@@ -82,7 +82,7 @@ def test_random_bytes_give_an_error_with_the_line(tmp_path_factory, garbage, bef
     path.write_bytes(b'{"a":1}\n' * before + garbage)
     seen = 0
     try:
-        for record in store.read_jsonl(path):
+        for record in files.read_jsonl(path):
             assert isinstance(record, dict)
             seen += 1
     except SertError as e:
@@ -101,7 +101,7 @@ def test_damaged_lines_are_named(tmp_path, line):
     """Guards deep nesting (RecursionError), non-objects, bytes that are no UTF-8, blank lines."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a":1}\n' + line + b'\n{"a":2}\n')
-    reader = store.read_jsonl(path)
+    reader = files.read_jsonl(path)
     assert next(reader) == {"a": 1}
     with pytest.raises(SertError, match="line 2 ") as e:
         next(reader)
@@ -110,14 +110,14 @@ def test_damaged_lines_are_named(tmp_path, line):
 
 def test_missing_files_and_folders_are_named(tmp_path):
     """Guards tracebacks from a wrong path."""
-    for read in (store.read_json, lambda path: list(store.read_jsonl(path))):
+    for read in (files.read_json, lambda path: list(files.read_jsonl(path))):
         for path, why in ((tmp_path / "x", "does not exist"), (tmp_path, "is a folder")):
             with pytest.raises(SertError, match=why) as e:
                 read(path)
             assert "check the path" in one_line(e)
     (tmp_path / "x").write_text("[]")
     with pytest.raises(SertError, match="is not a JSON object"):
-        store.read_json(tmp_path / "x")
+        files.read_json(tmp_path / "x")
 
 
 # --- append --------------------------------------------------------------------------------------
@@ -126,27 +126,27 @@ def test_missing_files_and_folders_are_named(tmp_path):
 def test_a_torn_tail_is_set_aside_not_glued(tmp_path):
     """Guards the record after a torn line: appended straight on, both would be lost."""
     path = tmp_path / "a.jsonl"
-    assert store.set_torn_tail_aside(path) == 0  # no file yet
-    store.append_durable(path, '{"a":1}\n')
-    assert store.set_torn_tail_aside(path) == 0
+    assert files.set_torn_tail_aside(path) == 0  # no file yet
+    files.append_durable(path, '{"a":1}\n')
+    assert files.set_torn_tail_aside(path) == 0
     for tail in (b'{"a":2', b'{"a":2}', b"x" * 200_000, b"\xff\x00"):
         with open(path, "ab") as f:
             f.write(tail)
-        assert store.set_torn_tail_aside(path) == len(tail)
-        store.append_durable(path, '{"a":3}\n')
-    assert [r["a"] for r in store.read_jsonl(path)] == [1, 3, 3, 3, 3]
+        assert files.set_torn_tail_aside(path) == len(tail)
+        files.append_durable(path, '{"a":3}\n')
+    assert [r["a"] for r in files.read_jsonl(path)] == [1, 3, 3, 3, 3]
     torn = (tmp_path / "a.jsonl.torn").read_bytes()
     assert torn == b'{"a":2\n{"a":2}\n' + b"x" * 200_000 + b"\n\xff\x00\n"
     path.write_bytes(b"no newline at all")
-    assert store.set_torn_tail_aside(path) == 17 and path.read_bytes() == b""
+    assert files.set_torn_tail_aside(path) == 17 and path.read_bytes() == b""
 
 
 def test_appending_sets_a_torn_line_aside(tmp_path):
     """Guards files that are only ever appended to (timings): nobody else looks at their end."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a":1}\n{"a":')
-    store.append_durable(path, '{"a":2}\n')
-    assert list(store.read_jsonl(path)) == [{"a": 1}, {"a": 2}]
+    files.append_durable(path, '{"a":2}\n')
+    assert list(files.read_jsonl(path)) == [{"a": 1}, {"a": 2}]
     assert (tmp_path / "a.jsonl.torn").read_bytes() == b'{"a":\n'
 
 
@@ -157,7 +157,7 @@ def test_torn_tail_of_any_file(tmp_path_factory, pieces):
     path = tmp_path_factory.mktemp("tail") / "a"
     whole = b"".join(pieces)
     path.write_bytes(whole)
-    cut = store.set_torn_tail_aside(path)
+    cut = files.set_torn_tail_aside(path)
     assert path.read_bytes() == whole[: whole.rfind(b"\n") + 1] and len(whole) - cut >= 0
 
 
@@ -165,22 +165,22 @@ def test_torn_tail_of_any_file(tmp_path_factory, pieces):
 def test_a_full_disk_leaves_whole_records(tmp_path, monkeypatch, written):
     """Guards half a record behind ENOSPC: the file is cut back, the error names it."""
     path = tmp_path / "a.jsonl"
-    store.append_durable(path, '{"a":1}\n')
+    files.append_durable(path, '{"a":1}\n')
     with monkeypatch.context() as m:
         m.setattr(os, "write", fail_after(written))
         with pytest.raises(OSError) as e:
-            store.append_durable(path, '{"a":2,"text":"long enough to be cut"}\n')
+            files.append_durable(path, '{"a":2,"text":"long enough to be cut"}\n')
     assert e.value.errno == errno.ENOSPC and e.value.filename == str(path)
     assert path.read_text() == '{"a":1}\n'
-    store.append_durable(path, '{"a":2}\n')
-    assert [r["a"] for r in store.read_jsonl(path)] == [1, 2]
+    files.append_durable(path, '{"a":2}\n')
+    assert [r["a"] for r in files.read_jsonl(path)] == [1, 2]
 
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     """Guards os.write's return value: it may write less than it was given."""
     with monkeypatch.context() as m:
         m.setattr(os, "write", fail_after(10**9))  # at most 7 bytes at a time
-        store.append_durable(tmp_path / "a", "x" * 1000 + "\n")
+        files.append_durable(tmp_path / "a", "x" * 1000 + "\n")
     assert (tmp_path / "a").read_text() == "x" * 1000 + "\n"
 
 
@@ -207,20 +207,20 @@ def test_sigkill_while_appending_loses_nothing(tmp_path):
         return "x" * (i * 370_007 % 3_000_000)
 
     def work():
-        done = sum(1 for _ in store.read_jsonl(path)) if path.exists() else 0
+        done = sum(1 for _ in files.read_jsonl(path)) if path.exists() else 0
         for i in range(done, 40):
-            store.append_durable(path, store.to_line({"i": i, "text": text(i)}))
+            files.append_durable(path, files.to_line({"i": i, "text": text(i)}))
             said.write_text(str(i))
 
     for _ in range(20):
         kills += killed(work, rng.random() / 20)
         acknowledged = int(said.read_text() or 0) if said.exists() else -1
-        torn += store.set_torn_tail_aside(path) > 0
+        torn += files.set_torn_tail_aside(path) > 0
         assert acknowledged < (path.read_bytes().count(b"\n") if path.exists() else 0)
     work()
     print(f"{kills} kills, {torn} torn lines")
     assert kills > 5
-    assert list(store.read_jsonl(path)) == [{"i": i, "text": text(i)} for i in range(40)]
+    assert list(files.read_jsonl(path)) == [{"i": i, "text": text(i)} for i in range(40)]
 
 
 # --- whole files and folders -----------------------------------------------------------------------
@@ -229,17 +229,17 @@ def test_sigkill_while_appending_loses_nothing(tmp_path):
 def test_write_atomic_keeps_the_old_content_on_failure(tmp_path):
     """Guards open(path, "w") on a file that matters: a failing writer leaves the old one."""
     path = tmp_path / "a.json"
-    store.write_atomic(path, "old")
+    files.write_atomic(path, "old")
 
     def broken():
         yield "new, half"
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        store.write_atomic(path, broken())
+        files.write_atomic(path, broken())
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
     with open(path) as reader:
-        store.write_atomic(path, (str(i) for i in range(3)))
+        files.write_atomic(path, (str(i) for i in range(3)))
         assert reader.read() == "old", "written over instead of replaced"
     assert path.read_text() == "012" and os.listdir(tmp_path) == ["a.json"]
 
@@ -247,16 +247,16 @@ def test_write_atomic_keeps_the_old_content_on_failure(tmp_path):
 def test_atomic_folder_is_replaced_whole(tmp_path):
     """Guards a mixture of two checkpoints, and half of one."""
     path = tmp_path / "deep" / "model"
-    with store.atomic_folder(path) as part:
+    with files.atomic_folder(path) as part:
         (part / "a").write_text("1")
         (part / "only in the first").write_text("1")
         assert not path.exists()
     with pytest.raises(RuntimeError):
-        with store.atomic_folder(path) as part:
+        with files.atomic_folder(path) as part:
             (part / "a").write_text("2")
             raise RuntimeError
     assert (path / "a").read_text() == "1" and os.listdir(path.parent) == ["model"]
-    with store.atomic_folder(path) as part:
+    with files.atomic_folder(path) as part:
         (part / "a").write_text("3")
     assert os.listdir(path) == ["a"] and os.listdir(path.parent) == ["model"]
 
@@ -264,7 +264,7 @@ def test_atomic_folder_is_replaced_whole(tmp_path):
 def test_atomic_folder_puts_the_old_one_back(tmp_path, monkeypatch):
     """Guards the moment between the two renames: failing or killed there, the old one returns."""
     path = tmp_path / "model"
-    with store.atomic_folder(path) as part:
+    with files.atomic_folder(path) as part:
         (part / "a").write_text("1")
     real = os.rename
 
@@ -275,14 +275,14 @@ def test_atomic_folder_puts_the_old_one_back(tmp_path, monkeypatch):
 
     with monkeypatch.context() as m:
         m.setattr(os, "rename", rename)
-        with pytest.raises(OSError), store.atomic_folder(path) as part:
+        with pytest.raises(OSError), files.atomic_folder(path) as part:
             (part / "a").write_text("2")
     assert (path / "a").read_text() == "1" and os.listdir(tmp_path) == ["model"]
 
     real(path, tmp_path / ".model.old")  # as a kill leaves it
     (tmp_path / ".model.tmp").mkdir()
     (tmp_path / ".model.tmp" / "a").write_text("half")
-    with pytest.raises(RuntimeError), store.atomic_folder(path) as part:
+    with pytest.raises(RuntimeError), files.atomic_folder(path) as part:
         assert not os.listdir(part)
         raise RuntimeError
     assert (path / "a").read_text() == "1" and os.listdir(tmp_path) == ["model"]
@@ -295,13 +295,13 @@ def test_sigkill_while_saving_leaves_one_whole_folder(tmp_path):
 
     def work():
         for i in range(10**6):
-            with store.atomic_folder(path) as part:
+            with files.atomic_folder(path) as part:
                 for name in "abc":
                     (part / name).write_text(str(i) * 1000)
 
     for _ in range(30):
         assert killed(work, rng.random() / 30)
-        with pytest.raises(RuntimeError), store.atomic_folder(path):
+        with pytest.raises(RuntimeError), files.atomic_folder(path):
             raise RuntimeError  # the next save puts things in order first
         assert not path.exists() or len({(path / name).read_text() for name in "abc"}) == 1
         assert set(os.listdir(tmp_path)) <= {"model"}
@@ -327,29 +327,27 @@ def small_disk(tmp_path):
 def test_a_really_full_disk(small_disk, tmp_path, capsys):
     """Guards the same on a real file system: JSONL, file and model folder keep what they held."""
     path = small_disk / "a.jsonl"
-    line = store.to_line({"text": "x" * 10_000})
+    line = files.to_line({"text": "x" * 10_000})
 
     def fill(args):
         for _ in range(100):
-            store.append_durable(path, line)
+            files.append_durable(path, line)
 
     with pytest.raises(SystemExit) as e:
-        runtime.run_script(fill, Namespace())
+        errors.run_script(fill, Namespace())
     assert "No space left" in one_line(e) and "free some space" in one_line(e)
-    assert path.stat().st_size % len(line) == 0 and len(list(store.read_jsonl(path))) > 10
+    assert path.stat().st_size % len(line) == 0 and len(list(files.read_jsonl(path))) > 10
 
     old = path.read_bytes()
     with pytest.raises(SystemExit) as e:
-        runtime.run_script(lambda args: store.write_atomic(path, ["y"] * 400_000), Namespace())
+        errors.run_script(lambda args: files.write_atomic(path, ["y"] * 400_000), Namespace())
     assert "free some space" in one_line(e) and "None" not in one_line(e)
     assert path.read_bytes() == old and os.listdir(small_disk) == ["a.jsonl"]
 
     source = make_tiny_model(tmp_path / "model", n_embd=64)
     model = load_model(source)
     with pytest.raises(SystemExit) as e:
-        runtime.run_script(
-            lambda args: save_model(model, small_disk / "m", source, {}), Namespace()
-        )
+        errors.run_script(lambda args: save_model(model, small_disk / "m", source, {}), Namespace())
     assert "free some space" in one_line(e)
     assert os.listdir(small_disk) == ["a.jsonl"], "something half-written is left"
 
@@ -363,7 +361,7 @@ def test_a_second_process_is_refused(tmp_path):
     child = os.fork()
     if child == 0:
         try:
-            with store.lock_folder(tmp_path / "out"):
+            with files.lock_folder(tmp_path / "out"):
                 os.write(hold, b"!")
                 time.sleep(60)
         finally:
@@ -371,31 +369,33 @@ def test_a_second_process_is_refused(tmp_path):
     try:
         assert os.read(held, 1) == b"!"
         with pytest.raises(SertError, match="another process is writing") as e:
-            with store.lock_folder(tmp_path / "out"):
+            with files.lock_folder(tmp_path / "out"):
                 pass
         assert "--out-dir" in one_line(e)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     for _ in range(2):
-        with store.lock_folder(tmp_path / "out"):
+        with files.lock_folder(tmp_path / "out"):
             pass
 
 
 def test_other_settings_are_refused_with_both_values(tmp_path):
     """Guards records of two settings in one folder."""
     path = tmp_path / "settings.json"
-    store.check_settings(path, {"top_p": 0.95, "kinds": ("a",), "gone": 1}, "use --out-dir")
-    store.check_settings(path, {"kinds": ["a"], "gone": 1, "top_p": 0.95}, "use --out-dir")
+    files.check_settings(path, {"top_p": 0.95, "kinds": ("a",), "gone": 1}, "use --out-dir")
+    files.check_settings(path, {"kinds": ["a"], "gone": 1, "top_p": 0.95}, "use --out-dir")
     with pytest.raises(SertError) as e:
-        store.check_settings(path, {"top_p": 0.9, "kinds": ["a"], "new": 2}, "use --out-dir")
+        files.check_settings(path, {"top_p": 0.9, "kinds": ["a"], "new": 2}, "use --out-dir")
     text = one_line(e)
     assert "top_p: 0.95 there, 0.9 now" in text and "kinds" not in text
-    assert "gone: 1 there" in text and "new: None there, 2 now" in text and "--out-dir" in text
+    assert "gone" not in text and "new: None there, 2 now" in text and "--out-dir" in text
+    same = {"top_p": 0.95, "kinds": ["a"], "new": 2}
+    files.check_settings(path, same, "use --out-dir", defaults={"new": 2})
     assert json.loads(path.read_text())["top_p"] == 0.95
     path.write_text('{"top_p": 0.9')
     with pytest.raises(SertError, match="not valid JSON"):
-        store.check_settings(path, {}, "")
+        files.check_settings(path, {}, "")
 
 
 # --- runtime -------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def test_known_problems_are_one_line(problem, said):
         raise problem
 
     with pytest.raises(SystemExit) as e:
-        runtime.run_script(main, Namespace())
+        errors.run_script(main, Namespace())
     assert said in one_line(e) and str(e.value).isprintable()
 
 
@@ -431,39 +431,39 @@ def test_unknown_problems_keep_their_traceback():
 
     for problem in (ValueError("bug"), OSError(errno.EIO, "disk died", "/x")):
         with pytest.raises(type(problem)):
-            runtime.run_script(main, Namespace(problem=problem))
+            errors.run_script(main, Namespace(problem=problem))
     with pytest.raises(SystemExit) as e:
-        runtime.run_script(main, Namespace(problem=KeyboardInterrupt()))
+        errors.run_script(main, Namespace(problem=KeyboardInterrupt()))
     assert e.value.code == 130
 
 
 def test_devices_that_are_not_there_are_refused(monkeypatch):
     """Guards a RuntimeError of torch deep in the run."""
-    assert runtime.pick_device("auto").type in ("cpu", "cuda", "mps")
-    assert runtime.pick_device("cpu") == torch.device("cpu")
+    assert machine.pick_device("auto").type in ("cpu", "cuda", "mps")
+    assert machine.pick_device("cpu") == torch.device("cpu")
     for name in ("tpu", "", "cuda:77", "cuda:x", "cpu:x", "mps:9"):
         with pytest.raises(SertError, match="--device") as e:
-            runtime.pick_device(name)
+            machine.pick_device(name)
         one_line(e)
 
 
 def test_dtype_and_threads(monkeypatch):
     """Guards bf16 for small models and on machines without it, and a choice over the user's."""
     cpu = torch.device("cpu")
-    assert runtime.pick_dtype("auto", cpu, 1_000_000) == torch.float32
-    assert runtime.pick_dtype("bf16", cpu, 1_000_000) == torch.bfloat16
+    assert machine.pick_dtype("auto", cpu, 1_000_000) == torch.float32
+    assert machine.pick_dtype("bf16", cpu, 1_000_000) == torch.bfloat16
     for has, wanted in ((False, torch.float32), (True, torch.bfloat16)):
-        monkeypatch.setattr(runtime.cpu, "has_bf16", lambda has=has: has)
-        assert runtime.pick_dtype("auto", cpu, 124_000_000) == wanted
-        assert runtime.pick_dtype("auto", cpu, 1_000_000) == torch.float32
+        monkeypatch.setattr(machine.cpu, "has_bf16", lambda has=has: has)
+        assert machine.pick_dtype("auto", cpu, 124_000_000) == wanted
+        assert machine.pick_dtype("auto", cpu, 1_000_000) == torch.float32
     before = torch.get_num_threads()
     try:
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        assert runtime.pick_threads(124_000_000) == before
+        assert machine.pick_threads(124_000_000) == before
         monkeypatch.delenv("OMP_NUM_THREADS")
         torch.set_num_threads(2)
-        assert runtime.pick_threads(1_000_000) == 1
+        assert machine.pick_threads(1_000_000) == 1
         torch.set_num_threads(2)
-        assert runtime.pick_threads(124_000_000) == torch.get_num_threads() in (1, 2)
+        assert machine.pick_threads(124_000_000) == torch.get_num_threads() in (1, 2)
     finally:
         torch.set_num_threads(before)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from sert_min import tasks
-from sert_min.runtime import SertError
-from sert_min.tasks import Question
+from sert_min.io import download
+from sert_min.io.errors import SertError
+from sert_min.questions import Question, data_hash, describe
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real files in ../shared/data")
@@ -38,7 +39,7 @@ def test_sizes_and_majorities(task, split, size, majority, first, last):
     questions = tasks.load(task, split, DATA)
     assert len(questions) == size and len({q.id for q in questions}) == size
     if majority:
-        answer, share = tasks.majority(questions)
+        answer, share = majority(questions)
         assert (answer, round(100 * share, 2)) == majority
     if first:
         assert (questions[0].id, questions[-1].id) == (first, last)
@@ -86,15 +87,15 @@ def test_validation_is_a_part_of_train_that_never_moves():
     assert sorted(rest + held, key=lambda q: int(q.id)) == train
     assert set(tasks.holdout_split(train[::-1])[1]) == set(held)
     assert not {q.text for q in rest} & {q.text for q in held}
-    assert tasks.data_hash(held)[:12] == "35a47878c101"  # the same on every machine
+    assert data_hash(held)[:12] == "35a47878c101"  # the same on every machine
 
 
 @needs_data
 def test_describe_is_one_line():
     """Guards the line that every run prints; the hash pins the content of 687 questions."""
-    line = tasks.describe(tasks.load("strategy_qa", "test", DATA), "test")
+    line = describe(tasks.load("strategy_qa", "test", DATA), "test")
     assert line == "strategy_qa test: 687 questions, data 599675c43464, majority no 52.55 %"
-    assert "\n" not in tasks.describe([], "test")
+    assert "\n" not in describe([], "test")
 
 
 @needs_data
@@ -150,8 +151,9 @@ def site(monkeypatch, tmp_path):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     file = tasks.FILES["commonsense_qa", "test"]._replace(sha256=hashlib.sha256(BODY).hexdigest())
     monkeypatch.setitem(tasks.FILES, ("commonsense_qa", "test"), file)
-    monkeypatch.setitem(tasks.SIZES, ("commonsense_qa", "test"), 1)
-    monkeypatch.setattr(tasks, "TIMEOUT", 1)
+    one = tasks.get("commonsense_qa")._replace(sizes={"train": 9741, "test": 1})
+    monkeypatch.setitem(tasks.TASKS, "commonsense_qa", one)
+    monkeypatch.setattr(download, "TIMEOUT", 1)
     yield server
     server.shutdown()
     server.server_close()
@@ -285,5 +287,5 @@ def test_data_hash_sees_every_field():
         Question("t", "1", "a", "B", ("x", "y")),
         Question("t", "1", "a", "A", ("y", "x")),
     ]
-    assert len({tasks.data_hash([o]) for o in [q, *others]}) == 5
-    assert tasks.data_hash([q, others[0]]) != tasks.data_hash([others[0], q])
+    assert len({data_hash([o]) for o in [q, *others]}) == 5
+    assert data_hash([q, others[0]]) != data_hash([others[0], q])

@@ -21,16 +21,16 @@ from fake_server import (
     raw,
 )
 
-from sert_min import teacher
-from sert_min.runtime import SertError
-from sert_min.teacher import Ask, Collection, Endpoint, collect
+from sert_min.io import endpoint
+from sert_min.io.endpoint import Ask, Collection, Endpoint, collect
+from sert_min.io.errors import SertError
 
 KEY = "sk-test-0123456789abcdefKEY"
 
 
 @pytest.fixture(autouse=True)
 def fast_and_keyed(monkeypatch):
-    monkeypatch.setattr(teacher, "BACKOFF", 0.01)
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -209,7 +209,7 @@ def test_what_the_server_does(steps, requests, outcome, word, tmp_path):
                 assert failures == [] and record["attempts"] == requests
                 assert word in (tmp_path / "responses.jsonl").read_text()
                 assert bool(record["text"]) == (outcome == "reply")
-                assert len(record["text"]) <= teacher.MAX_REPLY
+                assert len(record["text"]) <= endpoint.MAX_REPLY
                 run(tmp_path, server, 1, e)  # again: nothing is asked twice
         assert len(server.bodies) == requests
 
@@ -229,9 +229,9 @@ def test_retry_after_is_waited_for_by_all(tmp_path):
 def test_a_date_to_wait_for_is_read_by_the_servers_clock():
     """With this machine's clock an hour slow, five seconds became an hour, and the run stopped."""
     then = {"retry-after": "Wed, 01 Jan 2020 00:00:05 GMT", "date": "Wed, 01 Jan 2020 00:00:00 GMT"}
-    assert teacher.retry_after(then) == 5
-    assert 1 < teacher.retry_after({"retry-after": in_two_seconds()}) <= 2
-    assert teacher.retry_after({"retry-after": in_two_seconds(), "date": "nonsense"}) is None
+    assert endpoint.retry_after(then) == 5
+    assert 1 < endpoint.retry_after({"retry-after": in_two_seconds()}) <= 2
+    assert endpoint.retry_after({"retry-after": in_two_seconds(), "date": "nonsense"}) is None
 
 
 @pytest.mark.parametrize("steps, replies", [([ok()], 3), ([error(500, "x"), ok()], 2)])
@@ -324,7 +324,7 @@ def test_deadline_ends_a_reply_that_never_ends(tmp_path):
 
 def test_deadline_ends_retries(tmp_path, monkeypatch):
     with FakeServer(error(429, "slow")) as server:
-        monkeypatch.setattr(teacher, "BACKOFF", 0.1)
+        monkeypatch.setattr(endpoint, "BACKOFF", 0.1)
         _, failures = run(tmp_path, server, 1, at(server, deadline=1.0))
         assert "HTTP 429" in failures[0] and len(server.bodies) < 10
 
@@ -424,7 +424,7 @@ def test_the_key_appears_nowhere(tmp_path, capsys):
     files = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     out = capsys.readouterr()
     assert KEY.encode() not in files and b"[key]" in files
-    assert KEY not in "".join([*messages, out.out, out.err, repr(teacher.Endpoint("m"))])
+    assert KEY not in "".join([*messages, out.out, out.err, repr(endpoint.Endpoint("m"))])
 
 
 def test_server_text_cannot_reach_the_terminal_as_control_codes(tmp_path):
@@ -474,9 +474,9 @@ def test_no_key_for_openai(tmp_path, monkeypatch):
 
 
 def test_insecure_allows_http(monkeypatch):
-    assert teacher.make_client(Endpoint("m", "http://192.168.1.4/v1", insecure=True))
+    assert endpoint.make_client(Endpoint("m", "http://192.168.1.4/v1", insecure=True))
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    assert teacher.make_client(Endpoint("m", "http://192.168.1.4/v1"))
+    assert endpoint.make_client(Endpoint("m", "http://192.168.1.4/v1"))
 
 
 def test_a_proxy_is_not_asked_for_this_machine(tmp_path, monkeypatch):
@@ -531,7 +531,7 @@ def test_a_signal_at_the_last_reply_stops_as_well(tmp_path):
 
 
 def test_a_hanging_request_does_not_hold_up_a_signal(tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher, "DRAIN", 0.3)
+    monkeypatch.setattr(endpoint, "DRAIN", 0.3)
     with FakeServer(ok(), hang(9)) as server:
         pid = in_child(tmp_path, server, 5, at(server, concurrency=2))
         while len(server.bodies) < 2:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sert_min import tasks
-from sert_min.runtime import SertError
+from sert_min.io.errors import SertError
 from sert_min.tokenizer import END, Tokenizer, byte_alphabet, load_tokenizer
 
 VOCAB, MERGES_FILE = (  # the names that tiktoken's cache gives to GPT-2's two files

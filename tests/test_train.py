@@ -12,11 +12,14 @@ import transformers
 from conftest import make_tiny_model
 
 import train
-from sert_min import evaluate, gpt2, plots, runtime, tasks
-from sert_min.gpt2 import load_model, read_sert
+from sert_min import tasks
+from sert_min.gpt2 import load_model
+from sert_min.io import hub, machine
+from sert_min.io.errors import SertError
+from sert_min.io.files import read_json, read_jsonl, to_line
+from sert_min.io.hub import read_sert
 from sert_min.prompts import answer_sentence
-from sert_min.runtime import SertError
-from sert_min.store import read_json, read_jsonl, to_line
+from sert_min.report import figures
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +34,14 @@ def run(tmp_path, tiny, monkeypatch):
     """run("--flags") trains in tmp_path and returns the default output folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "VALIDATE", 2)
-    monkeypatch.setattr(train, "greedy_cap", lambda task: 6)
+    monkeypatch.setitem(tasks.TASKS, "micro", tasks.get("micro")._replace(greedy_cap=6))
 
     def train_now(flags: str = "", **given) -> Path:
         words = f"--method finetune --limit 24 --epochs 2 --report 0 {flags}".split()
         args = train.parse_args(["--model", str(tiny), *words])
         vars(args).update(given)
         train.main(args)
-        out = args.out_dir or f"out/micro/{gpt2.model_label(str(tiny), tiny)}/finetune/seed0"
+        out = args.out_dir or f"out/micro/{hub.model_label(str(tiny), tiny)}/finetune/seed0"
         return tmp_path / out
 
     return train_now
@@ -144,10 +147,10 @@ def test_other_settings_are_refused(run, flag):
 def test_what_was_resolved_is_kept(run, monkeypatch):
     """Guards a resume that measures threads and dtype anew and then differs or is refused."""
     with monkeypatch.context() as m:
-        m.setattr(runtime, "pick_dtype", lambda name, device, n: torch.bfloat16)
+        m.setattr(machine, "pick_dtype", lambda name, device, n: torch.bfloat16)
         out = run("--max-steps 2")
     assert read_json(out / "settings.json")["dtype"] == "bf16"
-    monkeypatch.setattr(runtime, "pick_threads", lambda n: pytest.fail("asked again"))
+    monkeypatch.setattr(machine, "pick_threads", lambda n: pytest.fail("asked again"))
     run("--max-steps 3")
     with pytest.raises(SertError, match="dtype: bf16 there, fp32 now"):
         run("--max-steps 4", dtype="fp32")
@@ -256,13 +259,13 @@ def test_checkpoint_opens_in_transformers_and_continues(run, tiny):
     with torch.no_grad():
         assert (theirs(ids).logits - ours.logits(ours(ids))).abs().max() < 1e-5
     assert not torch.equal(ours.wte.weight, load_model(tiny).wte.weight)
-    root = gpt2.model_label(str(tiny), tiny)
+    root = hub.model_label(str(tiny), tiny)
     for name in (first, first / "last"):
         out = run("--max-steps 2 --out-dir " + name.name + "-child", model=str(name))
         sert = read_sert(out / "last")
         assert sert["root"] == root and sert["parents"] == [str(tiny), str(name)]
         assert sert["method"] == "finetune" and sert["step"] == 2
-    assert sert["settings"]["weights"] == gpt2.weights_hash(first / "last")
+    assert sert["settings"]["weights"] == hub.weights_hash(first / "last")
 
 
 def test_default_folder_of_a_child_run_is_not_its_parents(run):
@@ -303,6 +306,5 @@ def test_curve_is_drawn(run, tmp_path):
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     metrics = tmp_path / "m.jsonl"
     metrics.write_text(json.dumps({"step": 1, "epoch": 1, "loss": 2.0}) + "\n")
-    plots.plot_training(metrics, tmp_path / "m.png", "one step")
+    figures.plot_training(metrics, tmp_path / "m.png", "one step")
     assert (tmp_path / "m.png").stat().st_size > 1000
-    assert evaluate.greedy_cap("micro") == 64 and evaluate.greedy_cap("strategy_qa") == 512

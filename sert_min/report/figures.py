@@ -5,16 +5,19 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
+
 from sert_min.filters import RULES
-from sert_min.judge import KEYS, SCORED
-from sert_min.runtime import SertError
-from sert_min.store import read_json, read_jsonl, write_atomic
+from sert_min.io.errors import SertError
+from sert_min.io.files import read_json, read_jsonl, write_atomic
+from sert_min.metrics import mean_interval
+from sert_min.report.judge import KEYS, SCORED
 
 
 def plot_training(metrics: Path, png: Path, title: str) -> None:
     """Loss of each step with a centred mean over a fortieth of the run and, with --holdout, the
     validation loss and, below, the validation accuracy of each epoch."""
-    import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -196,7 +199,6 @@ def size_order(model: str) -> tuple[int, str]:
 
 def canvas(out: Path, *shape, **options):
     """A figure without a screen; its folder is made."""
-    import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -214,7 +216,6 @@ def canvas(out: Path, *shape, **options):
 
 def save(fig, png: Path) -> None:
     """Write and forget a figure; no version or date in the file, so equal data gives equal bytes."""
-    import matplotlib.pyplot as plt
 
     fig.savefig(png, dpi=150, metadata={"Software": None})
     plt.close(fig)
@@ -250,7 +251,6 @@ def plot_tokens(groups: dict[str, list[float]], png: Path, title: str) -> None:
 def plot_criteria(by_model: dict[str, dict[str, list[dict]]], png: Path, title: str) -> dict:
     """Fig. 3: mean score of each criterion with its 95 % interval, SERT+RD against RD; a panel per
     model. Returns the numbers."""
-    from sert_min.evaluate import mean_interval
 
     fig, axes = canvas(png, 1, len(by_model), figsize=(1.2 + 4.4 * len(by_model), 4), sharey=True)
     numbers: dict = {}

@@ -18,17 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import score
+from sert_min.answers import strip_answer_sentence
 from sert_min.gpt2 import GPT2, first_broken
-from sert_min.prompts import answer_sentence, question_prompt, strip_answer_sentence
-from sert_min.runtime import SertError
-from sert_min.tasks import LETTERS, Question
+from sert_min.io.errors import SertError
+from sert_min.prompts import answer_sentence, question_prompt
+from sert_min.questions import Question
 
 ROWS = 16  # questions that are scored together
-
-
-def possible_answers(question: Question) -> list[str]:
-    """A, B, .. or yes, no."""
-    return list(LETTERS[: len(question.choices)]) if question.choices else ["yes", "no"]
 
 
 class Tree(NamedTuple):
@@ -46,8 +42,7 @@ def make_tree(tokenizer, question: Question, text: str, suffix: str, room: int) 
     prompt = tokenizer.encode(question_prompt(question, suffix))
     reasoning = strip_answer_sentence(text)[0]
     path = tokenizer.encode(" " + reasoning) if reasoning else []
-    answers = possible_answers(question)
-    options = [tokenizer.encode(f" {answer_sentence(question, a)}") for a in answers]
+    options = [tokenizer.encode(f" {answer_sentence(question, a)}") for a in question.answers]
     path = path[: max(0, room - len(prompt) - max(map(len, options)))]
     ids, positions = prompt + path, list(range(len(prompt) + len(path)))
     option, start = [-1] * len(ids), len(ids)
@@ -97,7 +92,7 @@ def answer_logprobs(
         wanted = [place for row, tree in enumerate(trees) for place in predictions(row, tree)]
         rows, places, targets = torch.tensor(wanted, device=device).T[:3]
         logprobs = score(hidden[rows, places], weight, targets).tolist()
-        sums = [[0.0] * len(possible_answers(q)) for q, _ in some]
+        sums = [[0.0] * len(q.answers) for q, _ in some]
         for (row, _, _, option), logprob in zip(wanted, logprobs):
             sums[row][option] += logprob
         for row, ((q, _), values) in enumerate(zip(some, sums)):
@@ -107,7 +102,7 @@ def answer_logprobs(
                     f"({first_broken(model, trees[row].ids[: trees[row].start])}); check the "
                     "model's weights, or use --dtype fp32"
                 )
-            out.append({a: round(v, 4) for a, v in zip(possible_answers(q), values)})
+            out.append({a: round(v, 4) for a, v in zip(q.answers, values)})
     return out
 
 

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sert_min.runtime import SertError
+from sert_min.io.errors import SertError, need
 
 
 def to_line(record: dict) -> str:
@@ -268,20 +268,23 @@ def lock_folder(folder: Path | str, name: str = ".lock", shared: bool = False) -
         yield
 
 
-def check_settings(path: Path, settings: dict, fix: str) -> None:
+def stored_settings(path: Path) -> dict:
+    """The settings that an earlier run wrote down at `path`; {} if there was none."""
+    return read_json(path) if path.exists() else {}
+
+
+def check_settings(path: Path, settings: dict, fix: str, defaults: dict | None = None) -> None:
     """Store `settings` (JSON) at `path`, or compare with what is stored there: a difference is an
-    error that shows both values. Work under other settings is never mixed into a folder."""
+    error that shows both values, so work under other settings is never mixed into a folder. A
+    setting that an older folder lacks counts as its default."""
     settings = json.loads(json.dumps(settings))
     if not path.exists():
         write_atomic(path, json.dumps(settings, indent=1) + "\n")
         return
-    stored = read_json(path)
-    differ = [k for k in stored.keys() | settings.keys() if stored.get(k) != settings.get(k)]
-    if differ:
-        shown = "; ".join(
-            f"{k}: {stored.get(k)} there, {settings.get(k)} now" for k in sorted(differ)
-        )
-        raise SertError(f"{path.parent} holds a run with other settings ({shown}); {fix}")
+    there = {**(defaults or {}), **read_json(path)}
+    differ = [k for k in sorted(settings) if there.get(k) != settings[k]]
+    shown = "; ".join(f"{k}: {there.get(k)} there, {settings[k]} now" for k in differ)
+    need(not differ, f"{path.parent} holds a run with other settings ({shown}); {fix}")
 
 
 def sha256_file(path: Path | str) -> str:

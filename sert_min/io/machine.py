@@ -2,59 +2,16 @@
 
 import contextlib
 import ctypes
-import errno
 import os
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
 from kernels import cpu
-
-
-class SertError(Exception):
-    """A problem that the user can mend. The message is one line and names the fix."""
-
-
-def run_script(main, args) -> None:
-    """Run `main(args)`; known errors become one line on stderr and a non-zero exit status."""
-    try:
-        main(args)
-    except SertError as e:
-        sys.exit(f"error: {printable(str(e))}")
-    except KeyboardInterrupt:
-        print("\ninterrupted; repeat the same command to continue", file=sys.stderr)
-        sys.exit(130)
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory; give a smaller --rows or --block-questions")
-    except OSError as e:
-        hints = {
-            errno.ENOSPC: "free some space, then repeat the same command to continue",
-            errno.EDQUOT: "free some space, then repeat the same command to continue",
-            errno.EROFS: "choose a writable folder with --out-dir",
-            errno.EEXIST: "a file is in the way, choose a folder with --out-dir",
-            errno.ENOENT: "make its folder first",
-            errno.ENOTDIR: "a file is in the way, choose a folder with --out-dir",
-            errno.EACCES: "choose a folder that you may use with --out-dir",
-        }
-        if e.errno not in hints:
-            raise
-        where = f": {printable(str(e.filename))}" if e.filename else ""  # writes carry no name
-        sys.exit(f"error: {e.strerror}{where}; {hints[e.errno]}")
-
-
-def printable(text: str) -> str:
-    """`text` on one line without control characters: model and data text is not trusted."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def printable_lines(text: str) -> str:
-    """The same for text whose line ends are wanted."""
-    return "\n".join(map(printable, text.split("\n")))
+from sert_min.io.errors import SertError, need
+from sert_min.io.files import fits
 
 
 def pick_device(name: str) -> torch.device:
@@ -142,36 +99,27 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, old or signal.SIG_DFL)
 
 
-def this_command() -> str:
-    """The command line that started this process, or torchrun."""
-    n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    launcher = ["torchrun", "--nproc-per-node", str(n)] if n > 1 else ["python"]
-    return shlex.join([*launcher, *sys.argv])
-
-
 MACHINE = ("device", "dtype", "threads", "cpu", "gpu", "torch")  # what decides a run's bytes
 
 
-def resolve_machine(args, settings: Path, n_params: int) -> tuple[torch.device, dict]:
-    """The device of a run, and what of this machine decides its bytes (MACHINE). Device, dtype and
-    threads that were left to us stay those of the run's settings file, if there is one; another
-    CPU, GPU or torch than there is refused later (store.check_settings)."""
-    from sert_min.store import fits, read_json  # here: store.py needs this file's SertError
-
-    stored = read_json(settings) if settings.exists() else {}
+def resolve_machine(
+    device: str, dtype: str, stored: dict, n_params: int
+) -> tuple[torch.device, dict]:
+    """The device of a run, and everything about this machine that decides the run's bytes (MACHINE).
+    `device` and `dtype` are flags; where they say auto, and for the threads, what the run's `stored`
+    settings hold goes on. Another CPU, GPU or torch is refused later (files.check_settings)."""
     form = {"device": str, "dtype": str, "threads": range(1, 2**15)}
-    if stored and not (fits(stored, form) and stored["dtype"] in ("fp32", "bf16")):
-        raise SertError(f"{settings} is damaged or not of this script; choose another --out-dir")
-
-    def chosen(flag: str) -> str:
-        value = getattr(args, flag)
-        return stored.get(flag, value) if value == "auto" else value
-
-    device = pick_device(chosen("device"))
-    dtype = pick_dtype(chosen("dtype"), device, n_params)
+    whole = not stored or fits(stored, form) and stored["dtype"] in ("fp32", "bf16")
+    need(
+        whole,
+        "the settings in this folder are damaged or not of this script; choose another --out-dir",
+    )
+    where = pick_device(stored.get("device", "auto") if device == "auto" else device)
+    wanted = stored.get("dtype", "auto") if dtype == "auto" else dtype
+    wanted = pick_dtype(wanted, where, n_params)
     threads = stored.get("threads") or pick_threads(n_params)
     torch.set_num_threads(threads)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    dtype = "bf16" if dtype is torch.bfloat16 else "fp32"
+    gpu = torch.cuda.get_device_name(where) if where.type == "cuda" else None
+    name = "bf16" if wanted is torch.bfloat16 else "fp32"
     kind = torch.backends.cpu.get_cpu_capability() + (" with bf16" if cpu.has_bf16() else "")
-    return device, dict(zip(MACHINE, (device.type, dtype, threads, kind, gpu, torch.__version__)))
+    return where, dict(zip(MACHINE, (where.type, name, threads, kind, gpu, torch.__version__)))

@@ -9,25 +9,18 @@ wrong and counted, never guessed.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from sert_min import tasks
+from sert_min.answers import extract_answer, extract_lenient, stated_answers
 from sert_min.filters import rep2
 from sert_min.generate import GREEDY, sample_block
 from sert_min.gpt2 import GPT2
-from sert_min.prompts import extract_answer, extract_lenient, question_prompt, stated_answers
-from sert_min.runtime import SertError
-from sert_min.tasks import CHOICES, LETTERS, Question, majority, stem
+from sert_min.io.errors import SertError
+from sert_min.prompts import question_prompt
+from sert_min.questions import Question, majority
 
-MAX_NEW_TOKENS = 512  # of a greedy output: 256 could not give the paper's Len of 257
 MAX_LOOP = 0.5  # rep-2 over words above which an output counts as severely repetitive
-
-
-def greedy_cap(task: str) -> int:
-    """New tokens of a greedy output at most; the micro-world has a small context."""
-    return tasks.preset(task)["max_new_tokens"] if task == "micro" else MAX_NEW_TOKENS
 
 
 def greedy(
@@ -35,7 +28,7 @@ def greedy(
     tokenizer,
     questions: list[Question],
     suffix: str = "",
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int = 512,
     rows: int = 64,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[tuple[str, str]]:
@@ -145,38 +138,3 @@ def without_nan(value):
     if isinstance(value, (list, tuple)):
         return [without_nan(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-# --- texts from elsewhere -------------------------------------------------------------------------
-
-
-def question_of(row: dict, task: str, by_key: dict) -> Question:
-    """The question of a record: from its own text if that shows the options, else from `by_key`
-    (questions by id and by text without options). Letters alone do where nothing is known."""
-    answer, text = row.get("answer"), row.get("question")
-    if answer not in (*LETTERS, "yes", "no"):
-        raise ValueError(f"answer {answer!r} is not one of A to E, yes, no")
-    task, text = str(row.get("task", task)), text if isinstance(text, str) else ""
-    name = str(row.get("id", row.get("index", "")))
-    if answer in ("yes", "no"):
-        return Question(task, name, text, answer)
-    _, _, listed = text.partition(CHOICES)
-    if listed:
-        options = tuple(re.split(r"(?:^|, )\([A-E]\) ", listed)[1:])
-    else:
-        known = by_key.get(name) or by_key.get(stem(text))
-        if known and known.answer != answer:
-            raise ValueError(f"the answer of question {name} is {known.answer} in the dataset")
-        if text and not known:
-            raise ValueError("its question shows no options and is not in the dataset; --task?")
-        options, text = (known.choices, known.text) if known else (("",) * 5, text)
-    return Question(task, name, text, answer, options)
-
-
-def text_of(row: dict) -> str:
-    """A record's text, or a teacher's rationale with its answer."""
-    if isinstance(row.get("text"), str):
-        return row["text"]
-    if isinstance(row.get("rationale"), str) and isinstance(row.get("teacher_completion"), str):
-        return f"{row['rationale']} So the answer is {row['teacher_completion']}"
-    raise ValueError("it has neither text nor rationale and teacher_completion")

@@ -10,25 +10,27 @@ import copy
 from collections import Counter
 from dataclasses import replace
 
-from sert_min import filters, micro, prompts
-from sert_min.evaluate import greedy, score
+from sert_min import filters, patterns, prompts
 from sert_min.finetune import encode_example, epoch_order, make_optimizer, train_step
 from sert_min.generate import SampleSettings, sample_block
-from sert_min.gpt2 import load_model, read_sert
+from sert_min.gpt2 import load_model
+from sert_min.io.hub import read_sert
+from sert_min.metrics import greedy, score
+from sert_min.micro import program, world
 from sert_min.tokenizer import load_tokenizer
 
 KINDS = ("direct", "imitative", "options", "reasoning", "other")
-SETTINGS = SampleSettings(max_new_tokens=micro.PRESET["max_new_tokens"])
-RULES = filters.FilterSettings(**{k: micro.PRESET[k] for k in ("min_tokens", "max_rep2",
+SETTINGS = SampleSettings(max_new_tokens=world.PRESET["max_new_tokens"])
+RULES = filters.FilterSettings(**{k: world.PRESET[k] for k in ("min_tokens", "max_rep2",
                                                               "min_perplexity")})  # fmt: skip
 
 
 def behaviour(question, text):
     """Which of Figure 2's kinds an output is; reasoning states a fact of this world."""
-    broken = filters.pattern_break(text, question)
+    broken = patterns.pattern_break(text, question)
     if broken:
         return broken[0]
-    return "reasoning" if micro.check_path(question, text)["stated"] else "other"
+    return "reasoning" if program.check_path(question, text)["stated"] else "other"
 
 
 def sampled(model, tokenizer, questions, settings):
@@ -48,14 +50,14 @@ def sampled(model, tokenizer, questions, settings):
     return filters.select(records)
 
 
-def recall(model, tokenizer, world):
+def recall(model, tokenizer, facts):
     """Share of the facts (homes, town values) that the student states rightly when asked."""
-    asked = [(micro.ASK_HOME.format(p=p), t) for p, t in world.home.items()]
-    asked += [(micro.RELATIONS[name].ask.format(t=t), v) for (name, t), v in world.value.items()]
-    questions = [micro.Question("micro", str(i), text, t) for i, (text, t) in enumerate(asked)]
+    asked = [(world.ASK_HOME.format(p=p), t) for p, t in facts.home.items()]
+    asked += [(world.RELATIONS[name].ask.format(t=t), v) for (name, t), v in facts.value.items()]
+    questions = [world.Question("micro", str(i), text, t) for i, (text, t) in enumerate(asked)]
     outputs = greedy(model, tokenizer, questions, "", 16)
     right = [text.rstrip(" .").endswith(q.answer) for q, (text, _) in zip(questions, outputs)]
-    n = len(world.home)
+    n = len(facts.home)
     return sum(right[:n]) / n, sum(right[n:]) / (len(right) - n)
 
 
@@ -85,7 +87,7 @@ def accuracy(model, tokenizer, questions, by="correct"):
 
 def path_checks(by_id, records):
     """Shares of records with right facts, the relation asked for, a verdict that follows, gold."""
-    checks = [micro.check_path(by_id[r["id"]], r["text"]) for r in records]
+    checks = [program.check_path(by_id[r["id"]], r["text"]) for r in records]
     n = max(1, len(checks))
     return {k: sum(c[k] for c in checks) / n for k in ("facts", "relation", "verdict", "gold")}
 
@@ -94,7 +96,7 @@ def report(folder, n=200, world_seed=None, epochs=(5, 15), log=print):
     """Log the table line by line; returns its numbers as a flat dictionary of shares."""
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     seed = read_sert(folder)["settings"]["world_seed"] if world_seed is None else world_seed
-    test, train = (micro.questions(split, seed) for split in ("test", "train"))
+    test, train = (world.questions(split, seed) for split in ("test", "train"))
     test = test[:n]
     by_id = {q.id: q for q in [*test, *train]}
     out = {}
@@ -108,7 +110,7 @@ def report(folder, n=200, world_seed=None, epochs=(5, 15), log=print):
     line("greedy", **shares(behaviour(q, text) for q, (text, _) in zip(test, outputs)))
     raw = sampled(model, tokenizer, test, replace(SETTINGS, raw=True))
     line("25 plain samples", **shares(behaviour(by_id[r["id"]], r["text"]) for r in raw))
-    home, value = recall(model, tokenizer, micro.make_world(seed))
+    home, value = recall(model, tokenizer, world.make_world(seed))
     line("facts known when asked", homes=home, values=value)
     yes_no, choice = accuracy(model, tokenizer, test, "lenient")
     line("direct answers right", yes_no=yes_no, five_choice=choice)
@@ -147,7 +149,7 @@ def write_readme(folder, n=200):
 
 README = """# The micro-world's student
 
-A small model of GPT-2 architecture, trained from nothing on a generated world (`sert_min/micro.py`)
+A small model of GPT-2 architecture, trained from nothing on a generated world (`sert_min/micro/world.py`)
 by `python -m sert_min.micro build`, which also wrote this file. It opens in `transformers`.
 
 ## Recipe

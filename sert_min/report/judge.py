@@ -9,13 +9,15 @@ micro-world a program judges (`micro.judge`). A score that can't be read is miss
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sert_min.evaluate import mean_interval
-from sert_min.runtime import SertError
-from sert_min.store import lock_folder
-from sert_min.teacher import Ask, Collection, Endpoint, collect, stored_replies
+from tqdm import tqdm
+
+from sert_min.io.endpoint import Ask, Collection, Endpoint, collect, stored_replies
+from sert_min.io.errors import SertError
+from sert_min.io.files import lock_folder
+from sert_min.metrics import mean_interval
 
 # Each is asked for by a question, as in the paper's Table I. A fifth one also changes the words
 # "four" below, micro.judge and the panels of plots.plot_ablation; and as the prompt is another one
@@ -141,7 +143,6 @@ def ask_judge(
 ) -> tuple[list[dict], list[str]]:
     """(a score record per record that has a reply, why replies are missing); replies are kept in
     `folder`, which all runs of a task share. Stops early if most replies can't be read."""
-    from tqdm import tqdm
 
     with lock_folder(folder, ".lock-responses"):
         collection = Collection(folder / "responses.jsonl").load()
@@ -188,11 +189,9 @@ def check_readable(replies: list[str]) -> None:
         )
 
 
-def program_scores(records: Iterable[dict], questions: dict) -> list[dict]:
-    """The micro-world's judge: it knows the facts. `questions` by id."""
-    from sert_min import micro
-
-    return [score_record(r, micro.judge(questions[r["id"]], r["text"])) for r in records]
+def program_scores(records: Iterable[dict], questions: dict, judge: Callable) -> list[dict]:
+    """Scores by a program that knows the facts (tasks.Task.judge); `questions` by id."""
+    return [score_record(r, judge(questions[r["id"]], r["text"])) for r in records]
 
 
 def plan(records: list[dict], e: Endpoint, folder: Path) -> tuple[int, int, int, int]:

@@ -32,11 +32,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
-from sert_min.runtime import SertError, printable, stop_signals, this_command
-from sert_min.store import append_durable, fits, read_jsonl, set_torn_tail_aside, to_line
+from sert_min.io.errors import SertError, printable, this_command
+from sert_min.io.files import append_durable, fits, read_jsonl, set_torn_tail_aside, to_line
+from sert_min.io.machine import stop_signals
 
 MAX_REPLY = 1_000_000  # characters of one completion that are kept
 TRIES = 6  # attempts per request; those that only met a rate limit do not count
@@ -170,6 +172,7 @@ def make_client(e: Endpoint):
         )
     if not key and e.is_openai():
         raise SertError("OPENAI_API_KEY is not set; set it, or give --base-url of a local server")
+
     import openai  # late: half a second that --help does not need
 
     http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not local)
@@ -210,6 +213,7 @@ def is_loopback(host: str) -> bool:
 
 def attempt(client, e: Endpoint, messages: list[dict]) -> dict:
     """Send one request; the fields of its reply, or Retry, or SertError to stop everything."""
+
     import openai
 
     api = client.completions if e.completions else client.chat.completions
@@ -300,7 +304,6 @@ def flag_to_change(said: str, parameter: str, e: Endpoint) -> str:
 
 def retry_after(headers) -> float | None:
     """Seconds that the server asks to wait: milliseconds, seconds or an HTTP date."""
-    from email.utils import parsedate_to_datetime
 
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from sert_min import filters
-from sert_min.runtime import SertError
-from sert_min.store import PATH, read_json, read_jsonl, write_atomic
-from sert_min.tasks import CHOICES, LETTERS, Question
+from sert_min import filters, patterns
+from sert_min.io.errors import SertError
+from sert_min.io.files import PATH, read_json, read_jsonl, write_atomic
+from sert_min.questions import CHOICES, LETTERS, Question
 from sert_min.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -151,7 +151,7 @@ def token_texts(token_bytes: Sequence[bytes]) -> list[str]:
     >>> token_texts([b"a", b"\\xe2\\x82", b"\\xac!"])
     ['a', '', '€!']
     """
-    text, ends = filters.decode(token_bytes), filters.characters_complete(token_bytes)
+    text, ends = patterns.decode(token_bytes), patterns.characters_complete(token_bytes)
     return [text[a:b] for a, b in zip([0, *ends], ends)]
 
 
@@ -168,7 +168,7 @@ def compact_path(r: dict, vocab: Vocabulary) -> list:
             "model that the paths were sampled from"
         ) from None
     start, end = r["path_start"], r["path_end"]
-    if filters.decode(token_bytes[start:end]) != r["text"]:
+    if patterns.decode(token_bytes[start:end]) != r["text"]:
         raise SertError(
             f"the text of question {r['id']} is not what this model's tokenizer makes of its "
             "tokens: take the model that the paths were sampled from"
@@ -191,7 +191,7 @@ def breaking_token(r: dict, token_bytes: list[bytes]) -> int:
         return -1
     question = Question(r["task"], r["id"], r["question"], r["answer"], choices_of(r["question"]))
     start = r["path_start"]
-    found = filters.break_token(token_bytes[start:], question, (kind,), r["finish"] != "rejected")
+    found = patterns.break_token(token_bytes[start:], question, (kind,), r["finish"] != "rejected")
     return start + found[1] if found else -1
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from sert_min.runtime import SertError
-from sert_min.store import fits, read_json
+from sert_min.io.errors import SertError
+from sert_min.io.files import fits, read_json
 
 METHODS = ("finetune", "sert", "sert-rd", "rd")  # in the paper's order
 METRICS = ("acc", "fmt", "len", "rep")

@@ -17,9 +17,9 @@ from pathlib import Path
 import regex
 import torch
 
-from sert_min import micro
 from sert_min.finetune import loss_sum, n_supervised, pack
 from sert_min.gpt2 import GPT2, GPT2Config, save_model
+from sert_min.micro import world
 from sert_min.tokenizer import END, PATTERN, byte_alphabet, load_tokenizer
 
 
@@ -69,8 +69,8 @@ def save_bpe(merges: list[tuple[str, str]], folder: Path | str) -> None:
 
 def corpus(world_seed: int, documents: int, seed: int = 0) -> list[str]:
     """The pretraining documents of a world, in training order."""
-    world, rng = micro.make_world(world_seed), random.Random(f"corpus {world_seed} {seed}")
-    return [micro.document(world, rng) for _ in range(documents)]
+    facts, rng = world.make_world(world_seed), random.Random(f"corpus {world_seed} {seed}")
+    return [world.document(facts, rng) for _ in range(documents)]
 
 
 def pretrain(model, documents, steps, batch=48, lr=3e-3, muon_lr=0.02, decay=0.1, log=print):
@@ -110,7 +110,7 @@ def pretrain(model, documents, steps, batch=48, lr=3e-3, muon_lr=0.02, decay=0.1
             total = 0.0
 
 
-def build(out, world_seed=micro.STUDENT_SEED, steps=1600, batch=48, seed=0, log=print):
+def build(out, world_seed=world.STUDENT_SEED, steps=1600, batch=48, seed=0, log=print):
     """Write the student of a world into folder `out` (Hugging Face form, with sert.json)."""
     start = time.time()
     texts = corpus(world_seed, steps * batch, seed)
@@ -126,7 +126,7 @@ def build(out, world_seed=micro.STUDENT_SEED, steps=1600, batch=48, seed=0, log=
             f"{max(map(len, documents))}; vocabulary {tokenizer.n_vocab}, "
             f"{model.n_params():,} parameters")  # fmt: skip
         pretrain(model, documents, steps, batch, log=log)
-        settings = {"world_seed": world_seed, "steps": steps, "batch": batch, "mix": micro.MIX}
+        settings = {"world_seed": world_seed, "steps": steps, "batch": batch, "mix": world.MIX}
         sert = {"method": "pretrain", "task": "micro", "seed": seed, "settings": settings}
         save_model(model, Path(out), Path(folder), sert)
     log(f"built {out} in {time.time() - start:.0f} s")

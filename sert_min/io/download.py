@@ -1,0 +1,90 @@
+"""Downloads of data files, checked against their SHA-256 and cached."""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+from sert_min.io.errors import SertError
+from sert_min.io.files import sha256_file, sync_folder
+
+DATA_URL = (  # of the authors of zero-shot CoT; SERT_DATA_URL names another place
+    "https://raw.githubusercontent.com/kojima-takeshi188/zero_shot_cot/"
+    "5ef330fcdeec0cd26aee27943504f91f8ec1c33c/dataset"
+)
+TIMEOUT = 30  # seconds without an answer
+MAX_BYTES = 50_000_000
+
+
+class DataFile(NamedTuple):
+    local: str  # under --data-dir and in the cache
+    remote: str  # under DATA_URL
+    sha256: str
+
+
+def cache() -> Path:
+    """The folder of downloaded files (SERT_CACHE)."""
+    return Path(os.environ.get("SERT_CACHE") or Path.home() / ".cache" / "sert_min")
+
+
+def data_file(file: DataFile, data_dir: Path | None = None) -> Path:
+    """Path of a checked data file: in `data_dir`, or in the cache, downloaded if need be."""
+    if data_dir:
+        path = data_dir / file.local
+        if not path.is_file():
+            raise SertError(f"{path} is missing; check --data-dir, or leave it out to download")
+        found = sha256_file(path)
+        if found != file.sha256:
+            raise SertError(
+                f"{path} has SHA-256 {found}, expected {file.sha256}; "
+                "replace the file, or leave --data-dir out to download the right one"
+            )
+        return path
+    path = cache() / file.local
+    if not (path.is_file() and sha256_file(path) == file.sha256):
+        url = f"{os.environ.get('SERT_DATA_URL') or DATA_URL}/{file.remote}"
+        save_checked(path, download(url), file.sha256, url)
+    return path
+
+
+def download(url: str) -> bytes:
+    """The body of `url`; every failure is one line that names a way out."""
+    way_out = "check the network and repeat, or get the files elsewhere and give --data-dir"
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            return response.read(MAX_BYTES)
+    except urllib.error.HTTPError as e:
+        raise SertError(f"{url} answered {e.code} {e.reason}; {way_out}") from None
+    except (OSError, http.client.HTTPException, ValueError) as e:  # URLError is an OSError
+        reason = getattr(e, "reason", None) or e
+        raise SertError(f"could not download {url} ({reason}); {way_out}") from None
+
+
+def save_checked(path: Path, data: bytes, sha256: str, url: str) -> None:
+    """Write `data` at `path`, whole and durable, if its hash is right; else nothing is kept."""
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise SertError(
+            f"{url} gave {len(data):,} bytes with SHA-256 {found}, expected {sha256}; "
+            "repeat (a cut download?), or get the files elsewhere and give --data-dir"
+        )
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except OSError as e:
+        raise SertError(
+            f"could not write {path} ({e.strerror}); free space or name a folder with SERT_CACHE"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):  # an unusable folder has its own error, above
+            part.unlink(missing_ok=True)

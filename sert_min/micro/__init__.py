@@ -1,0 +1,1 @@
+"""The micro-world: a small closed world with its own student, teacher and judge."""

@@ -1,0 +1,225 @@
+"""What is not reasoning: the three patterns of rule 1 [SERT §II-A-2, Fig. 2]."""
+
+import codecs
+import functools
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from sert_min.answers import HEDGES, words_pattern
+from sert_min.io.errors import SertError
+from sert_min.questions import LETTERS, Question
+
+PATTERN_KINDS = ("imitative", "options", "direct")  # ties go to the first
+EARLY_KINDS = PATTERN_KINDS[:2]  # nothing mends them; a direct answer may get a second sentence
+
+
+def parse_patterns(text: str) -> tuple[str, ...]:
+    """`--patterns`: kinds to drop, comma-separated, in any order; `none` drops nothing."""
+    kinds = {part.strip() for part in text.split(",")} - {""}
+    if kinds == {"none"}:
+        return ()
+    if not kinds or kinds - set(PATTERN_KINDS):
+        raise SertError(f"--patterns takes {','.join(PATTERN_KINDS)} or none, not {text!r}")
+    return tuple(kind for kind in PATTERN_KINDS if kind in kinds)
+
+
+# --- 1 pattern -------------------------------------------------------------------------------
+#
+# imitative   `Question:` or `Answer:` stands in the text, in this spelling.
+# options     Lists two or more different options back:
+#             by label: (A) and (B) with at most LABEL_WORDS words, no verb of PROSE and no sentence
+#             end between them (option texts aside: `(A) bank. (B) mall` is a list; `(B) is wrong,
+#             (C) fits` is prose), or `A. bank B. mall`; or
+#             by text: three option texts, or two that fill a sentence or line of their own, with
+#             only commas, `or`, `and`, articles, labels or line breaks between them (`a bank is
+#             likelier than a library`, `a bank or a mall has one` are prose).
+#             A yes/no question has options too: labels as above, and `yes or no`, `yes/no`.
+# direct      The whole text states an answer: optional `The answer is` or `It is` and a hedge, then
+#             yes or no, a label, an option's text, or label and text. Known at the end only: a
+#             second sentence may still come.
+
+_IMITATIVE = re.compile(r"Question:|Answer:")
+LABEL_WORDS = 8
+LIST_REACH = 200  # characters between the starts of two neighbours of a list of texts
+PROSE = re.compile(
+    r"\b(?:is|are|was|were|be|isn['’]t|aren['’]t|would|could|should|can|cannot|can['’]t|will|won['’]t"
+    r"|may|might|must|has|have|had|does|do|did|doesn['’]t|don['’]t|seems?|makes?|because|since|if|than"
+    r"|not|which|that|it|they|he|she|you|so|but)\b|[.!?](?=\s)",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(rf"\(([{LETTERS}{LETTERS.lower()}])\)")
+_MARK = rf"[(\[]?[{LETTERS}{LETTERS.lower()}\d][).\]:]"  # (B)  B.  2)  before a listed text
+_GAP = (  # what may stand between two listed texts; short, so that no run of spaces is slow
+    rf"""(?:[\s"'“”‘’*_,;/|.•-]|\b(?:and/or|and|or|an?|the)\b|{_MARK}){{1,12}}"""
+)
+_LEAD = re.compile(  # what stands before a list that fills a sentence or line
+    rf"""(?:\A|[.!?:]|\n|\b(?:options|choices)\ are\b)
+    (?:[\s"'“”‘’)\]*_•-]|\b(?:either|an?|the)\b|{_MARK})*\Z""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_TAIL = re.compile(r"""["'”’)\]*_]*(?:[.!?]+["'”’)\]]*\s|[^\S\n]*\n)""")  # .. and after it
+_TAIL_AT_END = re.compile(r"""["'”’)\]*_]*[.!?]*["'”’)\]]*\s*\Z""")
+# The character that shows that a word is over. U+FFFD does not: it may be half a letter.
+_AFTER = r"(?=(?P<after>[^\w'’\ufffd-]|\Z))"
+_YES_OR_NO = re.compile(
+    rf"""\b(?:yes["'”’]?\s*(?:/|,?\s?or\b)\s*["'“‘]?no|no["'”’]?\s*(?:/|,?\s?or\b)\s*["'“‘]?yes){_AFTER}""",
+    re.IGNORECASE,
+)
+
+
+class _ChoicePatterns(NamedTuple):
+    words: re.Pattern  # any option's text
+    pair: re.Pattern  # two option texts as in a list: a cheap first look
+    each: tuple[re.Pattern, ...]  # one per different text, as whole words
+    direct: re.Pattern
+
+
+@functools.lru_cache(512)
+def _choice_patterns(choices: tuple[str, ...]) -> _ChoicePatterns:
+    words = words_pattern(choices)
+    different = sorted({" ".join(c.lower().split()) for c in choices} - {""})
+    label = rf"[(\[]?[{LETTERS}{LETTERS.lower()}][)\]]?[.:]?"
+    text = rf"yes|no|(?:(?:an?|the)\s)?(?:{words})"
+    direct = (
+        r"(?:(?:so|thus|therefore|hence),? )?"
+        r"(?:(?:the (?:\w+ )?answer(?: is|:)|it is|it['’]s)[:,]? )?"
+        rf"(?:(?:{HEDGES}) )?(?:(?:option|choice) )?"
+        rf"(?:{label}(?:[ :,–-]{{0,3}}(?:{text}))?|{text})[)\].!?]*"
+    )
+    return _ChoicePatterns(
+        re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE),
+        re.compile(rf"(?<!\w)(?:{words}){_GAP}(?:{words})", re.IGNORECASE),
+        tuple(
+            re.compile(rf"(?<!\w){words_pattern([t])}{_AFTER}", re.IGNORECASE) for t in different
+        ),
+        re.compile(direct, re.IGNORECASE),
+    )
+
+
+_GAP_ONLY = re.compile(_GAP, re.IGNORECASE)
+_HAS_MARK = re.compile(rf"(?<![^\W_]){_MARK}", re.IGNORECASE)
+
+
+def pattern_break(
+    text: str, question: Question, kinds: Sequence[str] = PATTERN_KINDS, final: bool = True
+) -> tuple[str, int] | None:
+    """(kind, length of the shortest beginning of `text` that breaks it) of the first break, if
+    any. With `final=False` more text may follow: what is found then, every continuation breaks.
+    This ends rows early; verdicts are `break_token`'s, which looks at whole tokens."""
+    breaks = pattern_breaks(text, question, kinds, final)
+    order = sorted(breaks, key=lambda kind: (breaks[kind], PATTERN_KINDS.index(kind)))
+    return (order[0], breaks[order[0]]) if order else None
+
+
+def pattern_breaks(
+    text: str, question: Question, kinds: Sequence[str] = PATTERN_KINDS, final: bool = True
+) -> dict[str, int]:
+    """For each broken kind the length of the shortest beginning of `text` that breaks it."""
+    breaks = {}
+    if "imitative" in kinds and (m := _IMITATIVE.search(text)):
+        breaks["imitative"] = m.end()
+    if "options" in kinds:
+        ends = [_label_list_end(text, question), _text_list_end(text, question, final)]
+        if ends := [end for end in ends if end is not None]:
+            breaks["options"] = min(ends)
+    if "direct" in kinds and final and _is_direct(text, question):
+        breaks["direct"] = len(text)
+    return breaks
+
+
+def break_token(
+    token_bytes: Sequence[bytes],
+    question: Question,
+    kinds: Sequence[str] = PATTERN_KINDS,
+    final: bool = True,
+) -> tuple[str, int] | None:
+    """(kind, index of the token that breaks it) of the earliest break in a path's tokens; in one
+    token the kinds go in the order of PATTERN_KINDS. The same as looking after every token."""
+    breaks = pattern_breaks(decode(token_bytes), question, kinds, final)
+    if not breaks:
+        return None
+    complete = characters_complete(token_bytes)
+    tokens = {kind: bisect_right(complete, end - 1) for kind, end in breaks.items()}
+    kind = min(tokens, key=lambda kind: (tokens[kind], PATTERN_KINDS.index(kind)))
+    return kind, tokens[kind]
+
+
+def _label_list_end(text: str, question: Question) -> int | None:
+    labels = list(_LABEL.finditer(text))
+    for a, b in zip(labels, labels[1:]):
+        between = text[a.end() : b.start()]
+        if a[1].upper() == b[1].upper() or len(between) > 200:
+            continue
+        rest, n_texts = _choice_patterns(question.choices).words.subn("", between)
+        rest = rest.strip(" .") if n_texts else rest
+        if len(rest.split()) <= LABEL_WORDS and not PROSE.search(rest):
+            return b.end()
+    return None
+
+
+def _text_list_end(text: str, question: Question, final: bool) -> int | None:
+    if not question.choices:
+        m = _YES_OR_NO.search(text)
+        return m.end("after") if m and (m["after"] or final) else None
+    patterns = _choice_patterns(question.choices)
+    if not patterns.pair.search(text):
+        return None
+    spans = sorted(
+        (m.start(), m.end(), option)
+        for option, pattern in enumerate(patterns.each)
+        for m in pattern.finditer(text)
+        if m["after"] or final
+    )
+    # Which options a list ending at each span can hold; `alone`: lists that begin a sentence or
+    # line. Overlapping texts (bus, bus stop) both count: so a longer text never mends a list.
+    listed: list[set[int]] = []
+    alone: list[set[int]] = []
+    ends = []
+    for j, (start, end, option) in enumerate(spans):
+        window = text[max(0, start - 60) : start]
+        begins = _LEAD.search(window if start <= 60 else "x" + window)
+        listed.append({option})
+        alone.append({option} if begins else set())
+        marked = False
+        for i in range(j - 1, -1, -1):
+            if start - spans[i][0] > LIST_REACH:
+                break
+            gap = text[spans[i][1] : start]
+            if not gap or not _GAP_ONLY.fullmatch(gap):
+                continue
+            listed[j] |= listed[i]
+            if alone[i]:
+                alone[j] |= alone[i] | {option}
+            marked |= spans[i][2] != option and bool(_HAS_MARK.search(gap))
+        if len(listed[j]) >= 3 or marked:
+            ends.append(min(end + 1, len(text)))
+        if len(alone[j]) >= 2:
+            if tail := _TAIL.match(text, end):
+                ends.append(tail.end())
+            elif final and _TAIL_AT_END.match(text, end):
+                ends.append(len(text))
+    return min(ends, default=None)
+
+
+def _is_direct(text: str, question: Question) -> bool:
+    plain = " ".join(re.sub(r"""["“”‘*_`]""", "", text).split()).strip("' ")
+    return len(plain) < 500 and bool(_choice_patterns(question.choices).direct.fullmatch(plain))
+
+
+# --- tokens and characters -------------------------------------------------------------------
+
+
+def decode(token_bytes: Sequence[bytes]) -> str:
+    """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
+    return b"".join(token_bytes).decode("utf-8", "replace")
+
+
+def characters_complete(token_bytes: Sequence[bytes]) -> list[int]:
+    """After each token, how many characters of the whole text are complete. A character that is
+    split over tokens belongs to the last of them."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    last = len(token_bytes) - 1
+    return list(accumulate(len(decoder.decode(b, i == last)) for i, b in enumerate(token_bytes)))

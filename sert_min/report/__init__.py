@@ -1,0 +1,1 @@
+"""What is made of results: scores, tables, figures, pages."""

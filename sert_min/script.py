@@ -1,0 +1,69 @@
+"""What the four scripts share: their common flags, and the student that they open.
+
+Each script turns its flags into settings and a student once, in `main`; `args` goes no further.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from sert_min import tasks
+from sert_min.io.errors import need
+from sert_min.io.hub import find_model, model_label, read_sert
+
+FLAGS: dict[str, dict] = {
+    "--task": dict(choices=tasks.TASKS, default=tasks.DEFAULT, help="default: %(default)s"),
+    "--data-dir": dict(help="read the datasets here instead of downloading them"),
+    "--model": dict(help="student: a name (gpt2, ..), folder or hub id (default: the task's)"),
+    "--out-dir": dict(help="where results go"),
+    "--limit": dict(type=int, help="only the first N questions (default: all)"),
+    "--seed": dict(type=int, default=0, help="default: %(default)s"),
+    "--device": dict(default="auto", help="auto, cpu, cuda or mps"),
+    "--dtype": dict(choices=("auto", "fp32", "bf16"), default="auto", help="of matrix products"),
+    "--dry-run": dict(action="store_true", help="print a prompt and the plan, then stop"),
+}
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser whose --help begins with the script's own docstring."""
+    return argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_flags(group, *names: str, **changes) -> None:
+    """Add the shared flags `names`; `changes` (limit=dict(help=..)) override what FLAGS says."""
+    for name in names:
+        group.add_argument(name, **FLAGS[name] | changes.get(name[2:].replace("-", "_"), {}))
+
+
+def given(value, otherwise):
+    """A flag's value, or `otherwise` if the flag was left out (0 is a value)."""
+    return otherwise if value is None else value
+
+
+def check_counts(args, *names: str) -> None:
+    """Refuse flags below 1 that count something."""
+    for name in names:
+        need(given(getattr(args, name), 1) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+
+
+class Student(NamedTuple):
+    """A model folder, and what it says of itself."""
+
+    name: str  # what --model named
+    folder: Path
+    label: str  # its root parent's name: the MODEL in output folders
+    sert: dict  # sert.json of a checkpoint of ours; {} for a foreign model
+
+    @property
+    def suffix(self) -> str:
+        """What stands behind `Answer:` in the prompts that the student was trained with."""
+        return self.sert.get("prompt_suffix", "")
+
+
+def open_student(name: str | None, task: str) -> Student:
+    """Find (and if need be download) the student `name`; None stands for the task's own."""
+    name = name or tasks.get(task).student
+    folder = find_model(name)
+    return Student(name, folder, model_label(name, folder), read_sert(folder))

@@ -1,0 +1,194 @@
+"""Files of teacher outputs that other people have published, and our own."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from sert_min.io.download import DATA_URL, cache, download, save_checked
+from sert_min.io.errors import SertError
+from sert_min.io.files import read_jsonl
+from sert_min.questions import Question, stem
+
+
+class Output(NamedTuple):
+    """What a teacher said about one question."""
+
+    rationale: str
+    completion: str | None  # its answer, if that came apart from the rationale
+    finish: str | None  # "stop", "length", ..; None where nobody wrote it down
+    source: str
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+class PublicLog(NamedTuple):
+    """A teacher's outputs at a pinned public commit."""
+
+    task: str
+    url: str
+    entries: int  # what a whole file holds; its SHA-256 is not published
+
+
+PUBLIC = {  # names that --teacher-file takes besides paths
+    "davinci": PublicLog(  # text-davinci-002, zero-shot CoT, greedy: the paper's own teacher
+        "strategy_qa", f"{DATA_URL.rpartition('/')[0]}/log/strategyqa_zero_shot_cot.log", 2290
+    ),
+}
+
+
+def public_log(name: str, task: str) -> Path:
+    """The cached file of PUBLIC[name], downloaded once. The commit in its address pins it; whether
+    it is whole is told by the number of its entries."""
+    public = PUBLIC[name]
+    if task != public.task:
+        raise SertError(f"--teacher-file {name} holds {public.task}; give --task {public.task}")
+    path = cache() / "teacher" / public.url.rpartition("/")[2]
+    data = path.read_bytes() if path.is_file() else b""
+    if len(log_entries(data)) != public.entries:
+        data = download(public.url)
+        if (found := len(log_entries(data))) != public.entries:
+            raise SertError(
+                f"{public.url} has {found} entries instead of {public.entries}; repeat (a cut "
+                "download?), or get the file elsewhere and give its path"
+            )
+        save_checked(path, data, hashlib.sha256(data).hexdigest(), public.url)
+    return path
+
+
+def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, Output], Counter]:
+    """(outputs by question id, counts of what was left over) from a name in PUBLIC or a file of any
+    of the known forms, told by ending and content:
+
+    .jsonl  our own rationales.jsonl, or rows with question, rationale, teacher_completion and maybe
+            id (else index: the row number in the dataset)
+    .log    a log of zero_shot_cot (arXiv 2205.11916)
+    .json   LLM outputs of distilling-step-by-step (arXiv 2305.02301): one file train_CoT_N.json or
+            a folder of them
+    """
+    path = Path(name)
+    if name in PUBLIC and not path.exists():
+        path = public_log(name, questions[0].task)
+    if not path.exists():
+        raise SertError(f"--teacher-file {path} does not exist; check the path")
+    try:
+        if path.is_dir() or path.suffix == ".json":
+            found, left = read_step_by_step(path, questions)
+        elif path.suffix == ".log":
+            found, left = read_rows(log_entries(path.read_bytes()), questions, path.name)
+        else:
+            found, left = read_rows(read_jsonl(path), questions, path.name)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+        raise SertError(
+            f"--teacher-file {path} is in none of the known forms ({type(e).__name__}: "
+            f"{str(e)[:80]}); `python distill.py --help` names them"
+        ) from None
+    if not found:
+        raise SertError(f"--teacher-file {path} has no output for any question of this task")
+    return found, left
+
+
+def read_rows(
+    rows: Iterable[dict], questions: list[Question], source: str
+) -> tuple[dict[str, Output], Counter]:
+    """Join rows to questions by id (or row number) if the text agrees, else by text. Of two outputs
+    for one question the first holds."""
+    by_id = {q.id: q for q in questions}
+    by_text: dict[str, Question] = {}
+    for q in questions:
+        by_text.setdefault(stem(q.text), q)
+    found: dict[str, Output] = {}
+    left: Counter = Counter()
+    for row in rows:
+        text = row["question"].strip()
+        q = by_id.get(str(row.get("id", row.get("index"))))
+        if q is None or text not in (stem(q.text), q.text):
+            q = by_text.get(stem(text))
+        if q is None or q.id in found:
+            left["other questions" if q is None else "repeated questions"] += 1
+            continue
+        completion, finish = row.get("teacher_completion"), row.get("finish")
+        if completion is None and "teacher_answer" in row:  # our own record: read and cleaned
+            answer = row["teacher_answer"]
+            completion, finish = f"{q.write(answer)}." if answer else "", "stop"
+        said = as_text(row["rationale"]) or ""  # null: the teacher said nothing
+        found[q.id] = Output(said, as_text(completion), finish, source)
+    return found, left
+
+
+def as_text(value) -> str | None:
+    """A string or None; anything else is a row in another form."""
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError(f"a {type(value).__name__} where a text was expected")
+
+
+LOG_TRIGGER = re.compile(
+    r"\nTherefore, (?:among [A-Z] through [A-Z], )?the answer(?: \([^)\n]*\))? is\b"
+)
+
+
+def log_entries(log: bytes) -> list[dict]:
+    """The entries of a zero_shot_cot log as rows. Each has the question, the reasoning, the trigger
+    of the second request on a line of its own (the last such line: reasoning may say "Therefore,
+    the .. is" as well) and `pred_before`, the answer as the teacher gave it."""
+    blocks = re.split(r"^\*{20,}$", log.decode("utf-8", "replace"), flags=re.MULTILINE)
+    return [entry for entry in map(log_entry, blocks) if entry]
+
+
+def log_entry(block: str) -> dict | None:
+    """One entry as a row; step by step, because one regex for all of it needs hours for a file that
+    is none."""
+    before, after = "\npred_before : ", "\npred_after :"
+    _, found, text = ("\n" + block).partition("\nQ: ")
+    question, told, text = text.partition("\nA: Let's think step by step.")
+    last = text.rfind(before, 0, max(0, text.rfind(after)))
+    triggers = [m for m in LOG_TRIGGER.finditer(text) if m.end() <= last]
+    if not (found and told and triggers):
+        return None
+    answer = text[text.find(before, triggers[-1].end()) + len(before) :]
+    return {
+        "question": question.split(" Answer Choices:")[0],
+        "rationale": text[: triggers[-1].start()].strip(),
+        "teacher_completion": answer.partition(after)[0].strip(),
+    }
+
+
+def read_step_by_step(path: Path, questions: list[Question]) -> tuple[dict[str, Output], Counter]:
+    """distilling-step-by-step: train_CoT_N.json holds outputs N * 1000.. in the order of the train
+    set. An output may run on into a made-up next question."""
+    found: dict[str, Output] = {}
+    left: Counter = Counter()
+    for file in sorted(path.glob("train_CoT_*.json")) if path.is_dir() else [path]:
+        number = re.search(r"_(\d+)\.json$", file.name)
+        if number is None:
+            raise ValueError(f"{file.name} does not end in _N.json")
+        first = int(number[1]) * 1000
+        outputs = json.loads(file.read_bytes())
+        if not isinstance(outputs, list):
+            raise ValueError(f"{file.name} is no list")
+        belongs = questions[first : first + 1000]
+        left["other questions"] += max(0, len(outputs) - len(belongs))
+        for q, output in zip(belongs, outputs):
+            said = output.split("Q:")[0].strip()
+            rationale, trigger, completion = said.partition("So the answer is")
+            completion = completion.strip() if trigger else None
+            found[q.id] = Output(rationale.strip(), completion, None, file.name)
+    check_order(found, questions)
+    return found, left
+
+
+def check_order(found: dict[str, Output], questions: list[Question]) -> None:
+    """Nothing but the order ties such an output to its question: at least the options that the
+    answers name must be those of their questions."""
+    pairs = [(q, found[q.id].completion) for q in questions if q.id in found and q.choices]
+    named = [(q, c.lower()) for q, c in pairs if c]
+    fit = sum(any(choice.lower() in c for choice in q.choices) for q, c in named)
+    if fit < len(named) / 2:
+        raise ValueError(
+            f"{len(named) - fit} of {len(named)} answers name no option of their question"
+        )
