@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from sert_min import filters, tasks
 from sert_min.decode import fitting_rows
@@ -43,7 +42,7 @@ from sert_min.io.parallel import RANK, WORLD
 from sert_min.patterns import EARLY_KINDS
 from sert_min.prompts import question_prompt
 from sert_min.questions import Question, data_hash, describe
-from sert_min.script import Student, add_flags, check_counts, given, open_student, parser
+from sert_min.script import Student, TokenBar, add_flags, check_counts, given, open_student, parser
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
 BLOCK = 32  # questions per block
@@ -132,7 +131,7 @@ def main(args) -> None:
         print_run(run)
     if args.dry_run:
         return print_plan(run, len(prompts[0]))
-    with lock_folder(run.out, f".lock-{RANK}", shared=WORLD > 1):
+    with lock_folder(run.out, f".lock-{RANK}"):
         if not args.refilter:
             check_settings(run.out / "settings.json", run.settings, "choose another --out-dir")
             split_paths_file(run)
@@ -234,38 +233,20 @@ def sample_missing(run: Run) -> None:
             (run.out / name).unlink(missing_ok=True)
         if len(missing) < len(blocks):
             print(f"{len(blocks) - len(missing)} of {len(blocks)} blocks are there already")
-    memory: dict = {}
-    tokens = kept = 0
-    start = time.perf_counter()
-    bar = tqdm(total=sum(len(blocks[i]) for i in todo), unit="question", disable=RANK > 0 or not todo)
-
-    def progress(n: int) -> None:
-        nonlocal tokens
-        tokens += n
-        rate = tokens / (time.perf_counter() - start)
-        bar.set_postfix_str(f"{rate:,.0f} tokens/s, {kept} paths kept", refresh=False)
-        bar.update(0)
-
+    memory: dict = {}  # of the decoder, from block to block
+    bar = TokenBar(sum(len(blocks[i]) for i in todo), disable=RANK > 0 or not todo)
+    kept, model, early = 0, (run.model, run.tokenizer), run.settings["early_reject"]
     for i in todo:
         block = blocks[i]
-        sampled = sample_paths(
-            run.model,
-            run.tokenizer,
-            block,
-            run.s,
-            run.student.suffix,
-            run.settings["early_reject"],
-            progress,
-            memory,
-        )
+        sampled = sample_paths(*model, block, run.s, run.student.suffix, early, bar.count, memory)
         write_atomic(block_path(run.out / "blocks", i, len(block)), map(to_line, sampled))
         records = filters.path_records(sampled, block, run.tokenizer, run.limits)
         kept += filters.Funnel(records).passed
+        bar.note = f", {kept:,} paths kept"
         bar.update(len(block))
     bar.close()
-    if RANK == 0 and tokens:
-        spent = {"tokens": tokens, "seconds": round(time.perf_counter() - start, 2)}
-        append_durable(run.out / "timings.jsonl", to_line({"processes": WORLD, **spent}))
+    if RANK == 0 and todo:
+        append_durable(run.out / "timings.jsonl", to_line({"processes": WORLD, **bar.spent()}))
     others = [block_path(run.out / "blocks", i, len(blocks[i])) for i in missing if i % WORLD]
     if RANK == 0 and not all(path.exists() for path in others):
         print("waiting for the blocks of the other processes")

@@ -38,7 +38,7 @@ from sert_min.io.state import load_state, save_state
 
 IGNORE = -100  # target of a position that has no loss
 CLIP = 1.0  # largest gradient norm (paper silent)
-METRICS = {"step": int, "loss": (float, ...), "validation_loss": (float, ...)}  # of a line
+METRICS = {"step": int}  # keys of a line that every reader needs
 Example = tuple[list[int], list[int]]  # ids and targets, equally long
 
 # --- tensors --------------------------------------------------------------------------------------
