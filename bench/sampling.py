@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ it
 import torch
 from torch import Tensor
 
-from bench.common import ROOT, TOP_K, TOP_P, eager, finish, machine
+from bench.common import ROOT, TOP_K, TOP_P, eager, finish, machine, replay_seconds
 from kernels import bf16_pieces, cpu, fp32_product
 from kernels.reference import BLOCK
 from sert_min.generate import SampleSettings, sample_block
@@ -192,14 +192,13 @@ def product_seconds(model: GPT2, rows: int, times: int = 15) -> dict[str, float]
             product(product(x, b.mlp.c_fc), b.mlp.c_proj)
 
     def timed(f) -> float:
+        if weight.is_cuda:
+            return replay_seconds(f, times)
         f()
-        wait = torch.cuda.synchronize if weight.is_cuda else (lambda: None)
         taken = []
         for _ in range(times):
-            wait()
             start = time.perf_counter()
             f()
-            wait()
             taken.append(time.perf_counter() - start)
         return statistics.median(taken)
 

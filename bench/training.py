@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ it
 import torch
 from torch import Tensor
 
-from bench.common import ROOT, finish, machine
+from bench.common import ROOT, finish, machine, replay_seconds
 from bench.sampling import SHAPES, make_model
 from kernels import cpu
 from sert_min.finetune import (
@@ -197,28 +197,28 @@ def limit_seconds(model: GPT2, batch: list[Example], bf16: bool) -> dict[str, fl
         return torch.randn(shape, device=device).to(dtype)
 
     def seconds(*products: Callable) -> float:
+        if device == "cuda":
+            return replay_seconds(lambda: [product() for product in products], 3)
         start = clock(device)
         for product in products:
             product()
         return clock(device) - start
 
-    def three(x, w, g) -> float:
-        return seconds(
+    def three(x, w, g) -> list[Callable]:
+        return [
             lambda: cpu.linear(x, w),
             lambda: cpu.linear(g, w.t()),
             lambda: cpu.linear(g.t(), x.t()),
-        )
+        ]
 
-    found = {"linear": 0.0, "attention": 0.0}
     q, p = random(B * c.n_head, T, D), random(B * c.n_head, T, T)
     sides = {n: random(N, n) for b in model.h[:1] for x in linears(b) for n in x.weight.shape}
-    for block in model.h:
-        for layer in linears(block):
-            w = layer.weight.to(dtype)
-            found["linear"] += three(sides[w.shape[1]], w, sides[w.shape[0]])
-        # forward q k' and p v; backward the gradients of p, v, q and k
-        found["attention"] += seconds(*[lambda: q @ q.mT, lambda: p @ q] * 3)
-    found["head"] = three(random(M, c.n_embd).float(), weight, random(M, len(weight)).float())
+    weights = [layer.weight.to(dtype) for block in model.h for layer in linears(block)]
+    linear = [f for w in weights for f in three(sides[w.shape[1]], w, sides[w.shape[0]])]
+    # forward q k' and p v; backward the gradients of p, v, q and k
+    attention = [lambda: q @ q.mT, lambda: p @ q] * (3 * c.n_layer)
+    head = three(random(M, c.n_embd).float(), weight, random(M, len(weight)).float())
+    found = {"linear": seconds(*linear), "attention": seconds(*attention), "head": seconds(*head)}
     a, b = (torch.ones(64 * 2**20, device=device) for _ in range(2))
     per_byte = seconds(lambda: a.copy_(b)) / (2 * 4 * a.numel())
     found["optimiser"] = 8 * 4 * model.n_params() * per_byte
