@@ -50,7 +50,7 @@ def test_two_blocks_equal_the_cpu(raw):
         error = logprob_error(model, block[0], rows).abs().max()
         print(f"\nraw={raw}: {flips} flips so far, log-prob error {error:.1e}")
         assert error < 1e-4
-    assert flips <= 2
+    assert flips <= 2  # on an H100: 0
     (decoder,) = kept.values()
     assert {(150, 1), (150, 2), (75, 2)} == set(decoder.graphs)
 
@@ -71,7 +71,7 @@ def test_bf16_is_near_the_cpu(raw):
             f"\nbf16, raw={raw}: {flips} flips in {tokens} tokens, log-prob error: median "
             f"{error.median():.4f}, maximum {error.max():.3f}"
         )
-        assert error.median() < 0.03 and error.max() < 0.5
+        assert error.median() < 0.01 and error.max() < 0.1  # on an H100: 0.0035, 0.027
 
 
 def test_greedy_and_one_row():
