@@ -79,6 +79,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--large", type=int, help="the large batch; default: 32 on a CPU, 64 on a GPU")
     p.add_argument("--steps", type=int, help="default: 7 on a CPU, 30 on a GPU")
+    p.add_argument("--kinds", default="paths,labels,large", help="default: %(default)s")
+    p.add_argument("--no-compiled", action="store_true", help="GPU: without torch.compile's minute")
     args = p.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.large = args.large or (64 if args.device == "cuda" else 32)
@@ -156,7 +158,7 @@ def race(args, folder: str, bf16: bool, batches: list) -> tuple[dict, dict, list
     """Seconds and losses of each candidate's steps, taken in turn with what they can't do without,
     and what failed. The first batch warms up: its loss counts, its time does not."""
     kinds = {"ours": (ours, False), "transformers": (transformers_step, False)}
-    if args.device == "cuda":
+    if args.device == "cuda" and not args.no_compiled:
         kinds |= {
             "ours, compiled": (ours, True),
             "transformers, compiled": (transformers_step, True),
@@ -292,13 +294,16 @@ def main(argv=None) -> dict:
                 "labels": (args.batch, False, args.steps),
             }
             if args.large:
-                rows["paths, large"] = (args.large, True, max(2, args.steps // 3))
-            for name, row in rows.items():
+                rows["large"] = (args.large, True, max(2, args.steps // 3))
+            for name in [n for n in rows if n in args.kinds.split(",")]:
+                row, name = rows[name], name.replace("large", "paths, large")
                 print(f"{dtype}, {name}")
                 result[f"{dtype}, {name}"] = measure(args, f"{folder}/model", dtype, *row)
                 finish(result, args.out)
     for dtype in args.dtypes.split(","):
-        r = result[f"{dtype}, paths"]
+        r = result.get(f"{dtype}, paths")
+        if not r:
+            continue
         print(
             f"{dtype}: {r['share_of_limit']:.0%} of the limit, "
             f"losses within {r['largest_loss_difference']:.1e} of transformers'"
