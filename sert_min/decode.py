@@ -103,6 +103,7 @@ class Decoder:
         self.taken = torch.zeros(1, dtype=torch.long, device=device)  # of those that wait
         self.state = [self.row, self.t, self.ids, self.ended, self.taken]
         self.graphs: dict[tuple[int, int], Callable] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.row.is_cuda else None  # of all graphs
 
     def load(
         self, prompts: Prompts, streams: list[int], first: list[int], waiting: list[int]
@@ -136,7 +137,11 @@ class Decoder:
     def stop(self, rows: list[int]) -> None:
         """The host has ended these rows of the block."""
         if rows:
-            self.stopped[torch.tensor(rows).to(self.row.device, non_blocking=True)] = True
+            at = torch.tensor(rows)
+            at = (
+                at.pin_memory() if self.row.is_cuda else at
+            )  # else the copy would wait for the device
+            self.stopped.index_fill_(0, at.to(self.row.device, non_blocking=True), True)
 
     def shrink_to(self, left: int) -> None:
         """Go on with fewer slots if at most `left` rows have not ended: on a CPU as many as rows, on
@@ -188,7 +193,7 @@ class Decoder:
             return self.run()
         chunks = min(-(-self.steps // CHUNK), self.keys.shape[1])  # no row is older than the block
         if (self.n, chunks) not in self.graphs:
-            self.graphs[self.n, chunks] = capture(lambda: self.run(chunks), self.state)
+            self.graphs[self.n, chunks] = capture(lambda: self.run(chunks), self.state, self.pool)
         return self.graphs[self.n, chunks]()
 
     def run(self, chunks: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,9 +241,10 @@ def rounded(logprobs: Tensor) -> Tensor:
     return logprobs.cpu().double().round(decimals=5)
 
 
-def capture(f: Callable, state: list[Tensor]) -> Callable:
+def capture(f: Callable, state: list[Tensor], pool=None) -> Callable:
     """`f`, whose tensors stay where they are, as a CUDA graph: one launch in place of hundreds. It
-    runs once before (kernels get compiled); the `state` that this changes is put back."""
+    runs once before (kernels get compiled); the `state` that this changes is put back. Graphs of one
+    `pool` share the memory of what they need in between."""
     before, side = [x.clone() for x in state], torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -247,7 +253,7 @@ def capture(f: Callable, state: list[Tensor]) -> Callable:
     for x, y in zip(state, before):
         x.copy_(y)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         drawn = f()
 
     def replay():
