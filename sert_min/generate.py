@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import bf16_pieces, cpu, head_sample_and_score
@@ -129,9 +130,11 @@ def make_draw(
     in_pieces = bf16 and kind == "cuda"
     if in_pieces:
         weight = bf16_pieces(weight, weight=True)
+        weight = F.pad(weight, (0, 0, 0, -n_vocab % 64))  # rows
     elif bf16 and kind == "cpu":
         weight = cpu.prepare(weight, shared.hidden, n_rows)
     given = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "seed": s.seed}
+    given["n_vocab"] = n_vocab
 
     def draw(hidden: Tensor, streams: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         hidden = bf16_pieces(hidden, weight=False) if in_pieces else hidden
