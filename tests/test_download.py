@@ -33,7 +33,7 @@ LOADER = """
 import json, os, sys, time
 import safetensors.torch
 from sert_min.gpt2 import find_model, load_model, weights_hash
-from sert_min.runtime import SertError
+from sert_min.io.errors import SertError
 from sert_min.tokenizer import load_tokenizer
 assert not {"transformers", "huggingface_hub"} & sys.modules.keys()
 

@@ -361,7 +361,7 @@ def test_a_gpus_steps_could_be_graphs(monkeypatch, raw):
     way."""
     traces, current = {}, []
 
-    def capture(f, state):
+    def capture(f, state, pool):
         before = [x.clone() for x in state]
         f()
         for x, y in zip(state, before):
