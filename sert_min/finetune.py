@@ -1,18 +1,18 @@
-"""Stages 2 and 3, the learning: tensors, loss and the loop that every training here shares.
+"""Stages 2 and 3, the learning: tensors, loss, and the loop that every training here shares.
 
 An example is a prompt and a completion. They are tokenised apart, as in sampling (together they
 could merge over the seam and give other ids), and exactly one end-of-text closes the completion.
-The loss covers the completion only, or the whole text (`loss_on="all"`): by position, never by
-token id, because GPT-2 has one special token and masking by id would hide the real end.
+The loss covers the completion only, or the whole text (`loss_on="all"`). It is masked by position and
+never by token id: GPT-2 has one special token, and masking by id would hide the real end.
 
-A batch holds no padding where it costs: its examples stand one after another in one row of N
-tokens for all linear layers; only attention puts them into a padded [B, T] grid and takes them out
-again, so that no example sees another. The head runs on the M tokens that have a loss.
+The examples of a batch stand one after another in one row of N tokens, so linear layers waste nothing
+on padding. Only attention puts them into a padded [B, T] grid and takes them out again, so that no
+example sees another. The head runs on the M tokens that have a loss.
 
-The loop can be killed at any moment: its state (weights, optimiser, step, random state) is saved as
-a folder that is wholly there or not, the order of examples follows from (seed, epoch) alone, and so
-the resumed run takes the very steps that the uninterrupted one would have taken. The learning rate
-is constant, so a finished run can also be continued with more epochs.
+The loop can be killed at any moment. Its state (weights, optimiser, step, random numbers) is saved all
+or nothing, and the order of examples follows from (seed, epoch) alone, so a resumed run takes the very
+steps that the uninterrupted run would have taken. The learning rate is constant, so a finished run can
+also be continued with more epochs.
 """
 
 import contextlib
@@ -31,13 +31,14 @@ from tqdm import tqdm
 from kernels.cpu import linear
 from sert_min.gpt2 import GPT2, causal_attention, first_broken
 from sert_min.io import parallel
-from sert_min.io.errors import SertError, this_command
+from sert_min.io.errors import SertError, need, this_command
 from sert_min.io.files import append_durable, read_jsonl, set_torn_tail_aside, to_line, write_atomic
 from sert_min.io.machine import keep_freed_memory, stop_signals
 from sert_min.io.state import load_state, save_state
 
 IGNORE = -100  # target of a position that has no loss
-METRICS = {"step": int, "loss": (float, ...), "validation_loss": (float, ...)}  # of a line
+CLIP = 1.0  # largest gradient norm (paper silent)
+METRICS = {"step": int}  # keys of a line that every reader needs
 Example = tuple[list[int], list[int]]  # ids and targets, equally long
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -46,8 +47,8 @@ Example = tuple[list[int], list[int]]  # ids and targets, equally long
 def encode_example(tokenizer, prompt: str, completion: str, loss_on: str = "answer") -> Example:
     """Ids and targets of one example; targets are shifted by one.
 
-    Prompt ids [5, 6], completion ids [7, 8] and end-of-text 9 give
-    ids [5, 6, 7, 8] and targets [IGNORE, 7, 8, 9], or [6, 7, 8, 9] with loss_on="all".
+    Prompt ids [5, 6], completion ids [7, 8] and end-of-text 9 give the ids [5, 6, 7, 8] and the
+    targets [IGNORE, 7, 8, 9], or [6, 7, 8, 9] with loss_on="all".
     """
     p, c = tokenizer.encode(prompt), tokenizer.encode(completion) + [tokenizer.eot]
     targets = (p if loss_on == "all" else [IGNORE] * len(p)) + c
@@ -66,7 +67,7 @@ class Batch(NamedTuple):
 
 
 def pack(examples: list[Example], device="cpu") -> Batch:
-    """Examples -> Batch."""
+    """Put examples into one Batch."""
     T = max(len(ids) for ids, _ in examples)
     ids, positions, targets, place = [], [], [], []
     for row, (example_ids, example_targets) in enumerate(examples):
@@ -74,19 +75,21 @@ def pack(examples: list[Example], device="cpu") -> Batch:
         targets += example_targets
         positions += range(len(example_ids))
         place += range(row * T, row * T + len(example_ids))
-    # Known here, so that the device need not be asked how many there are.
+    # The places are found on the host, so nothing has to wait for the device to count them.
     supervised = [i for i, t in enumerate(targets) if t != IGNORE]
     columns = (torch.tensor(x) for x in (ids, positions, targets, supervised, place))
     return Batch(*(x.to(device, non_blocking=True) for x in columns), (len(examples), T))
 
 
 def packed_attention(batch: Batch) -> Callable:
-    """Causal attention inside each example: q, k, v [N, H, D] -> [N, H, D]. Padding stands on the
-    right of the grid, where no real token looks."""
+    """Causal attention inside each example, [N, H, D] to [N, H, D]. Padding stands on the right of
+    the grid, where no real token looks."""
     B, T = batch.grid
 
     def attend(layer, q, k, v):
-        if q.device.type == "cpu":  # quicker than in bf16 there, backward most of all
+        if (
+            q.device.type == "cpu"
+        ):  # fp32 is quicker than bf16 there, above all in the backward pass
             q, k, v = q.float(), k.float(), v.float()
 
         def to_grid(x):  # [N, H, D] -> [B, T, H, D]
@@ -101,16 +104,16 @@ def packed_attention(batch: Batch) -> Callable:
 
 
 class HeadLoss(torch.autograd.Function):
-    """F.cross_entropy(hidden @ weight.T, targets, reduction="sum") that makes the gradient of the
-    logits, softmax - one-hot, at once: two [M, V] tensors instead of four, and no pass over them in
-    the backward but the two products. In fp32 under autocast, too."""
+    """F.cross_entropy(hidden @ weight.T, targets, reduction="sum"), with the gradient of the logits
+    (softmax - one-hot) made in the forward pass: this takes two [M, V] tensors instead of four, and
+    the backward pass is two products. It computes in fp32 under autocast, too."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             logits = linear(hidden, weight)  # [M, V]
         gradient, own = logits.softmax(1), logits.gather(1, targets[:, None])
-        # Log-sum-exp from the most probable token, whose share is never rounded to 0.
+        # The log-sum-exp is taken from the most probable token, whose share never rounds to 0.
         lse = logits.amax(1) - gradient.amax(1).log()  # [M]
         gradient.scatter_add_(1, targets[:, None], -torch.ones_like(own))
         ctx.save_for_backward(hidden, weight, gradient)
@@ -124,8 +127,8 @@ class HeadLoss(torch.autograd.Function):
 
 
 def loss_sum(model: GPT2, batch: Batch, bf16: bool = False) -> Tensor:
-    """Summed next-token cross-entropy (nats) over the supervised tokens. `bf16`: products of the
-    blocks in bf16; residual stream, head and loss stay fp32."""
+    """Summed next-token cross-entropy (nats) over the tokens that have a loss. With `bf16` the blocks'
+    products are in bf16; residual stream, head and loss stay fp32."""
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
         hidden = model(batch.ids, batch.positions, packed_attention(batch))  # [N, C]
     hidden = hidden.index_select(0, batch.supervised).float()  # [M, C]
@@ -144,7 +147,8 @@ def mean_loss(
     bf16: bool = False,
     poll: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss per supervised token (nats), 32 examples at a time; `poll` is called before each."""
+    """Mean loss (nats) per token that has one, 32 examples at a time; `poll()` is called before each
+    32."""
     total = 0.0
     for i in range(0, len(examples), 32):
         poll()
@@ -155,7 +159,7 @@ def mean_loss(
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of n examples in an epoch: a function of (seed, epoch) alone."""
+    """The order of n examples in an epoch, a function of (seed, epoch) alone."""
     g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n, generator=g).tolist()
 
@@ -164,15 +168,15 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def make_optimizer(model: GPT2, lr: float) -> torch.optim.Optimizer:
-    """Adam [SERT §III-A], PyTorch's other defaults; one pass over memory where it is fused."""
+    """Adam [SERT §III-A] with PyTorch's other defaults, fused into one pass where that is possible."""
     fused = model.wte.weight.device.type in ("cpu", "cuda")
     return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
 
 
 def sparse_embedding(model: GPT2) -> bool:
-    """May the token embedding give a sparse gradient? Tied to the head it is added to the head's
-    dense one, which saves two passes over [V, C] (a tenth of a step of gpt2 at batch 8 on a CPU).
-    On a GPU the addition would not be deterministic."""
+    """Whether the token embedding may give a sparse gradient. If it is tied to the head, the sparse
+    gradient is added to the head's dense one, which saves two passes over [V, C] (a tenth of a step of
+    gpt2 at batch 8 on a CPU). On a GPU the addition would not be deterministic."""
     return model.lm_head is None and model.wte.weight.device.type == "cpu"
 
 
@@ -182,13 +186,12 @@ def train_step(
     examples: list[Example],
     step: int,
     accumulate: int = 1,
-    clip: float = 1.0,
     bf16: bool = False,
     loss_of: Callable = loss_sum,
 ) -> float:
-    """One optimiser step on the mean loss per supervised token of `examples`; returns that loss
-    (nats). `accumulate` runs them in so many parts with the same result and less memory. A loss or
-    gradient that is not finite is an error before the update. `loss_of`: `loss_sum`, compiled.
+    """Take one optimiser step on the mean loss (nats) per token that has one; returns that loss.
+    `accumulate` runs the examples in so many parts, with the same result and less memory. A loss or
+    gradient that is not finite is an error before the update. `loss_of` may be a compiled `loss_sum`.
     Under torchrun each process takes its part of the examples, with the same result."""
     n, device = n_supervised(examples), model.wte.weight.device
     mine, total = examples[parallel.RANK :: parallel.WORLD], torch.zeros((), device=device)
@@ -200,7 +203,7 @@ def train_step(
     parameters = list(model.parameters())
     parallel.sum_up(total, parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # The one wait for the device in a step: the update must not happen if a number is broken.
+    # This is a step's only wait for the device: a broken number must not reach the weights.
     total, length = torch.stack([total, norm]).tolist()
     if not (math.isfinite(total) and math.isfinite(length)):
         optimizer.zero_grad()
@@ -210,8 +213,8 @@ def train_step(
             f"step {step}: loss {total:.4g}, gradient norm {length:.4g} ({where}); the weights are "
             "as before this step. Lower --lr, use --dtype fp32, or look at the examples of this step"
         )
-    if length > clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    if length > CLIP:
+        torch.nn.utils.clip_grads_with_norm_(parameters, CLIP, norm)
     optimizer.step()
     optimizer.zero_grad()
     return total
@@ -230,19 +233,15 @@ class TrainSettings:
     max_steps: int | None = None
     seed: int = 0
     accumulate: int = 1
-    clip: float = 1.0
 
     def check(self) -> "TrainSettings":
-        """Refuse values that mean nothing, naming the flag."""
+        """Refuse values that have no meaning; the error names the flag."""
         for name in ("epochs", "batch_size", "max_steps", "accumulate"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SertError(f"--{name.replace('_', '-')} must be at least 1")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise SertError(f"--{name} must be above 0")
-        if not 0 <= self.seed < 2**40:
-            raise SertError("--seed must be from 0 to 2^40 - 1")
+            flag = f"--{name.replace('_', '-')}"
+            need(value is None or value >= 1, f"{flag} must be at least 1")
+        need(0 < self.lr < math.inf, "--lr must be above 0")
+        need(0 <= self.seed < 2**40, "--seed must be from 0 to 2^40 - 1")
         return self
 
     def steps(self, n_examples: int) -> int:
@@ -258,29 +257,27 @@ def fit(
     out: Path,
     s: TrainSettings,
     bf16: bool = False,
-    compiled: bool = False,
     validate: Callable[[Callable], dict] | None = None,
     save_seconds: float = 300,
 ) -> None:
-    """Train `model` in place for s.steps(len(examples)) steps, going on from `out`/state if it is
-    there; `names` of the examples are for errors.
+    """Train `model` in place for s.steps(len(examples)) steps, from the state in `out`/state if there
+    is one. `names` are the examples' question ids, for errors.
 
-    Writes `out`/metrics.jsonl (the loss of each step, and after each epoch what `validate(poll)`
-    returns; it calls poll() now and then) and timings.jsonl. The state is saved every
-    `save_seconds`, at the end, and when SIGINT or SIGTERM asks to stop, which then exits."""
+    metrics.jsonl in `out` gets the loss of each step and, after each epoch, what `validate(poll)`
+    returns (it calls poll() now and then). The state is saved every `save_seconds`, at the end, and
+    when SIGINT or SIGTERM asks to stop; the process then exits."""
     steps, per_epoch = s.steps(len(examples)), -(-len(examples) // s.batch_size)
     keep_freed_memory()
     optimizer = make_optimizer(model, s.lr)
     first = step = parallel.process_0_first(lambda: load_state(model, optimizer, out))
-    if step > steps:
-        raise SertError(
-            f"{out} has gone {step:,} steps already, asked are {steps:,}; raise --epochs or "
-            "--max-steps, or choose another --out-dir"
-        )
+    need(
+        step <= steps,
+        f"{out} has gone {step:,} steps already, asked are {steps:,}; raise --epochs or "
+        "--max-steps, or choose another --out-dir",
+    )
     log = out / "metrics.jsonl" if parallel.RANK == 0 else Path(os.devnull)
     validated = keep_metrics_before(log, step) if parallel.RANK == 0 else 0
-    loss_of = torch.compile(loss_sum, dynamic=True) if compiled else loss_sum
-    model.wte.sparse = sparse_embedding(model) and not compiled
+    model.wte.sparse = sparse_embedding(model)
     tokens, seconds, saved = 0, 0.0, time.perf_counter()
 
     def note(**record) -> None:
@@ -326,9 +323,7 @@ def fit(
             chosen = order[at * s.batch_size : (at + 1) * s.batch_size]
             batch, start = [examples[i] for i in chosen], time.perf_counter()
             with told_where(f"epoch {epoch + 1}, questions {', '.join(names[i] for i in chosen)}"):
-                loss = train_step(
-                    model, optimizer, batch, step + 1, s.accumulate, s.clip, bf16, loss_of
-                )
+                loss = train_step(model, optimizer, batch, step + 1, s.accumulate, bf16)
             step += 1
             note(loss=round(loss, 6))
             tokens += sum(len(ids) for ids, _ in batch)
@@ -342,12 +337,12 @@ def fit(
 
 
 class Stop(Exception):
-    """Leaves a validation that is asked to stop."""
+    """Ends a validation early, because a signal asked the run to stop."""
 
 
 @contextlib.contextmanager
 def told_where(where: str) -> Iterator[None]:
-    """Put the place in front of what goes wrong in a step."""
+    """Prefix a step's errors with epoch and question ids."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -359,8 +354,8 @@ def told_where(where: str) -> Iterator[None]:
 
 
 def keep_metrics_before(metrics: Path, step: int) -> int:
-    """Cut metrics.jsonl back to `step`: what was logged after the saved state is redone. Returns
-    the last step that was validated."""
+    """Drop what metrics.jsonl holds of steps after `step`, the saved one: they are taken again.
+    Returns the last step that was validated."""
     set_torn_tail_aside(metrics)
     there = read_jsonl(metrics, METRICS) if metrics.exists() else ()
     kept = [r for r in there if r["step"] <= step]

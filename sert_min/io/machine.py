@@ -1,4 +1,4 @@
-"""What every script needs around its real work: one-line errors, device, dtype and threads."""
+"""The machine: device, dtype, threads, signals, and what of it decides the bytes of a run."""
 
 import contextlib
 import ctypes
@@ -11,11 +11,10 @@ import torch
 
 from kernels import cpu
 from sert_min.io.errors import SertError, need
-from sert_min.io.files import fits
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU; a device that is not there is an error."""
+    """The device of a flag. `auto` takes CUDA, then MPS, then the CPU; a missing device is an error."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -37,7 +36,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, n_params: int) -> torch.dtype:
-    """`auto` takes bf16 where matrix products are fast in it, else fp32; small models fp32."""
+    """The dtype of a flag. `auto` takes bf16 where its products are fast and the model is not small."""
     if name == "auto":
         fast = (device.type == "cuda" and torch.cuda.is_bf16_supported()) or (
             device.type == "cpu" and cpu.has_bf16()
@@ -47,9 +46,9 @@ def pick_dtype(name: str, device: torch.device, n_params: int) -> torch.dtype:
 
 
 def pick_threads(n_params: int) -> int:
-    """Set and return PyTorch's CPU threads: OMP_NUM_THREADS, else one for a small model, else
-    the faster of one and all on a product of the model's shape (more threads can be slower where
-    cores are shared)."""
+    """Set and return the number of PyTorch's CPU threads: OMP_NUM_THREADS if it is set, one for a small
+    model, else the faster of one and all on a product of the model's shape (more threads can be slower
+    where cores are shared)."""
     if os.environ.get("OMP_NUM_THREADS"):
         return torch.get_num_threads()
     everything = torch.get_num_threads()
@@ -73,8 +72,8 @@ def pick_threads(n_params: int) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for reuse. A training step frees and takes about a gigabyte,
-    and having all its pages zeroed anew costs a tenth of the step on a CPU."""
+    """Tell glibc to keep freed memory for reuse. A training step frees and takes about a gigabyte, and
+    zeroing its pages anew costs a tenth of the step on a CPU."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
@@ -83,7 +82,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying at once; a second one kills."""
+    """Collect SIGINT and SIGTERM in a list instead of dying at once. A second signal kills."""
     caught: list[int] = []
 
     def handler(number, frame):
@@ -109,8 +108,11 @@ def resolve_machine(
     `device` and `dtype` are flags; where they say auto, and for the threads, what the run's `stored`
     settings hold goes on. Another CPU, GPU or torch is refused later (files.check_settings). The
     CPU's name also says whether F.linear serves where `cpu.linear` would use oneDNN."""
-    form = {"device": str, "dtype": str, "threads": range(1, 2**15)}
-    whole = not stored or fits(stored, form) and stored["dtype"] in ("fp32", "bf16")
+    threads = stored.get("threads", 1)
+    whole = (
+        type(threads) is int and 0 < threads < 2**15 and isinstance(stored.get("device", ""), str)
+    )
+    whole = whole and stored.get("dtype", "fp32") in ("fp32", "bf16")
     need(
         whole,
         "the settings in this folder are damaged or not of this script; choose another --out-dir",
