@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import pretend_bf16
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -155,7 +156,7 @@ def test_a_cpu_reads_own_tokens_quickly(monkeypatch):
 def test_bf16_is_near_fp32(monkeypatch, has):
     """Guards bf16 on CPUs with and without instructions for it: log-probs near those of fp32 (a lost
     bias or activation changes them by more than 0.5)."""
-    monkeypatch.setattr(cpu, "has_bf16", lambda: has)
+    pretend_bf16(monkeypatch, has)
     screened = []
     real = cpu.screen
     monkeypatch.setattr(cpu, "screen", lambda *a: screened.append(1) or real(*a))

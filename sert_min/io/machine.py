@@ -111,7 +111,8 @@ def resolve_machine(
 ) -> tuple[torch.device, dict]:
     """The device of a run, and everything about this machine that decides the run's bytes (MACHINE).
     `device` and `dtype` are flags; where they say auto, and for the threads, what the run's `stored`
-    settings hold goes on. Another CPU, GPU or torch is refused later (files.check_settings)."""
+    settings hold goes on. Another CPU, GPU or torch is refused later (files.check_settings). The
+    CPU's name also says whether F.linear serves where `cpu.linear` would use oneDNN."""
     threads = stored.get("threads", 1)
     whole = (
         type(threads) is int and 0 < threads < 2**15 and isinstance(stored.get("device", ""), str)
@@ -129,4 +130,6 @@ def resolve_machine(
     gpu = torch.cuda.get_device_name(where) if where.type == "cuda" else None
     name = "bf16" if wanted is torch.bfloat16 else "fp32"
     kind = torch.backends.cpu.get_cpu_capability() + (" with bf16" if cpu.has_bf16() else "")
+    if torch.backends.mkldnn.is_available() and not cpu.onednn_is_right():
+        kind += " without oneDNN"
     return where, dict(zip(MACHINE, (where.type, name, threads, kind, gpu, torch.__version__)))
