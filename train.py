@@ -29,7 +29,7 @@ from sert_min.io.errors import SertError, printable, run_script
 from sert_min.io.files import check_settings, lock_folder, read_jsonl
 from sert_min.io.hub import find_model, model_label, read_sert, weights_hash
 from sert_min.io.machine import resolve_machine
-from sert_min.metrics import greedy, score, summarize
+from sert_min.metrics import grade, greedy, summarize
 from sert_min.questions import describe
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
@@ -315,7 +315,7 @@ def greedy_records(run: Run, questions: list, sert: dict, progress=lambda _: Non
     """Prediction records of greedy decoding with the prompt form that `sert` names."""
     suffix, cap = sert.get("prompt_suffix", ""), tasks.get(run.settings["task"]).greedy_cap
     outputs = greedy(run.model, run.tokenizer, questions, suffix, cap, progress=progress)
-    return [score(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
+    return [grade(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
 
 
 def reasons(q, text: str, tokenizer) -> bool:
