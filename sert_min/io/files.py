@@ -268,6 +268,11 @@ def lock_folder(folder: Path | str, name: str = ".lock", shared: bool = False) -
         yield
 
 
+def clean_name(text: str) -> str:
+    """`text` as a part of a path: at most 80 letters, digits and `_.-`."""
+    return re.sub(r"[^\w.-]", "-", text)[:80]
+
+
 def block_path(folder: Path, i: int, n: int) -> Path:
     """The file of block i, which holds n questions; a block of another size is another file."""
     return folder / f"{i:06d}-{n}.jsonl"
