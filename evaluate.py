@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sert_min import prompts, script, tasks
 from sert_min.gpt2 import load_model, read_config
-from sert_min.io import files
+from sert_min.io import endpoint, files
 from sert_min.io.errors import need, printable_lines, run_script
 from sert_min.io.files import to_line, write_atomic
 from sert_min.io.hub import find_model, model_label, weights_hash
@@ -55,7 +55,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--paths", nargs="+", help="judge the paths of these paths.jsonl files")
     g.add_argument("--table", metavar="DIR", help="Table II from all metrics.json under DIR")
     g.add_argument("--figures", metavar="DIR", help="Figures 1, 3, 4 from the files under DIR")
-    judge.add_flags(p)
+    endpoint.add_flags(p.add_argument_group("judge [SERT Table I]"), "judge")
     g = p.add_argument_group("how it runs")
     g.add_argument("--block-questions", type=int, default=64, help="decoded together (64)")
     script.add_flags(g, "--device", "--dtype", "--dry-run")
@@ -186,7 +186,7 @@ def evaluate(cell: Cell, job: Job) -> dict:
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     print_metrics(cell.title + ("" if cell.seed is None else f", seed {cell.seed}"), metrics)
     print(f"wrote {out}/predictions.jsonl and metrics.json")
-    judge.end_if_missing(failures)
+    endpoint.end_if_missing(failures, "judge", job.judge.folder if failures else out)
     return metrics
 
 
@@ -273,11 +273,12 @@ def print_plan(cell: Cell, job: Job) -> None:
 
 def main(args) -> None:
     script.check_counts(args, "limit", "block_questions", "max_new_tokens")
-    task, split, dry_run = args.task, args.split, args.dry_run
+    task, split = args.task, args.split
+    load = partial(tasks.load, task, data_dir=args.data_dir)
     for flag in ("table", "figures"):
         folder = getattr(args, flag)
         need(not folder or Path(folder).is_dir(), f"--{flag} {folder}: no such folder")
-    chosen = judge.choose(args, task, tasks.get(task).judge)  # bad flags end here, not hours later
+    chosen = judge.choose(args, tasks.get(task).judge)  # bad flags end here, not hours later
     model_judge = chosen if args.judge_model else None
     if args.table:
         return table.print_table(Path(args.table))
@@ -288,17 +289,14 @@ def main(args) -> None:
         return figures.draw_figures(Path(args.figures), out, split, model_judge and chosen.name)
     if args.paths:
         need(chosen, "--paths needs --judge-model (only the micro-world has a judge program)")
-        return texts.judge_paths(args.paths, task, args.limit, chosen, dry_run)
+        return texts.judge_paths(args.paths, task, args.limit, chosen, args.dry_run)
     if args.predictions:
-        splits = ("test", "train")
-        known = lambda: [q for s in splits for q in tasks.load(task, s, args.data_dir)]
         about = {"task": task, "split": split}
-        return texts.evaluate_texts(
-            args.predictions, about, known, args.limit, args.out_dir, model_judge, dry_run
-        )
+        where = args.limit, args.out_dir, args.dry_run
+        return texts.evaluate_texts(args.predictions, about, load, model_judge, *where)
     names = args.model or default_models(task)
     need(not args.out_dir or len(names) == 1, "--out-dir takes the results of one --model only")
-    everything = tasks.load(task, split, args.data_dir)
+    everything = load(split)
     print(describe(everything, split))
     settings = {
         "task": task,
@@ -310,7 +308,7 @@ def main(args) -> None:
     some = everything[: args.limit]
     job = Job(settings, some, args.by == "likelihood", args.device, args.dtype, chosen)
     cells = [cell_of(name, task, split, args.prompt_suffix, args.out_dir) for name in names]
-    if dry_run:
+    if args.dry_run:
         for cell in cells:
             print_plan(cell, job)
         return None

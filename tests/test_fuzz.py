@@ -37,6 +37,7 @@ from sert_min import (
     answers,
     filters,
     finetune,
+    metrics,
     patterns,
     rationales,
     tasks,
