@@ -15,82 +15,117 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from sert_min import answers, filters, patterns, prompts, tasks
-from sert_min.finetune import METRICS, TrainSettings, encode_example, fit, mean_loss, n_supervised
+from sert_min import filters, prompts, tasks
+from sert_min.answers import strip_answer_sentence
+from sert_min.finetune import (
+    METRICS,
+    Example,
+    TrainSettings,
+    encode_example,
+    fit,
+    mean_loss,
+    n_supervised,
+)
 from sert_min.gpt2 import GPT2, load_model, save_model
-from sert_min.io import files, parallel
-from sert_min.io.errors import SertError, printable, run_script
-from sert_min.io.files import check_settings, lock_folder, read_jsonl
-from sert_min.io.hub import find_model, model_label, read_sert, weights_hash
+from sert_min.io import parallel
+from sert_min.io.errors import SertError, need, printable, run_script
+from sert_min.io.files import check_settings, lock_folder, read_jsonl, stored_settings
+from sert_min.io.hub import read_sert, weights_hash
 from sert_min.io.machine import resolve_machine
 from sert_min.metrics import grade, greedy, summarize
-from sert_min.questions import describe
+from sert_min.questions import Question, describe
+from sert_min.script import Student, add_flags, check_counts, given, open_student, parser
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
 VALIDATE = 100  # validation questions answered after each epoch
+Pair = tuple[Question, str, str]  # question, prompt, completion
 
 
 def add_training_flags(p: argparse.ArgumentParser) -> None:
     """The flags that train.py and distill.py share."""
     d = TrainSettings()
     g = p.add_argument_group("data and model")
-    g.add_argument(
-        "--task", choices=tasks.TASKS, default=tasks.DEFAULT, help="default: %(default)s"
-    )
-    g.add_argument("--data-dir", help="read the datasets here instead of downloading them")
-    g.add_argument(
-        "--model", help="student to start from: name, folder or hub id (default: the task's)"
-    )
-    g.add_argument("--out-dir", help="default: out/TASK/MODEL/METHOD/seedN")
-    g.add_argument("--limit", type=int, help="only the first N examples")
+    out = dict(help="default: out/TASK/MODEL/METHOD/seedN")
+    add_flags(g, "--task", "--data-dir", "--model", "--limit", "--out-dir", out_dir=out)
     g = p.add_argument_group("optimisation [SERT §III-A]")
     g.add_argument(
-        "--epochs", type=int, help="default: the task's (paper: 20); may be raised later"
+        "--epochs", type=int, help="default: the task's (paper: 20); can be raised later"
     )
     g.add_argument("--batch-size", type=int, default=d.batch_size, help="default: %(default)s")
     g.add_argument("--lr", type=float, default=d.lr, help="default: %(default)s, constant")
-    g.add_argument("--max-steps", type=int, help="stop after so many steps; may be raised later")
+    g.add_argument("--max-steps", type=int, help="stop after so many steps; can be raised later")
     g.add_argument("--accumulate", type=int, default=d.accumulate, help="split a batch in N parts")
-    g.add_argument("--clip", type=float, default=d.clip, help="gradient norm, default %(default)s")
     g.add_argument("--loss-on", choices=("answer", "all"), default="answer", help="all: prompt too")
     g.add_argument("--holdout", action="store_true", help="keep a tenth for validation, save best")
-    g.add_argument("--seed", type=int, default=d.seed)
+    add_flags(g, "--seed")
     g = p.add_argument_group("how it runs")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
-    g.add_argument(
-        "--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="bf16: autocast"
-    )
-    g.add_argument("--compile", action="store_true", help="torch.compile model and loss")
-    g.add_argument(
-        "--save-seconds", type=float, default=300, help="between saved states (%(default)s)"
-    )
-    g.add_argument(
-        "--report", type=int, help="test questions for before/after (micro: 100, else 0)"
-    )
+    add_flags(g, "--device", "--dtype")
+    g.add_argument("--save-seconds", type=float, default=300, help="between states (%(default)s)")
+    g.add_argument("--report", type=int, help="test questions answered before and after "
+                   "(micro: 100, else 0)")  # fmt: skip
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = parser(__doc__)
     p.add_argument("--method", choices=("sert", "finetune"), default="sert")
     p.add_argument("--paths", help="selected.jsonl (default: where sample.py put it for this task)")
     add_training_flags(p)
     return p.parse_args(argv)
 
 
-# --- examples -------------------------------------------------------------------------------------
+class Options(NamedTuple):
+    """The training flags, resolved."""
+
+    s: TrainSettings
+    task: str
+    data_dir: str | None
+    out_dir: str | None
+    limit: int | None  # of the examples
+    loss_on: str
+    holdout: bool
+    save_seconds: float
+    report: int  # test questions answered before and after
+    device: str
+    dtype: str
 
 
-def sert_pairs(paths: Path, questions: list) -> list[tuple]:
-    """(question, prompt, completion) of each selected path; a closing answer sentence of the
-    path's own goes first, so that only the gold answer is stated."""
+def options(args) -> Options:
+    """Check the training flags; the task's number of epochs stands for a missing one."""
+    check_counts(args, "limit")
+    task = tasks.get(args.task)
+    chosen = {f.name: getattr(args, f.name) for f in fields(TrainSettings)}
+    chosen["epochs"] = given(args.epochs, task.preset["epochs"])
+    same = {k: getattr(args, k) for k in Options._fields if k not in ("s", "report")}
+    return Options(
+        s=TrainSettings(**chosen).check(), report=given(args.report, task.report), **same
+    )
+
+
+def main(args) -> None:
+    parallel.start()
+    o, student = options(args), open_student(args.model, args.task)
+    questions = tasks.load(o.task, "train", o.data_dir)
+    print(describe(questions, "train"))
+    if args.method == "finetune":
+        pairs, source = [(q, *prompts.finetune_pair(q)) for q in questions], "labels"
+    else:
+        default = f"out/{o.task}/{student.label}/paths-train/seed{o.s.seed}/selected.jsonl"
+        paths = Path(args.paths or default)
+        need(
+            paths.exists(),
+            f"{paths} does not exist; run `python sample.py --task {o.task} --model {student.name} "
+            f"--seed {o.s.seed}` to its end first, or give --paths",
+        )
+        pairs, source = sert_pairs(paths, questions), str(paths)
+    train_student(student, args.method, pairs, "", source, o)
+
+
+def sert_pairs(paths: Path, questions: list[Question]) -> list[Pair]:
+    """(question, prompt, completion) of each selected path. A path loses a closing answer sentence
+    of its own, so that only the gold answer is stated."""
     by_id = {q.id: q for q in questions}
     pairs, stripped, empty = [], 0, 0
     for record in read_jsonl(paths):
@@ -102,7 +137,7 @@ def sert_pairs(paths: Path, questions: list) -> list[tuple]:
                 f"{paths}: question {record.get('id')} is not in this task's train split, or its "
                 "record is damaged; give the --task that the paths were sampled for"
             )
-        text, had_one = answers.strip_answer_sentence(record["text"])
+        text, had_one = strip_answer_sentence(record["text"])
         stripped, empty = stripped + had_one, empty + (not text)
         if text:
             pairs.append((q, *prompts.sert_pair(q, text)))
@@ -111,60 +146,40 @@ def sert_pairs(paths: Path, questions: list) -> list[tuple]:
     return pairs
 
 
-def finetune_pairs(questions: list) -> list[tuple]:
-    return [(q, *prompts.finetune_pair(q)) for q in questions]
-
-
 # --- the run --------------------------------------------------------------------------------------
 
 
-def main(args) -> None:
-    parallel.start()
-    name = args.model or tasks.get(args.task).student
-    folder = find_model(name)
-    questions = tasks.load(args.task, "train", args.data_dir)
-    print(describe(questions, "train"))
-    if args.method == "finetune":
-        pairs, source = finetune_pairs(questions), "labels"
-    else:
-        label = model_label(name, folder)
-        paths = Path(
-            args.paths or f"out/{args.task}/{label}/paths-train/seed{args.seed}/selected.jsonl"
-        )
-        if not paths.exists():
-            raise SertError(
-                f"{paths} does not exist; run `python sample.py --task {args.task} --model {name} "
-                f"--seed {args.seed}` to its end first, or give --paths"
-            )
-        pairs, source = sert_pairs(paths, questions), str(paths)
-    train_student(args, args.method, name, pairs, suffix="", source=source)
-
-
 class Run(NamedTuple):
-    """One training: the student it starts from, its examples, and all that decides the result."""
+    """One training: the student that it starts from, its examples, and what decides the result."""
 
-    folder: Path  # of the student
+    student: Student
     model: GPT2
     tokenizer: Tokenizer
     out: Path
-    device: torch.device
-    s: TrainSettings
-    settings: dict
+    o: Options
+    settings: dict  # everything that decides the weights
     sert: dict  # what its checkpoints will say of themselves
-    examples: list
+    examples: list[Example]
     names: list[str]  # question ids of the examples
-    held: list  # validation examples
+    held: list[Example]  # validation examples
+
+    @property
+    def bf16(self) -> bool:
+        return self.settings["dtype"] == "bf16"
 
 
-def train_student(args, method: str, name: str, pairs: list, suffix: str, source: str) -> Path:
-    """Train the model `name` on (question, prompt, completion) pairs and save it; returns the run's
-    folder. Repeating the call continues it, or does nothing once it is done."""
-    run = prepare(args, method, name, pairs, suffix, source)
-    out, steps = run.out, run.s.steps(len(run.examples))
+def train_student(
+    student: Student, method: str, pairs: list[Pair], suffix: str, source: str, o: Options
+) -> Path:
+    """Train a student on (question, prompt, completion) pairs and save it; returns the run's folder.
+    `suffix` is the prompts' one, `source` says where the completions come from. Repeating the call
+    continues the training, or does nothing once it is done."""
+    run = prepare(student, method, pairs, suffix, source, o)
+    out, steps = run.out, o.s.steps(len(run.examples))
     print(
         f"{method}: {len(run.examples):,} examples, {n_supervised(run.examples):,} supervised "
-        f"tokens, {steps:,} steps of {run.s.batch_size}; {run.sert['root']} on {run.device}, "
-        f"{run.settings['dtype']}, {run.settings['threads']} thread(s)"
+        f"tokens, {steps:,} steps of {o.s.batch_size}; {run.sert['root']} on "
+        f"{run.model.wte.weight.device}, {run.settings['dtype']}, {run.settings['threads']} thread(s)"
     )
     with lock_folder(out) if parallel.RANK == 0 else contextlib.nullcontext():
         # A longer run starts with the very steps of a shorter one: these two may be raised.
@@ -175,167 +190,132 @@ def train_student(args, method: str, name: str, pairs: list, suffix: str, source
         if parallel.largest(done):
             print(f"{out}/last is there already, trained for {steps:,} steps")
             return out
-        run.model.to(run.device)
-        asked = report_questions(args) if parallel.RANK == 0 else []
-        before = greedy_records(run, asked, read_sert(run.folder))
-        fit(
-            run.model,
-            run.examples,
-            run.names,
-            out,
-            run.s,
-            run.settings["dtype"] == "bf16",
-            args.compile,
-            partial(validate, run, args) if run.held else None,
-            args.save_seconds,
-        )
+        asked = tasks.load(o.task, "test", o.data_dir)[: o.report] if parallel.RANK == 0 else []
+        before = greedy_records(run, asked, student.suffix)
+        validation = validate(run) if run.held else None
+        fit(run.model, run.examples, run.names, out, o.s, run.bf16, validation, o.save_seconds)
         parallel.end()
         if parallel.RANK > 0:
             return out
-        save_model(run.model, out / "last", run.folder, {**run.sert, "step": steps})  # it is done
+        save_model(run.model, out / "last", student.folder, {**run.sert, "step": steps})
+        if asked:
+            print_before_after(asked, before, greedy_records(run, asked, suffix), run.tokenizer)
         from sert_min.report.figures import plot_training  # late: matplotlib takes a second
 
-        title = f"{method}, {args.task}, {run.sert['root']}"
-        plot_training(out / "metrics.jsonl", out / "loss.png", title)
-        if asked:
-            print_before_after(before, greedy_records(run, asked, run.sert), asked, run.tokenizer)
+        plot_training(
+            out / "metrics.jsonl", out / "loss.png", f"{method}, {o.task}, {run.sert['root']}"
+        )
     print(f"\nwrote {out}/last (Hugging Face format), {out}/metrics.jsonl and {out}/loss.png")
     return out
 
 
-def prepare(args, method: str, name: str, pairs: list, suffix: str, source: str) -> Run:
-    """Read the student, choose and encode the examples, write down what decides the result."""
-    s, folder = train_settings(args), find_model(name)
-    model, tokenizer, label = load_model(folder), load_tokenizer(folder), model_label(name, folder)
-    out = Path(args.out_dir or f"out/{args.task}/{label}/{method}/seed{args.seed}")
-    pairs, held = split_pairs(pairs, args)
-    device, machine = resolve_machine(
-        args.device, args.dtype, files.stored_settings(out / "settings.json"), model.n_params()
-    )
+def prepare(
+    student: Student, method: str, pairs: list[Pair], suffix: str, source: str, o: Options
+) -> Run:
+    """Read the student, choose and encode the examples, collect what decides the result."""
+    folder, label = student.folder, student.label
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    out = Path(o.out_dir or f"out/{o.task}/{label}/{method}/seed{o.s.seed}")
+    pairs, held = split_pairs(pairs, o)
+    stored = stored_settings(out / "settings.json")
+    device, machine = resolve_machine(o.device, o.dtype, stored, model.n_params())
+    text = json.dumps([[prompt, completion] for _, prompt, completion in pairs + held])
     settings = {
         "method": method,
-        "task": args.task,
+        "task": o.task,
         "model": label,
         "weights": weights_hash(folder),
-        "data": data_hash(pairs + held),
+        "data": hashlib.sha256(text.encode()).hexdigest(),
         "prompt_suffix": suffix,
-        "loss_on": args.loss_on,
-        "holdout": args.holdout,
-        **asdict(s),
-        "compile": args.compile,
+        "loss_on": o.loss_on,
+        "holdout": o.holdout,
+        **asdict(o.s),
         **machine,
     }
     sert = {
         "method": method,
         "root": label,
-        "parents": [*read_sert(folder).get("parents", []), name],
+        "parents": [*student.sert.get("parents", []), student.name],
         **{k: settings[k] for k in ("task", "prompt_suffix", "data", "seed")},
         "source": source,
         "settings": settings,
     }
-    examples, held = (
-        encode_pairs(some, tokenizer, args.loss_on, model.config.n_positions)
-        for some in (pairs, held)
-    )
-    names = [q.id for q, _, _ in pairs]
-    return Run(folder, model, tokenizer, out, device, s, settings, sert, examples, names, held)
+    context, names = model.config.n_positions, [q.id for q, _, _ in pairs]
+    examples, held = (encode_pairs(some, tokenizer, o.loss_on, context) for some in (pairs, held))
+    model.to(device)
+    return Run(student, model, tokenizer, out, o, settings, sert, examples, names, held)
 
 
-def validate(run: Run, args, poll) -> dict:
-    """Loss and accuracy on the held-out tenth; the model with the lowest loss is kept in best/."""
-    loss = mean_loss(run.model, run.held, run.settings["dtype"] == "bf16", poll)
-    asked = tasks.load(args.task, "validation", args.data_dir)[:VALIDATE]
-    right = sum(r["correct"] for r in greedy_records(run, asked, run.sert, poll))
-    if loss < best_so_far(run.out / "metrics.jsonl"):
-        save_model(run.model, run.out / "best", run.folder, {**run.sert, "validation_loss": loss})
-    return {"validation_loss": round(loss, 6), "validation_acc": round(right / len(asked), 4)}
-
-
-def train_settings(args) -> TrainSettings:
-    """The flags, with the task's number of epochs where none is given."""
-    if args.limit is not None and args.limit < 1:
-        raise SertError("--limit must be at least 1")
-    chosen = {f.name: getattr(args, f.name) for f in fields(TrainSettings)}
-    if chosen["epochs"] is None:
-        chosen["epochs"] = tasks.get(args.task).preset["epochs"]
-    return TrainSettings(**chosen).check()
-
-
-def split_pairs(pairs: list, args) -> tuple[list, list]:
+def split_pairs(pairs: list[Pair], o: Options) -> tuple[list[Pair], list[Pair]]:
     """(train, held out) pairs: with --holdout the task's fixed tenth is not trained on."""
     held = []
-    if args.holdout:
-        held_ids = {q.id for q in tasks.load(args.task, "validation", args.data_dir)}
+    if o.holdout:
+        held_ids = {q.id for q in tasks.load(o.task, "validation", o.data_dir)}
         held = [p for p in pairs if p[0].id in held_ids]
         pairs = [p for p in pairs if p[0].id not in held_ids]
-        if not held:
-            raise SertError("--holdout finds no example of the validation split; leave it out")
-    pairs = pairs[: args.limit]
-    if not pairs:
-        raise SertError("there are no examples to train on; check the input file")
+        need(held, "--holdout finds no example of the validation split; leave it out")
+    pairs = pairs[: o.limit]
+    need(pairs, "there are no examples to train on; check the input file")
     return pairs, held
 
 
-def encode_pairs(pairs: list, tokenizer, loss_on: str, context: int) -> list:
-    """Examples of (question, prompt, completion); what does not fit the context is an error."""
+def encode_pairs(pairs: list[Pair], tokenizer, loss_on: str, context: int) -> list[Example]:
+    """Examples of pairs; one that is longer than the context is an error."""
     examples = []
     for q, prompt, completion in pairs:
         ids, targets = encode_example(tokenizer, prompt, completion, loss_on)
-        if len(ids) > context:
-            raise SertError(
-                f"question {q.id}: its training text has {len(ids)} tokens, the model's context is "
-                f"{context}; leave that record out"
-            )
+        need(
+            len(ids) <= context,
+            f"question {q.id}: its training text has {len(ids)} tokens, the model's context is "
+            f"{context}; leave that record out",
+        )
         examples.append((ids, targets))
     return examples
 
 
-def data_hash(pairs: list) -> str:
-    """SHA-256 of all training text, in order."""
-    text = json.dumps([[prompt, completion] for _, prompt, completion in pairs])
-    return hashlib.sha256(text.encode()).hexdigest()
+def validate(run: Run):
+    """A function for `fit` that measures loss and accuracy on the held-out tenth and keeps the model
+    with the lowest loss in best/."""
+    asked = tasks.load(run.o.task, "validation", run.o.data_dir)[:VALIDATE]
+    metrics = run.out / "metrics.jsonl"
 
+    def measure(poll) -> dict:
+        loss = mean_loss(run.model, run.held, run.bf16, poll)
+        records = greedy_records(run, asked, run.sert["prompt_suffix"], poll)
+        logged = (r.get("validation_loss", math.inf) for r in read_jsonl(metrics, METRICS))
+        if loss < min(logged, default=math.inf):
+            sert = {**run.sert, "validation_loss": loss}
+            save_model(run.model, run.out / "best", run.student.folder, sert)
+        right = sum(r["correct"] for r in records)
+        return {
+            "validation_loss": round(loss, 6),
+            "validation_acc": round(right / len(asked), 4),
+        }
 
-def best_so_far(metrics: Path) -> float:
-    """The lowest validation loss that the run has logged."""
-    losses = (r.get("validation_loss", math.inf) for r in read_jsonl(metrics, METRICS))
-    return min(losses, default=math.inf)
+    return measure
 
 
 # --- before and after -----------------------------------------------------------------------------
 
 
-def report_questions(args) -> list:
-    """The test questions of the table of before and after; none on the real tasks by default."""
-    n = args.report if args.report is not None else tasks.get(args.task).report
-    return tasks.load(args.task, "test", args.data_dir)[:n] if n > 0 else []
-
-
-def greedy_records(run: Run, questions: list, sert: dict, progress=lambda _: None) -> list[dict]:
-    """Prediction records of greedy decoding with the prompt form that `sert` names."""
-    suffix, cap = sert.get("prompt_suffix", ""), tasks.get(run.settings["task"]).greedy_cap
+def greedy_records(run: Run, questions: list, suffix: str, progress=lambda _: None) -> list[dict]:
+    """Prediction records of greedy decoding with prompts that end in `suffix`."""
+    cap = tasks.get(run.o.task).greedy_cap
     outputs = greedy(run.model, run.tokenizer, questions, suffix, cap, progress=progress)
     return [grade(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
 
 
-def reasons(q, text: str, tokenizer) -> bool:
-    """Is this output a reasoning path? Without its closing answer sentence it breaks no pattern
-    rule, is as long as the task's rules ask, and does not repeat itself more than they allow."""
-    text, rules = answers.strip_answer_sentence(text)[0], tasks.get(q.task).preset
-    ids = tokenizer.encode(text)
-    if len(ids) < rules["min_tokens"] or filters.rep2(ids) > rules["max_rep2"]:
-        return False
-    return patterns.pattern_break(text, q) is None
-
-
-def print_before_after(before, after, questions, tokenizer) -> None:
+def print_before_after(questions, before, after, tokenizer) -> None:
     """The table of what training changed in greedy decoding, and three outputs side by side."""
     print(f"\ngreedy decoding, {len(questions)} test questions{'before':>14}{'after':>10}")
+    limits = filters.limits(tasks.get(questions[0].task).preset)
     rows = []
     for records in (before, after):
         m = summarize(records, questions)
-        shown = sum(reasons(q, r["text"], tokenizer) for q, r in zip(questions, records))
-        rows.append((shown / len(records), m["acc"], m["acc_lenient"][0], m["unparseable"]))
+        shown = [
+            filters.reasons(q, r["text"], tokenizer, limits) for q, r in zip(questions, records)
+        ]
+        rows.append((sum(shown) / len(shown), m["acc"], m["acc_lenient"][0], m["unparseable"]))
     (r0, a0, l0, u0), (r1, a1, l1, u1) = rows
     print(f"{'reasoning outputs':<40}{r0:>10.1%}{r1:>10.1%}")
     print(f"{'accuracy (lenient: any answer word)':<40}{l0:>10.1%}{l1:>10.1%}")

@@ -1,71 +1,59 @@
 """Stage 1, second half: which sampled paths are latent reasoning [SERT §II-A-2, §III-A].
 
-    1 pattern      not reasoning: imitates the prompt, lists the options, or only answers [Fig. 2]
-    2 length       shorter than 25 tokens
-    3 repetition   rep-2 above 0.2
-    4 perplexity   below 5: the model's likely continuations are direct answers, not reasoning
-    5 select       per question the passed path with the lowest rep-2
+    1 pattern      drops what is not reasoning: imitates the prompt, lists the options, only answers
+    2 length       drops paths shorter than 25 tokens
+    3 repetition   drops paths with rep-2 above 0.2
+    4 perplexity   drops paths below 5: what the model finds likely are its direct answers, and
+                   latent reasoning is the unlikely rest
+    5 select       keeps, per question, the passed path with the lowest rep-2
 
-Each rule sees what the one before it left. The paper names the three patterns and shows an example
-of each; their definitions here are ours. They look at the whole sampled text and are monotone: once
-broken, no further token mends them, so a row can stop early and later get the same verdict. The
-other rules look at the path, which loses a last half sentence if the cap cut it.
+Each rule sees what the one before it left. A rule is one entry of RULES; flags, the funnel, the page
+and the figures are made from these entries, so a new rule is a new entry and its test. The pattern
+rule looks at the whole sampled text (patterns.py); the others look at the path, which loses its last
+half sentence if the cap cut it.
 """
 
 import math
+import operator
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from sert_min.answers import SENTENCE_END
-from sert_min.io.errors import SertError
-from sert_min.patterns import PATTERN_KINDS, break_token, characters_complete, decode
+from sert_min.answers import SENTENCE_END, strip_answer_sentence
+from sert_min.io.errors import need
+from sert_min.patterns import (
+    PATTERN_KINDS,
+    broken_kinds,
+    characters_complete,
+    decode,
+    earliest,
+    parse_patterns,
+    pattern_breaks,
+)
 from sert_min.questions import Question
 
-# In this order; each sees what the one before it left. A new rule goes here and into FilterSettings
-# and judge_path; tasks.preset and micro.PRESET (its value); sample.py (its flag, filter_settings,
-# print_run, print_funnel); a style in plots.plot_ablation; page.py and page.html (its words).
-RULES = ("pattern", "length", "repetition", "perplexity")
+
+class Path(NamedTuple):
+    """A sampled path as the rules see it."""
+
+    ids: list[int]  # its tokens
+    logprobs: list[float]  # of these and, before them, of an end-of-text branch token
+    text: str
+    breaks: dict[str, int]  # pattern kind that it breaks -> token with which it does
+    question: Question
 
 
-@dataclass(frozen=True)
-class FilterSettings:
-    """Thresholds, the paper's by default; None switches a rule off. An empty path never passes."""
+class Rule(NamedTuple):
+    """One rule: paths whose `measure` breaks the `limit` are dropped."""
 
-    patterns: tuple[str, ...] | None = PATTERN_KINDS
-    min_tokens: int | None = 25
-    max_rep2: float | None = 0.2
-    min_perplexity: float | None = 5.0
-
-    def __post_init__(self):
-        unknown = set(self.patterns or ()) - set(PATTERN_KINDS)
-        if unknown:
-            raise SertError(
-                f"--patterns knows {', '.join(PATTERN_KINDS)} and none, not {sorted(unknown)[0]!r}"
-            )
-        if self.min_tokens is not None and not self.min_tokens >= 0:
-            raise SertError(f"--min-tokens must be 0 or more, not {self.min_tokens}")
-        if self.max_rep2 is not None and not 0 <= self.max_rep2 <= 1:
-            raise SertError(f"--max-rep2 must be between 0 and 1, not {self.max_rep2}")
-        if self.min_perplexity is not None and not 0 <= self.min_perplexity < math.inf:
-            raise SertError(f"--min-perplexity must be 0 or more, not {self.min_perplexity}")
-
-
-def trim_to_sentence(token_bytes: Sequence[bytes], path_start: int) -> int:
-    """`path_end` of a path that the cap cut: after the token that holds the end of the last full
-    sentence, or all of it if there is none.
-
-    >>> trim_to_sentence([b" It", b" rains", b'."', b" So", b" we"], 0)
-    3
-    """
-    path = token_bytes[path_start:]
-    ends = [m.end() for m in SENTENCE_END.finditer(decode(path))]
-    if not ends:
-        return len(token_bytes)
-    return path_start + bisect_right(characters_complete(path), ends[-1] - 1) + 1
-
-
-# --- 3 repetition, 4 perplexity --------------------------------------------------------------
+    name: str  # the verdict of the paths that it drops
+    flag: str  # --min-tokens is min_tokens
+    limit: object  # the paper's
+    bounds: tuple[float, float] | None  # values of the limit that have a meaning
+    measure: Callable[[Path], object]
+    breaks: Callable[[object, object], object]  # (measure, limit); a string names the kind of break
+    words: str  # how the limit reads in the funnel
+    help: str
 
 
 def rep2(ids: Sequence) -> float:
@@ -86,45 +74,152 @@ def perplexity(logprobs: Sequence[float]) -> float | None:
     return math.exp(min(-mean, 700.0))  # finite: JSON has no infinity
 
 
-# --- all rules on one path, then on all ------------------------------------------------------
+RULES = (
+    Rule(
+        "pattern", "patterns", PATTERN_KINDS, None, lambda path: path.breaks, earliest,
+        "drop {}", "kinds to drop, by comma: imitative,options,direct; or none",
+    ),
+    Rule(
+        "length", "min_tokens", 25, (0, math.inf), lambda path: len(path.ids),
+        lambda n, least: n < max(least, 1),  # an empty path never passes
+        "at least {} tokens", "paper: 25; 0: off",
+    ),
+    Rule(
+        "repetition", "max_rep2", 0.2, (0, 1), lambda path: rep2(path.ids), operator.gt,
+        "rep-2 at most {}", "share of repeated bigrams, paper: 0.2; 1: off",
+    ),
+    Rule(
+        "perplexity", "min_perplexity", 5.0, (0, math.inf), lambda path: perplexity(path.logprobs),
+        operator.lt, "perplexity at least {}", "paper: 5; 0: off",
+    ),
+)  # fmt: skip
 
 
-def judge_path(
-    record: Mapping, token_bytes: Sequence[bytes], question: Question, settings: FilterSettings
+# --- limits ---------------------------------------------------------------------------------------
+
+
+def add_flags(group) -> None:
+    """A flag per rule."""
+    for rule in RULES:
+        kind = str if rule.bounds is None else type(rule.limit)
+        group.add_argument(f"--{rule.flag.replace('_', '-')}", type=kind, help=rule.help)
+
+
+def limits(preset: Mapping, flags: Mapping | None = None) -> dict:
+    """The limit of every rule, by flag name: what `flags` say, else the task's preset, else the
+    paper's value. A limit that has no meaning is an error."""
+    chosen = {}
+    for rule in RULES:
+        limit = (flags or {}).get(rule.flag)
+        limit = preset.get(rule.flag, rule.limit) if limit is None else limit
+        if rule.bounds is None:
+            limit = parse_patterns(limit) if isinstance(limit, str) else tuple(limit)
+        else:
+            low, high = rule.bounds
+            name, to = rule.flag.replace("_", "-"), f"to {high}" if high < math.inf else "up"
+            inside = low <= limit <= high and limit < math.inf
+            need(inside, f"--{name} must be from {low} {to}, not {limit}")
+        chosen[rule.flag] = limit
+    return chosen
+
+
+def words(rule: Rule, limit) -> str:
+    """How a limit reads: `at least 25 tokens`."""
+    return rule.words.format(limit if rule.bounds else ", ".join(limit) or "no pattern")
+
+
+# --- one path -------------------------------------------------------------------------------------
+
+
+def trim_to_sentence(token_bytes: Sequence[bytes], path_start: int) -> int:
+    """`path_end` of a path that the cap cut: after the token that holds the end of the last full
+    sentence, or all of it if there is none.
+
+    >>> trim_to_sentence([b" It", b" rains", b'."', b" So", b" we"], 0)
+    3
+    """
+    path = token_bytes[path_start:]
+    ends = [m.end() for m in SENTENCE_END.finditer(decode(path))]
+    if not ends:
+        return len(token_bytes)
+    return path_start + bisect_right(characters_complete(path), ends[-1] - 1) + 1
+
+
+def verdict(
+    record: Mapping, token_bytes: Sequence[bytes], question: Question, limits: Mapping
 ) -> dict:
-    """`text, path_end, perplexity, rep2, verdict` of a path from its `token_ids, logprobs,
-    path_start, finish`; `token_bytes` are the bytes of each of `token_ids`. A path that passes
-    every rule is `kept`. Deterministic in the stored (rounded) log-probs."""
+    """What follows from a sampled record (`token_ids, logprobs, path_start, finish`): its `text,
+    path_end, perplexity, rep2, verdict`. `token_bytes` are the bytes of each of its `token_ids`,
+    `limits` those of `limits()`. A path that passes every rule is `kept`. The result depends on
+    the stored, rounded log-probs alone, so filtering anew gives the same."""
     start, finish = record["path_start"], record["finish"]
-    kinds = settings.patterns or ()
-    broken = break_token(token_bytes[start:], question, kinds, final=finish != "rejected")
-    if finish == "rejected" and not broken:
-        raise SertError(
-            "a path was stopped early by a pattern rule that is now off; give --patterns as in "
-            "the sampling run, or sample again with --no-early-reject into another --out-dir"
-        )
+    breaks = broken_kinds(token_bytes[start:], question, final=finish != "rejected")
     end = trim_to_sentence(token_bytes, start) if finish == "length" else len(token_bytes)
-    ids = record["token_ids"][start:end]
-    # an end-of-text branch token is no part of the path (start is 1), but its log-prob counts
-    found_perplexity = perplexity(record["logprobs"][:end])
-    found_rep2 = rep2(ids)
-    if broken:
-        verdict = f"pattern:{broken[0]}"
-    elif len(ids) < max(settings.min_tokens or 0, 1):
-        verdict = "length"
-    elif settings.max_rep2 is not None and found_rep2 > settings.max_rep2:
-        verdict = "repetition"
-    elif settings.min_perplexity is not None and found_perplexity < settings.min_perplexity:
-        verdict = "perplexity"
-    else:
-        verdict = "kept"
+    ids, logprobs = record["token_ids"][start:end], record["logprobs"][:end]
+    path = Path(ids, logprobs, decode(token_bytes[start:end]), breaks, question)
+    found = "kept"
+    for rule in RULES:
+        broken = rule.breaks(rule.measure(path), limits[rule.flag])
+        if broken:
+            found = f"{rule.name}:{broken}" if isinstance(broken, str) else rule.name
+            break
+    need(
+        finish != "rejected" or found.startswith("pattern:"),
+        "a path was stopped early by a pattern rule that is now off; give --patterns as in the "
+        "sampling run, or sample again with --no-early-reject into another --out-dir",
+    )
     return {
-        "text": decode(token_bytes[start:end]),
+        "text": path.text,
         "path_end": end,
-        "perplexity": found_perplexity,
-        "rep2": found_rep2,
-        "verdict": verdict,
+        "perplexity": perplexity(logprobs),
+        "rep2": rep2(ids),
+        "verdict": found,
     }
+
+
+def reasons(question: Question, text: str, tokenizer, limits: Mapping) -> bool:
+    """Is an output reasoning by its form? Without its closing answer sentence it must pass every
+    rule that needs no log-probs."""
+    text = strip_answer_sentence(text)[0]
+    ids = tokenizer.encode(text)
+    path = Path(ids, [], text, pattern_breaks(text, question), question)
+    rules = [rule for rule in RULES if rule.name != "perplexity"]
+    return not any(rule.breaks(rule.measure(path), limits[rule.flag]) for rule in rules)
+
+
+# --- all paths ------------------------------------------------------------------------------------
+
+
+def path_records(
+    sampled: Iterable[Mapping], questions: Sequence[Question], tokenizer, limits: Mapping
+) -> list[dict]:
+    """The records of paths.jsonl from those of `generate.sample_paths`: verdicts for the paths of
+    whole `questions`, one of them selected per question."""
+    by_id, records = {q.id: q for q in questions}, []
+    for r in sampled:
+        q = by_id[r["id"]]
+        token_bytes = [tokenizer.to_bytes.get(i, b"") for i in r["token_ids"]]
+        made = verdict(r, token_bytes, q, limits)
+        records.append(
+            {
+                "task": q.task,
+                "id": q.id,
+                "question": q.text,
+                "answer": q.answer,
+                "branch": r["branch"],
+                "sample": r["sample"],
+                "text": made["text"],
+                "token_ids": r["token_ids"],
+                "logprobs": r["logprobs"],
+                "path_start": r["path_start"],
+                "path_end": made["path_end"],
+                "finish": r["finish"],
+                "perplexity": made["perplexity"],
+                "rep2": made["rep2"],
+                "verdict": made["verdict"],
+            }
+        )
+    return select(records)
 
 
 def select(records: Iterable[Mapping]) -> list[dict]:
@@ -145,41 +240,58 @@ def select(records: Iterable[Mapping]) -> list[dict]:
     return records
 
 
-@dataclass
-class Counts:
-    """What each rule saw and dropped, for the table at the end of a run."""
+class Funnel:
+    """What each rule saw and dropped, counted record by record."""
 
-    paths: int = 0
-    seen: dict[str, int] = field(default_factory=dict)  # rule -> paths that reached it
-    dropped: dict[str, int] = field(default_factory=dict)  # rule or `pattern:KIND` -> paths
-    passed: int = 0
-    selected: int = 0
-    questions: int = 0
-    without_path: int = 0  # questions that no path of theirs survived
+    def __init__(self, records: Iterable[Mapping] = ()):
+        self.paths = self.passed = self.selected = 0
+        names = [*(rule.name for rule in RULES), *(f"pattern:{kind}" for kind in PATTERN_KINDS)]
+        self.dropped = dict.fromkeys(names, 0)  # rule or `pattern:KIND` -> paths
+        self.by_question: dict[tuple, bool] = {}  # did any of its paths pass?
+        for r in records:
+            self.add(r)
+
+    def add(self, r: Mapping) -> Mapping:
+        """Count a record with its verdict; returns the record."""
+        found, key = r["verdict"], (r["task"], r["id"])
+        passes = found in ("kept", "selected")
+        need(passes or found in self.dropped, f"{r['id']}: there is no verdict {found!r}")
+        self.paths += 1
+        self.passed += passes
+        self.selected += found == "selected"
+        self.by_question[key] = self.by_question.get(key, False) or passes
+        if not passes:
+            for name in {found, found.split(":")[0]}:
+                self.dropped[name] += 1
+        return r
+
+    def counts(self) -> dict:
+        """All counts as JSON has them; `seen` are the paths that reached each rule."""
+        seen, left = {}, self.paths
+        for rule in RULES:
+            seen[rule.name] = left
+            left -= self.dropped[rule.name]
+        return {
+            "paths": self.paths,
+            "seen": seen,
+            "dropped": self.dropped,
+            "passed": self.passed,
+            "selected": self.selected,
+            "questions": len(self.by_question),
+            "without_path": sum(not passes for passes in self.by_question.values()),
+        }
 
 
-def count_verdicts(records: Iterable[Mapping]) -> Counts:
-    """Counters over judged (and selected) records; one pass, records may come from a generator."""
-    dropped = dict.fromkeys((*RULES, *(f"pattern:{kind}" for kind in PATTERN_KINDS)), 0)
-    counts = Counts(dropped=dropped)
-    passed_by_question: dict[tuple, bool] = {}
-    for r in records:
-        verdict, key = r["verdict"], (r["task"], r["id"])
-        counts.paths += 1
-        passed = verdict in ("kept", "selected")
-        counts.passed += passed
-        counts.selected += verdict == "selected"
-        passed_by_question[key] = passed_by_question.get(key, False) or passed
-        if not passed:
-            if verdict not in dropped:
-                raise SertError(f"{r['id']}: there is no verdict {verdict!r}; sample it again")
-            dropped[verdict] += 1
-            if verdict.startswith("pattern:"):
-                dropped["pattern"] += 1
-    left = counts.paths
+def print_funnel(c: Mapping, limits: Mapping) -> None:
+    """The counts of a funnel as a table."""
+    print(f"\n{'rule':<22}{'saw':>9}{'dropped':>9}{'share':>8}   limit")
     for rule in RULES:
-        counts.seen[rule] = left
-        left -= dropped[rule]
-    counts.questions = len(passed_by_question)
-    counts.without_path = sum(not passed for passed in passed_by_question.values())
-    return counts
+        saw, dropped = c["seen"][rule.name], c["dropped"][rule.name]
+        text = f"{rule.name:<22}{saw:>9,}{dropped:>9,}{dropped / max(saw, 1):>8.1%}"
+        print(f"{text}   {words(rule, limits[rule.flag])}")
+        for kind in PATTERN_KINDS if rule.name == "pattern" else ():
+            print(f"  {kind:<20}{'':>9}{c['dropped'][f'pattern:{kind}']:>9,}")
+    print(
+        f"{c['passed']:,} of {c['paths']:,} paths passed; {c['selected']:,} of {c['questions']:,} "
+        f"questions have a selected path, {c['without_path']:,} have none"
+    )

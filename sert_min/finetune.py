@@ -31,13 +31,14 @@ from tqdm import tqdm
 from kernels.cpu import linear
 from sert_min.gpt2 import GPT2, causal_attention, first_broken
 from sert_min.io import parallel
-from sert_min.io.errors import SertError, this_command
+from sert_min.io.errors import SertError, need, this_command
 from sert_min.io.files import append_durable, read_jsonl, set_torn_tail_aside, to_line, write_atomic
 from sert_min.io.machine import keep_freed_memory, stop_signals
 from sert_min.io.state import load_state, save_state
 
 IGNORE = -100  # target of a position that has no loss
-METRICS = {"step": int, "loss": (float, ...), "validation_loss": (float, ...)}  # of a line
+CLIP = 1.0  # largest gradient norm (paper silent)
+METRICS = {"step": int}  # keys of a line that every reader needs
 Example = tuple[list[int], list[int]]  # ids and targets, equally long
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -182,7 +183,6 @@ def train_step(
     examples: list[Example],
     step: int,
     accumulate: int = 1,
-    clip: float = 1.0,
     bf16: bool = False,
     loss_of: Callable = loss_sum,
 ) -> float:
@@ -210,8 +210,8 @@ def train_step(
             f"step {step}: loss {total:.4g}, gradient norm {length:.4g} ({where}); the weights are "
             "as before this step. Lower --lr, use --dtype fp32, or look at the examples of this step"
         )
-    if length > clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    if length > CLIP:
+        torch.nn.utils.clip_grads_with_norm_(parameters, CLIP, norm)
     optimizer.step()
     optimizer.zero_grad()
     return total
@@ -230,19 +230,15 @@ class TrainSettings:
     max_steps: int | None = None
     seed: int = 0
     accumulate: int = 1
-    clip: float = 1.0
 
     def check(self) -> "TrainSettings":
-        """Refuse values that mean nothing, naming the flag."""
+        """Refuse values that have no meaning; the error names the flag."""
         for name in ("epochs", "batch_size", "max_steps", "accumulate"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SertError(f"--{name.replace('_', '-')} must be at least 1")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise SertError(f"--{name} must be above 0")
-        if not 0 <= self.seed < 2**40:
-            raise SertError("--seed must be from 0 to 2^40 - 1")
+            flag = f"--{name.replace('_', '-')}"
+            need(value is None or value >= 1, f"{flag} must be at least 1")
+        need(0 < self.lr < math.inf, "--lr must be above 0")
+        need(0 <= self.seed < 2**40, "--seed must be from 0 to 2^40 - 1")
         return self
 
     def steps(self, n_examples: int) -> int:
@@ -258,7 +254,6 @@ def fit(
     out: Path,
     s: TrainSettings,
     bf16: bool = False,
-    compiled: bool = False,
     validate: Callable[[Callable], dict] | None = None,
     save_seconds: float = 300,
 ) -> None:
@@ -272,15 +267,14 @@ def fit(
     keep_freed_memory()
     optimizer = make_optimizer(model, s.lr)
     first = step = parallel.process_0_first(lambda: load_state(model, optimizer, out))
-    if step > steps:
-        raise SertError(
-            f"{out} has gone {step:,} steps already, asked are {steps:,}; raise --epochs or "
-            "--max-steps, or choose another --out-dir"
-        )
+    need(
+        step <= steps,
+        f"{out} has gone {step:,} steps already, asked are {steps:,}; raise --epochs or "
+        "--max-steps, or choose another --out-dir",
+    )
     log = out / "metrics.jsonl" if parallel.RANK == 0 else Path(os.devnull)
     validated = keep_metrics_before(log, step) if parallel.RANK == 0 else 0
-    loss_of = torch.compile(loss_sum, dynamic=True) if compiled else loss_sum
-    model.wte.sparse = sparse_embedding(model) and not compiled
+    model.wte.sparse = sparse_embedding(model)
     tokens, seconds, saved = 0, 0.0, time.perf_counter()
 
     def note(**record) -> None:
@@ -326,9 +320,7 @@ def fit(
             chosen = order[at * s.batch_size : (at + 1) * s.batch_size]
             batch, start = [examples[i] for i in chosen], time.perf_counter()
             with told_where(f"epoch {epoch + 1}, questions {', '.join(names[i] for i in chosen)}"):
-                loss = train_step(
-                    model, optimizer, batch, step + 1, s.accumulate, s.clip, bf16, loss_of
-                )
+                loss = train_step(model, optimizer, batch, step + 1, s.accumulate, bf16)
             step += 1
             note(loss=round(loss, 6))
             tokens += sum(len(ids) for ids, _ in batch)
@@ -347,7 +339,7 @@ class Stop(Exception):
 
 @contextlib.contextmanager
 def told_where(where: str) -> Iterator[None]:
-    """Put the place in front of what goes wrong in a step."""
+    """Prefix a step's errors with epoch and question ids."""
     try:
         yield
     except torch.OutOfMemoryError:

@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from sert_min.answers import HEDGES, words_pattern
-from sert_min.io.errors import SertError
+from sert_min.io.errors import need
 from sert_min.questions import LETTERS, Question
 
 PATTERN_KINDS = ("imitative", "options", "direct")  # ties go to the first
@@ -17,12 +17,12 @@ EARLY_KINDS = PATTERN_KINDS[:2]  # nothing mends them; a direct answer may get a
 
 
 def parse_patterns(text: str) -> tuple[str, ...]:
-    """`--patterns`: kinds to drop, comma-separated, in any order; `none` drops nothing."""
+    """The kinds that `--patterns` drops, comma-separated, in any order; `none` drops nothing."""
     kinds = {part.strip() for part in text.split(",")} - {""}
     if kinds == {"none"}:
         return ()
-    if not kinds or kinds - set(PATTERN_KINDS):
-        raise SertError(f"--patterns takes {','.join(PATTERN_KINDS)} or none, not {text!r}")
+    known = kinds and not kinds - set(PATTERN_KINDS)
+    need(known, f"--patterns takes {','.join(PATTERN_KINDS)} or none, not {text!r}")
     return tuple(kind for kind in PATTERN_KINDS if kind in kinds)
 
 
@@ -105,46 +105,41 @@ _HAS_MARK = re.compile(rf"(?<![^\W_]){_MARK}", re.IGNORECASE)
 
 def pattern_break(
     text: str, question: Question, kinds: Sequence[str] = PATTERN_KINDS, final: bool = True
-) -> tuple[str, int] | None:
-    """(kind, length of the shortest beginning of `text` that breaks it) of the first break, if
-    any. With `final=False` more text may follow: what is found then, every continuation breaks.
-    This ends rows early; verdicts are `break_token`'s, which looks at whole tokens."""
-    breaks = pattern_breaks(text, question, kinds, final)
-    order = sorted(breaks, key=lambda kind: (breaks[kind], PATTERN_KINDS.index(kind)))
-    return (order[0], breaks[order[0]]) if order else None
+) -> str | None:
+    """The kind of pattern that `text` breaks first, if any. With `final=False` more text may follow,
+    and a kind is named only if every continuation breaks it: so rows can be ended early. (Verdicts
+    are made from whole tokens, by `broken_kinds`.)"""
+    return earliest(pattern_breaks(text, question, final), kinds) or None
 
 
-def pattern_breaks(
-    text: str, question: Question, kinds: Sequence[str] = PATTERN_KINDS, final: bool = True
-) -> dict[str, int]:
-    """For each broken kind the length of the shortest beginning of `text` that breaks it."""
+def pattern_breaks(text: str, question: Question, final: bool = True) -> dict[str, int]:
+    """For each kind that `text` breaks, the length of the shortest beginning that breaks it."""
     breaks = {}
-    if "imitative" in kinds and (m := _IMITATIVE.search(text)):
+    if m := _IMITATIVE.search(text):
         breaks["imitative"] = m.end()
-    if "options" in kinds:
-        ends = [_label_list_end(text, question), _text_list_end(text, question, final)]
-        if ends := [end for end in ends if end is not None]:
-            breaks["options"] = min(ends)
-    if "direct" in kinds and final and _is_direct(text, question):
+    ends = [_label_list_end(text, question), _text_list_end(text, question, final)]
+    if ends := [end for end in ends if end is not None]:
+        breaks["options"] = min(ends)
+    if final and _is_direct(text, question):
         breaks["direct"] = len(text)
     return breaks
 
 
-def break_token(
-    token_bytes: Sequence[bytes],
-    question: Question,
-    kinds: Sequence[str] = PATTERN_KINDS,
-    final: bool = True,
-) -> tuple[str, int] | None:
-    """(kind, index of the token that breaks it) of the earliest break in a path's tokens; in one
-    token the kinds go in the order of PATTERN_KINDS. The same as looking after every token."""
-    breaks = pattern_breaks(decode(token_bytes), question, kinds, final)
-    if not breaks:
-        return None
-    complete = characters_complete(token_bytes)
-    tokens = {kind: bisect_right(complete, end - 1) for kind, end in breaks.items()}
-    kind = min(tokens, key=lambda kind: (tokens[kind], PATTERN_KINDS.index(kind)))
-    return kind, tokens[kind]
+def broken_kinds(
+    token_bytes: Sequence[bytes], question: Question, final: bool = True
+) -> dict[str, int]:
+    """For each kind that a path's tokens break, the index of the token that breaks it: the same as
+    looking after every token."""
+    breaks = pattern_breaks(decode(token_bytes), question, final)
+    complete = characters_complete(token_bytes) if breaks else []
+    return {kind: bisect_right(complete, end - 1) for kind, end in breaks.items()}
+
+
+def earliest(breaks: dict[str, int], kinds: Sequence[str]) -> str:
+    """The kind of `kinds` that is broken first, "" if none is; at one place the kinds go in the
+    order of PATTERN_KINDS."""
+    chosen = [kind for kind in PATTERN_KINDS if kind in kinds and kind in breaks]
+    return min(chosen, key=breaks.__getitem__, default="")
 
 
 def _label_list_end(text: str, question: Question) -> int | None:

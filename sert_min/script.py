@@ -4,8 +4,11 @@ Each script turns its flags into settings and a student once, in `main`; `args` 
 """
 
 import argparse
+import time
 from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from sert_min import tasks
 from sert_min.io.errors import need
@@ -46,6 +49,24 @@ def check_counts(args, *names: str) -> None:
     """Refuse flags below 1 that count something."""
     for name in names:
         need(given(getattr(args, name), 1) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+
+
+class TokenBar(tqdm):
+    """A progress bar over questions that also shows tokens per second, and moves inside a block."""
+
+    def __init__(self, total: int, disable: bool = False, **settings):
+        super().__init__(total=total, unit="question", miniters=0, disable=disable, **settings)
+        self.tokens, self.start, self.note = 0, time.perf_counter(), ""
+
+    def count(self, tokens: int) -> None:
+        """Hear of new tokens (the `progress` of generate.py)."""
+        self.tokens += tokens
+        rate = self.tokens / (time.perf_counter() - self.start)
+        self.set_postfix_str(f"{rate:,.0f} tokens/s{self.note}", refresh=False)
+        self.update(0)
+
+    def spent(self) -> dict:
+        return {"tokens": self.tokens, "seconds": round(time.perf_counter() - self.start, 2)}
 
 
 class Student(NamedTuple):

@@ -43,10 +43,7 @@ FILES = {
         "60af9081fed20102fd8bb1e02dc7d9f12238efcba33e4c1a56b4d61cb6409803",
     ),
 }
-PAPER = {  # the values of the flags that are left out [SERT §III-A]
-    "min_tokens": 25,
-    "max_rep2": 0.2,
-    "min_perplexity": 5.0,
+PAPER = {  # what flags that are left out stand for [SERT §III-A]; the rules' limits: filters.RULES
     "max_new_tokens": 128,
     "early_reject": True,
     "epochs": 20,

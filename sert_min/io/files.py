@@ -1,7 +1,8 @@
 """Files that survive a kill: durable JSONL, atomic files and folders, one writer per folder.
 
-A line or a file is either wholly there or not there. A torn last line (the machine died while it
-was written) is set aside in `NAME.torn`, never glued to the next record.
+Writes are all-or-nothing: a reader finds the old content or the new, never a part. If the machine
+dies while a line is appended, the torn line is set aside in `NAME.torn` before the next one is
+written, so the two are never glued together.
 """
 
 import contextlib
@@ -9,95 +10,39 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sert_min.io.errors import SertError, need
 
-
-def to_line(record: dict) -> str:
-    """One JSON object per line, keys in the record's own order, ASCII only."""
-    return json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
-
-
-MAX_LINE = 2**24  # bytes; the longest that anything here writes is a reply of 1,000,000 characters
-PATH = {  # the form of a line of paths.jsonl
-    "task": str,
-    "id": str,
-    "question": str,
-    "answer": str,
-    "branch": int,
-    "sample": int,
-    "text": str,
-    "token_ids": [int],
-    "logprobs": [float],
-    "path_start": int,
-    "path_end": int,
-    "finish": str,
-    "perplexity": (float, None),
-    "rep2": float,
-    "verdict": str,
-}
-
-
-def fits(value, form) -> bool:
-    """Has a JSON value this form? A type (float: any finite number), None, a range of whole
-    numbers, a tuple of alternatives (with `...`: or missing), [form of the elements] or {key:
-    form}, other keys allowed.
-
-    >>> fits({"a": [1, 2], "b": None}, {"a": [int], "b": (str, None), "c": (int, ...)})
-    True
-    """
-    if isinstance(form, dict):
-        return isinstance(value, dict) and not wrong_keys(value, form)
-    if isinstance(form, list):
-        if form == [int]:  # quick: paths are long
-            return isinstance(value, list) and set(map(type, value)) <= {int}
-        return isinstance(value, list) and all(fits(v, form[0]) for v in value)
-    if isinstance(form, tuple):
-        return any(fits(value, f) for f in form)
-    if isinstance(form, range):
-        return type(value) is int and value in form
-    if form is float:
-        return type(value) in (int, float) and abs(value) < 1e300  # not NaN
-    return value is None if form is None else type(value) is form
-
-
-def wrong_keys(record: dict, form: dict) -> list[str]:
-    """The keys of `form` that a record lacks, or has with another kind of value."""
-    return [k for k, f in form.items()
-            if not (fits(record[k], f) if k in record else isinstance(f, tuple) and ... in f)]  # fmt: skip
+# --- reading --------------------------------------------------------------------------------------
 
 
 def no_constant(name: str):
-    """JSON has no NaN and no Infinity, Python's reader has."""
+    """Refuse NaN and Infinity, which Python's reader takes although JSON has no such numbers."""
     raise ValueError(f"{name} is no number")
 
 
 def read_jsonl(path: Path | str, form: dict | None = None) -> Iterator[dict]:
-    """Yield the records of a JSONL file; a line that is no JSON object, or not of this `form`, is
-    an error with its number. Reads line by line, so that memory stays flat."""
-    way_out = "remove that line or make the file again"
+    """Yield the records of a JSONL file, line by line, so that memory stays flat. A line that is no
+    JSON object, or lacks a key of `form` ({key: type or tuple of types}), is an error that names
+    its number."""
     try:
         with open(path, "rb") as f:
-            number = 0
-            while line := f.readline(MAX_LINE + 1):
-                number += 1
-                if len(line) > MAX_LINE:
-                    raise SertError(f"{path} line {number} is longer than 16 MB; {way_out}")
+            for number, line in enumerate(f, 1):
+                where = f"{path} line {number}"
                 try:
                     record = json.loads(line.decode("utf-8"), parse_constant=no_constant)
                 except (ValueError, RecursionError) as e:
                     raise SertError(
-                        f"{path} line {number} is not JSON ({str(e)[:80]}); {way_out}"
+                        f"{where} is not JSON ({str(e)[:80]}); remove that line or make the file again"
                     ) from None
-                if not isinstance(record, dict):
-                    raise SertError(f"{path} line {number} is not a JSON object; remove that line")
-                if wrong := wrong_keys(record, form or {}):
-                    raise SertError(
-                        f"{path} line {number}: {wrong[0]} is missing or of a wrong kind; {way_out}"
+                need(isinstance(record, dict), f"{where} is not a JSON object; remove that line")
+                for key, kind in (form or {}).items():
+                    whole = isinstance(record.get(key), kind)
+                    need(
+                        whole, f"{where}: {key} is missing or of a wrong kind; make the file again"
                     )
                 yield record
     except FileNotFoundError:
@@ -117,9 +62,22 @@ def read_json(path: Path | str) -> dict:
         raise SertError(f"{path} is a folder, not a file; check the path") from None
     except (ValueError, RecursionError):
         raise SertError(f"{path} is not valid JSON; make the file again") from None
-    if not isinstance(value, dict):
-        raise SertError(f"{path} is not a JSON object; make the file again")
+    need(isinstance(value, dict), f"{path} is not a JSON object; make the file again")
     return value
+
+
+def sha256_file(path: Path | str) -> str:
+    """Hex SHA-256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def to_line(record: dict) -> str:
+    """One JSON object per line, keys in the record's own order, ASCII only."""
+    return json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def sync_folder(folder: Path) -> None:
@@ -132,9 +90,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path | str, chunks: str | Iterable[str]) -> None:
-    """Replace `path` by the text; a reader sees the old content or the new, nothing between."""
+    """Replace `path` by the text, all or nothing, durably. The folder's lock keeps other writers
+    away; what a killed writer left under the temporary name is overwritten by the next."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = path.with_name(f".{path.name}.tmp")
     try:
         with open(part, "w", encoding="utf-8") as f:
             f.writelines([chunks] if isinstance(chunks, str) else chunks)
@@ -147,8 +106,8 @@ def write_atomic(path: Path | str, chunks: str | Iterable[str]) -> None:
 
 
 def append_durable(path: Path | str, text: str) -> None:
-    """Append whole lines and wait until they are on the disk. On failure (a full disk, say) the
-    file is cut back to what it held before. A torn last line is set aside first."""
+    """Append whole lines and wait until they are on the disk. If that fails (a full disk, say), the
+    file is cut back to what it held before."""
     set_torn_tail_aside(path)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -168,22 +127,17 @@ def append_durable(path: Path | str, text: str) -> None:
 
 
 def set_torn_tail_aside(path: Path | str) -> int:
-    """Cut bytes after the last newline off `path` into `path.torn`; returns how many."""
+    """Move the bytes after the last newline of `path` into `path.torn`; returns how many."""
     path = Path(path)
     if not path.exists():
         return 0
     with open(path, "r+b") as f:
-        size = end = f.seek(0, os.SEEK_END)
-        while end > 0:  # the last newline, looking backwards in chunks
-            start = max(0, end - 65536)
-            f.seek(start)
-            newline = f.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end == size:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - 1))
+        if f.read() in (b"", b"\n"):
             return 0
+        f.seek(0)
+        end = f.read().rfind(b"\n") + 1
         f.seek(end)
         with open(path.with_name(path.name + ".torn"), "ab") as torn:
             torn.write(f.read() + b"\n")
@@ -194,36 +148,17 @@ def set_torn_tail_aside(path: Path | str) -> int:
     return size - end
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the `.NAME.PID.tmp` that killed writers left in `folder` and the folders in it. A file
-    whose process lives stays: another script may be at work beside this one."""
-    for part in (*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")):
-        found = re.fullmatch(r"\..+\.(\d{1,9})\.tmp", part.name)
-        if found and part.is_file() and not is_running(int(found[1])):
-            part.unlink(missing_ok=True)
-
-
-def is_running(pid: int) -> bool:
-    """Does another process of this machine have this number?"""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+# --- folders --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its name, durably, if the block succeeds.
-    A folder already there is replaced whole."""
+    A folder that is there already is replaced whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Fixed names: what a killed process left is found here, and one that died between the two
-    # renames below has its old folder put back.
+    # The temporary names are fixed, so what a killed process left is found here. If it died between
+    # the two renames below, the old folder is put back.
     part, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         os.rename(old, path)
@@ -251,9 +186,9 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path | str, name: str = ".lock", shared: bool = False) -> Iterator[None]:
-    """Hold `folder` (made if missing) for this process; a second one is refused. What killed writes
-    left there is removed, unless other machines may be writing as well (`shared`)."""
+def lock_folder(folder: Path | str, name: str = ".lock") -> Iterator[None]:
+    """Hold `folder` (made if missing) for this process; a second process is refused. The lock dies
+    with its holder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "w") as f:
@@ -263,8 +198,6 @@ def lock_folder(folder: Path | str, name: str = ".lock", shared: bool = False) -
             raise SertError(
                 f"another process is writing to {folder}; wait for it or choose another --out-dir"
             ) from None
-        if not shared:
-            remove_leftovers(folder)
         yield
 
 
@@ -306,9 +239,3 @@ def check_settings(path: Path, settings: dict, fix: str, defaults: dict | None =
     differ = [k for k in sorted(settings) if there.get(k) != settings[k]]
     shown = "; ".join(f"{k}: {there.get(k)} there, {settings[k]} now" for k in differ)
     need(not differ, f"{path.parent} holds a run with other settings ({shown}); {fix}")
-
-
-def sha256_file(path: Path | str) -> str:
-    """Hex SHA-256 of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -11,7 +11,6 @@ import torch
 
 from kernels import cpu
 from sert_min.io.errors import SertError, need
-from sert_min.io.files import fits
 
 
 def pick_device(name: str) -> torch.device:
@@ -108,8 +107,11 @@ def resolve_machine(
     """The device of a run, and everything about this machine that decides the run's bytes (MACHINE).
     `device` and `dtype` are flags; where they say auto, and for the threads, what the run's `stored`
     settings hold goes on. Another CPU, GPU or torch is refused later (files.check_settings)."""
-    form = {"device": str, "dtype": str, "threads": range(1, 2**15)}
-    whole = not stored or fits(stored, form) and stored["dtype"] in ("fp32", "bf16")
+    threads = stored.get("threads", 1)
+    whole = (
+        type(threads) is int and 0 < threads < 2**15 and isinstance(stored.get("device", ""), str)
+    )
+    whole = whole and stored.get("dtype", "fp32") in ("fp32", "bf16")
     need(
         whole,
         "the settings in this folder are damaged or not of this script; choose another --out-dir",

@@ -7,72 +7,62 @@ output appear, reasoning is latent, single facts are known, two at once are not.
 """
 
 import copy
+import tempfile
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 from sert_min import filters, patterns, prompts
-from sert_min.finetune import encode_example, epoch_order, make_optimizer, train_step
-from sert_min.generate import SampleSettings, sample_block
+from sert_min.finetune import TrainSettings, encode_example, fit
+from sert_min.generate import SampleSettings, sample_paths
 from sert_min.gpt2 import load_model
 from sert_min.io.hub import read_sert
 from sert_min.metrics import grade, greedy
 from sert_min.micro import program, world
+from sert_min.questions import Question
 from sert_min.tokenizer import load_tokenizer
 
 KINDS = ("direct", "imitative", "options", "reasoning", "other")
 SETTINGS = SampleSettings(max_new_tokens=world.PRESET["max_new_tokens"])
-RULES = filters.FilterSettings(**{k: world.PRESET[k] for k in ("min_tokens", "max_rep2",
-                                                              "min_perplexity")})  # fmt: skip
+LIMITS = filters.limits(world.PRESET)
 
 
 def behaviour(question, text):
     """Which of Figure 2's kinds an output is; reasoning states a fact of this world."""
     broken = patterns.pattern_break(text, question)
     if broken:
-        return broken[0]
+        return broken
     return "reasoning" if program.check_path(question, text)["stated"] else "other"
 
 
 def sampled(model, tokenizer, questions, settings):
-    """25 judged path records per question (as sample.py makes them)."""
+    """25 path records with verdicts per question, as sample.py makes them."""
     records = []
     for i in range(0, len(questions), 32):
         block = questions[i : i + 32]
-        ids = [tokenizer.encode(prompts.question_prompt(q)) for q in block]
-        names = [f"{q.task}/{q.id}" for q in block]
-        for row in sample_block(model, tokenizer, ids, names, settings):
-            record = {"task": "micro", "id": block[row.question].id, "branch": row.branch,
-                      "sample": row.sample, "token_ids": row.token_ids, "logprobs": row.logprobs,
-                      "path_start": row.path_start, "finish": row.finish}  # fmt: skip
-            pieces = [tokenizer.to_bytes[t] for t in row.token_ids]
-            judged = filters.judge_path(record, pieces, block[row.question], RULES)
-            records.append({**record, **judged})
-    return filters.select(records)
+        paths = sample_paths(model, tokenizer, block, settings)
+        records += filters.path_records(paths, block, tokenizer, LIMITS)
+    return records
 
 
 def recall(model, tokenizer, facts):
     """Share of the facts (homes, town values) that the student states rightly when asked."""
     asked = [(world.ASK_HOME.format(p=p), t) for p, t in facts.home.items()]
     asked += [(world.RELATIONS[name].ask.format(t=t), v) for (name, t), v in facts.value.items()]
-    questions = [world.Question("micro", str(i), text, t) for i, (text, t) in enumerate(asked)]
+    questions = [Question("micro", str(i), text, t) for i, (text, t) in enumerate(asked)]
     outputs = greedy(model, tokenizer, questions, "", 16)
     right = [text.rstrip(" .").endswith(q.answer) for q, (text, _) in zip(questions, outputs)]
     n = len(facts.home)
     return sum(right[:n]) / n, sum(right[n:]) / (len(right) - n)
 
 
-def finetuned(model, tokenizer, pairs, epochs, seed=0):
+def finetuned(model, tokenizer, pairs, epochs):
     """A copy of the model, trained on (prompt, completion) pairs as train.py does it."""
-    model = copy.deepcopy(model).train()
+    model, names = copy.deepcopy(model), [str(i) for i in range(len(pairs))]
     examples = [encode_example(tokenizer, *pair) for pair in pairs]
-    optimizer = make_optimizer(model, 3e-4)
-    step = 0
-    for epoch in range(epochs):
-        order = epoch_order(len(examples), seed, epoch)
-        for i in range(0, len(order), 8):
-            train_step(model, optimizer, [examples[j] for j in order[i : i + 8]], step)
-            step += 1
-    return model.eval()
+    with tempfile.TemporaryDirectory() as folder:
+        fit(model, examples, names, Path(folder), TrainSettings(epochs=epochs))
+    return model
 
 
 def accuracy(model, tokenizer, questions, by="correct"):

@@ -1,0 +1,292 @@
+"""Decoding many rows together: what stands on the device, and what one step does to it.
+
+A block's prompts run through the model once (`prefill`); then a `Decoder` takes one token per live
+row and step. A row attends to its prompt's shared keys (25 rows read one copy) and to its own, in one
+softmax. When a row ends, the next one that waits takes its place. The decoder does not know how a
+row is drawn or when it is ended early: generate.py does.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import bf16_pieces, cpu, head_sample_and_score, shared_attention
+from kernels.attention import CHUNK
+from kernels.graph import capture
+from sert_min.gpt2 import GPT2, causal_attention
+
+
+@dataclass
+class Prompts:
+    """What prefill leaves of Q prompts: keys and values [L, Q, H, P, D], shared by their rows."""
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor  # [Q]; what lies behind them is padding
+    hidden: Tensor  # [Q, C] at each prompt's last token
+
+
+def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
+    """Run each prompt once. Padding stands on the right, where causal attention never looks; on a
+    GPU to a multiple of 64, so that most blocks have one shape."""
+    c, device = model.config, model.wte.weight.device
+    P = max(map(len, prompts))
+    if device.type == "cuda":
+        P = min(-(-P // 64) * 64, c.n_positions)
+    ids = torch.zeros(len(prompts), P, dtype=torch.long)
+    for i, p in enumerate(prompts):
+        ids[i, : len(p)] = torch.tensor(p)
+    lengths = torch.tensor([len(p) for p in prompts])
+    padding = (torch.arange(P) >= lengths[:, None]).to(device)[..., None, None]  # [Q, P, 1, 1]
+    size = (c.n_layer, len(prompts), c.n_head, P, c.n_embd // c.n_head)
+    dtype = model.h[0].attn.c_attn.weight.dtype
+    if device.type == "cpu" and not cpu.has_bf16():
+        dtype = torch.float32  # bf16 numbers, kept so that nothing has to be converted
+    keys = torch.empty(size, dtype=dtype, device=device)
+    values = torch.empty_like(keys)
+
+    def attend(layer, q, k, v):  # [Q, P, H, D]
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        k, v = (x.masked_fill(padding, 0) for x in (k, v))  # no NaN that a weight of 0 would spread
+        keys[layer], values[layer] = k.transpose(1, 2), v.transpose(1, 2)
+        return causal_attention(layer, q, k, v)
+
+    hidden = model(ids.to(device), attend=attend)  # [Q, P, C]
+    last = hidden[torch.arange(len(prompts)), lengths - 1]  # [Q, C]
+    return Prompts(keys, values, lengths.to(device), last)
+
+
+def own_memory(prompts: Prompts, n_slots: int, cap: int) -> tuple[Tensor, Tensor]:
+    """Own keys and values of n_slots rows, each [L, chunks, n_slots, H, CHUNK, D], finite; on a CPU
+    the keys lie in memory as kernels/cpu.py wants them."""
+    L, _, H, _, D = prompts.keys.shape
+    size = (L, -(-cap // CHUNK), n_slots, H)
+    values = prompts.keys.new_zeros(*size, CHUNK, D)
+    on_cpu = values.device.type == "cpu"
+    return (values.new_zeros(*size, D, CHUNK).mT if on_cpu else torch.zeros_like(values)), values
+
+
+class Decoder:
+    """The live rows of a block with their own keys and values: all of it stands on the device, in
+    buffers that stay where they are, so that `step` needs no host and can be a CUDA graph.
+
+    The block has R = Q J rows, J of each prompt in order; a row takes at most `cap` tokens. Slot i
+    of n holds row `row[i]` (R: no row), of which t[i] tokens are known and ids[i] is the last. The
+    own key of token t stands in keys[layer, t // CHUNK, slot, :, t % CHUNK] (`own_memory`); what
+    lies behind a row's tokens is stale, but finite, and masked away.
+    `draw(hidden [n, C], streams [n], t [n])` gives tokens and log-probs [n]."""
+
+    def __init__(
+        self,
+        model: GPT2,
+        prompts: Prompts,
+        own: tuple[Tensor, Tensor],
+        draw: Callable,
+        J: int,
+        cap: int,
+        eot: int,
+    ):
+        device = prompts.lengths.device
+        self.model, self.prompts, self.draw = model, prompts, draw
+        self.J, self.cap, self.eot = J, cap, eot
+        self.keys, self.values = own
+        R, N = self.R, self.n_slots = len(prompts.lengths) * J, self.keys.shape[2]
+        self.gpu = on_gpu(prompts.lengths)
+        # By row of the block, and for "no row":
+        self.stream, self.first = (torch.zeros(2, R + 1, dtype=torch.long, device=device)).unbind()
+        self.stopped = torch.zeros(R + 1, dtype=torch.bool, device=device)  # ended by the host
+        self.order = torch.full((R + 1,), R, device=device)  # rows that wait, in order
+        # By slot:
+        self.row, self.t, self.ids = torch.zeros(3, N, dtype=torch.long, device=device).unbind()
+        self.ended = torch.zeros(N, dtype=torch.bool, device=device)
+        self.taken = torch.zeros(1, dtype=torch.long, device=device)  # of those that wait
+        self.state = [self.row, self.t, self.ids, self.ended, self.taken]
+        self.graphs: dict[tuple[int, int], Callable] = {}
+
+    def load(
+        self, prompts: Prompts, streams: list[int], first: list[int], waiting: list[int]
+    ) -> None:
+        """Begin a block: its prompts, its rows' random streams and first tokens, and the rows that
+        are to be decoded, in order."""
+        if prompts is not self.prompts:
+            for x in ("keys", "values", "lengths"):
+                getattr(self.prompts, x).copy_(getattr(prompts, x))
+        self.stream[:-1] = torch.tensor(streams)
+        self.first[:-1] = torch.tensor(first)
+        self.order.fill_(self.R)[: len(waiting)] = torch.tensor(waiting)
+        self.stopped.zero_()[-1] = True  # "no row" always looks for a row
+        self.row.fill_(self.R)
+        self.taken.zero_()
+        self.n, self.steps = min(self.n_slots, len(waiting)), 0
+
+    def refill(self) -> None:
+        """Give the slots whose row has ended to the rows that wait; without any, to no row."""
+        n = self.n
+        row, t, ids, ended = self.row[:n], self.t[:n], self.ids[:n], self.ended[:n]
+        free = ended | self.stopped[row]
+        turn = self.taken + free.cumsum(0) - 1  # [n]: which of the waiting rows, if free
+        new = self.order[turn.clamp(0, self.R)]
+        row.copy_(torch.where(free, new, row))
+        t.masked_fill_(free, 1)
+        ids.copy_(torch.where(free, self.first[row], ids))
+        self.taken.add_(free.sum()).clamp_(max=self.R)
+        ended.zero_()
+
+    def stop(self, rows: list[int]) -> None:
+        """The host has ended these rows of the block."""
+        if rows:
+            self.stopped[torch.tensor(rows).to(self.row.device, non_blocking=True)] = True
+
+    def shrink_to(self, left: int) -> None:
+        """Go on with fewer slots if at most `left` rows have not ended: on a CPU as many as rows, on
+        a GPU, where each size is a graph, in halves. Rows of the slots behind move to the front."""
+        n = min(self.n, left)
+        if self.gpu:
+            n = self.n
+            while left <= n // 2 and n >= 128:
+                n //= 2
+        if n == self.n:
+            return
+        self.refill()
+        holes = (self.row[:n] == self.R).nonzero()[:, 0]
+        movers = (self.row[n : self.n] != self.R).nonzero()[:, 0] + n
+        holes = holes[: len(movers)]
+        for x in (*self.keys.flatten(0, 1), *self.values.flatten(0, 1), self.row, self.t, self.ids):
+            x[holes] = x[movers]
+        self.n = n
+
+    def look(self, steps: int) -> Callable[[], Iterator[tuple[int, list[int], list[float]]]]:
+        """Go some steps. Returns a function that waits for them, and then gives what rows drew: row,
+        tokens, log-probs."""
+        drawn = torch.empty(2, self.n, steps, dtype=torch.long, device=self.row.device)
+        scores = torch.empty(self.n, steps, device=self.row.device)
+        for i in range(steps):
+            drawn[0, :, i], drawn[1, :, i], scores[:, i] = self.step()
+        if self.gpu:
+            drawn, scores = (x.to("cpu", non_blocking=True) for x in (drawn, scores))  # pinned
+            done = torch.cuda.Event()
+            done.record()
+
+        def read():
+            if self.gpu:
+                done.synchronize()
+            for who, tokens, logprobs in zip(*drawn.tolist(), rounded(scores).tolist()):
+                start = 0
+                for i in range(1, steps + 1):  # a slot may have passed to another row
+                    if i == steps or who[i] != who[start]:
+                        if who[start] < self.R:
+                            yield who[start], tokens[start:i], logprobs[start:i]
+                        start = i
+
+        return read
+
+    def step(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Refill, feed each slot's last token and draw its next one: rows, tokens, log-probs [n]."""
+        self.steps += 1
+        if not self.gpu:
+            return self.run()
+        chunks = min(-(-self.steps // CHUNK), self.keys.shape[1])  # no row is older than the block
+        if (self.n, chunks) not in self.graphs:
+            self.graphs[self.n, chunks] = capture(lambda: self.run(chunks), self.state)
+        return self.graphs[self.n, chunks]()
+
+    def run(self, chunks: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """A step. With `chunks`, its shapes and addresses depend on nothing but n and chunks; without,
+        it takes those questions and chunks that have live rows."""
+        self.refill()
+        n, J = self.n, self.J
+        row, t = self.row[:n], self.t[:n]
+        first, last = 0, self.R // J
+        if chunks is None:
+            chunks = -(-int(t.max()) // CHUNK)
+            first, last = (int(x) // J for x in row.clamp(max=self.R - 1).aminmax())
+            last += 1
+        place = (row - first * J).clamp(max=(last - first) * J)
+        lengths = self.prompts.lengths[first:last]
+        places = self.prompts.lengths[(row // J).clamp(max=self.R // J - 1)] + t - 1  # in the text
+        slots, chunk, at = torch.arange(n, device=t.device), (t - 1) // CHUNK, (t - 1) % CHUNK
+
+        def attend(layer, q, k, v):  # [n, H, D]
+            q, k, v = (x.to(self.keys.dtype) for x in (q, k, v))
+            self.keys[layer][chunk, slots, :, at] = k
+            self.values[layer][chunk, slots, :, at] = v
+            own_k, own_v = (x[layer, :chunks, :n] for x in (self.keys, self.values))
+            prompt_k, prompt_v = (
+                x[layer, first:last] for x in (self.prompts.keys, self.prompts.values)
+            )
+            keys = (prompt_k, prompt_v, lengths, own_k, own_v)
+            return shared_attention(q, *keys, t, place, J)
+
+        hidden = self.model(self.ids[:n], places, attend)  # [n, C]
+        tokens, logprobs = self.draw(hidden, self.stream[row], t)
+        self.ended[:n] = (tokens == self.eot) | (t + 1 >= self.cap)
+        self.ids[:n] = tokens.clamp(min=0)  # -1: the logits were NaN; the host will see it
+        drawn = row.clone(), tokens, logprobs
+        t += 1
+        return drawn
+
+
+# --- how tokens are drawn, and what is kept from block to block ------------------------------------
+
+
+def make_draw(model: GPT2, shared: Prompts, s, n_vocab: int, n_rows: int) -> Callable:
+    """`draw(hidden [n, C], streams [n], position [n])` -> tokens and log-probs [n]: the head and the
+    draw. A model in bf16 has its head read in bf16 too, without its errors (kernels/)."""
+    weight = model.head_weight[:n_vocab]  # fp32 [V, C]
+    bf16, kind = shared.keys.dtype is torch.bfloat16, weight.device.type
+    in_pieces = bf16 and kind == "cuda"
+    if in_pieces:
+        weight = bf16_pieces(weight, weight=True)
+    elif bf16 and kind == "cpu":
+        weight = cpu.prepare(weight, shared.hidden, n_rows)
+    given = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "seed": s.seed}
+
+    def draw(hidden: Tensor, streams: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = bf16_pieces(hidden, weight=False) if in_pieces else hidden
+        return head_sample_and_score(hidden, weight, streams=streams, position=position, **given)
+
+    return draw
+
+
+def find_decoder(kept: dict, model: GPT2, shared: Prompts, s, tokenizer) -> Decoder:
+    """A decoder for a block. On a GPU, the last block's if it fits, with its graphs; on a CPU, a new
+    one with the last one's memory for own keys and values, as new memory is slow."""
+    Q, J, gpu = len(shared.lengths), s.branches * s.samples, on_gpu(shared.keys)
+    n_slots, n_vocab = min(s.rows, Q * J), min(tokenizer.n_vocab, model.config.vocab_size)
+
+    def make(own: tuple[Tensor, Tensor]) -> Decoder:
+        draw = make_draw(model, shared, s, n_vocab, n_slots)
+        return Decoder(model, shared, own, draw, J, s.max_new_tokens, tokenizer.eot)
+
+    L, _, H, P, D = shared.keys.shape
+    key = (shared.keys.dtype, L, H, D, n_slots, s.max_new_tokens)
+    if gpu:  # a decoder holds its model, so that nothing else gets its id
+        key += (id(model), s, Q, P)
+    if key not in kept:
+        kept.clear()  # its memory first
+        own = own_memory(shared, n_slots, s.max_new_tokens)
+        kept[key] = make(own) if gpu else own
+    return kept[key] if gpu else make(kept[key])
+
+
+def fitting_rows(device: torch.device, model: GPT2, new: int, block: int, paths: int) -> tuple:
+    """(rows, questions of a block) for half of a GPU's free memory: rows are a multiple of 25 and at
+    most 2,000, for `new` tokens each; a block has at least `block` questions of `paths` paths, and
+    four times as many paths as rows, so that few slots are empty at a block's end."""
+    c = model.config
+    own = 4 * 2 * c.n_layer * c.n_embd * (new + 32)  # bytes of keys and values, fp32 at most
+    logits = 3 * 4 * c.vocab_size
+    free = torch.cuda.mem_get_info(device)[0] - 2 * 4 * model.n_params()
+    rows = min(2000, max(25, int(free / 2 / (own + logits)) // 25 * 25))
+    return rows, max(block, 4 * rows // paths)
+
+
+def on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
+
+
+def rounded(logprobs: Tensor) -> Tensor:
+    """To the 5 decimals that records have, fp64."""
+    return logprobs.cpu().double().round(decimals=5)
