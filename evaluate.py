@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from sert_min import prompts, script, tasks
 from sert_min.gpt2 import load_model, read_config
@@ -231,12 +230,12 @@ def missing(blocks: Blocks) -> int:
 def complete(blocks: Blocks, make: Callable, what: str) -> list[dict]:
     """The records of all blocks, in order. `make(questions, progress)` computes those of a missing
     block, which is written before the next one begins."""
-    n, records = missing(blocks), []
-    with tqdm(total=n, unit="question", desc=what, disable=not n) as bar:
+    records: list[dict] = []
+    with script.TokenBar(missing(blocks), disable=not missing(blocks), desc=what) as bar:
         for path, block in blocks.items():
             found = stored_block(path, block)
             if not found:
-                made = make(block, lambda tokens: bar.update(0))  # the clock at least moves on
+                made = make(block, bar.count)
                 found = [{"id": q.id, "question": q.text, **r} for q, r in zip(block, made)]
                 write_atomic(path, map(to_line, found))
                 bar.update(len(block))

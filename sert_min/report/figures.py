@@ -127,8 +127,8 @@ def ablation(scored: list[dict]) -> dict[str, list[dict]]:
     first rule that a path broke, so one set of samples serves all curves."""
     left, curves = list(scored), {"raw": scored}
     for rule in RULES:
-        left = [r for r in left if r["verdict"].split(":")[0] != rule]
-        curves[f"+ {rule}"] = left
+        left = [r for r in left if r["verdict"].split(":")[0] != rule.name]
+        curves[f"+ {rule.name}"] = left
     return curves
 
 
