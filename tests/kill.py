@@ -36,7 +36,7 @@ import distill
 import evaluate
 import sample
 import train
-from sert_min import gpt2, tasks
+from sert_min import gpt2, prompts, tasks
 from sert_min.io import endpoint
 from sert_min.io.files import read_jsonl, set_torn_tail_aside
 
@@ -105,8 +105,7 @@ COMMANDS = {
         {
             **TRAINING,
             "endpoint.load": "resume",
-            "endpoint.sending": "note of a request",
-            "endpoint.refused": "note of a refusal",
+            "endpoint.note": "note of a request or a refusal",
             "endpoint.add": "reply",
             "endpoint.receive": "waiting",
             "endpoint.send_what_is_due": "sending",
@@ -372,9 +371,8 @@ class Bench:
 
 @functools.cache
 def prompt_of(name: str) -> str:
-    args = distill.parse_args([])
     q = next(q for q in tasks.load("micro", "train") if q.id == name)
-    return distill.first_ask(q, args).messages[-1]["content"]
+    return prompts.question_prompt(q, prompts.COT_SUFFIX)
 
 
 def kill_all(folder: Path, kills: int, seed: int, names: list[str], say=print) -> dict:

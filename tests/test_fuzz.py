@@ -284,9 +284,8 @@ EVALUATED = {"task": "strategy_qa", "split": "test", "model": "gpt2", "method": 
              "variant": "", "data": "d", "n": 2, "acc": [0.5, 0.1, 0.9], "acc_lenient": [0.5, 0, 1],
              "unparseable": 1, "fmt": [None, None, None], "len": [3.0, 2.0, 4.0],
              "rep": [0.5, None, None], "majority": ["no", 0.5], "reasons": {"ok": 2}}  # fmt: skip
-BATCH = [{"custom_id": "k", "response": {"request_id": "r", "body": {
-    "model": "m", "usage": {"prompt_tokens": 1, "completion_tokens": 1}, "choices": [
-        {"finish_reason": "stop", "message": {"role": "assistant", "content": "So."}}]}}}]  # fmt: skip
+BODY = {"model": "m", "usage": {"prompt_tokens": 1, "completion_tokens": 1}, "choices": [
+        {"finish_reason": "stop", "message": {"role": "assistant", "content": "So."}}]}  # fmt: skip
 ENDPOINT = endpoint.Endpoint("m", "http://localhost:1/v1", price_in=1.0, price_out=2.0)
 
 
@@ -297,16 +296,10 @@ def model(tmp_path_factory):
 
 
 def read_collection(path: Path) -> None:
-    collection = endpoint.Collection(path.with_name("responses.jsonl")).load()
-    collection.summary(ENDPOINT), collection.most_usd(ENDPOINT), collection.open_bills()
-    if collection.path.exists():
-        endpoint.stored_replies(collection.path)
-
-
-def read_batch(path: Path) -> None:
-    ask = endpoint.Ask("strategy_qa", "2", 0, ({"role": "user", "content": "?"},))
-    with mock.patch.object(endpoint.Ask, "key", lambda self, e: "k"):
-        distill.import_batch(path, [ask], ENDPOINT, endpoint.Collection(Path("responses.jsonl")))
+    collection = endpoint.Collection(path.parent, ENDPOINT).load()
+    collection.summary(), collection.most_usd(), collection.open_bills()
+    for record in collection.replies.values():
+        record["text"].strip()
 
 
 def read_paths(path: Path) -> None:
@@ -355,7 +348,6 @@ LINES = {  # file -> (records, what reads them)
     "teacher.jsonl": (ROWS, read_taught),
     "responses.jsonl": ([REPLY], read_collection),
     "sent.jsonl": (SENT, read_collection),
-    "batch.jsonl": (BATCH, read_batch),
     "paths.jsonl": (PATHS, read_paths),
     "selected.jsonl": (PATHS, lambda path: train.sert_pairs(path, QUESTIONS)),
     "metrics.jsonl": (METRICS, read_metrics),
@@ -548,7 +540,7 @@ def test_model_files_of_any_content(model, name, data):
 @tries(150)
 @given(data=st.data())
 def test_replies_of_any_content(data):
-    body = data.draw(changed(BATCH[0]["response"]["body"]))
+    body = data.draw(changed(BODY))
     e = endpoint.Endpoint("m", completions=data.draw(st.booleans()))
     holds("server reply", lambda: json.dumps(endpoint.read_reply(body, e)), endpoint.Retry)
     header = data.draw(st.one_of(st.text(max_size=30), st.sampled_from(("nan", "inf", "1e400"))))
