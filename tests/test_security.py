@@ -29,7 +29,7 @@ from sert_min.io.files import read_jsonl, to_line
 from sert_min.io.hub import model_label
 from sert_min.prompts import question_prompt, rd_pair
 from sert_min.questions import Question
-from sert_min.report import page
+from sert_min.report import judge
 from sert_min.report.likelihood import make_tree
 from sert_min.tokenizer import END, load_tokenizer
 
@@ -263,11 +263,11 @@ def test_hostile_text_stays_text_on_the_terminal_and_in_the_page(
     Path("table").mkdir()
     Path("table/metrics.json").write_text(json.dumps(metrics))
     said += said_by(evaluate, ["--table", "table"], capfd)
-    assert "agrees in" in said and "scores 50.00 %" in said and "prompt of question" in said
+    assert "scores 50.00 %" in said and "prompt of question" in said
     assert not controls(said), [line for line in said.split("\n") if controls(line)][:3]
     html = Path("p.html").read_text()
     assert "onerror" in html and "<img" not in html and html.count("</script>") == 2  # data, code
-    assert set(page.records_of(Path("o")).__next__()) and "Content-Security-Policy" in html
+    assert "Content-Security-Policy" in html
 
 
 @given(st.one_of(st.text(max_size=12), st.sampled_from(["..", ".", "../..", "/", "a/../..", EVIL])))
@@ -278,7 +278,7 @@ def test_names_stay_in_their_folder(text):
         monkeypatch.setattr("sert_min.io.hub.read_sert", lambda folder: {"root": text})
         names = [model_label("no/where", Path("."))] if text else []
     args = evaluate.parse_args([f"--judge-model={text or 1}"])
-    names.append(evaluate.judge_folder(args).name)
+    names.append(judge.choose(args, None).folder.name)
     for name in names:
         assert name == Path(name).name and name not in ("", ".", "..")
 
@@ -286,9 +286,9 @@ def test_names_stay_in_their_folder(text):
 def test_a_checkpoint_cannot_choose_where_results_go(model, tmp_path):
     """Its root and its seed become parts of the folder's name."""
     student = evil_model(model, tmp_path / "evil")
-    args = evaluate.parse_args(["--task", "strategy_qa", "--model", str(student)])
     top = Path("out/strategy_qa").resolve()
-    assert evaluate.cell_of(str(student), args).out.resolve().is_relative_to(top)
+    cell = evaluate.cell_of(str(student), "strategy_qa", "test")
+    assert cell.out.resolve().is_relative_to(top)
     run = sample.prepare(sample.parse_args(["--task", "strategy_qa", "--model", str(student)]))
     assert run.out.resolve().is_relative_to(top)
 
