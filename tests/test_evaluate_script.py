@@ -21,7 +21,7 @@ from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.metrics import grade, greedy
 from sert_min.prompts import answer_sentence, question_prompt
 from sert_min.questions import Question
-from sert_min.report import table
+from sert_min.report import judge, table
 from sert_min.report.likelihood import answer_logprobs, make_tree
 from sert_min.report.texts import question_of
 from sert_min.tokenizer import load_tokenizer
@@ -174,6 +174,18 @@ def test_where_results_go(model):
     run("--model", seed, "--limit", 2, "--max-new-tokens", 4)
     run("--model", seed, "--limit", 2, "--max-new-tokens", 4, "--split", "train")
     assert len(table.find_metrics(Path("out"))) == 1
+
+
+def test_a_name_cannot_choose_where_results_go(model, tmp_path):
+    """Guards a checkpoint's root or seed, or a judge's name, that leads out of the folder."""
+    seed = as_checkpoint(model, tmp_path / "evil", root="..", seed="/../../../escaped", task="\x1b")
+    out = evaluate.cell_of(str(seed / "last"), "strategy_qa", "test").out
+    assert out.resolve().is_relative_to(seed) and out.name == "eval-strategy_qa"
+    (seed / "last").rename(seed / "other")
+    out = evaluate.cell_of(str(seed / "other"), "strategy_qa", "test").out
+    assert out.resolve().is_relative_to(Path("out/strategy_qa").resolve())
+    args = evaluate.parse_args(["--judge-model", "../../x", "--task", "strategy_qa"])
+    assert judge.choose(args, None).folder == Path("out/strategy_qa/judge-..-..-x")
 
 
 # --- likelihood -----------------------------------------------------------------------------------
