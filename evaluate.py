@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,6 +103,7 @@ def cell_of(name: str, task: str, split: str, suffix=None, out_dir=None) -> Cell
 
 
 def short_hash(text: str) -> str:
+    """8 hex digits for a name."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -159,7 +160,7 @@ def evaluate(cell: Cell, job: Job) -> dict:
         outputs = complete(blocks, decode, cell.title)
         records = [grade(q, r["text"], r["finish"]) for q, r in zip(questions, outputs)]
         lines, path = "".join(map(to_line, records)), out / "predictions.jsonl"
-        if not path.exists() or path.read_text() != lines:
+        if not path.exists() or path.read_bytes() != lines.encode():
             remove_derived(out)  # what was made of other outputs
             write_atomic(path, lines)
 
@@ -170,7 +171,8 @@ def evaluate(cell: Cell, job: Job) -> dict:
             found = answer_logprobs(*load(), block, [said[q.id] for q in block], cell.suffix)
             return [{"logprobs": logprobs} for logprobs in found]
 
-        blocks, weighed = {p.with_suffix(".likelihood.jsonl"): b for p, b in blocks.items()}, []
+        blocks = {p.with_suffix(".likelihood.jsonl"): block for p, block in blocks.items()}
+        weighed: list[dict] = []
         if job.likelihood or not missing(blocks):
             found = complete(blocks, weigh, "answer likelihood")
             weighed = [likelihood_record(q, r["logprobs"]) for q, r in zip(questions, found)]
@@ -221,6 +223,7 @@ def block_files(out: Path, settings: dict, questions: list[Question]) -> Blocks:
 
 
 def stored_block(path: Path, block: list[Question]) -> list[dict] | None:
+    """The records of one block; None if they are still to be made."""
     return files.read_block(path, [(q.id, q.text) for q in block])
 
 
@@ -275,7 +278,10 @@ def print_plan(cell: Cell, job: Job) -> None:
 def main(args) -> None:
     script.check_counts(args, "limit", "block_questions", "max_new_tokens")
     task, split = args.task, args.split
-    load = partial(tasks.load, task, data_dir=args.data_dir)
+
+    def load(split: str) -> list[Question]:
+        return tasks.load(task, split, args.data_dir)
+
     for flag in ("table", "figures"):
         folder = getattr(args, flag)
         need(not folder or Path(folder).is_dir(), f"--{flag} {folder}: no such folder")

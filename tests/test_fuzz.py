@@ -56,7 +56,7 @@ from sert_min.io.files import (
 from sert_min.io.hub import model_label, read_sert
 from sert_min.io.machine import resolve_machine
 from sert_min.questions import LETTERS, Question
-from sert_min.report import figures, judge, page, table
+from sert_min.report import judge
 from sert_min.tokenizer import load_tokenizer
 
 TIMES = float(os.environ.get("FUZZ", 1))
@@ -254,8 +254,6 @@ def path_record(q: Question, sample: int, verdict: str) -> dict:
 
 PATHS = [path_record(q, i, v) for q in QUESTIONS for i, v in enumerate(("selected", "length"))]
 SCORES = {"coherence": 5.0, "relevance": 7.5, "logical consistency": None, "completeness": 0.0}
-SCORED = [{"task": "strategy_qa", "id": "2", "branch": 0, "sample": 0, "verdict": "kept",
-           "scores": SCORES, "mean": None}]  # fmt: skip
 REPLY = {"key": "k", "task": "strategy_qa", "id": "2", "sample": 0, "text": "So.", "finish": "stop",
          "usage": {"prompt_tokens": 3, "completion_tokens": 4}, "returned_model": "m",
          "request_id": "r", "attempts": 1, "time": 1.5}  # fmt: skip
@@ -280,12 +278,9 @@ PREDICTIONS = [{"task": q.task, "id": q.id, "question": q.text, "answer": q.answ
                 "text": "It is. So the answer is (C)."} for q in QUESTIONS] + ROWS  # fmt: skip
 METRICS = [{"step": 1, "epoch": 1, "loss": 2.5}, {"step": 2, "epoch": 1, "loss": 2.0},
            {"step": 2, "epoch": 1, "validation_loss": 2.25, "validation_acc": 0.5}]  # fmt: skip
-EVALUATED = {"task": "strategy_qa", "split": "test", "model": "gpt2", "method": "sert", "seed": 0,
-             "variant": "", "data": "d", "n": 2, "acc": [0.5, 0.1, 0.9], "acc_lenient": [0.5, 0, 1],
-             "unparseable": 1, "fmt": [None, None, None], "len": [3.0, 2.0, 4.0],
-             "rep": [0.5, None, None], "majority": ["no", 0.5], "reasons": {"ok": 2}}  # fmt: skip
-BODY = {"model": "m", "usage": {"prompt_tokens": 1, "completion_tokens": 1}, "choices": [
-        {"finish_reason": "stop", "message": {"role": "assistant", "content": "So."}}]}  # fmt: skip
+BATCH = [{"custom_id": "k", "response": {"request_id": "r", "body": {
+    "model": "m", "usage": {"prompt_tokens": 1, "completion_tokens": 1}, "choices": [
+        {"finish_reason": "stop", "message": {"role": "assistant", "content": "So."}}]}}}]  # fmt: skip
 ENDPOINT = endpoint.Endpoint("m", "http://localhost:1/v1", price_in=1.0, price_out=2.0)
 
 
@@ -296,10 +291,16 @@ def model(tmp_path_factory):
 
 
 def read_collection(path: Path) -> None:
-    collection = endpoint.Collection(path.parent, ENDPOINT).load()
-    collection.summary(), collection.most_usd(), collection.open_bills()
-    for record in collection.replies.values():
-        record["text"].strip()
+    collection = endpoint.Collection(path.with_name("responses.jsonl")).load()
+    collection.summary(ENDPOINT), collection.most_usd(ENDPOINT), collection.open_bills()
+    if collection.path.exists():
+        endpoint.stored_replies(collection.path)
+
+
+def read_batch(path: Path) -> None:
+    ask = endpoint.Ask("strategy_qa", "2", 0, ({"role": "user", "content": "?"},))
+    with mock.patch.object(endpoint.Ask, "key", lambda self, e: "k"):
+        distill.import_batch(path, [ask], ENDPOINT, endpoint.Collection(Path("responses.jsonl")))
 
 
 def read_paths(path: Path) -> None:
@@ -325,14 +326,6 @@ def read_metrics(path: Path) -> None:
     train.best_so_far(path)
 
 
-def read_scores(path: Path) -> None:
-    judge.summary(figures.path_scores(path.parent, None), 3)
-
-
-def read_predictions(path: Path) -> None:
-    evaluate.rescore(path, QUESTIONS)
-
-
 def judge_predictions(path: Path) -> None:
     words = ["--task", "strategy_qa", "--predictions", str(path), "--out-dir", "out"]
     evaluate.main(evaluate.parse_args(words))
@@ -348,11 +341,10 @@ LINES = {  # file -> (records, what reads them)
     "teacher.jsonl": (ROWS, read_taught),
     "responses.jsonl": ([REPLY], read_collection),
     "sent.jsonl": (SENT, read_collection),
+    "batch.jsonl": (BATCH, read_batch),
     "paths.jsonl": (PATHS, read_paths),
     "selected.jsonl": (PATHS, lambda path: train.sert_pairs(path, QUESTIONS)),
     "metrics.jsonl": (METRICS, read_metrics),
-    "scores-m.jsonl": (SCORED, read_scores),
-    "predictions.jsonl": (PREDICTIONS[:2], read_predictions),
     "texts.jsonl": (PREDICTIONS, judge_predictions),
     "sampled.jsonl": (PATHS, judge_paths),
 }
@@ -388,43 +380,14 @@ def test_outputs_of_any_content(data):
         holds("teacher .json", lambda: read_taught(folder / "train_CoT_0.json"))
 
 
-@tries(40)
-@given(data=st.data())
-def test_metrics_of_any_content(data):
-    content = data.draw(json_file(EVALUATED))
-    with place() as folder:
-        for i, value in enumerate((content, as_bytes(EVALUATED))):
-            (folder / f"seed{i}").mkdir()
-            (folder / f"seed{i}/metrics.json").write_bytes(value)
-        holds("metrics.json", lambda: table.tables(table.find_metrics(folder)))
-
-
-@tries(40)
-@given(data=st.data())
-def test_pages_of_any_content(model, data):
-    run = {"task": "strategy_qa", "model": "m", "split": "test", "branches": 1, "samples": 2,
-           "raw": False, "early_reject": [], "patterns": ["direct"], "min_tokens": 2,
-           "max_rep2": 0.5, "min_perplexity": 1.0}  # fmt: skip
-    strange = data.draw(st.booleans())
-    tokenizer = load_tokenizer(model)
-    whole = [{**r, "text": tokenizer.decode(r["token_ids"])} for r in PATHS]
-    paths = data.draw(jsonl_file(whole)) if strange else b"\n".join(map(as_bytes, whole))
-    about = as_bytes(run) if strange else data.draw(json_file(run))
-    with place() as folder:
-        (folder / "paths.jsonl").write_bytes(paths)
-        (folder / "settings.json").write_bytes(about)
-        holds("page", lambda: page.write_page([folder], folder / "p.html", tokenizer))
-
-
 # --- settings and states --------------------------------------------------------------------------
 
 
 @tries(80)
 @given(data=st.data())
 def test_settings_of_any_content(model, data):
-    """settings.json and evaluation.json of a run that goes on."""
-    script = data.draw(st.sampled_from((sample, train, evaluate)))
-    name = "evaluation.json" if script is evaluate else "settings.json"
+    """settings.json of a run that goes on."""
+    script, name = data.draw(st.sampled_from((sample, train))), "settings.json"
     wanted = {"device": "cpu", "dtype": "fp32", "threads": 1, "rows": 20, "block_questions": 2,
               "weights": "w", "early_reject": [], "task": "micro"}  # fmt: skip
     content = data.draw(json_file(wanted))
@@ -435,8 +398,6 @@ def test_settings_of_any_content(model, data):
         check_settings(Path("out", name), wanted, "choose another --out-dir")
         if script is sample:
             sample.prepare(args)
-        elif script is evaluate:
-            evaluate.set_old_aside(Path("out"), "w")
 
     with place() as folder:
         (folder / "out").mkdir()
@@ -526,7 +487,7 @@ def test_model_files_of_any_content(model, name, data):
         tokenizer.decode(tokenizer.encode("We answer. é"))
         load_model(folder)
         if name == "sert.json":
-            evaluate.cell_of(str(folder), evaluate.parse_args([]))
+            evaluate.cell_of(str(folder), "micro", "test")
             sample.prepare(sample.parse_args(["--model", str(folder), "--device", "cpu"]))
 
     with place() as folder:
@@ -540,7 +501,7 @@ def test_model_files_of_any_content(model, name, data):
 @tries(150)
 @given(data=st.data())
 def test_replies_of_any_content(data):
-    body = data.draw(changed(BODY))
+    body = data.draw(changed(BATCH[0]["response"]["body"]))
     e = endpoint.Endpoint("m", completions=data.draw(st.booleans()))
     holds("server reply", lambda: json.dumps(endpoint.read_reply(body, e)), endpoint.Retry)
     header = data.draw(st.one_of(st.text(max_size=30), st.sampled_from(("nan", "inf", "1e400"))))
