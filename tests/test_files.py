@@ -9,6 +9,7 @@ import subprocess
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -426,3 +427,31 @@ def test_dtype_and_threads(monkeypatch):
         assert machine.pick_threads(124_000_000) == torch.get_num_threads() in (1, 2)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_second_gpu_becomes_the_current_one(monkeypatch):
+    """Guards --device cuda:1 and torchrun on two GPUs: streams, graphs and Triton's launches take the
+    current device, which is the first one unless somebody says otherwise."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(
+        torch, "empty", lambda n, device: SimpleNamespace(device=torch.device(device))
+    )
+    second = torch.device("cuda:1")
+    assert machine.pick_device("cuda:1") == second
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert machine.pick_device("cuda") == machine.pick_device("auto") == second
+    assert chosen == [second] * 3
+    machine.pick_device("cpu")
+    assert len(chosen) == 3
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_emulated_bf16_is_not_taken(monkeypatch, real):
+    """Guards T4 and V100, which have bf16 by emulation only: slower than fp32."""
+    answer = lambda including_emulation=True: including_emulation or real  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", answer)
+    wanted = torch.bfloat16 if real else torch.float32
+    assert machine.pick_dtype("auto", torch.device("cuda:0"), 124_000_000) == wanted

@@ -30,16 +30,21 @@ def pick_device(name: str) -> torch.device:
     if not there[kind]:
         raise SertError(f"--device {name} is not available here; leave it out or use --device cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise SertError(f"--device {name} is not available here; use --device {kind}") from None
+    if kind == "cuda":  # streams, graphs and Triton take the current device
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_dtype(name: str, device: torch.device, n_params: int) -> torch.dtype:
     """The dtype of a flag. `auto` takes bf16 where its products are fast and the model is not small."""
     if name == "auto":
-        fast = (device.type == "cuda" and torch.cuda.is_bf16_supported()) or (
-            device.type == "cpu" and cpu.has_bf16()
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else device.type == "cpu" and cpu.has_bf16()
         )
         name = "bf16" if fast and n_params > 20e6 else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

@@ -17,7 +17,7 @@ from sert_min.finetune import TrainSettings, encode_example, fit
 from sert_min.generate import SampleSettings, sample_paths
 from sert_min.gpt2 import load_model
 from sert_min.io.hub import read_sert
-from sert_min.metrics import greedy, score
+from sert_min.metrics import grade, greedy
 from sert_min.micro import program, world
 from sert_min.questions import Question
 from sert_min.tokenizer import load_tokenizer
@@ -68,7 +68,7 @@ def finetuned(model, tokenizer, pairs, epochs):
 def accuracy(model, tokenizer, questions, by="correct"):
     """Shares right of yes/no and five-choice questions, greedy, read strictly or leniently."""
     outputs = greedy(model, tokenizer, questions, "", SETTINGS.max_new_tokens)
-    records = [score(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
+    records = [grade(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
     right = [r["correct"] if by == "correct" else r["extracted_lenient"] == r["answer"]
              for r in records]  # fmt: skip
     parts = [[ok for ok, q in zip(right, questions) if bool(q.choices) == form] for form in (0, 1)]
