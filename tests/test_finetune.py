@@ -263,16 +263,17 @@ def test_loss_on_gpu_equals_cpu():
 # --- one step -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [2, 3, 8])
-def test_accumulated_equals_whole_batch(parts):
+@pytest.mark.parametrize("parts", [3, 8])
+def test_accumulated_equals_whole_batch(monkeypatch, parts):
     """Guards a mean per part (parts with few tokens would weigh too much). SGD, because Adam turns
     rounding of a near-zero gradient into a whole step."""
+    monkeypatch.setattr(finetune, "CLIP", 1e9)
     examples = random_examples(((9, 4), (3, 1), (20, 15), (5, 5)) * 2)
     results = []
     for accumulate in (1, parts):
         model = random_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        loss = train_step(model, optimizer, examples, 0, accumulate, clip=1e9)
+        loss = train_step(model, optimizer, examples, 0, accumulate)
         results.append((loss, model.state_dict()))
     (loss, whole), (loss_parts, in_parts) = results
     assert abs(loss_parts / loss - 1) < 1e-6
@@ -296,10 +297,11 @@ def test_optimizer_is_adam():
         assert (a - b).abs().max() < 1e-6, name  # 20 steps of 3e-4 move up to 6e-3
 
 
-def test_clipping_bounds_the_gradient():
-    """Guards a norm per part or per parameter: one step of SGD moves by exactly `clip`."""
+def test_clipping_bounds_the_gradient(monkeypatch):
+    """Guards a norm per part or per parameter: one step of SGD moves by exactly CLIP."""
+    monkeypatch.setattr(finetune, "CLIP", 0.01)
     model, start = random_model(), random_model()
-    train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), random_examples(), 0, 2, 0.01)
+    train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), random_examples(), 0, 2)
     moved = sum((a - b).square().sum() for a, b in zip(model.parameters(), start.parameters()))
     assert abs(moved.sqrt().item() / 0.01 - 1) < 1e-3
 
@@ -323,19 +325,11 @@ def test_non_finite_names_epoch_and_questions(tmp_path):
         run_fit(model, tmp_path, examples=random_examples()[:2], names=["a", "b"])
 
 
-@pytest.mark.parametrize(
-    "flag, value",
-    [
-        ("epochs", 0),
-        ("batch_size", 0),
-        ("max_steps", 0),
-        ("accumulate", -1),
-        ("lr", 0.0),
-        ("lr", float("nan")),
-        ("clip", float("inf")),
-        ("seed", -1),
-    ],
-)
+WRONG = [("epochs", 0), ("batch_size", 0), ("max_steps", 0), ("accumulate", -1), ("lr", 0.0),
+         ("lr", float("nan")), ("seed", -1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag, value", WRONG)
 def test_settings_without_meaning_are_refused_by_flag(flag, value):
     with pytest.raises(SertError, match=f"--{flag.replace('_', '-')} must be"):
         TrainSettings(**{flag: value}).check()
