@@ -197,14 +197,14 @@ def train_student(
         parallel.end()
         if parallel.RANK > 0:
             return out
+        from sert_min.report.figures import plot_training  # late: matplotlib takes a second
+
+        title = f"{method}, {o.task}, {run.sert['root']}"
+        plot_training(out / "metrics.jsonl", out / "loss.png", title)
+        # The last thing to be written: from here on a repeated command has nothing left to do.
         save_model(run.model, out / "last", student.folder, {**run.sert, "step": steps})
         if asked:
             print_before_after(asked, before, greedy_records(run, asked, suffix), run.tokenizer)
-        from sert_min.report.figures import plot_training  # late: matplotlib takes a second
-
-        plot_training(
-            out / "metrics.jsonl", out / "loss.png", f"{method}, {o.task}, {run.sert['root']}"
-        )
     print(f"\nwrote {out}/last (Hugging Face format), {out}/metrics.jsonl and {out}/loss.png")
     return out
 
