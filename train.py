@@ -35,7 +35,7 @@ from sert_min.io.errors import SertError, need, printable, run_script
 from sert_min.io.files import check_settings, lock_folder, read_jsonl, stored_settings
 from sert_min.io.hub import read_sert, weights_hash
 from sert_min.io.machine import resolve_machine
-from sert_min.metrics import greedy, score, summarize
+from sert_min.metrics import grade, greedy, summarize
 from sert_min.questions import Question, describe
 from sert_min.script import Student, add_flags, check_counts, given, open_student, parser
 from sert_min.tokenizer import Tokenizer, load_tokenizer
@@ -302,7 +302,7 @@ def greedy_records(run: Run, questions: list, suffix: str, progress=lambda _: No
     """Prediction records of greedy decoding with prompts that end in `suffix`."""
     cap = tasks.get(run.o.task).greedy_cap
     outputs = greedy(run.model, run.tokenizer, questions, suffix, cap, progress=progress)
-    return [score(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
+    return [grade(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
 
 
 def print_before_after(questions, before, after, tokenizer) -> None:

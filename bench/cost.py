@@ -1,171 +1,179 @@
-"""The least time that sampling, scoring and training can take, per model size and machine.
+"""The least time that sampling, scoring and training can take, and a prediction of Table II from it.
 
-Counts operations and bytes of each part and divides them by what a machine can do at most: its peak
-of matrix products and its memory bandwidth. A CPU's two numbers are measured here; a GPU's are its
-data sheet's. No cleverness below the floor is assumed: no quantisation, no speculation.
+Counts the operations and the bytes of each part and divides them by what a machine can do at most: its
+peak rate of matrix products and its memory bandwidth; the larger of the two times is the part's floor.
+A CPU's two numbers are measured here, a GPU's are its data sheet's. The floors assume no cleverness
+below them: no quantisation, no speculation.
 
     python bench/cost.py                     # the tables of docs/cost.md
-    python bench/cost.py --factor 2.5        # the matrix of Table II at 2.5 times the floor
+    python bench/cost.py --matrix            # only what runs/paper.sh would do, cell by cell
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
 import torch
 
 from bench.common import finish, interleaved, machine
 from kernels import cpu
-from runs.estimate import EPOCHS, TASKS, cell, hours
 
-V = 50257
+V, ROWS, SHARE = 50257, (25, 200, 1000), 25  # vocabulary; rows of the table; rows of a prompt
+SIZES = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280)}  # layers, width
 METHODS = ("finetune", "sert", "sert-rd", "rd")
-SIZES = {  # layers, width
-    "gpt2": (12, 768),
-    "gpt2-medium": (24, 1024),
-    "gpt2-large": (36, 1280),
-    "gpt2-xl": (48, 1600),
+TASKS = {  # train, test, tokens of a prompt, of a kept rationale, kept rationales, words of outputs
+    "strategy_qa": (1603, 687, 17, 84, 875, 120),
+    "commonsense_qa": (9741, 1221, 51, 28, 7377, 125),
 }
-# Peak operations per second (bf16 dense, fp32) and bytes per second, from the makers' data sheets.
-GPUS = {"H100 SXM": (989e12, 67e12, 3.35e12), "H200": (989e12, 67e12, 4.8e12)}
+PATHS, PATH, CAP, EPOCHS, ANSWER = 25, 85, 128, 20, 8  # PATH: mean tokens of a sampled path
+JUDGE_IN, JUDGE_OUT = 420, 220  # tokens of a judge request and its reply
 
 
-def this_cpu() -> tuple[float, float, float]:
-    """The same three numbers of one thread here: two large products, and a copy."""
+class Machine(NamedTuple):
+    """What a machine can do at most, per second."""
+
+    ops: float  # of products in its dtype
+    fp32_ops: float
+    bandwidth: float  # bytes
+    wide: int = 2  # bytes of a number: bf16 2, fp32 4
+    head_pieces: int = 3  # bf16 products that make a head as good as fp32's
+
+
+GPUS = {"H100 SXM": Machine(989e12, 67e12, 3.35e12), "H200": Machine(989e12, 67e12, 4.8e12)}
+
+
+def this_cpu() -> dict[str, Machine]:
+    """One thread of this CPU: two large products, and a copy."""
     x, w = torch.randn(512, 1024), torch.randn(2048, 1024)
     xb, wb = x.bfloat16(), w.bfloat16()
     a = torch.empty(2**26)
     b = torch.ones_like(a)
+    both = {"bf16": lambda: xb @ wb.T, "fp32": lambda: cpu.linear(x, w), "copy": lambda: a.copy_(b)}
     with torch.inference_mode():
-        t = interleaved(
-            {
-                "bf16": lambda: xb @ wb.T,
-                "fp32": lambda: cpu.linear(x, w),
-                "copy": lambda: a.copy_(b),
-            },
-            9,
-        )
-    ops = 2 * 512 * 1024 * 2048
-    return ops / t["bf16"], ops / t["fp32"], 2 * a.nbytes / t["copy"]
+        t = interleaved(both, 9)
+    bf16, fp32 = (2 * 512 * 1024 * 2048 / t[name] for name in ("bf16", "fp32"))
+    copied = 2 * a.nbytes / t["copy"]
+    fp32 = Machine(fp32, fp32, copied, 4, 1)  # a CPU looks at the best tokens again instead
+    return {"this CPU, fp32": fp32, "this CPU, bf16": Machine(bf16, fp32.ops, copied, 2, 1)}
 
 
-def sampling_step(
-    size: str,
-    rows: int,
-    prompt: int,
-    own: float,
-    peak,
-    fp32_peak,
-    bandwidth,
-    wide=2,
-    pieces=3,
-    share=25,
-) -> dict[str, float]:
-    """Seconds of one decoding step, by part: `rows` rows over rows / share prompts, `own` tokens of
-    their own on average; `wide` bytes per number (bf16: 2, fp32: 4). The head's logits need fp32's
-    accuracy: `pieces` bf16 products are counted for it, one fp32 product where that is quicker."""
+# --- parts: (operations, bytes), and their seconds ------------------------------------------------
+
+
+def sampling_step(size: str, rows: int, prompt: int, own: float, m: Machine, share: int = SHARE):
+    """One decoding step of `rows` rows over rows / share prompts, `own` tokens of their own each."""
     L, C = SIZES[size]
-    top = peak if wide == 2 else fp32_peak
-    body = 12 * L * C * C
-    kv = 2 * C * L * wide  # keys and values of one token
-    attention = 4 * rows * C * L * (prompt + own)
+    body, kv = 12 * L * C * C, 2 * C * L * m.wide  # parameters; bytes of a token's key and value
+    pieces, wide = (m.head_pieces, 2) if m.wide == 2 else (1, 4)
     return {
-        "body": max(2 * rows * body / top, wide * body / bandwidth),
-        "head": head_seconds(rows, C, top, fp32_peak, bandwidth, wide, pieces),
-        "attention": max(attention / top, (rows / share * prompt + rows * own) * kv / bandwidth),
+        "body": (2 * rows * body, m.wide * body),
+        "head": (pieces * 2 * rows * V * C, pieces * wide * V * C),
+        "attention": (
+            4 * rows * C * L * (prompt + own),
+            (rows / share * prompt + rows * own) * kv,
+        ),
     }
 
 
-def head_seconds(rows, C, top, fp32_peak, bandwidth, wide, pieces) -> float:
-    """The product with the head, in fp32 or in so many bf16 pieces."""
-    ways = [(1, fp32_peak, 4)] + [(pieces, top, 2)] * (wide == 2)
-    return min(
-        n * max(2 * rows * V * C / speed, width * V * C / bandwidth) for n, speed, width in ways
+def training_step(size: str, tokens: float, supervised: float, length: float, m: Machine):
+    """One optimiser step: forward and twice as much backward. Adam reads weight, gradient and two
+    moments and writes three of them, and the gradient is written once, all in fp32. The head is
+    fp32 at any dtype, so its operations are counted in units of the machine's faster ones."""
+    L, C = SIZES[size]
+    parameters = 12 * L * C * C + V * C
+    return {
+        "body": (6 * tokens * 12 * L * C * C, 0),
+        "head": (6 * supervised * V * C * m.ops / m.fp32_ops, 0),
+        "attention": (12 * tokens * length * C * L, 0),
+        "Adam": (0, 32 * parameters),
+    }
+
+
+def seconds(part: tuple[float, float], m: Machine) -> float:
+    return max(part[0] / m.ops, part[1] / m.bandwidth)
+
+
+def total(parts: dict, m: Machine) -> float:
+    return sum(seconds(part, m) for part in parts.values())
+
+
+def print_floors(name: str, m: Machine) -> dict:
+    """The floor of each part at three numbers of rows, what binds it, and from how many rows on the
+    arithmetic binds it; then a training step at batch 8."""
+    print(f"\n{name}: {m.ops / 1e12:.3g} Tflop/s, {m.bandwidth / 1e9:,.0f} GB/s; gpt2")
+    print(f"  {'ms a step':<22}" + "".join(f"{f'{n:,} rows':>22}" for n in ROWS) + "   break-even")
+    steps = {n: sampling_step("gpt2", n, 64, 32, m) for n in ROWS}
+    for part in steps[ROWS[0]]:
+        text = f"  {part:<22}"
+        for n in ROWS:
+            ops, moved = steps[n][part]
+            binds = "arithmetic" if ops / m.ops > moved / m.bandwidth else "bytes"
+            text += f"{seconds((ops, moved), m) * 1e3:>10.3g} {binds:<11}"
+        (ops, moved), n = steps[ROWS[0]][part], ROWS[0]
+        even = n * moved * m.ops / (ops * m.bandwidth)  # its bytes do not grow with the rows
+        print(text + ("   at no number of rows" if part == "attention" else f"{even:>9,.0f} rows"))
+    rates = {n: n / total(steps[n], m) for n in ROWS}
+    print(f"  {'tokens a second':<22}" + "".join(f"{rates[n]:>10,.0f} {'':<11}" for n in ROWS))
+    train = training_step("gpt2", 8 * 85, 8 * 36, 85, m)
+    each = ", ".join(f"{k} {seconds(v, m) * 1e3:.3g}" for k, v in train.items())
+    print(f"  training, batch 8: {total(train, m) * 1e3:.3g} ms a step ({each})")
+    return {"tokens_per_s": rates, "training_ms": total(train, m) * 1e3}
+
+
+# --- Table II -------------------------------------------------------------------------------------
+
+
+def cell(task: str, method: str, limit: int | None) -> tuple[int, int, int]:
+    """(tokens sampled, trained on, decoded greedily) of one cell; SERT+RD starts from SERT's."""
+    train, test, prompt, rationale, kept, words = TASKS[task]
+    if limit:
+        train, test, kept = min(train, limit), min(test, limit), min(kept, limit)
+    learnt = {"finetune": train * (prompt + ANSWER), "sert": train * (prompt + PATH + ANSWER)}
+    learnt["rd"] = learnt["sert-rd"] = kept * (prompt + 7 + rationale + ANSWER)
+    sampled = train * PATHS * PATH if method == "sert" else 0
+    decoded = test * (ANSWER if method == "finetune" else words * 4 // 3)
+    return sampled, EPOCHS * learnt[method], decoded
+
+
+def cell_seconds(task: str, method: str, size: str, m: Machine, limit: int | None) -> float:
+    """The floor of one cell: sampling at 1,000 rows (a CPU: 200), training at batch 8, greedy
+    decoding at 256 rows."""
+    n_train, _, prompt, rationale, _, _ = TASKS[task]
+    sampled, trained, decoded = cell(task, method, limit)
+    rows = 1000 if m in GPUS.values() else 200
+    length = prompt + ANSWER + {"finetune": 0, "sert": PATH}.get(method, 7 + rationale)
+    train = training_step(size, 8 * length, 4 * length, length, m)
+    return (
+        sampled / rows * total(sampling_step(size, rows, prompt, 43, m), m)
+        + trained / (8 * length) * total(train, m)
+        + decoded / 256 * total(sampling_step(size, 256, prompt, 64, m, share=1), m)
     )
 
 
-def scoring(
-    size: str, tokens: int, peak, fp32_peak, bandwidth, wide=2, pieces=3
-) -> dict[str, float]:
-    """Seconds to score `tokens` given tokens in one forward."""
-    L, C = SIZES[size]
-    top = peak if wide == 2 else fp32_peak
-    return {
-        "body": max(2 * tokens * 12 * L * C * C / top, wide * 12 * L * C * C / bandwidth),
-        "head": head_seconds(tokens, C, top, fp32_peak, bandwidth, wide, pieces),
-    }
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
 
-def training_step(
-    size: str, tokens: float, supervised: float, length: float, peak, fp32_peak, bandwidth, wide=2
-) -> dict[str, float]:
-    """Seconds of one optimiser step: forward and twice as much backward; Adam reads weight,
-    gradient and two moments and writes three of them, and the gradient is written once, in
-    fp32. The head is fp32 at any dtype."""
-    L, C = SIZES[size]
-    top = peak if wide == 2 else fp32_peak
-    parameters = 12 * L * C * C + V * C
-    return {
-        "body": 6 * tokens * 12 * L * C * C / top,
-        "head": 6 * supervised * V * C / fp32_peak,
-        "attention": 6 * 2 * tokens * length * C * L / top,
-        "optimiser": 8 * 4 * parameters / bandwidth,
-    }
-
-
-def ms(parts: dict[str, float]) -> str:
-    each = ", ".join(f"{k} {v * 1e3:.3g}" for k, v in parts.items())
-    return f"{sum(parts.values()) * 1e3:9.3g}   ({each})"
-
-
-def floors(machines: dict) -> dict:
-    """Print and return the floors of every size on every machine."""
-    found = {}
-    for name, (peak, fp32, bandwidth, wide, rows) in machines.items():
-        hw = (peak, fp32, bandwidth, wide)
-        pieces = 1 if "CPU" in name else 3  # a CPU looks at the best tokens again instead
-        print(f"\n{name}: {(peak if wide == 2 else fp32) / 1e12:.3g} Tflop/s, "
-              f"{bandwidth / 1e9:,.0f} GB/s")  # fmt: skip
-        for size in SIZES:
-            step = sampling_step(size, rows, 64, 32, *hw, pieces)
-            score = scoring(size, 8192, *hw, pieces)
-            train = training_step(size, 8 * 64, 8 * 9, 64, *hw)
-            rate = rows / sum(step.values())
-            print(f"  {size:<12} sampling, {rows} rows, ms a step {ms(step)}  {rate:,.0f} tokens/s")
-            print(f"  {'':<12} scoring 8,192 tokens, ms {ms(score)}")
-            print(f"  {'':<12} training, batch 8, ms a step {ms(train)}")
-            found[f"{name} {size}"] = {"sampling": step, "scoring": score, "training": train}
-    return found
-
-
-def cell_seconds(task: str, method: str, size: str) -> float:
-    """The floor of one cell of Table II on an H200 in bf16: sampling at 1,000 rows, training at
-    batch 8, greedy decoding of the test set at 256 rows."""
-    peak, fp32, bandwidth = GPUS["H200"]
-    n_train, _, prompt, _, kept, _ = TASKS[task]
-    sampled, trained, decoded = cell(task, method, None)
-    examples = EPOCHS * (kept if "rd" in method else n_train)
-    length = trained / examples
-    sample = sampling_step(size, 1000, prompt, 43, peak, fp32, bandwidth)
-    train = training_step(size, 8 * length, 8 * length / 2, length, peak, fp32, bandwidth)
-    greedy = sampling_step(size, 256, prompt, 64, peak, fp32, bandwidth, share=1)
-    steps = (sampled / 1000, examples / 8, decoded / 256)
-    return sum(n * sum(t.values()) for n, t in zip(steps, (sample, train, greedy)))
-
-
-def matrix(factor: float) -> None:
-    """Time of Table II's cells on one H200, and of all on eight, a cell to a GPU."""
-    print(f"\nTable II on an H200 at {factor} times the floor:")
-    print(f"  {'':<29}" + "".join(f"{m:>10}" for m in METHODS))
-    total, longest = 0.0, 0.0
-    for task in TASKS:
-        for size in list(SIZES)[:3]:
-            seconds = [factor * cell_seconds(task, m, size) for m in METHODS]
-            total += sum(seconds)
-            longest = max(longest, seconds[1] + seconds[2], seconds[3])  # SERT+RD starts from SERT
-            print(f"  {task:<16}{size:<13}" + "".join(f"{hours(s):>10}" for s in seconds))
-    print(f"  one GPU: {hours(total)}; eight: {hours(max(total / 8, longest))}")
+def print_matrix(args, m: Machine, name: str) -> None:
+    """Tokens and predicted time of each cell, and what a judge would be asked."""
+    print(f"\nTable II on {name} at {args.factor:g} times the floor (an assumption):")
+    print(f"{'':<42}{'sampled':>13}{'trained on':>13}{'decoded':>11}   about")
+    spent, judged = 0.0, 0
+    for task in args.tasks:
+        for model in args.models:
+            size = model if model in SIZES else "gpt2"  # a folder's size is not known here
+            for method in args.methods:
+                tokens = cell(task, method, args.limit)
+                about = args.factor * cell_seconds(task, method, size, m, args.limit)
+                spent += about
+                text = f"{task:<16}{model[-16:]:<17}{method:<9}"
+                text += "".join(f"{n:>{w},}" for n, w in zip(tokens, (13, 13, 11)))
+                print(f"{text}   {duration(about)}")
+                judged += min(TASKS[task][1], args.limit or 10**6) if method != "finetune" else 0
+    print(f"in all about {duration(spent)}; a judge would get {judged:,} requests for the outputs, "
+          f"about {judged * JUDGE_IN:,} tokens in and {judged * JUDGE_OUT:,} out")  # fmt: skip
 
 
 def main(argv=None) -> dict:
@@ -174,19 +182,21 @@ def main(argv=None) -> dict:
     )
     p.add_argument("--quick", action="store_true", help="no difference here")
     p.add_argument("--out", help="write the floors as JSON")
+    p.add_argument("--matrix", action="store_true", help="only the cells of Table II")
+    p.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    p.add_argument("--models", nargs="+", default=list(SIZES))
+    p.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    p.add_argument("--limit", type=int, help="questions of each split")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="of the matrix")
     p.add_argument("--factor", type=float, default=3.0, help="time over floor (an assumption)")
     args = p.parse_args(argv)
-    peak, fp32, bandwidth = this_cpu()
-    machines = {
-        "this CPU, one thread, fp32": (peak, fp32, bandwidth, 4, 200),
-        "this CPU, one thread, bf16": (peak, fp32, bandwidth, 2, 200),
-        **{name: (*numbers, 2, 1000) for name, numbers in GPUS.items()},
-    }
-    result = {"machine": machine(), "floors": floors(machines)}
-    matrix(args.factor)
+    result: dict = {"machine": machine(), "floors": {}}
+    here = this_cpu() if args.device == "cpu" or not args.matrix else {}
+    for name, m in {} if args.matrix else (here | GPUS).items():
+        result["floors"][name] = print_floors(name, m)
+    name = "an H200" if args.device == "cuda" else "one thread of this CPU, fp32"
+    print_matrix(args, here["this CPU, fp32"] if args.device == "cpu" else GPUS["H200"], name)
     finish(result, args.out)
-    step = result["floors"]["H200 gpt2"]["sampling"]
-    print(f"floor on an H200: {1000 / sum(step.values()):,.0f} tokens/s of gpt2 at 1,000 rows")
     return result
 
 

@@ -35,8 +35,8 @@ more_evaluate=(${EVALUATE_FLAGS:-}) judge=(${JUDGE_FLAGS:-}) common=()
 [[ -n "${JUDGE_MODEL:-}" ]] && judge+=(--judge-model "$JUDGE_MODEL")
 
 if [[ "${1:-}" == --dry-run ]]; then
-  exec "$python" "$here/runs/estimate.py" --tasks $tasks --models $models --methods $methods \
-    ${LIMIT:+--limit "$LIMIT"} ${JUDGE_MODEL:+--judge} "${@:2}"
+  exec "$python" "$here/bench/cost.py" --matrix --tasks $tasks --models $models \
+    --methods $methods ${LIMIT:+--limit "$LIMIT"} "${@:2}"
 elif [[ $# -gt 0 ]]; then
   echo "error: paper.sh takes --dry-run only; everything else is a variable, see its head" >&2
   exit 2
@@ -61,8 +61,8 @@ label_of() { # the MODEL part of output folders
 import sys
 
 sys.path.insert(0, sys.argv[1])
-from sert_min.gpt2 import find_model, model_label
-from sert_min.runtime import run_script
+from sert_min.io.errors import run_script
+from sert_min.io.hub import find_model, model_label
 
 run_script(lambda name: print(model_label(name, find_model(name))), sys.argv[2])
 PY

@@ -1,18 +1,18 @@
-"""Stages 2 and 3, the learning: tensors, loss and the loop that every training here shares.
+"""Stages 2 and 3, the learning: tensors, loss, and the loop that every training here shares.
 
 An example is a prompt and a completion. They are tokenised apart, as in sampling (together they
 could merge over the seam and give other ids), and exactly one end-of-text closes the completion.
-The loss covers the completion only, or the whole text (`loss_on="all"`): by position, never by
-token id, because GPT-2 has one special token and masking by id would hide the real end.
+The loss covers the completion only, or the whole text (`loss_on="all"`). It is masked by position and
+never by token id: GPT-2 has one special token, and masking by id would hide the real end.
 
-A batch holds no padding where it costs: its examples stand one after another in one row of N
-tokens for all linear layers; only attention puts them into a padded [B, T] grid and takes them out
-again, so that no example sees another. The head runs on the M tokens that have a loss.
+The examples of a batch stand one after another in one row of N tokens, so linear layers waste nothing
+on padding. Only attention puts them into a padded [B, T] grid and takes them out again, so that no
+example sees another. The head runs on the M tokens that have a loss.
 
-The loop can be killed at any moment: its state (weights, optimiser, step, random state) is saved as
-a folder that is wholly there or not, the order of examples follows from (seed, epoch) alone, and so
-the resumed run takes the very steps that the uninterrupted one would have taken. The learning rate
-is constant, so a finished run can also be continued with more epochs.
+The loop can be killed at any moment. Its state (weights, optimiser, step, random numbers) is saved all
+or nothing, and the order of examples follows from (seed, epoch) alone, so a resumed run takes the very
+steps that the uninterrupted run would have taken. The learning rate is constant, so a finished run can
+also be continued with more epochs.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ Example = tuple[list[int], list[int]]  # ids and targets, equally long
 def encode_example(tokenizer, prompt: str, completion: str, loss_on: str = "answer") -> Example:
     """Ids and targets of one example; targets are shifted by one.
 
-    Prompt ids [5, 6], completion ids [7, 8] and end-of-text 9 give
-    ids [5, 6, 7, 8] and targets [IGNORE, 7, 8, 9], or [6, 7, 8, 9] with loss_on="all".
+    Prompt ids [5, 6], completion ids [7, 8] and end-of-text 9 give the ids [5, 6, 7, 8] and the
+    targets [IGNORE, 7, 8, 9], or [6, 7, 8, 9] with loss_on="all".
     """
     p, c = tokenizer.encode(prompt), tokenizer.encode(completion) + [tokenizer.eot]
     targets = (p if loss_on == "all" else [IGNORE] * len(p)) + c
@@ -67,7 +67,7 @@ class Batch(NamedTuple):
 
 
 def pack(examples: list[Example], device="cpu") -> Batch:
-    """Examples -> Batch."""
+    """Put examples into one Batch."""
     T = max(len(ids) for ids, _ in examples)
     ids, positions, targets, place = [], [], [], []
     for row, (example_ids, example_targets) in enumerate(examples):
@@ -75,19 +75,21 @@ def pack(examples: list[Example], device="cpu") -> Batch:
         targets += example_targets
         positions += range(len(example_ids))
         place += range(row * T, row * T + len(example_ids))
-    # Known here, so that the device need not be asked how many there are.
+    # The places are found on the host, so nothing has to wait for the device to count them.
     supervised = [i for i, t in enumerate(targets) if t != IGNORE]
     columns = (torch.tensor(x) for x in (ids, positions, targets, supervised, place))
     return Batch(*(x.to(device, non_blocking=True) for x in columns), (len(examples), T))
 
 
 def packed_attention(batch: Batch) -> Callable:
-    """Causal attention inside each example: q, k, v [N, H, D] -> [N, H, D]. Padding stands on the
-    right of the grid, where no real token looks."""
+    """Causal attention inside each example, [N, H, D] to [N, H, D]. Padding stands on the right of
+    the grid, where no real token looks."""
     B, T = batch.grid
 
     def attend(layer, q, k, v):
-        if q.device.type == "cpu":  # quicker than in bf16 there, backward most of all
+        if (
+            q.device.type == "cpu"
+        ):  # fp32 is quicker than bf16 there, above all in the backward pass
             q, k, v = q.float(), k.float(), v.float()
 
         def to_grid(x):  # [N, H, D] -> [B, T, H, D]
@@ -102,16 +104,16 @@ def packed_attention(batch: Batch) -> Callable:
 
 
 class HeadLoss(torch.autograd.Function):
-    """F.cross_entropy(hidden @ weight.T, targets, reduction="sum") that makes the gradient of the
-    logits, softmax - one-hot, at once: two [M, V] tensors instead of four, and no pass over them in
-    the backward but the two products. In fp32 under autocast, too."""
+    """F.cross_entropy(hidden @ weight.T, targets, reduction="sum"), with the gradient of the logits
+    (softmax - one-hot) made in the forward pass: this takes two [M, V] tensors instead of four, and
+    the backward pass is two products. It computes in fp32 under autocast, too."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             logits = linear(hidden, weight)  # [M, V]
         gradient, own = logits.softmax(1), logits.gather(1, targets[:, None])
-        # Log-sum-exp from the most probable token, whose share is never rounded to 0.
+        # The log-sum-exp is taken from the most probable token, whose share never rounds to 0.
         lse = logits.amax(1) - gradient.amax(1).log()  # [M]
         gradient.scatter_add_(1, targets[:, None], -torch.ones_like(own))
         ctx.save_for_backward(hidden, weight, gradient)
@@ -125,8 +127,8 @@ class HeadLoss(torch.autograd.Function):
 
 
 def loss_sum(model: GPT2, batch: Batch, bf16: bool = False) -> Tensor:
-    """Summed next-token cross-entropy (nats) over the supervised tokens. `bf16`: products of the
-    blocks in bf16; residual stream, head and loss stay fp32."""
+    """Summed next-token cross-entropy (nats) over the tokens that have a loss. With `bf16` the blocks'
+    products are in bf16; residual stream, head and loss stay fp32."""
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
         hidden = model(batch.ids, batch.positions, packed_attention(batch))  # [N, C]
     hidden = hidden.index_select(0, batch.supervised).float()  # [M, C]
@@ -145,7 +147,8 @@ def mean_loss(
     bf16: bool = False,
     poll: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss per supervised token (nats), 32 examples at a time; `poll` is called before each."""
+    """Mean loss (nats) per token that has one, 32 examples at a time; `poll()` is called before each
+    32."""
     total = 0.0
     for i in range(0, len(examples), 32):
         poll()
@@ -156,7 +159,7 @@ def mean_loss(
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of n examples in an epoch: a function of (seed, epoch) alone."""
+    """The order of n examples in an epoch, a function of (seed, epoch) alone."""
     g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n, generator=g).tolist()
 
@@ -165,15 +168,15 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def make_optimizer(model: GPT2, lr: float) -> torch.optim.Optimizer:
-    """Adam [SERT §III-A], PyTorch's other defaults; one pass over memory where it is fused."""
+    """Adam [SERT §III-A] with PyTorch's other defaults, fused into one pass where that is possible."""
     fused = model.wte.weight.device.type in ("cpu", "cuda")
     return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
 
 
 def sparse_embedding(model: GPT2) -> bool:
-    """May the token embedding give a sparse gradient? Tied to the head it is added to the head's
-    dense one, which saves two passes over [V, C] (a tenth of a step of gpt2 at batch 8 on a CPU).
-    On a GPU the addition would not be deterministic."""
+    """Whether the token embedding may give a sparse gradient. If it is tied to the head, the sparse
+    gradient is added to the head's dense one, which saves two passes over [V, C] (a tenth of a step of
+    gpt2 at batch 8 on a CPU). On a GPU the addition would not be deterministic."""
     return model.lm_head is None and model.wte.weight.device.type == "cpu"
 
 
@@ -186,9 +189,9 @@ def train_step(
     bf16: bool = False,
     loss_of: Callable = loss_sum,
 ) -> float:
-    """One optimiser step on the mean loss per supervised token of `examples`; returns that loss
-    (nats). `accumulate` runs them in so many parts with the same result and less memory. A loss or
-    gradient that is not finite is an error before the update. `loss_of`: `loss_sum`, compiled.
+    """Take one optimiser step on the mean loss (nats) per token that has one; returns that loss.
+    `accumulate` runs the examples in so many parts, with the same result and less memory. A loss or
+    gradient that is not finite is an error before the update. `loss_of` may be a compiled `loss_sum`.
     Under torchrun each process takes its part of the examples, with the same result."""
     n, device = n_supervised(examples), model.wte.weight.device
     mine, total = examples[parallel.RANK :: parallel.WORLD], torch.zeros((), device=device)
@@ -200,7 +203,7 @@ def train_step(
     parameters = list(model.parameters())
     parallel.sum_up(total, parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # The one wait for the device in a step: the update must not happen if a number is broken.
+    # This is a step's only wait for the device: a broken number must not reach the weights.
     total, length = torch.stack([total, norm]).tolist()
     if not (math.isfinite(total) and math.isfinite(length)):
         optimizer.zero_grad()
@@ -257,12 +260,12 @@ def fit(
     validate: Callable[[Callable], dict] | None = None,
     save_seconds: float = 300,
 ) -> None:
-    """Train `model` in place for s.steps(len(examples)) steps, going on from `out`/state if it is
-    there; `names` of the examples are for errors.
+    """Train `model` in place for s.steps(len(examples)) steps, from the state in `out`/state if there
+    is one. `names` are the examples' question ids, for errors.
 
-    Writes `out`/metrics.jsonl (the loss of each step, and after each epoch what `validate(poll)`
-    returns; it calls poll() now and then) and timings.jsonl. The state is saved every
-    `save_seconds`, at the end, and when SIGINT or SIGTERM asks to stop, which then exits."""
+    metrics.jsonl in `out` gets the loss of each step and, after each epoch, what `validate(poll)`
+    returns (it calls poll() now and then). The state is saved every `save_seconds`, at the end, and
+    when SIGINT or SIGTERM asks to stop; the process then exits."""
     steps, per_epoch = s.steps(len(examples)), -(-len(examples) // s.batch_size)
     keep_freed_memory()
     optimizer = make_optimizer(model, s.lr)
@@ -334,7 +337,7 @@ def fit(
 
 
 class Stop(Exception):
-    """Leaves a validation that is asked to stop."""
+    """Ends a validation early, because a signal asked the run to stop."""
 
 
 @contextlib.contextmanager
@@ -351,8 +354,8 @@ def told_where(where: str) -> Iterator[None]:
 
 
 def keep_metrics_before(metrics: Path, step: int) -> int:
-    """Cut metrics.jsonl back to `step`: what was logged after the saved state is redone. Returns
-    the last step that was validated."""
+    """Drop what metrics.jsonl holds of steps after `step`, the saved one: they are taken again.
+    Returns the last step that was validated."""
     set_torn_tail_aside(metrics)
     there = read_jsonl(metrics, METRICS) if metrics.exists() else ()
     kept = [r for r in there if r["step"] <= step]

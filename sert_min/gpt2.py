@@ -1,18 +1,14 @@
-"""GPT-2: the model, and reading and writing it as a Hugging Face folder.
+"""GPT-2: the model, and how a Hugging Face folder becomes one and back.
 
-Decoder-only transformer with learned positions, LayerNorm before each half of a block and a head
-that shares the token embedding (Radford et al. 2019; the names follow the published weights). One
-thing is unusual: `forward` takes the attention as a function, so that training, prefill and the
+GPT-2 is a decoder-only transformer with learned positions, LayerNorm before each half of a block, and
+a head that shares the token embedding (Radford et al. 2019; names follow the published weights). One
+thing is unusual here: `forward` takes the attention as a function, so training, prefill and the
 sampler's decoding over shared prompts (decode.py) all run this one model.
 
-Precision: linear layers compute in their weights' dtype (fp32 or bf16); the residual stream,
-LayerNorm, embeddings and `logits` stay fp32. GPT-2's logits lie near -100, where bf16 numbers are
-0.5 apart, so a rounded head would destroy the order of the best tokens. (The sampler's draws of a
-bf16 model take a quicker head that is as good as fp32's: generate.make_draw.)
-
-Another architecture: besides this file, prefill, own_memory and shared_attention take as many heads
-of keys as of queries; positions reach no `attend`, so rotary ones belong before it; tokenizer.py
-wants byte-level BPE with GPT-2's splitting; `sample.py --check` knows gpt2 124M.
+Linear layers compute in their weights' dtype (fp32 or bf16). The residual stream, LayerNorm, embeddings
+and `logits` stay fp32: GPT-2's logits lie near -100, where bf16 numbers are 0.5 apart, so a rounded head
+would destroy the order of the best tokens. (For a bf16 model the sampler has a quicker head that is as
+good as fp32's: decode.make_draw.)
 """
 
 import math
@@ -67,7 +63,8 @@ class GPT2Config:
 
 
 def causal_attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each position sees itself and what is before it. q (already scaled), k, v: [B, T, H, D]."""
+    """Attention of each position to itself and to what is before it. q (already scaled), k and v are
+    [B, T, H, D], and so is the result."""
     assert q.dim() == 4, "one text is ids [1, T], not [T]: the axes would be mixed up"
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0).transpose(1, 2)
@@ -126,7 +123,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         c = self.config = config
-        # empty: init_weights_ or load_model fills them, and drawing on the meta device takes a second
+        # Empty, because init_weights_ or load_model fills them, and drawing takes a second.
         tokens, positions = (torch.empty(n, c.n_embd) for n in (c.vocab_size, c.n_positions))
         self.wte = nn.Embedding(*tokens.shape, _weight=tokens)
         self.wpe = nn.Embedding(*positions.shape, _weight=positions)
@@ -181,8 +178,8 @@ class GPT2(nn.Module):
 
 @torch.inference_mode()
 def first_broken(model: GPT2, ids: list[int]) -> str:
-    """Where the numbers of a text first stop being finite, for the error of somebody who has seen
-    a NaN: runs the model once more, layer by layer."""
+    """Where the numbers first stop being finite: the model runs once more on a text, layer by layer.
+    This is for the error message of a caller that has seen a NaN."""
     x = torch.tensor(ids, device=model.wte.weight.device)[None]
     steps = [("the embeddings", lambda x: model.wte(x) + model.wpe.weight[: x.shape[1]])]
     for i, block in enumerate(model.h):
@@ -200,8 +197,8 @@ def first_broken(model: GPT2, ids: list[int]) -> str:
 
 
 def read_config(folder: Path) -> GPT2Config:
-    """config.json -> GPT2Config; options that would change the computation are honoured or
-    refused by name."""
+    """The GPT2Config of a folder's config.json. Options that would change the computation are honoured
+    or refused by name."""
     raw = read_raw_config(folder)
     if raw.get("add_cross_attention"):
         raise SertError(f"{folder}/config.json asks for add_cross_attention, which GPT2 here lacks")
@@ -231,7 +228,8 @@ def read_config(folder: Path) -> GPT2Config:
 
 
 def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2:
-    """GPT2 from a Hugging Face folder; every name and shape is checked, Conv1D is transposed."""
+    """Read GPT2 from a Hugging Face folder. Every name and shape is checked, and the weights that
+    Conv1D stores transposed are turned."""
     config = read_config(folder)
     with torch.device("meta"):
         model = GPT2(config)
@@ -240,7 +238,7 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2:
     for raw_name, t in read_tensors(folder):
         name = raw_name.removeprefix("transformer.")
         if re.fullmatch(r"h\.\d+\.attn\.(bias|masked_bias)", name):
-            continue  # the causal mask, stored as a buffer in old files
+            continue  # the causal mask, which old files store as a buffer
         if name not in wanted and name != "lm_head.weight":
             raise SertError(f"{folder}: unexpected tensor {raw_name}; is this a GPT-2?")
         tensors[name] = (t.t() if name.endswith(TRANSPOSED) else t).float().contiguous()
@@ -257,8 +255,8 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2:
 
 
 def save_model(model: GPT2, folder: Path, tokenizer_from: Path, sert: dict) -> None:
-    """Write a Hugging Face GPT-2 folder (atomic): opens in transformers, vLLM, lm-eval as it is.
-    `tokenizer_from` is the folder whose tokenizer files go along; `sert` becomes sert.json."""
+    """Write a Hugging Face GPT-2 folder, all or nothing. It opens in transformers, vLLM and lm-eval as
+    it is. `tokenizer_from` is the folder whose tokenizer files are copied; `sert` becomes sert.json."""
     tensors = {}
     for name, p in model.state_dict().items():
         t = p.detach().float().cpu()

@@ -1,8 +1,8 @@
 """Byte-level BPE of GPT-2, built from the model folder's own files with tiktoken as the engine.
 
-Weights and tokenizer come from one place: merges.txt + vocab.json, or tokenizer.json (all that
-newer transformers write). tiktoken's own GPT-2 loader is not used: it needs the network, and its
-cache goes by path, so a model rebuilt at the same path would get the old one's tokenizer.
+Weights and tokenizer come from one folder: merges.txt and vocab.json, or tokenizer.json (which newer
+versions of transformers write alone). tiktoken's own GPT-2 loader is not used: it needs the network, and
+it caches by path, so a model that was rebuilt at the same path would get the old tokenizer.
 """
 
 import json
@@ -28,14 +28,14 @@ def byte_alphabet() -> dict[str, int]:
 
 
 class Tokenizer:
-    """encode / decode for one model. Text from outside never becomes a special token."""
+    """Encoding and decoding for one model. Text from outside never becomes a special token."""
 
     def __init__(self, ranks: dict[bytes, int], ids: dict[bytes, int], eot: int):
-        """`ranks`: merge priority per token; `ids`: the model's id per token (usually the same)."""
+        """`ranks` hold the merge priority of each token, `ids` the model's id (usually the same)."""
         self.eot = eot
         self.n_vocab = max(*ids.values(), eot) + 1
         self.to_bytes = {i: token for token, i in ids.items()} | {eot: END.encode()}
-        # tiktoken uses ranks as ids; where the vocabulary numbers them otherwise, translate.
+        # tiktoken uses ranks as ids. Where the vocabulary numbers tokens otherwise, we translate.
         self._id_of_rank = {rank: ids[token] for token, rank in ranks.items()}
         if all(rank == i for rank, i in self._id_of_rank.items()):
             self._id_of_rank = None
@@ -89,11 +89,11 @@ def read_tokenizer_files(folder: Path) -> tuple[dict[str, int], list[str]]:
 
 
 def check_merges(merges: list[str]) -> None:
-    """Refuse merge lists that tiktoken would read otherwise than their makers did.
+    """Refuse merge lists for which tiktoken gives other ids than Hugging Face.
 
-    tiktoken joins neighbours if their concatenation is a token, Hugging Face if this very pair is
-    a merge. The two agree where every token, split by the merges, comes down to its own pair last;
-    BPE training gives only such lists, lists edited by hand need not."""
+    tiktoken joins neighbours if their concatenation is a token, Hugging Face if this very pair is a
+    merge. The two agree if every token, split by the merges, ends in its own pair. BPE training gives
+    only such lists; lists that were edited by hand may not be."""
     pairs = [tuple(m.split(" ")) for m in merges]
     rank = {pair: i for i, pair in enumerate(pairs)}
     for left, right in pairs:
@@ -109,7 +109,7 @@ def check_merges(merges: list[str]) -> None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder; anything but byte-level BPE with <|endoftext|> is refused."""
+    """The tokenizer of a model folder. All but byte-level BPE with <|endoftext|> is refused."""
     try:
         vocab, merges = read_tokenizer_files(folder)
         alphabet = byte_alphabet()

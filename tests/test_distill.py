@@ -252,7 +252,7 @@ def test_a_second_process_is_refused(student):
 CHILD = """
 import sys
 from sert_min import tasks, teacher
-from sert_min.runtime import run_script
+from sert_min.io.errors import run_script
 teacher.BACKOFF = 0.01
 ask = [Question("strategy_qa", str(i), f"Is {i} even?", "yes") for i in range(30)]
 tasks.load = lambda *args: ask

@@ -37,6 +37,7 @@ from sert_min import (
     answers,
     filters,
     finetune,
+    metrics,
     patterns,
     rationales,
     tasks,
@@ -571,7 +572,7 @@ def test_texts_of_any_content(text, q, done):
         answers.extract_answer(text, q), answers.extract_lenient(text, q)
         answers.stated_answers(text, q), answers.strip_answer_sentence(text)
         patterns.pattern_break(text, q), patterns.pattern_break(text, q, final=False)
-        evaluate.score(q, text, done)
+        metrics.grade(q, text, done)
         output = teacher_files.Output(text, None, done, "m")
         rationales.teacher_answer(output, q), rationales.clean(output)
         judge.parse_scores(text.replace("the answer is", "Score for Coherence:"))
@@ -609,7 +610,7 @@ def test_long_texts_are_quick(piece, n):
         for name, read in (
             ("extract_lenient", lambda q=q: answers.extract_lenient(text, q)),
             ("strip_answer_sentence", lambda: answers.strip_answer_sentence(text)),
-            ("score", lambda q=q: evaluate.score(q, text, "eos")),
+            ("grade", lambda q=q: metrics.grade(q, text, "eos")),
             ("clean", lambda: rationales.clean(teacher_files.Output(text, None, "length", "m"))),
             ("log_entries", lambda: teacher_files.log_entries(text.encode())),
             ("parse_scores", lambda: judge.parse_scores(text)),

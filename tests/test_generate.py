@@ -375,7 +375,7 @@ def test_a_gpus_steps_could_be_graphs(monkeypatch):
     way."""
     traces, current = {}, []
 
-    def capture(f, state):
+    def capture(f, state, pool=None):
         before = [x.clone() for x in state]
         f()
         for x, y in zip(state, before):

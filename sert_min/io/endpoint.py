@@ -27,6 +27,7 @@ import math
 import os
 import queue
 import random
+import sys
 import threading
 import time
 from collections import deque
@@ -34,10 +35,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-from sert_min.io.errors import SertError, printable, this_command
-from sert_min.io.files import append_durable, fits, read_jsonl, set_torn_tail_aside, to_line
+from tqdm import tqdm
+
+from sert_min.io.errors import SertError, need, printable, this_command
+from sert_min.io.files import (
+    append_durable,
+    fits,
+    lock_folder,
+    read_jsonl,
+    set_torn_tail_aside,
+    to_line,
+)
 from sert_min.io.machine import stop_signals
 
 MAX_REPLY = 1_000_000  # characters of one completion that are kept
@@ -72,6 +83,9 @@ class Endpoint:
     price_in: float | None = None  # USD per million tokens
     price_out: float | None = None
     insecure: bool = False  # send a key over http:// to another host
+    max_requests: int | None = None  # sent by one run, retries included
+    max_cost: float | None = None  # USD of all runs of a folder together
+    who: str = "teacher"  # or "judge": whose flags an error names
 
     def url(self) -> str:
         url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
@@ -118,6 +132,72 @@ class Endpoint:
             return None
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
+    def flag(self, field: str) -> str:
+        """The flag that sets a field: --teacher-model or --judge-model, but --timeout for both."""
+        own = field in ("model", "max_tokens", "temperature")
+        return "--" + (f"{self.who}-" if own else "") + field.replace("_", "-")
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+FLAGS = {  # the flags of an endpoint, by the field of Endpoint that they set
+    "model": dict(help="model name at the endpoint; there is no default"),
+    "base_url": dict(
+        help="OpenAI-compatible address, e.g. http://localhost:8000/v1 "
+        "(default: OPENAI_BASE_URL, else OpenAI's)"
+    ),
+    "completions": dict(action="store_true", help="use the older /completions interface"),
+    "max_tokens": dict(type=int, default=512, help="of a reply (default: %(default)s)"),
+    "temperature": dict(help="a number, or none: the server's own (default: %(default)s)"),
+    "token_parameter": dict(
+        choices=("auto", "max_tokens", "max_completion_tokens"),
+        default="auto",
+        help="what the server calls the limit of tokens",
+    ),
+    "concurrency": dict(type=int, default=8, help="requests at a time (default: %(default)s)"),
+    "timeout": dict(type=float, default=120.0, help="seconds without an answer"),
+    "deadline": dict(type=float, default=900.0, help="seconds per request, retries included"),
+    "insecure": dict(action="store_true", help="send the key over http:// as well"),
+    "max_requests": dict(type=int, help="requests sent by this run, retries included"),
+    "max_cost": dict(type=float, help="USD, all runs with these replies together"),
+    "price_in": dict(type=float, help="USD per million prompt tokens"),
+    "price_out": dict(type=float, help="USD per million completion tokens"),
+}
+
+
+def add_flags(parser, who: str) -> None:
+    """Add the flags of an endpoint to a parser or a group of one; `who` is "teacher" or "judge"."""
+    for name, how in FLAGS.items():
+        default = {"default": "0" if who == "judge" else "none"} if name == "temperature" else {}
+        parser.add_argument(Endpoint("", who=who).flag(name), **how, **default)
+
+
+def from_flags(args, who: str) -> Endpoint:
+    """The endpoint that the flags of `add_flags` describe; values that mean nothing are refused."""
+    flag = Endpoint("", who=who).flag
+    value = {name: getattr(args, flag(name)[2:].replace("-", "_")) for name in FLAGS}
+    try:
+        heat = None if value["temperature"] == "none" else float(value["temperature"])
+    except ValueError:
+        heat = math.nan
+    for name in ("concurrency", "timeout", "deadline", "max_tokens"):
+        need(0 < value[name] < 2**31, f"{flag(name)} must be above 0 and below 2^31")
+    for name in ("max_requests", "max_cost", "price_in", "price_out"):  # NaN would lift a cap
+        ok = value[name] is None or 0 <= value[name] < math.inf
+        need(ok, f"{flag(name)} must be a number from 0")
+    ok = heat is None or 0 <= heat < math.inf
+    need(ok, f"{flag('temperature')} must be a number from 0, or none")
+    e = Endpoint(**{**value, "temperature": heat}, who=who)
+    need(
+        e.max_cost is None or e.usd(0, 0) is not None,
+        "--max-cost needs --price-in and --price-out (USD per million tokens)",
+    )
+    check_url(e)
+    return e
+
+
+# --- one request ----------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -148,9 +228,6 @@ class Retry(Exception):
         self.after = after
         self.busy = busy  # a rate limit: nothing is wrong with the request or the server
         self.billed = billed  # may have been: the server could have done the work
-
-
-# --- one request ----------------------------------------------------------------------------------
 
 
 def api_key() -> str:
@@ -279,7 +356,7 @@ def explain(error, e: Endpoint) -> Exception:
     if status == 404:
         return SertError(
             f"{e.url()} has no model {e.model} (hosted models get shut down), or the address lacks "
-            f"/v1; give another --teacher-model or --judge-model, or --base-url ({said})"
+            f"/v1; give another {e.flag('model')} or --base-url ({said})"
         )
     if status < 400:
         where = server_text(error.response.headers.get("location", "elsewhere"), 200)
@@ -293,12 +370,12 @@ def flag_to_change(said: str, parameter: str, e: Endpoint) -> str:
     sent = next(iter(e.token_limit()), "")
     refused = ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
     if "temperature" in about:
-        return "leave --teacher-temperature out"
+        return f"give {e.flag('temperature')} none"
     if sent and sent in about and any(word in about for word in refused):
         other = {"max_tokens": "max_completion_tokens"}.get(sent, "max_tokens")
         return f"give --token-parameter {other}"
     if "max_tokens" in about or "max_completion_tokens" in about or "context" in about:
-        return "give a smaller --teacher-max-tokens"
+        return f"give a smaller {e.flag('max_tokens')}"
     return "check the model and the flags"
 
 
@@ -438,16 +515,21 @@ def no_follow_up(ask: Ask, record: dict) -> Ask | None:
     return None
 
 
+def walk(replies: dict, ask: Ask, e: Endpoint, follow_up=no_follow_up) -> tuple[list, Ask | None]:
+    """(the replies that an ask and its follow-ups have, what is to ask now). `follow_up(ask,
+    record)` gives the request that a reply leads to, if any."""
+    records: list[dict] = []
+    now: Ask | None = ask
+    while now and (record := replies.get(now.key(e))):
+        records.append(record)
+        now = follow_up(now, record)
+    return records, now
+
+
 def missing(collection: Collection, asks: Iterable[Ask], e: Endpoint, follow_up=no_follow_up):
-    """What is to ask now, without what has a reply. `follow_up(ask, record)` gives the request that
-    a reply leads to, if any."""
-    now = []
-    for ask in asks:
-        while ask and (record := collection.replies.get(ask.key(e))):
-            ask = follow_up(ask, record)
-        if ask:
-            now.append(ask)
-    return now
+    """What is to ask now, without what has a reply."""
+    walks = (walk(collection.replies, ask, e, follow_up) for ask in asks)
+    return [now for _, now in walks if now]
 
 
 # --- many requests --------------------------------------------------------------------------------
@@ -654,3 +736,96 @@ class Collecting:
                 self.store(job, result)
             elif isinstance(result, SertError) or not getattr(result, "billed", True):
                 self.collection.refused(job.key)
+
+
+# --- what scripts call ----------------------------------------------------------------------------
+
+
+class Readable(NamedTuple):
+    """What a reply must hold to be of use. If most of the first ones do not, collecting stops early:
+    every further reply costs."""
+
+    test: Callable[[Ask, list[dict]], bool]  # of an ask and its replies: one, or two with follow-up
+    what: str  # "hold all four scores"
+    advice: str  # what to change
+
+
+def ask_all(
+    folder: Path,
+    asks: Iterable[Ask],
+    e: Endpoint,
+    readable: Readable | None = None,
+    follow_up: Callable[[Ask, dict], Ask | None] = no_follow_up,
+) -> tuple[Collection, list[str]]:
+    """Ask for what the replies in `folder` lack; (all replies, why others are missing). Asks that
+    are the same are sent once. Shows progress and prints what it has cost."""
+    asks, checked = list({ask.key(e): ask for ask in asks}.values()), readable is None
+    with lock_folder(folder, ".lock-responses"):
+        collection = Collection(folder / "responses.jsonl").load()
+
+        def check() -> None:
+            nonlocal checked
+            if checked or len(collection.replies) < 20:
+                return
+            walks = [(ask, *walk(collection.replies, ask, e, follow_up)) for ask in asks]
+            done = [(ask, records) for ask, records, now in walks if not now]
+            if checked := len(done) >= 20:
+                n = sum(readable.test(ask, records) for ask, records in done)
+                cut = sum(records[0]["finish"] == "length" for _, records in done)
+                need(
+                    n >= len(done) / 2,
+                    f"only {n} of the first {len(done)} replies {readable.what} ({cut} were cut off "
+                    f"at {e.flag('max_tokens')}); they are kept. {readable.advice}",
+                )
+
+        todo = missing(collection, asks, e, follow_up)
+        if todo:
+            print(f"{e.who}: {len(asks) - len(todo):,} of {len(asks):,} requests have replies")
+        try:
+            with tqdm(total=len(todo), unit="reply", disable=not todo) as bar:
+
+                def progress(n: int, note: str) -> None:
+                    bar.set_postfix_str(note, refresh=bool(note))
+                    bar.update(n)
+
+                caps = e.max_requests, e.max_cost
+                failures = collect(collection, todo, e, *caps, check, progress, follow_up)
+        finally:
+            print(f"{e.who} {collection.summary(e)}")
+    return collection, failures
+
+
+def print_plan(
+    what: str, folder: Path, asks: Iterable[Ask], e: Endpoint, follow_up=no_follow_up
+) -> None:
+    """Print what asking would send and cost at most. Sends and writes nothing."""
+    replies, there, bounds = stored_replies(folder / "responses.jsonl"), 0, []
+    for ask in {ask.key(e): ask for ask in asks}.values():
+        records, now = walk(replies, ask, e, follow_up)
+        there += len(records)
+        while now:
+            bounds.append(now.most_tokens(e))
+            now = follow_up(now, {"text": "x" * bounds[-1][1]})  # as if it had the longest reply
+    n_in, n_out = (sum(b[i] for b in bounds) for i in (0, 1))
+    usd = e.usd(n_in, n_out)
+    print(
+        f"{what}: {len(bounds):,} {e.who} requests ({there:,} replies are there), at most {n_in:,} "
+        f"tokens in (a token per byte; English has about 4 bytes) and {n_out:,} out"
+        + ("" if usd is None else f"; at most {usd:.2f} USD, --max-cost is a hard cap")
+    )
+
+
+def end_if_missing(failures: list[str], who: str, folder: Path) -> None:
+    """If replies are missing, say which and how to go on, and end with status 2."""
+    if not failures:
+        return
+    for why in failures[:5]:
+        print(f"  missing: {printable(why)}", file=sys.stderr)
+    spent = any("--max-cost" in why for why in failures)  # which counts all runs together
+    fix = "Raise --max-cost and repeat" if spent else "Repeat"
+    print(
+        f"error: {len(failures):,} {who} replies are missing; those so far are in {folder}. {fix} "
+        "the command to ask for the rest",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)

@@ -49,9 +49,9 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
     from huggingface_hub import errors, hf_hub_download  # late: it takes half a second
 
     def fetch(*files: str) -> Path | None:
-        """The first of `files` that the repository has. Files of a known commit never change, so
-        they are looked for in the cache first; offline, one that is not cached may be one that
-        the repository lacks, so all are tried before that is an error."""
+        """The first of `files` that the repository has. Files of a known commit never change, so the
+        cache is asked first. Offline, a file that is not cached may be one that the repository lacks,
+        so all files are tried before that is an error."""
         unreachable = None
         tries = [(file, True) for file in files if revision] + [(file, False) for file in files]
         for file, only_cached in tries:
@@ -116,7 +116,7 @@ def read_raw_config(folder: Path) -> dict:
 
 
 def shard_names(index: Path) -> list[str]:
-    """File names in a safetensors index; only plain names, so that no path leaves the folder."""
+    """The file names in a safetensors index; plain names only, so that no path leaves the folder."""
     shards = read_json(index).get("weight_map")
     names = {str(n) for n in shards.values()} if isinstance(shards, dict) else set()
     if not names or not all(re.fullmatch(r"[\w.-]+\.safetensors", n) for n in names):
@@ -141,7 +141,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weights_hash(folder: Path) -> str:
-    """Hex SHA-256 over the weight files: what a model is, wherever it lies."""
+    """Hex SHA-256 over the weight files: a model's identity, wherever it lies."""
     digest = hashlib.sha256()
     for file in weight_files(folder):
         with open(file, "rb") as f:
@@ -151,7 +151,7 @@ def weights_hash(folder: Path) -> str:
 
 
 def read_sert(folder: Path) -> dict:
-    """What a checkpoint says of itself (method, parents, prompt suffix, ..); {} for a foreign one."""
+    """What a checkpoint of ours says of itself (method, parents, prompt suffix, ..); {} for others."""
     return read_json(folder / "sert.json") if (folder / "sert.json").exists() else {}
 
 

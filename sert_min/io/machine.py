@@ -1,4 +1,4 @@
-"""What every script needs around its real work: one-line errors, device, dtype and threads."""
+"""The machine: device, dtype, threads, signals, and what of it decides the bytes of a run."""
 
 import contextlib
 import ctypes
@@ -14,7 +14,7 @@ from sert_min.io.errors import SertError, need
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then MPS, then the CPU; a device that is not there is an error."""
+    """The device of a flag. `auto` takes CUDA, then MPS, then the CPU; a missing device is an error."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -30,25 +30,30 @@ def pick_device(name: str) -> torch.device:
     if not there[kind]:
         raise SertError(f"--device {name} is not available here; leave it out or use --device cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise SertError(f"--device {name} is not available here; use --device {kind}") from None
+    if kind == "cuda":  # streams, graphs and Triton take the current device
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_dtype(name: str, device: torch.device, n_params: int) -> torch.dtype:
-    """`auto` takes bf16 where matrix products are fast in it, else fp32; small models fp32."""
+    """The dtype of a flag. `auto` takes bf16 where its products are fast and the model is not small."""
     if name == "auto":
-        fast = (device.type == "cuda" and torch.cuda.is_bf16_supported()) or (
-            device.type == "cpu" and cpu.has_bf16()
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else device.type == "cpu" and cpu.has_bf16()
         )
         name = "bf16" if fast and n_params > 20e6 else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def pick_threads(n_params: int) -> int:
-    """Set and return PyTorch's CPU threads: OMP_NUM_THREADS, else one for a small model, else
-    the faster of one and all on a product of the model's shape (more threads can be slower where
-    cores are shared)."""
+    """Set and return the number of PyTorch's CPU threads: OMP_NUM_THREADS if it is set, one for a small
+    model, else the faster of one and all on a product of the model's shape (more threads can be slower
+    where cores are shared)."""
     if os.environ.get("OMP_NUM_THREADS"):
         return torch.get_num_threads()
     everything = torch.get_num_threads()
@@ -72,8 +77,8 @@ def pick_threads(n_params: int) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory for reuse. A training step frees and takes about a gigabyte,
-    and having all its pages zeroed anew costs a tenth of the step on a CPU."""
+    """Tell glibc to keep freed memory for reuse. A training step frees and takes about a gigabyte, and
+    zeroing its pages anew costs a tenth of the step on a CPU."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
@@ -82,7 +87,7 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying at once; a second one kills."""
+    """Collect SIGINT and SIGTERM in a list instead of dying at once. A second signal kills."""
     caught: list[int] = []
 
     def handler(number, frame):
@@ -106,7 +111,8 @@ def resolve_machine(
 ) -> tuple[torch.device, dict]:
     """The device of a run, and everything about this machine that decides the run's bytes (MACHINE).
     `device` and `dtype` are flags; where they say auto, and for the threads, what the run's `stored`
-    settings hold goes on. Another CPU, GPU or torch is refused later (files.check_settings)."""
+    settings hold goes on. Another CPU, GPU or torch is refused later (files.check_settings). The
+    CPU's name also says whether F.linear serves where `cpu.linear` would use oneDNN."""
     threads = stored.get("threads", 1)
     whole = (
         type(threads) is int and 0 < threads < 2**15 and isinstance(stored.get("device", ""), str)
@@ -124,4 +130,6 @@ def resolve_machine(
     gpu = torch.cuda.get_device_name(where) if where.type == "cuda" else None
     name = "bf16" if wanted is torch.bfloat16 else "fp32"
     kind = torch.backends.cpu.get_cpu_capability() + (" with bf16" if cpu.has_bf16() else "")
+    if torch.backends.mkldnn.is_available() and not cpu.onednn_is_right():
+        kind += " without oneDNN"
     return where, dict(zip(MACHINE, (where.type, name, threads, kind, gpu, torch.__version__)))

@@ -1,14 +1,13 @@
 """Training on several processes: `torchrun --nproc-per-node N train.py ..`, one per core or GPU.
 
 Every process reads the same examples, computes the gradient of its part of each batch, and gets the
-sum of all parts; so all take the same optimiser steps and hold the same weights. Process 0 alone
-writes, prints and validates. Without torchrun nothing here does anything.
+sum of all parts. So all processes take the same optimiser steps and hold the same weights. Process 0
+alone writes, prints and validates. Without torchrun these functions do nothing.
 
-With --max-restarts N a process that dies makes torchrun start all of them again, from the last saved
-state (on one machine; on several, repeat the command).
-
-The number of processes may change from one run to the next in the same folder: sums are taken in
-another order then, so weights agree within rounding; the same bytes are promised for one number only.
+With --max-restarts N, torchrun starts all processes again when one dies, and they go on from the last
+saved state (on one machine; on several, repeat the command). The number of processes may change from
+one run to the next in the same folder. Sums are then taken in another order, so weights agree within
+rounding; the same bytes are promised for one number of processes only.
 """
 
 import os
@@ -24,11 +23,11 @@ BUCKET = 2**23  # numbers that are summed at once: copies of the gradients stay 
 
 
 def start() -> None:
-    """Join the other processes; all but process 0 fall silent."""
+    """Join the other processes; all but process 0 stop printing."""
     if WORLD == 1 or torch.distributed.is_initialized():
         return
-    # The optimiser imports this. Imported while there is a process group it keeps it for ever, and
-    # then gloo's threads run on into the end of the interpreter, where they sometimes abort it.
+    # The optimiser imports this. If that happens while there is a process group, the group is kept for
+    # ever, and gloo's threads run on into the end of the interpreter, where they sometimes abort it.
     from torch import _dynamo  # noqa: F401
 
     if RANK > 0:
@@ -41,8 +40,8 @@ def start() -> None:
         # After a restart the store still holds the addresses of the processes that died.
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = torch.distributed.PrefixStore(f"life {life}", store)
-    # A process that died is noticed by torchrun; a long wait for process 0 (a teacher's replies,
-    # validation) is no failure.
+    # torchrun notices a process that died. A long wait for process 0 (a teacher's replies, validation)
+    # is no failure.
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=store,
@@ -58,7 +57,7 @@ def end() -> None:
 
 
 def largest(number: int) -> int:
-    """The largest of all processes' numbers; also where they wait for each other."""
+    """The largest of all processes' numbers. All processes wait for each other here."""
     if WORLD == 1:
         return number
     shared = torch.tensor(number)
@@ -67,7 +66,7 @@ def largest(number: int) -> int:
 
 
 def process_0_first(f: Callable):
-    """f() on process 0, then on the others, who find the disk as it left it."""
+    """Call f() on process 0, then on the others, which find the disk as process 0 left it."""
     result = f() if RANK == 0 else None
     largest(0)
     if RANK > 0:
@@ -77,8 +76,8 @@ def process_0_first(f: Callable):
 
 
 def sum_up(total: Tensor, parameters: list[Tensor]) -> None:
-    """Replace `total` and all gradients by their sums over the processes. One that had no example
-    has no gradients and adds zeros."""
+    """Replace `total` and all gradients by their sums over the processes. A process without examples
+    adds zeros."""
     if WORLD == 1:
         return
     torch.distributed.all_reduce(total)

@@ -1,4 +1,4 @@
-"""The state of a training on disk: weights, optimiser, random numbers, step."""
+"""The state of a training on disk: weights, optimiser, random numbers, step. Saved all or nothing."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from sert_min.io.files import atomic_folder, read_json, sha256_file
 
 
 def state_tensors(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of a training state by name; references, not copies."""
+    """All tensors of a training state by name, as references."""
     tensors = {}
     for name, p in model.named_parameters():
         tensors[f"model.{name}"] = p.detach()
@@ -30,8 +30,8 @@ def state_tensors(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def save_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path, step: int) -> None:
-    """Write `out`/state/step-N whole (fsync, rename; state.json with the hash inside) and drop all
-    older states but one."""
+    """Write `out`/state/step-N, all or nothing, with the hash of its tensors, and drop all older states
+    but one."""
 
     folder = out / "state"
     with atomic_folder(folder / f"step-{step:08d}") as part:
@@ -49,8 +49,8 @@ def save_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path, step: i
 
 
 def load_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path) -> int:
-    """Restore the newest whole state and return its step; 0 if there is none. A broken one is
-    named and renamed, and the one before it is taken. Removes what killed writes left behind."""
+    """Restore the newest whole state and return its step; 0 if there is none. A broken state is
+    reported and renamed, and the one before it is taken. What killed writes left is removed."""
     for old in (out / "state").glob(".step-*.old"):  # killed between atomic_folder's two renames
         back = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         shutil.rmtree(old) if back.exists() else old.rename(back)
@@ -84,7 +84,7 @@ def load_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path) -> int:
 
 
 def read_state(folder: Path) -> dict[str, Tensor] | None:
-    """The tensors in a state folder; None, after a printed line, if it is broken."""
+    """The tensors of a state folder; None, after a printed line, if the state is broken."""
 
     try:
         state = read_json(folder / "state.json")

@@ -1,4 +1,4 @@
-"""The teacher client against a local server that misbehaves in every way we know of."""
+"""The client of teachers and judges against a local server that misbehaves in every way we know of."""
 
 import json
 import os
