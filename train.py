@@ -31,7 +31,7 @@ from sert_min.finetune import (
 )
 from sert_min.gpt2 import GPT2, load_model, save_model
 from sert_min.io import parallel
-from sert_min.io.errors import SertError, need, run_script
+from sert_min.io.errors import SertError, need, printable, run_script
 from sert_min.io.files import check_settings, lock_folder, read_jsonl, stored_settings
 from sert_min.io.hub import read_sert, weights_hash
 from sert_min.io.machine import resolve_machine
@@ -190,6 +190,8 @@ def train_student(
         done = parallel.RANK == 0 and read_sert(out / "last").get("step") == steps
         if parallel.largest(done):
             print(f"{out}/last is there already, trained for {steps:,} steps")
+            if parallel.RANK == 0 and not (out / "loss.png").exists():
+                draw_curve(run)
             return out
         asked = tasks.load(o.task, "test", o.data_dir)[: o.report] if parallel.RANK == 0 else []
         before = greedy_records(run, asked, student.suffix)
@@ -200,18 +202,22 @@ def train_student(
             return out
         save_model(run.model, out / "last", student.folder, {**run.sert, "step": steps})
         if asked:
-            after, limits = (
-                greedy_records(run, asked, suffix),
-                filters.limits(tasks.get(o.task).preset),
-            )
-            console.print_before_after(asked, before, after, run.tokenizer, limits)
-        from sert_min.report.figures import plot_training  # late: matplotlib takes a second
-
-        plot_training(
-            out / "metrics.jsonl", out / "loss.png", f"{method}, {o.task}, {run.sert['root']}"
-        )
+            after, limits = greedy_records(run, asked, suffix), tasks.get(o.task).preset
+            console.print_before_after(asked, before, after, run.tokenizer, filters.limits(limits))
+        draw_curve(run)
     print(f"\nwrote {out}/last (Hugging Face format), {out}/metrics.jsonl and {out}/loss.png")
     return out
+
+
+def draw_curve(run: Run) -> None:
+    """Draw loss.png from the log. The result is saved by then: a picture that fails is one line."""
+    title = f"{run.settings['method']}, {run.o.task}, {run.sert['root']}"
+    try:
+        from sert_min.report.figures import plot_training  # late: matplotlib takes a second
+
+        plot_training(run.out / "metrics.jsonl", run.out / "loss.png", title)
+    except Exception as e:  # of matplotlib, its backend or its settings
+        print(f"loss.png was not drawn ({type(e).__name__}: {printable(str(e))[:100]})")
 
 
 def prepare(
