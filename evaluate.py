@@ -28,9 +28,9 @@ from sert_min.io.errors import need, printable_lines, run_script
 from sert_min.io.files import to_line, write_atomic
 from sert_min.io.hub import find_model, model_label, weights_hash
 from sert_min.io.machine import resolve_machine
-from sert_min.metrics import grade, greedy, print_metrics, summarize, without_nan
+from sert_min.metrics import grade, greedy, summarize, without_nan
 from sert_min.questions import Question, data_hash, describe
-from sert_min.report import judge, table, texts
+from sert_min.report import console, judge, table, texts
 from sert_min.report.likelihood import answer_logprobs, likelihood_record
 from sert_min.script import given
 from sert_min.tokenizer import load_tokenizer
@@ -185,7 +185,9 @@ def evaluate(cell: Cell, job: Job) -> dict:
         right, judges = [r["correct"] for r in weighed], judge.summaries(out, len(records))
         metrics = without_nan(about | summarize(records, questions, right, judges))
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    print_metrics(cell.title + ("" if cell.seed is None else f", seed {cell.seed}"), metrics)
+    console.print_metrics(
+        cell.title + ("" if cell.seed is None else f", seed {cell.seed}"), metrics
+    )
     print(f"wrote {out}/predictions.jsonl and metrics.json")
     endpoint.end_if_missing(failures, "judge", job.judge.folder if failures else out)
     return metrics
