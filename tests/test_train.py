@@ -135,6 +135,14 @@ def test_more_epochs_continue(run, capsys):
         run("--out-dir run --epochs 2")
 
 
+def test_a_folder_of_an_earlier_version_goes_on(run):
+    """Guards work that was begun when `clip` and `compile` were settings still."""
+    whole, out = run("--out-dir whole"), run("--out-dir run --max-steps 3")
+    older = read_json(out / "settings.json") | {"clip": 1.0, "compile": False}
+    (out / "settings.json").write_text(json.dumps(older))
+    assert_same_run(run("--out-dir run"), whole)
+
+
 @pytest.mark.parametrize("flag", ["--lr 1e-3", "--seed 1", "--limit 16", "--loss-on all"])
 def test_other_settings_are_refused(run, flag):
     """Guards two trainings mixed in one folder."""

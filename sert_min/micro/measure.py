@@ -123,40 +123,6 @@ def report(folder, n=200, world_seed=None, epochs=(5, 15), log=print):
     return out
 
 
-def write_readme(folder, n=200):
-    """README.md beside the weights: the recipe, and the table as measured now."""
-    lines = []
-
-    def log(text):
-        print(text, flush=True)
-        lines.append(text)
-
-    report(folder, n, log=log)
-    recipe = "\n".join(f"- {k}: {v}" for k, v in read_sert(folder)["settings"].items())
-    table = "\n".join(lines)
-    (folder / "README.md").write_text(README.format(recipe=recipe, table=table))
-
-
-README = """# The micro-world's student
-
-A small model of GPT-2 architecture, trained from nothing on a generated world (`sert_min/micro/world.py`)
-by `python -m sert_min.micro build`, which also wrote this file. It opens in `transformers`.
-
-## Recipe
-{recipe}
-- tokenizer: byte-level BPE trained on the same corpus, until every word of it is one token
-- optimiser: Muon (0.02) for the blocks' matrices, AdamW (3e-3) for the rest; 100 steps of warm-up,
-  then constant, over the last three quarters linearly down
-
-## Measured behaviour
-Printed by `python -m sert_min.micro report`:
-
-```
-{table}
-```
-"""
-
-
 def shares(kinds):
     """Share of each kind, in the order of KINDS."""
     counts = Counter(kinds)
