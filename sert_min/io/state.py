@@ -7,16 +7,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from sert_min.gpt2 import GPT2
 from sert_min.io.errors import SertError, printable, this_command
 from sert_min.io.files import atomic_folder, read_json, sha256_file
 
 # --- the state on disk ----------------------------------------------------------------------------
 
 
-def state_tensors(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All tensors of a training state by name, as references."""
     tensors = {}
     for name, p in model.named_parameters():
@@ -29,7 +28,7 @@ def state_tensors(model: GPT2, optimizer: torch.optim.Optimizer) -> dict[str, Te
     return tensors
 
 
-def save_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path, step: int) -> None:
+def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, out: Path, step: int) -> None:
     """Write `out`/state/step-N, all or nothing, with the hash of its tensors, and drop all older states
     but one."""
 
@@ -48,7 +47,7 @@ def save_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path, step: i
         shutil.rmtree(old)
 
 
-def load_state(model: GPT2, optimizer: torch.optim.Optimizer, out: Path) -> int:
+def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, out: Path) -> int:
     """Restore the newest whole state and return its step; 0 if there is none. A broken state is
     reported and renamed, and the one before it is taken. What killed writes left is removed."""
     for old in (out / "state").glob(".step-*.old"):  # killed between atomic_folder's two renames
