@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +28,9 @@ from sert_min.io.errors import need, printable_lines, run_script
 from sert_min.io.files import to_line, write_atomic
 from sert_min.io.hub import find_model, model_label, weights_hash
 from sert_min.io.machine import resolve_machine
-from sert_min.metrics import grade, greedy, print_metrics, summarize, without_nan
+from sert_min.metrics import grade, greedy, summarize, without_nan
 from sert_min.questions import Question, data_hash, describe
-from sert_min.report import judge, table, texts
+from sert_min.report import console, judge, table, texts
 from sert_min.report.likelihood import answer_logprobs, likelihood_record
 from sert_min.script import given
 from sert_min.tokenizer import load_tokenizer
@@ -103,6 +103,7 @@ def cell_of(name: str, task: str, split: str, suffix=None, out_dir=None) -> Cell
 
 
 def short_hash(text: str) -> str:
+    """8 hex digits for a name."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -159,7 +160,7 @@ def evaluate(cell: Cell, job: Job) -> dict:
         outputs = complete(blocks, decode, cell.title)
         records = [grade(q, r["text"], r["finish"]) for q, r in zip(questions, outputs)]
         lines, path = "".join(map(to_line, records)), out / "predictions.jsonl"
-        if not path.exists() or path.read_text() != lines:
+        if not path.exists() or path.read_bytes() != lines.encode():
             remove_derived(out)  # what was made of other outputs
             write_atomic(path, lines)
 
@@ -170,7 +171,8 @@ def evaluate(cell: Cell, job: Job) -> dict:
             found = answer_logprobs(*load(), block, [said[q.id] for q in block], cell.suffix)
             return [{"logprobs": logprobs} for logprobs in found]
 
-        blocks, weighed = {p.with_suffix(".likelihood.jsonl"): b for p, b in blocks.items()}, []
+        blocks = {p.with_suffix(".likelihood.jsonl"): block for p, block in blocks.items()}
+        weighed: list[dict] = []
         if job.likelihood or not missing(blocks):
             found = complete(blocks, weigh, "answer likelihood")
             weighed = [likelihood_record(q, r["logprobs"]) for q, r in zip(questions, found)]
@@ -183,7 +185,9 @@ def evaluate(cell: Cell, job: Job) -> dict:
         right, judges = [r["correct"] for r in weighed], judge.summaries(out, len(records))
         metrics = without_nan(about | summarize(records, questions, right, judges))
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    print_metrics(cell.title + ("" if cell.seed is None else f", seed {cell.seed}"), metrics)
+    console.print_metrics(
+        cell.title + ("" if cell.seed is None else f", seed {cell.seed}"), metrics
+    )
     print(f"wrote {out}/predictions.jsonl and metrics.json")
     endpoint.end_if_missing(failures, "judge", job.judge.folder if failures else out)
     return metrics
@@ -219,6 +223,7 @@ def block_files(out: Path, settings: dict, questions: list[Question]) -> Blocks:
 
 
 def stored_block(path: Path, block: list[Question]) -> list[dict] | None:
+    """The records of one block; None if they are still to be made."""
     return files.read_block(path, [(q.id, q.text) for q in block])
 
 
@@ -273,7 +278,10 @@ def print_plan(cell: Cell, job: Job) -> None:
 def main(args) -> None:
     script.check_counts(args, "limit", "block_questions", "max_new_tokens")
     task, split = args.task, args.split
-    load = partial(tasks.load, task, data_dir=args.data_dir)
+
+    def load(split: str) -> list[Question]:
+        return tasks.load(task, split, args.data_dir)
+
     for flag in ("table", "figures"):
         folder = getattr(args, flag)
         need(not folder or Path(folder).is_dir(), f"--{flag} {folder}: no such folder")

@@ -33,6 +33,7 @@ from sert_min.io.files import (
     check_settings,
     lock_folder,
     read_block,
+    read_json,
     read_jsonl,
     stored_settings,
     to_line,
@@ -44,6 +45,7 @@ from sert_min.io.parallel import RANK, WORLD
 from sert_min.patterns import EARLY_KINDS
 from sert_min.prompts import question_prompt
 from sert_min.questions import Question, data_hash, describe
+from sert_min.report import console
 from sert_min.script import Student, TokenBar, add_flags, check_counts, given, open_student, parser
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
@@ -144,7 +146,9 @@ def main(args) -> None:
             sample_missing(run)
         if RANK == 0:
             write_derived(run, whole=not args.refilter)
-            print_summary(run)
+            console.print_funnel(read_json(run.out / "funnel.json"))
+            console.print_paths(run.out)
+            print_next(run)
             if args.html:
                 from sert_min.report import page
 
@@ -360,33 +364,13 @@ def print_plan(run: Run, prompt_tokens: int) -> None:
     print(f"\nplan: {n} blocks of {size} questions, at most {most:,} tokens, to {run.out}")
 
 
-def print_summary(run: Run) -> None:
-    """The funnel, three kept and three rejected paths, and what to do next."""
-    folder = run.out
-    filters.print_funnel(json.loads((folder / "funnel.json").read_text())["counts"], run.limits)
-    selected: list[dict] = []
-    rejected: dict[str, dict] = {}  # one of each verdict
-    for r in read_jsonl(folder / "paths.jsonl"):
-        if r["verdict"] == "selected":
-            selected.append(r)
-        elif r["verdict"] != "kept":
-            rejected.setdefault(r["verdict"], r)
-        if len(selected) >= 3 and len(rejected) >= 3:
-            break
-    for title, some in (("selected", selected), ("rejected", list(rejected.values()))):
-        print(f"\n{title}:")
-        for r in some[:3]:
-            print(f"  Q: {printable(r['question'])[:200]}")
-            print(f"     {printable(r['text'])[:300] or '(empty)'}")
-            p = r["perplexity"]
-            facts = "no tokens" if p is None else f"perplexity {p:.2f}, rep-2 {r['rep2']:.2f}"
-            print(f"     -> {r['verdict']} ({facts}, branch {r['branch']})")
-    print(f"\nwrote {folder / 'paths.jsonl'} and {folder / 'selected.jsonl'}")
+def print_next(run: Run) -> None:
+    """Where the results are, and the next command."""
+    selected, task = run.out / "selected.jsonl", run.settings["task"]
+    print(f"\nwrote {run.out / 'paths.jsonl'} and {selected}")
     if run.settings["split"] == "train" and not run.s.raw:
-        task = run.settings["task"]
         flag = "" if task == tasks.DEFAULT else f" --task {task}"
-        name, selected_file = run.student.name, folder / "selected.jsonl"
-        print(f"next: python train.py{flag} --model {name} --paths {selected_file}")
+        print(f"next: python train.py{flag} --model {run.student.name} --paths {selected}")
 
 
 if __name__ == "__main__":

@@ -109,10 +109,13 @@ def compile_one(kernel, constants: dict, dtype: str, warps: int, stages: int, sm
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--json", action="store_true", help="the last line is JSON")
+    p.add_argument(
+        "--sm", default="80,90", help="targets (%(default)s); 75, 86, 100, 120 are others"
+    )
     args = p.parse_args()
     warnings.filterwarnings("ignore")
     rows = []
-    for sm in (80, 90):
+    for sm in map(int, args.sm.split(",")):
         for variant in variants():
             r = compile_one(*variant, sm)
             rows.append(r)

@@ -39,6 +39,7 @@ TESTS = {
         "tests/test_attention_triton.py",
         "-k",
         "not compiles and not pieces and not order_of_programs",
+        "-n4",
     ],
 }
 
@@ -77,7 +78,8 @@ def run_part(name: str, part: Path, quick: bool, seconds: float) -> dict:
         figures = run_start(seconds)
     elif name in TESTS:
         lines, how = run([*PYTEST, *TESTS[name]], seconds)
-        found = [m for x in lines for m in re.findall(r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED)", x)]
+        line = r"^(?:\S+::|\[gw).* (PASSED|FAILED|ERROR|SKIPPED)\b"  # of one process, of several
+        found = [m for x in lines for m in re.findall(line, x)]
         failed = [x.split()[1] for x in lines if re.match(r"(FAILED|ERROR) \S+::", x)]
         figures = {k.lower(): found.count(k) for k in sorted(set(found))} | how
         figures |= {"names": sorted(set(failed))} if failed else {}

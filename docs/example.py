@@ -269,13 +269,13 @@ def training(run, q, records) -> list[str]:
 
 
 def distillation(run, q) -> list[str]:
-    outputs = distill.micro_outputs([q])
+    outputs = distill.program_outputs([q], tasks.get("micro").teacher)
     (record,), _ = rationales.rationale_records([q], outputs, "right", lambda *_: True)
     prompt, completion = prompts.rd_pair(q, record["rationale"])
     _, targets = finetune.encode_example(run.tokenizer, prompt, completion)
     masked = targets.count(finetune.IGNORE)
     about = f"""
-        `distill.micro_outputs`, `rationales.rationale_records`, `prompts.rd_pair` (paper: §II-C)
+        `distill.program_outputs`, `rationales.rationale_records`, `prompts.rd_pair` (paper: §II-C)
 
         In the micro-world the generator is the teacher; elsewhere a file or an endpoint is. A
         rationale is kept if its own answer is right: read `{record["teacher_answer"]}`, gold

@@ -143,31 +143,3 @@ def without_nan(value):
     if isinstance(value, (list, tuple)):
         return [without_nan(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def print_metrics(title: str, m: dict) -> None:
-    """Print one model's metrics; `judges` (name -> report.judge.summary) is optional in them."""
-    answer, share = m["majority"]
-    print(f"\n{title}: {m['n']:,} questions")
-
-    def line(name: str, value, scale: float = 1, unit: str = "", digits: int = 2, note="") -> None:
-        mean, low, high = (None if v is None else scale * v for v in value)
-        text = f"{'-':>8}" if mean is None else f"{mean:>8.{digits}f}{unit:<7}"
-        if low is not None:
-            text += f"95 %: {low:.{digits}f} to {high:.{digits}f}"
-        print(f"  {name:<27}{text}{note}")
-
-    right = f"   {round(m['acc'][0] * m['n']):,} right; always {answer}: {100 * share:.2f} %"
-    line("Acc, strict", m["acc"], 100, " %", note=right)
-    line("Acc, lenient", m["acc_lenient"], 100, " %")
-    if "acc_likelihood" in m:
-        line("Acc, by likelihood", m["acc_likelihood"], 100, " %")
-    line("Fmt", m["fmt"], digits=3)
-    line("Len", m["len"], unit=" words")
-    line("Rep", m["rep"], digits=3)
-    for name, j in m.get("judges", {}).items():
-        for key in [k for k in j if k not in ("parsed", "total")]:
-            line(f"judge: {key}", j[key])
-        print(f"  judge {name}: all four scores of {j['parsed']:,} of {j['total']:,} responses")
-    print(f"  no readable answer in {m['unparseable']:,} of {m['n']:,} outputs")
-    print("  " + ", ".join(f"{reason} {n:,}" for reason, n in m["reasons"].items()))

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from conftest import shared
 
@@ -72,14 +73,17 @@ def test_gpu_keeps_the_figures_of_a_part_that_fails(monkeypatch, tmp_path, capsy
     assert len(gpu.headlines({})) == 2 and all("None" in line for line in gpu.headlines({}))
 
 
-def test_gpu_counts_the_tests_that_ran(monkeypatch, tmp_path):
+@pytest.mark.parametrize("processes", [0, 2])
+def test_gpu_counts_the_tests_that_ran(monkeypatch, tmp_path, processes):
     """Guards counts that are only in pytest's last line, which a time limit cuts off."""
     (tmp_path / "test_x.py").write_text(
         "import pytest\ndef test_a(): print('told')\ndef test_b(): assert 0\n"
         "@pytest.mark.parametrize('x', [1, 2])\ndef test_c(x): pytest.skip('no GPU')\n"
     )
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setitem(gpu.TESTS, "decoder", ["-q", "test_x.py"])  # -q as in pyproject.toml
+    monkeypatch.setitem(
+        gpu.TESTS, "decoder", ["-q", f"-n{processes}", "test_x.py"]
+    )  # -q as in pyproject.toml
     found = gpu.run_part("decoder", tmp_path / "gpu-decoder.json", False, 60)
     assert {k: found[k] for k in ("passed", "failed", "skipped")} == {
         "passed": 1,

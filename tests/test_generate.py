@@ -345,6 +345,17 @@ def test_looking_seldom_draws_the_same(look, ahead, raw):
     assert sum(told) == sum(len(r.token_ids) - 1 + (r.finish == "eos") for r in rows)
 
 
+def test_no_step_behind_the_cap(monkeypatch):
+    """Guards steps in which nothing lives: where no row waits, the device stops at the cap."""
+    steps, plain_step = [], decode.Decoder.step
+    monkeypatch.setattr(decode.Decoder, "step", lambda self: steps.append(1) or plain_step(self))
+    model, (prompts, names) = loud_model(), make_prompts(3)
+    s = replace(PAPER, max_new_tokens=20)
+    rows = sample_block(model, Words(eot=-1), prompts, names, s, look=8, ahead=1)
+    assert {len(row.token_ids) for row in rows} == {20}
+    assert len(steps) == 19
+
+
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero")
 
 

@@ -429,7 +429,7 @@ def test_every_variant_compiles_without_spills():
     assert {r["kernel"] for r in rows} == kinds
     for r in rows:
         # of the stack; older versions of Triton use a little more than this one
-        assert r["spill_bytes"] <= (0 if r["target"] == "sm_90" and r.get("K", 16) == 16 else 32), r
+        assert r["spill_bytes"] <= (0 if r["target"] == "sm_90" and r.get("K", 16) == 16 else 64), r
         assert r["registers"] <= 255, r
         assert r["shared_bytes"] <= (163 if r["target"] == "sm_80" else 227) * 1024, r
 

@@ -302,7 +302,7 @@ def assert_quiet(browser, file):
     own = file.resolve().as_uri()
     sent = [u.split("#")[0] for u in browser.requests()]
     assert own in sent  # the log is there
-    browsers = ("about:blank", "chrome:", "chrome-untrusted:")  # its own new tab
+    browsers = ("about:blank", "chrome:", "chrome-untrusted:", "data:")  # its own new tab
     others = [u for u in sent if u != own and not u.startswith(browsers)]
     assert others == []
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from sert_min.io.endpoint import end_if_missing
 from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_jsonl, to_line, write_atomic
-from sert_min.metrics import grade, print_metrics, summarize, without_nan
+from sert_min.metrics import grade, summarize, without_nan
 from sert_min.questions import CHOICES, LETTERS, Question, stem
 from sert_min.report import judge
+from sert_min.report.console import print_metrics
 from sert_min.report.judge import Judge
 
 JUDGED = dict.fromkeys(("task", "id", "question", "answer", "text"), str)  # keys of a path
