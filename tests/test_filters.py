@@ -423,7 +423,7 @@ def test_the_funnel_adds_up(capsys):
     assert c["dropped"]["pattern"] == 2 and c["dropped"]["pattern:options"] == 1
     assert c["seen"]["perplexity"] - c["dropped"]["perplexity"] == c["passed"]
     assert (c["questions"], c["without_path"]) == (3, 2)
-    console.print_funnel({"counts": c, "rules": filters.limits({})})
+    console.print_funnel({"rules": filters.limits({}), "counts": c})
     shown = capsys.readouterr().out
     assert "7        2   28.6%   drop imitative, options, direct" in shown
     assert "2 of 7 paths passed; 1 of 3 questions have a selected path, 2 have none" in shown
