@@ -34,7 +34,7 @@ from sert_min import answers, metrics, patterns, rationales, tasks, teacher_file
 from sert_min.gpt2 import load_model, read_config
 from sert_min.io import endpoint
 from sert_min.io.errors import SertError
-from sert_min.io.files import check_settings, read_block, sha256_file, stored_settings
+from sert_min.io.files import check_settings, sha256_file, stored_settings
 from sert_min.io.hub import model_label, read_sert
 from sert_min.io.machine import resolve_machine
 from sert_min.io.state import read_state
@@ -274,7 +274,6 @@ FILES = {  # name -> (bytes, what reads them)
     "train_CoT_0.json": (json_file(OUTPUTS), read_taught),
     "responses.jsonl": (jsonl_file([REPLY]), read_collection),
     "sent.jsonl": (jsonl_file(SENT), read_collection),
-    "block.jsonl": (jsonl_file(PATHS), lambda path: read_block(path, [(q.id, q.text) for q in QUESTIONS])),
     "selected.jsonl": (jsonl_file(PATHS), lambda path: train.sert_pairs(path, QUESTIONS)),
     "texts.jsonl": (jsonl_file(TEXTS), judge_texts),
     "sampled.jsonl": (jsonl_file(PATHS), judge_paths),

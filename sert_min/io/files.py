@@ -207,22 +207,6 @@ def clean_name(text: str) -> str:
     return re.sub(r"[^\w.-]", "-", text)[:80]
 
 
-def block_path(folder: Path, i: int, n: int) -> Path:
-    """The file of block i, which holds n questions; a block of another size is another file."""
-    return folder / f"{i:06d}-{n}.jsonl"
-
-
-def read_block(path: Path, wanted: list[tuple[str, str]]) -> list[dict] | None:
-    """The records of a block file, if they belong to the `wanted` (id, question text) pairs in this
-    order; None if the file is missing, damaged, or holds other questions."""
-    try:
-        records = [json.loads(line) for line in path.read_bytes().splitlines()]
-        found = [(r["id"], r["question"]) for r in records]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return records if found == wanted else None
-
-
 def stored_settings(path: Path) -> dict:
     """The settings that an earlier run wrote down at `path`; {} if there was none."""
     return read_json(path) if path.exists() else {}
