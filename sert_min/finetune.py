@@ -269,7 +269,7 @@ def fit(
     steps, per_epoch = s.steps(len(examples)), -(-len(examples) // s.batch_size)
     keep_freed_memory()
     optimizer = make_optimizer(model, s.lr)
-    first = step = parallel.process_0_first(lambda: load_state(model, optimizer, out))
+    first = step = parallel.process_0_first(lambda: load_state(model, optimizer, out / "state"))
     need(
         step <= steps,
         f"{out} has gone {step:,} steps already, asked are {steps:,}; raise --epochs or "
@@ -289,7 +289,7 @@ def fit(
         if parallel.RANK > 0:
             return
         os.fsync(metrics.fileno())
-        save_state(model, optimizer, out, step)
+        save_state(model, optimizer, out / "state", step)
         saved = time.perf_counter()
         spent = {"from": first, "step": step, "tokens": tokens, "seconds": round(seconds, 3)}
         append_durable(out / "timings.jsonl", to_line(spent))

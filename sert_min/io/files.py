@@ -158,13 +158,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     A folder that is there already is replaced whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The temporary names are fixed, so what a killed process left is found here. If it died between
-    # the two renames below, the old folder is put back.
+    recover_folder(path)
     part, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        os.rename(old, path)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
         yield part
@@ -184,6 +179,16 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Clear up what a killed `atomic_folder` left beside `path`. If the process died between its two
+    renames, the old folder is put back."""
+    part, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.rename(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
 
 
 @contextlib.contextmanager
