@@ -317,8 +317,8 @@ def copy_with(model: Path, folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
 
 
-MODEL_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json", "sert.json",
-               "model.safetensors", "model.safetensors.index.json")  # fmt: skip
+MODEL_FILES = ("config.json", "vocab.json", "sert.json", "tokenizer.json",
+               "model.safetensors.index.json", "merges.txt", "model.safetensors")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)
@@ -326,20 +326,17 @@ MODEL_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json", "ser
 @given(data=st.data())
 def test_model_files_of_any_content(model, name, data):
     """Guards tracebacks and huge allocations from a model of others."""
-    if name == "tokenizer.json":
-        vocab = json.loads((model / "vocab.json").read_text())
-        merges = (model / "merges.txt").read_text().split("\n")[1:]
-        small = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, "added_tokens": [],
-                 "normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}}  # fmt: skip
-        content = data.draw(json_file(small))
-    elif name == "model.safetensors.index.json":
-        content = data.draw(json_file({"weight_map": {"wte.weight": "a.safetensors"}}))
-    elif name == "model.safetensors":
-        content = data.draw(weights_file((model / name).read_bytes()))
-    elif name == "merges.txt":
-        content = data.draw(garbled((model / name).read_bytes()))
-    else:
-        content = data.draw(json_file(json.loads((model / name).read_text())))
+    merges = (model / "merges.txt").read_bytes()
+    config, vocab, sert = (json.loads((model / n).read_text()) for n in MODEL_FILES[:3])
+    small = {"model": {"type": "BPE", "vocab": vocab, "merges": merges.decode().split("\n")[1:]},
+             "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}}  # fmt: skip
+    index = {"weight_map": {"wte.weight": "a.safetensors"}}
+    contents = {
+        **dict(zip(MODEL_FILES, map(json_file, (config, vocab, sert, small, index)))),
+        "merges.txt": garbled(merges),
+        "model.safetensors": weights_file((model / "model.safetensors").read_bytes()),
+    }
+    content = data.draw(contents[name])
 
     def work():
         folder = Path.cwd()
