@@ -253,7 +253,7 @@ def sample_missing(run: Run) -> None:
         sampled = sample_paths(*model, block, run.s, run.student.suffix, early, bar.count, memory)
         blocks.write(i, sampled)
         records = filters.path_records(sampled, block, run.tokenizer, run.limits)
-        kept += filters.Funnel(records).passed
+        kept += sum(r["verdict"] in ("kept", "selected") for r in records)
         bar.note = f", {kept:,} paths kept"
         bar.update(len(block))
     bar.close()
@@ -281,7 +281,7 @@ def write_derived(run: Run, whole: bool = True) -> None:
             block = blocks.block(i)
             for r in filters.path_records(sampled or [], block, run.tokenizer, run.limits):
                 yield to_line(funnel.add(r))
-        need(funnel.paths, f"{run.out} holds no samples; run without --refilter first")
+        need(funnel.verdicts, f"{run.out} holds no samples; run without --refilter first")
 
     write_atomic(paths, lines())  # an error in `lines` leaves the old file as it is
     if there < len(blocks.numbers()):
