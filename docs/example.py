@@ -276,7 +276,7 @@ def write_page(path: Path) -> None:
     torch.set_num_threads(1)
     flags = ["--device", "cpu", "--dtype", "fp32", "--out-dir", str(path.parent / "no-such-run")]
     run, records = sample.prepare(sample.parse_args(flags)), []
-    for questions in run.blocks()[:BLOCKS]:
+    for questions in map(run.blocks.block, range(BLOCKS)):
         sampled = sample_paths(run.model, run.tokenizer, questions, run.s, run.student.suffix)
         records += filters.path_records(sampled, questions, run.tokenizer, run.limits)
     q = run.questions[FOLLOWED]

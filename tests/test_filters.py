@@ -430,7 +430,7 @@ def test_the_funnel_adds_up(capsys):
     assert "7        2   28.6%   drop imitative, options, direct" in shown
     assert "2 of 7 paths passed; 1 of 3 questions have a selected path, 2 have none" in shown
     with pytest.raises(SertError, match="no verdict 'rude'"):
-        filters.Funnel([record("1", 0, 0, 0.0, "rude")])
+        filters.Funnel([record("1", 0, 0, 0.0, "rude")]).counts()
 
 
 def test_reasoning_is_told_from_answers_and_loops(tiny_model_folder):
