@@ -10,7 +10,6 @@ memory grew by more than 100 MB after the second.
 import argparse
 import gc
 import os
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -39,18 +38,18 @@ def memory() -> float:
 
 
 class Watch:
-    """Counts what `owner.name` gets through and prints a line per thousand."""
+    """Counts what `owner.name` gets through (its third argument) and prints a line per thousand."""
 
-    def __init__(self, stage: str, owner, name: str, count):
+    def __init__(self, stage: str, owner, name: str):
         self.stage, self.done, self.lines = stage, 0, []
-        self.owner, self.name, self.real, self.count = owner, name, getattr(owner, name), count
+        self.owner, self.name, self.real = owner, name, getattr(owner, name)
 
     def __enter__(self):
         self.start = time.perf_counter()
 
         def watched(*args, **kwargs):
             result = self.real(*args, **kwargs)
-            before, self.done = self.done, self.done + self.count(*args)
+            before, self.done = self.done, self.done + len(args[2])
             if self.done // 1000 > before // 1000:
                 now = time.perf_counter()
                 gc.collect()
@@ -79,12 +78,11 @@ def main() -> None:
     torch.set_num_threads(1)
     real = tasks.load
     tasks.load = lambda task, split, data_dir=None: many(real(task, split, data_dir), n)
-    said = sys.stderr
-    with tempfile.TemporaryDirectory() as place, open(os.devnull, "w") as quiet:
+    os.environ["TQDM_DISABLE"] = "1"
+    with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
-        sys.stderr = quiet  # progress bars
         model = make_tiny_model(Path("m"), n_embd=32, n_layer=1, n_head=2, n_positions=512)
-        words = ["--model", str(model), "--device", "cpu"]
+        words, few = ["--model", str(model), "--device", "cpu"], ["--max-new-tokens", "12"]
         loose = [
             "--patterns",
             "none",
@@ -95,16 +93,24 @@ def main() -> None:
             "--min-perplexity",
             "0",
         ]
-        few = ["--branches", "2", "--samples", "2", "--max-new-tokens", "12", "--out-dir", "s"]
-        with Watch("sample", sample, "block_records", lambda run, questions, *_: len(questions)):
-            sample.main(sample.parse_args([*words, *few, *loose]))
-        flags = ["--paths", "s/selected.jsonl", "--epochs", "1", "--report", "0", "--out-dir", "t"]
-        with Watch("train", finetune, "train_step", lambda m, o, examples, *_: len(examples)):
+        with Watch("sample", sample, "sample_paths"):
+            flags = [*few, "--branches", "2", "--samples", "2", "--out-dir", "s"]
+            sample.main(sample.parse_args([*words, *loose, *flags]))
+        with Watch("train", finetune, "train_step"):
+            flags = [
+                "--paths",
+                "s/selected.jsonl",
+                "--epochs",
+                "1",
+                "--report",
+                "0",
+                "--out-dir",
+                "t",
+            ]
             train.main(train.parse_args([*words, *flags]))
-        flags = ["--model", "t", "--device", "cpu", "--max-new-tokens", "12", "--out-dir", "e"]
-        with Watch("evaluate", evaluate, "greedy", lambda m, t, questions, *_: len(questions)):
+        with Watch("evaluate", evaluate, "greedy"):
+            flags = ["--model", "t", "--device", "cpu", *few, "--out-dir", "e"]
             evaluate.main(evaluate.parse_args(flags))
-        sys.stderr = said
         os.chdir("/")
     print("memory is flat, no stage became slower")
 
