@@ -8,7 +8,9 @@ memory grew by more than 100 MB after the second.
 """
 
 import argparse
+import contextlib
 import gc
+import io
 import os
 import tempfile
 import time
@@ -78,39 +80,21 @@ def main() -> None:
     torch.set_num_threads(1)
     real = tasks.load
     tasks.load = lambda task, split, data_dir=None: many(real(task, split, data_dir), n)
-    os.environ["TQDM_DISABLE"] = "1"
-    with tempfile.TemporaryDirectory() as place:
+
+    def go(script, flags: str) -> None:
+        script.main(script.parse_args(f"--device cpu {flags}".split()))
+
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()):
         os.chdir(place)
-        model = make_tiny_model(Path("m"), n_embd=32, n_layer=1, n_head=2, n_positions=512)
-        words, few = ["--model", str(model), "--device", "cpu"], ["--max-new-tokens", "12"]
-        loose = [
-            "--patterns",
-            "none",
-            "--min-tokens",
-            "1",
-            "--max-rep2",
-            "1",
-            "--min-perplexity",
-            "0",
-        ]
+        make_tiny_model(Path("m"), n_embd=32, n_layer=1, n_head=2, n_positions=512)
+        few = "--branches 2 --samples 2 --max-new-tokens 12"
+        loose = "--patterns none --min-tokens 1 --max-rep2 1 --min-perplexity 0"
         with Watch("sample", sample, "sample_paths"):
-            flags = [*few, "--branches", "2", "--samples", "2", "--out-dir", "s"]
-            sample.main(sample.parse_args([*words, *loose, *flags]))
+            go(sample, f"--model m --out-dir s {few} {loose}")
         with Watch("train", finetune, "train_step"):
-            flags = [
-                "--paths",
-                "s/selected.jsonl",
-                "--epochs",
-                "1",
-                "--report",
-                "0",
-                "--out-dir",
-                "t",
-            ]
-            train.main(train.parse_args([*words, *flags]))
+            go(train, "--model m --out-dir t --paths s/selected.jsonl --epochs 1 --report 0")
         with Watch("evaluate", evaluate, "greedy"):
-            flags = ["--model", "t", "--device", "cpu", *few, "--out-dir", "e"]
-            evaluate.main(evaluate.parse_args(flags))
+            go(evaluate, "--model t --out-dir e --max-new-tokens 12")
         os.chdir("/")
     print("memory is flat, no stage became slower")
 
