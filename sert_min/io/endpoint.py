@@ -30,7 +30,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -90,9 +89,6 @@ class Endpoint:
         need(ok, "--base-url is no http(s) address; give one like http://localhost:8000/v1")
         priced = self.max_cost is None or self.usd(0, 0) is not None
         need(priced, "--max-cost needs --price-in and --price-out (USD per million tokens)")
-
-    def flag(self, name: str) -> str:
-        return flag(self.who, name)
 
     def url(self) -> str:
         url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
@@ -311,29 +307,20 @@ def explain(error, e: Endpoint) -> Exception:
         return SertError(f"HTTP {status}: the server refused OPENAI_API_KEY; check it ({said})")
     if status == 404:
         lacks = f"{e.url()} has no model {e.model} (hosted models get shut down), or lacks /v1"
-        return SertError(f"{lacks}; give another {e.flag('model')} or --base-url ({said})")
+        return SertError(f"{lacks}; give another {flag(e.who, 'model')} or --base-url ({said})")
     if status < 400:
         where = server_text(error.response.headers.get("location", "elsewhere"))
         return SertError(f"{e.url()} redirects to {where}; if that is right, give it as --base-url")
-    flags = " or ".join(map(e.flag, ("model", "token_parameter", "max_tokens", "temperature")))
+    names = "model", "token_parameter", "max_tokens", "temperature"
+    flags = " or ".join(flag(e.who, name) for name in names)
     return SertError(f"HTTP {status}: {said}; change {flags}")
 
 
 def retry_after(headers) -> float | None:
-    """Seconds that the server asks to wait: given in milliseconds, in seconds, or as an HTTP date,
-    which is compared with the server's own clock (ours may be wrong) if it sends its time."""
-
-    def moment(name: str) -> float:
-        return parsedate_to_datetime(headers[name]).timestamp()
-
-    for seconds in (
-        lambda: float(headers["retry-after-ms"]) / 1000,
-        lambda: float(headers["retry-after"]),
-        lambda: moment("retry-after") - moment("date"),
-        lambda: moment("retry-after") - time.time(),
-    ):
-        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
-            return max(0.0, seconds())
+    """Seconds that the server asks to wait; None if it gives no number."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with contextlib.suppress(KeyError, ValueError):
+            return max(0.0, float(headers[name]) / unit)
     return None
 
 
@@ -588,7 +575,7 @@ class Asking:
         need(
             n >= len(done) / 2,
             f"only {n} of the first {len(done)} replies {self.readable.what} ({cut} were cut off at "
-            f"{self.e.flag('max_tokens')}); they are kept. {self.readable.advice}",
+            f"{flag(self.e.who, 'max_tokens')}); they are kept. {self.readable.advice}",
         )
         self.readable = None
 
@@ -602,32 +589,31 @@ class Asking:
             for ask in [ask for ask, end in self.working.values() if time.monotonic() > end]:
                 self.fail(ask, f"no complete reply within {self.e.deadline:g} s")
             return False
-        key = ask.key(self.e)
         if isinstance(result, dict):
             with self.lock:
-                self.collection.add(key, ask, result)
-            self.working.pop(key, None)
-            self.failures.pop(key, None)
+                self.collection.add(ask.key(self.e), ask, result)
+        known = self.working.pop(ask.key(self.e), None)  # else it was given up before
+        if isinstance(result, dict):
+            self.failures.pop(ask.key(self.e), None)
             self.recent.append(True)
             self.capped = ""  # the bill may be smaller than its bound was
             self.todo.extendleft(self.collection.missing([ask]))
             self.bar.set_postfix_str("", refresh=False)
             self.bar.update()
             return True
-        if isinstance(result, Retry) and key in self.working:  # else it was given up before
-            self.fail(ask, str(result))
-        elif self.working.pop(key, None) and isinstance(result, MayNotLeave):
+        if isinstance(result, MayNotLeave):
             self.capped = str(result)
             self.todo.appendleft(ask)
         elif not isinstance(result, Retry):
             raise result
+        elif known:
+            self.fail(ask, str(result))
         return False
 
     def fail(self, ask: Ask, why: str) -> None:
         """Give one ask up; stop everything when most of the last ones failed."""
-        key = ask.key(self.e)
-        del self.working[key]
-        self.failures[key] = f"{ask.task}/{ask.id}: {why}"
+        self.working.pop(ask.key(self.e), None)
+        self.failures[ask.key(self.e)] = f"{ask.task}/{ask.id}: {why}"
         self.recent.append(False)
         failed, of = self.recent.count(False), len(self.recent)
         need(
@@ -651,7 +637,7 @@ class Asking:
         or SertError to stop everything."""
         tries, attempts, end = 0, 0, math.inf
         while True:
-            end = min(end, self.leave(ask))
+            end = self.leave(ask, end)
             attempts += 1
             try:
                 return {**attempt(self.client, self.e, list(ask.messages)), "attempts": attempts}
@@ -672,25 +658,26 @@ class Asking:
             self.bar.set_postfix_str(f"retrying: {server_text(str(why), 60)}")
             self.closing.wait(pause)
 
-    def leave(self, ask: Ask) -> float:
-        """Wait as servers told, then note that a request leaves; returns when it is given up."""
-        key, at_most = ask.key(self.e), ask.most_tokens(self.e)
+    def leave(self, ask: Ask, end: float) -> float:
+        """Wait as servers told, then note that a request leaves; returns the time after which the
+        ask is attempted no more. Raises MayNotLeave at a cap, and Retry behind the time `end`."""
+        e, key, at_most = self.e, ask.key(self.e), ask.most_tokens(self.e)
         while not self.closing.wait(max(0.0, self.resume - time.monotonic())):
             with self.lock:
-                if time.monotonic() < self.resume:
+                now = time.monotonic()
+                if now < self.resume:  # another request was told to wait
                     continue
-                self.check_caps(at_most)
+                if now > end:
+                    raise Retry(f"rate limits for {e.deadline:g} s")
+                if e.max_requests is not None and self.sent >= e.max_requests:
+                    raise MayNotLeave(f"not asked, --max-requests {e.max_requests} is reached")
+                if (
+                    e.max_cost is not None
+                    and self.collection.most_usd() + e.usd(*at_most) > e.max_cost
+                ):
+                    raise MayNotLeave(f"not asked, it could pass --max-cost {e.max_cost:g}")
                 self.collection.note({"key": key, "at_most": at_most})
                 self.sent += 1
-                end = time.monotonic() + self.e.deadline
-                self.working[key] = ask, end
-                return end
+                self.working[key] = ask, now + e.deadline
+                return min(end, now + e.deadline)
         raise MayNotLeave("not asked, the run ended")
-
-    def check_caps(self, at_most: tuple[int, int]) -> None:
-        """Raise MayNotLeave if a request of at most so many tokens could pass a cap."""
-        most, usd = self.e.max_requests, self.e.max_cost
-        if most is not None and self.sent >= most:
-            raise MayNotLeave(f"not asked, --max-requests {most} is reached")
-        if usd is not None and self.collection.most_usd() + self.e.usd(*at_most) > usd:
-            raise MayNotLeave(f"not asked, it could pass --max-cost {usd:g}")
