@@ -256,7 +256,7 @@ def test_predictions_need_only_text_and_answer(capsys):
     run("--predictions", "p.jsonl")
     assert "50.00 %" in capsys.readouterr().out
     own = {"question": "Q? Answer choices: (A) sea, (B) a, (b) mall, (C) sky", "answer": "C"}
-    q = question_of(own, "commonsense_qa", {})
+    q = question_of(own, "commonsense_qa", dict)
     assert q.choices == ("sea", "a, (b) mall", "sky")
 
 
