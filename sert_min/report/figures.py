@@ -252,7 +252,9 @@ def plot_criteria(by_model: dict[str, dict[str, dict]], png: Path, title: str) -
             ax.bar(x, means, 0.36, color=color, label=label)
             for at, mean, low, high in zip(x, means, lows, highs):
                 ax.plot((at, at), (low, high), "_-", color=INK, linewidth=1, markersize=5)
-                ax.text(at, high + 0.15, f"{mean:.2f}", ha="center", fontsize=8, color=INK)
+                ax.text(
+                    at, max(mean, high) + 0.15, f"{mean:.2f}", ha="center", fontsize=8, color=INK
+                )
         ax.set_xticks(range(len(KEYS)), [key.replace(" ", "\n") for key in KEYS])
         ax.tick_params(axis="x", labelsize=9)
         ax.set_title(model, fontsize=10.5, color=INK)

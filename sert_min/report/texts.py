@@ -1,7 +1,6 @@
 """Results for texts that exist already: metrics of anybody's outputs, judge scores of paths."""
 
 import json
-import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,7 +9,7 @@ from sert_min.io.endpoint import end_if_missing
 from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.metrics import grade, summarize, without_nan
-from sert_min.questions import CHOICES, LETTERS, Question, stem
+from sert_min.questions import LETTERS, Question, choices_of, stem
 from sert_min.report import judge
 from sert_min.report.console import print_metrics
 from sert_min.report.judge import Judge
@@ -27,9 +26,10 @@ def question_of(row: dict, task: str, known: Callable[[], dict]) -> Question:
     text, options = text if isinstance(text, str) else "", ()
     name = str(row.get("id", row.get("index", "")))
     if answer in LETTERS:
-        _, _, listed = text.partition(CHOICES)
-        options = tuple(re.split(r"(?:^|, )\([A-E]\) ", listed)[1:]) if listed else ("",) * 5
-        if text and not listed:
+        options = choices_of(text)
+        if not text:
+            options = ("",) * 5
+        elif not options:
             q = known().get(name) or known().get(stem(text))
             if q is None:
                 raise ValueError("its question shows no options and is not in the dataset; --task?")
