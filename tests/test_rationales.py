@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from sert_min import tasks, teacher_files
 from sert_min.io.errors import SertError
-from sert_min.prompts import COT_SUFFIX, rd_pair
 from sert_min.questions import Question
 from sert_min.rationales import Output, clean, rationale_records, teacher_answer
 from sert_min.teacher_files import log_entries, read_teacher_file
@@ -43,17 +42,11 @@ def test_rows_join_by_id_row_number_and_text(tmp_path):
         {"index": 42, "question": "Another one?", "rationale": "x", "teacher_completion": "Yes."},
     ]  # fmt: skip
     found, left = read_teacher_file(write_jsonl(tmp_path / "t.jsonl", rows), [YES, NO, MALL])
-    assert {i: o.rationale for i, o in found.items()} == {
-        "42": "It is.",
-        "7": "No wings.",
-        "ab": "A shop.",
-    }
+    rationales = {i: o.rationale for i, o in found.items()}
+    assert rationales == {"42": "It is.", "7": "No wings.", "ab": "A shop."}
     assert left == {"repeated questions": 1, "other questions": 1}
     assert [teacher_answer(found[q.id], q) for q in (YES, NO, MALL)] == ["yes", "no", "B"]
-
-
-def test_a_wrong_row_number_does_not_move_a_rationale(tmp_path):
-    """The original StrategyQA release has the same questions in another order."""
+    # The original StrategyQA release has the same questions in another order.
     rows = [{"index": 7, "question": "Is water wet?", "rationale": "Wet.", "teacher_answer": "yes"}]
     found, _ = read_teacher_file(write_jsonl(tmp_path / "t.jsonl", rows), [YES, NO])
     assert list(found) == ["42"]
@@ -178,11 +171,6 @@ def test_davinci_by_name(tmp_path, monkeypatch):
         read_teacher_file("davinci", [MALL])
 
 
-def step_by_step_questions(n=1200):
-    choices = ("home", "mall", "sea", "sky", "car")
-    return [Question("commonsense_qa", f"i{n}", f"{n}?", "B", choices) for n in range(n)]
-
-
 def write_step_by_step(folder, change=lambda text: text):
     folder.mkdir()
     outputs = [f"Reason {i}. So the answer is (b) mall." for i in range(1200)]
@@ -196,7 +184,9 @@ def write_step_by_step(folder, change=lambda text: text):
 
 def test_distilling_step_by_step(tmp_path):
     write_step_by_step(tmp_path / "llm")
-    questions = step_by_step_questions()
+    questions = [
+        Question("commonsense_qa", f"i{n}", f"{n}?", "B", MALL.choices) for n in range(1200)
+    ]
     found, _ = read_teacher_file(str(tmp_path / "llm"), questions)
     assert len(found) == 1200 and found["i1100"].rationale == "Reason 1100."
     assert found["i1"][:2] == ("Reason 1.", "(b) mall.")  # without the made-up question
@@ -205,32 +195,30 @@ def test_distilling_step_by_step(tmp_path):
     assert counts["kept"] == 1199 and counts["dropped: answer not readable"] == 1
     one, _ = read_teacher_file(str(tmp_path / "llm" / "train_CoT_1.json"), questions)
     assert list(one) == [f"i{n}" for n in range(1000, 1200)]
-
-
-def test_outputs_in_another_order_are_refused(tmp_path):
-    """Nothing but their order ties these outputs to the questions."""
-    write_step_by_step(tmp_path / "llm", lambda text: text.replace("mall", "moon"))
+    # Nothing but their order ties these outputs to the questions.
+    write_step_by_step(tmp_path / "other", lambda text: text.replace("mall", "moon"))
     with pytest.raises(SertError, match="name no option"):
-        read_teacher_file(str(tmp_path / "llm"), step_by_step_questions())
+        read_teacher_file(str(tmp_path / "other"), questions)
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.jsonl", '{"question": "Is water wet?"}', "none of the known forms"),
-        ("a.jsonl", '{"question": 5, "rationale": "x"}', "none of the known forms"),
-        ("a.jsonl", '{"question": "Is water wet?", "rationale": ["x"]}', "none of the known forms"),
-        ("a.jsonl", '{"question": "Is earth flat?", "rationale": "x"}', "no output for any"),
-        ("a.jsonl", "no json", "not JSON"),
-        ("a.jsonl", None, "does not exist"),
-        ("a.jsonl", "", "no output for any"),
-        ("a.log", "nothing", "no output for any"),
-        ("a_0.json", '{"a": 1}', "none of the known forms"),
-        ("a_0.json", "[1, 2]", "none of the known forms"),
-        ("a_0.json", "[[[", "none of the known forms"),
-        ("a.json", "[]", "none of the known forms"),
-    ],
-)
+UNKNOWN, NOTHING = "none of the known forms", "no output for any"
+BAD_FILES = [
+    ("a.jsonl", '{"question": "Is water wet?"}', UNKNOWN),
+    ("a.jsonl", '{"question": 5, "rationale": "x"}', UNKNOWN),
+    ("a.jsonl", '{"question": "Is water wet?", "rationale": ["x"]}', UNKNOWN),
+    ("a.jsonl", '{"question": "Is earth flat?", "rationale": "x"}', NOTHING),
+    ("a.jsonl", "no json", "not JSON"),
+    ("a.jsonl", None, "does not exist"),
+    ("a.jsonl", "", NOTHING),
+    ("a.log", "nothing", NOTHING),
+    ("a_0.json", '{"a": 1}', UNKNOWN),
+    ("a_0.json", "[1, 2]", UNKNOWN),
+    ("a_0.json", "[[[", UNKNOWN),
+    ("a.json", "[]", UNKNOWN),
+]
+
+
+@pytest.mark.parametrize("name, content, message", BAD_FILES)
 def test_files_of_another_kind_are_refused(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -313,10 +301,7 @@ def test_a_live_reply_is_read_through_its_markdown():
     assert read("### Answer\n\n**Yes**, it is.", YES) == "yes"  # lenient
     assert read("I can't say.", YES) is None
     assert read("", YES) is None
-
-
-def test_an_answer_that_came_apart_is_read_strictly_only():
-    """A lenient reading would find "Yes" in the reasoning of an answer like "moot."."""
+    # An answer that came apart is read strictly only: "moot." is no "Yes".
     assert teacher_answer(Output("Yes, some do.", "moot.", None, ""), YES) is None
     assert teacher_answer(Output("Yes, some do.", "", None, ""), YES) is None
 
@@ -332,13 +317,9 @@ def test_every_drop_is_counted():
     more = [Question("strategy_qa", i, f"{i}?", "yes") for i in ("l", "m", "none")]
     questions = [YES, NO, MALL, *more]
     rows, counts = records(questions, outputs)
-    assert [(r["id"], r["reason"]) for r in rows] == [
-        ("42", "ok"),
-        ("7", "answer wrong"),
-        ("ab", "empty"),
-        ("l", "too long"),
-        ("m", "answer not readable"),
-    ]
+    assert {r["id"]: r["reason"] for r in rows} == {
+        "42": "ok", "7": "answer wrong", "ab": "empty", "l": "too long", "m": "answer not readable"
+    }  # fmt: skip
     assert counts["kept"] == counts["no output"] == counts["dropped: empty"] == 1
     assert sum(n for what, n in counts.items() if what.startswith(("kept", "dropped"))) == 5
     rows, counts = records(questions, outputs, keep="all")
@@ -346,12 +327,6 @@ def test_every_drop_is_counted():
     assert list(rows[0]) == [
         "task", "id", "question", "rationale", "teacher_answer", "answer", "kept", "reason", "source"
     ]  # fmt: skip
-
-
-def test_keep_all_appends_the_gold_answer():
-    """The paper's own words: each instance, with the gold answer."""
-    prompt, completion = rd_pair(NO, "They do.")
-    assert prompt.endswith(COT_SUFFIX) and completion == " They do. So the answer is no."
 
 
 TEXT = st.text(max_size=200) | st.sampled_from(["So the answer is", "(B) or (C)", "\x1b[0m", "*"])
