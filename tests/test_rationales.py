@@ -341,9 +341,3 @@ def test_any_text_is_read_and_cleaned(parts, completion, finish):
         assert record["teacher_answer"] in (None, *(q.choices and "ABCDE" or ("yes", "no")))
         assert record["rationale"].isprintable()
         json.dumps(record)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=300))
-def test_any_bytes_are_no_log(data):
-    log_entries(data + b"\nQ: " + data + b"\nA: Let's think step by step." + data)

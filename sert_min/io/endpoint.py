@@ -648,9 +648,9 @@ class Asking:
                     self.collection.note({"key": ask.key(self.e), "refused": True})
                 if isinstance(why, SertError):
                     raise why
+                wait = f"the server asks to wait {why.after:.0f} s ({why}); repeat the command then"
+                need(why.after <= self.e.deadline, wait)
                 self.resume = max(self.resume, now + why.after)
-            wait = f"the server asks to wait {why.after:.0f} s ({why}); repeat the command then"
-            need(why.after <= self.e.deadline, wait)
             pause = min(BACKOFF * 2 ** min(attempts - 1, 9), 30) * random.uniform(0.75, 1.25)
             tries += not why.busy
             if tries >= TRIES or now + max(pause, why.after) > end:
