@@ -67,59 +67,6 @@ def test_our_own_records_are_read_back_unchanged(tmp_path):
     assert again == first and [r["kept"] for r in first] == [True, False, True]
 
 
-LOG = """*****************************
-Namespace(cot_trigger="Let's think step by step.", direct_answer_trigger='\\nTherefore, the answer (Yes or No) is')
-*****************************
-setup data loader ...
-*************************
-1st data
-1_th_sampling
-Q: Do dogs fly?
-A: Let's think step by step. \n\nTherefore, the dog is an animal.\nTherefore, the wing is absent. \nTherefore, the answer (Yes or No) is No.
-pred_before : No.
-pred_after : no
-pred_list : ['no']
-pred_mode : no
-GT : no
-*************************
-*************************
-2st data
-1_th_sampling
-Q: Is water wet?
-A: Let's think step by step. Water wets. It \nTherefore, the answer (Yes or No) is:\n\nYes, it is.\nReally.
-pred_before : Yes, it is.\nReally.
-pred_after : yes
-pred_list : ['yes']
-pred_mode : yes
-GT : yes
-*************************
-*************************
-3st data
-1_th_sampling
-Q: Is this question of the test split?
-A: Let's think step by step.\n\nPerhaps. \nTherefore, the answer (Yes or No) is moot.
-pred_before : moot.
-pred_after : \npred_list : ['']
-pred_mode : \nGT : no
-*************************
-accuracy : 50.0
-"""
-
-
-def test_log_of_zero_shot_cot(tmp_path):
-    """A rationale was cut at its own first "Therefore, the .. is" (45 of 1,603 real ones)."""
-    path = tmp_path / "strategyqa_zero_shot_cot.log"
-    path.write_text(LOG)
-    found, left = read_teacher_file(str(path), [YES, NO])
-    assert (
-        found["7"].rationale == "Therefore, the dog is an animal.\nTherefore, the wing is absent."
-    )
-    assert found["7"].completion == "No."
-    assert found["42"].rationale == "Water wets. It" and found["42"].completion == "Yes, it is.\nReally."  # fmt: skip
-    assert clean(found["42"])[0] == "Water wets." and left == {"other questions": 1}
-    assert [teacher_answer(found[q.id], q) for q in (YES, NO)] == ["yes", "no"]
-
-
 def log_of(rows) -> str:
     """A log as zero_shot_cot printed it."""
     blocks = [
@@ -131,6 +78,22 @@ def log_of(rows) -> str:
         for n, r in enumerate(rows, 1)
     ]
     return f"{'*' * 29}\nNamespace()\n{'*' * 29}\n{''.join(blocks)}accuracy : 54.7\n"
+
+
+def test_log_of_zero_shot_cot(tmp_path):
+    """A rationale was cut at its own first "Therefore, the .. is" (45 of 1,603 real ones)."""
+    dog = "Therefore, the dog is an animal.\nTherefore, the wing is absent."
+    told = [("Do dogs fly?", dog, "No."), ("Is water wet?", "Water wets. It", "Yes, it is.\nReally."),
+            ("Is this of the test split?", "Perhaps.", "moot.")]  # fmt: skip
+    names = ("question", "rationale", "teacher_completion")
+    rows = [dict(zip(names, row), teacher_answer="", answer="no") for row in told]
+    path = tmp_path / "strategyqa_zero_shot_cot.log"
+    path.write_text(log_of(rows))
+    found, left = read_teacher_file(str(path), [YES, NO])
+    assert found["7"][:2] == (dog, "No.") and left == {"other questions": 1}
+    assert found["42"][:2] == ("Water wets. It", "Yes, it is.\nReally.")
+    assert clean(found["42"])[0] == "Water wets."
+    assert [teacher_answer(found[q.id], q) for q in (YES, NO)] == ["yes", "no"]
 
 
 def test_log_gives_what_the_jsonl_gives():
