@@ -1,4 +1,4 @@
-"""The quick CPU path (kernels/cpu.py) against float64: products, the vocabulary in blocks, the bf16 head."""
+"""The quick CPU path (kernels/fast/cpu.py) against float64: products, the vocabulary in blocks, the bf16 head."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,9 @@ from conftest import pretend_bf16, shared
 from torch.nn.functional import gelu
 from torch.nn.functional import linear as exact_linear
 
-from kernels import attention, cpu, head_sample_and_score, reference
+from kernels import attention, head_sample_and_score, reference, sample_and_score
+from kernels.fast import cpu
+from kernels.fast.largest import largest
 from sert_min.io.machine import resolve_machine
 
 
@@ -163,11 +165,11 @@ def test_largest_is_topk(V, k):
     x[0, -k:] += 9
     x[1, :: max(1, V // 8)] += 9  # most of them in one column
     wanted, wanted_ids = x.topk(k)
-    found, ids = reference.largest(x, k)
+    found, ids = largest(x, k)
     assert torch.equal(found, wanted) and torch.equal(ids, wanted_ids)
     odd = torch.zeros(3, V)
     odd[1], odd[2, V // 2] = float("-inf"), float("nan")
-    found, ids = reference.largest(odd, k)
+    found, ids = largest(odd, k)
     assert torch.equal(found.nan_to_num(5), odd.topk(k)[0].nan_to_num(5))
     assert all(len(set(row)) == k for row in ids.tolist())
 
@@ -192,7 +194,7 @@ def test_blocks_of_minus_infinity():
     """Guards NaN from a block without any mass, and rows without any mass in no block."""
     logits = torch.full((2, 2 * reference.BLOCK), float("-inf"))
     logits[0, -1] = -100.0
-    tokens, logprobs = reference.sample_and_score(logits, top_k=3)
+    tokens, logprobs = sample_and_score(logits, top_k=3)
     assert tokens.tolist() == [logits.shape[1] - 1, -1]
     assert logprobs[0] == 0 and logprobs[1].isnan()
 
@@ -239,7 +241,7 @@ def test_draws_equal_those_of_an_exact_head(given):
         k = torch.arange(len(hidden)) % 16 + 1
         given = {**given, "top_k": k, "position": k}
     found = head_sample_and_score(hidden, cpu.prepare(weight, hidden, 64), seed=5, **given)
-    wanted = reference.sample_and_score(exact_logits(hidden, weight).float(), seed=5, **given)
+    wanted = sample_and_score(exact_logits(hidden, weight).float(), seed=5, **given)
     same = found[0] == wanted[0]  # a draw among thousands may flip at the edge of a uniform
     assert same.all() if screened else same.float().mean() > 0.97
     assert (found[1] - wanted[1])[same].abs().max() < 0.01
@@ -252,7 +254,7 @@ def test_ties_of_a_bf16_head_go_to_the_lowest_id():
     head, exact = cpu.prepare(weight, hidden, 64), exact_logits(hidden, weight).float()
     for given in ({"temperature": 0.0}, {"top_k": 1}, {"top_k": 9, "seed": 4}):
         tokens = head_sample_and_score(hidden, head, **given)[0]
-        assert torch.equal(tokens, reference.sample_and_score(exact, **given)[0]), given
+        assert torch.equal(tokens, sample_and_score(exact, **given)[0]), given
 
 
 def test_rows_that_screening_can_not_tell_apart_are_computed_in_full(monkeypatch):

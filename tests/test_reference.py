@@ -48,14 +48,14 @@ def kept_set(row: np.ndarray, temperature: float, k: int, p: float) -> tuple:
     return ids, mass / mass.sum(), border
 
 
-def oracle(row, temperature, k, p, u) -> tuple[int, float, bool]:
+def oracle(row, temperature, k, p, u, near=NEAR) -> tuple[int, float, bool]:
     """Token, its log-prob, and whether rounding could decide it (a border is near)."""
     ids, probs, border = kept_set(row, temperature, k, p)
     cdf = np.cumsum(probs)
     token = ids[min(int((cdf <= u).sum()), len(ids) - 1)]
-    near = min(np.abs(cdf[:-1] - u).min(initial=1.0), border) < NEAR
+    close = min(np.abs(cdf[:-1] - u).min(initial=1.0), border) < near
     top = row.max()
-    return int(token), row[token] - top - np.log(np.exp(row - top).sum()), bool(near)
+    return int(token), row[token] - top - np.log(np.exp(row - top).sum()), bool(close)
 
 
 def chi_square_p(counts: np.ndarray, probs: np.ndarray) -> float:
@@ -300,7 +300,7 @@ def test_order_of_ids_decides_not_order_of_logits(monkeypatch):
     for logits, k, u, want in cases:
         fixed = torch.tensor([u], dtype=torch.float64)
         monkeypatch.setattr(reference, "uniform", lambda *_, fixed=fixed: fixed)
-        tokens, _ = reference.sample_and_score(torch.tensor([logits]), top_k=k)
+        tokens, _ = sample_and_score(torch.tensor([logits]), top_k=k)
         assert tokens.item() == want, (k, u)
 
 
