@@ -15,7 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import attention, cpu, sample_and_score
+from kernels import attention, sample_and_score
+from kernels.fast import cpu
 from sert_min import decode, generate
 from sert_min.generate import GREEDY, SampleSettings, ending, sample_block, stream_of
 from sert_min.gpt2 import GPT2, GPT2Config
