@@ -6,10 +6,14 @@ the teacher was cut off, its last half sentence. By default only rationales with
 kept, as in Fine-tune-CoT (arXiv 2212.10071), which the paper follows for generation.
 """
 
-import re
 from collections import Counter
 
-from sert_min.answers import SENTENCE_END, extract_answer, extract_lenient, strip_answer_sentence
+from sert_min.answers import (
+    SENTENCE_END,
+    stated_answer,
+    strip_answer_sentence,
+    without_thinking,
+)
 from sert_min.io.errors import printable
 from sert_min.questions import Question
 from sert_min.teacher_files import Output
@@ -20,20 +24,12 @@ ANSWER_TRIGGER = " So the answer is "
 # --- cleaning -------------------------------------------------------------------------------------
 
 
-def without_thinking(text: str) -> str:
-    """What a reasoning model says behind its <think> block; nothing if that was never closed. It is
-    no text for a student: drafts, doubts and all."""
-    _, closed, said = text.rpartition("</think>")
-    return said if closed or not text.lstrip().startswith("<think>") else ""
-
-
 def teacher_answer(output: Output, q: Question) -> str | None:
-    """The teacher's own answer, canonical: strictly, then (for a reply in one piece) leniently."""
+    """The teacher's own answer, canonical: what its last answer statement says, or None."""
     text = without_thinking(output.rationale)
     if output.completion is not None:
-        return extract_answer(text + ANSWER_TRIGGER + output.completion, q)
-    plain = re.sub(r"[*_`#]+", "", text)  # Markdown
-    return extract_answer(plain, q) or extract_lenient(plain, q)
+        text += ANSWER_TRIGGER + without_thinking(output.completion)
+    return stated_answer(text, q)
 
 
 def clean(output: Output) -> tuple[str, bool, bool]:
