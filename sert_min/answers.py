@@ -2,32 +2,29 @@
 
 import functools
 import re
-from bisect import bisect_right
 from typing import NamedTuple
 
 from sert_min.questions import LETTERS, Question
 
 # `.`, `!` or `?` with closing quotes or brackets, before white space or the end of the text
 SENTENCE_END = re.compile(r"""[.!?]["'”’»)\]}]*(?=\s|\Z)""")
-_SENTENCE_START = re.compile(r"""(?<!\b[A-Z])[.!?]["'”’»)\]}]*\s+|\n\s*""")
+_SENTENCE_START = re.compile(r"""(?:(?<!\b[A-Z])[.!?]["'”’»)\]}]*\s+|\n\s*)(?=\W{0,9}\w)""")
 
 # --- strict, the headline: what stands right after the LAST `the answer is` -------------------
 #
-#   text after `the answer is`            reads as   because
-#   yes. / Yes, it is / **NO** / ":\n\nNo" yes, no   case and punctuation do not matter
-#   probably yes / most likely (C)        yes, C     a hedge of the closed list HEDGES
-#   (C) / (c) mall / [C] / option C       C          a letter in brackets, any case
-#   C. / c / C because / C is right       C          before punctuation, the end or AFTER_LETTER
-#   C mall                                C          B-E in upper case before any word
-#   the mall / Mall. / to relax           C          an option's text as whole words, longest first
-#   (B) library, though that is (C)'s     B          a letter in brackets goes before a text
-#   (A) mall or (B) library / (A), (B)    A          the one that stands right after the words
-#   a / A place / the text of two options -          an article; not unique
-#   no one / no longer / no doubt         -          a word, not an answer (NOT_NO)
-#   yes or no / yes/no / either (A) or (B) -         two answers are none
-#   not (C) / unknown / nothing at all    -          never guessed
+#   yes. / Yes, it is / **NO** / ":\n\nNo"  yes, no  case and punctuation do not matter
+#   probably yes / most likely (C)          yes, C   a hedge of the closed list HEDGES
+#   (C) / (c) mall / [C] / option C / C     C        a letter in brackets, or before punctuation,
+#                                                    the end, AFTER_LETTER; B-E before any word
+#   the mall / Mall. / to relax             C        an option's text in whole words, longest first
+#   (C) library, though that is (B)'s       C        a letter in brackets goes before a text
+#   (C) mall or (B) library / (C), (B)      C        the one that stands right after the words
+#   a place / the text of two options       -        an article; not unique
+#   no one / no longer / no doubt           -        a word, not an answer (NOT_NO)
+#   yes or no / yes/no / either (A) or (B)  -        two answers are none
+#   not (C) / unknown / nothing at all      -        never guessed
 
-_THE_ANSWER_IS = re.compile(r"\bthe\s+answer\s+is\b", re.IGNORECASE)
+_THE_ANSWER_IS = re.compile(r"\bthe\s+answer\s+is\b", re.I)
 HEDGES = (
     "probably|most probably|likely|most likely|very likely|more likely|almost certainly|certainly"
     "|definitely|surely|clearly|obviously|simply|actually|usually|generally|typically|technically"
@@ -39,12 +36,12 @@ _HEDGE = HEDGES.replace(" ", r"\s+")
 _SKIP = re.compile(  # one step over what may stand between `the answer is` and the answer
     r"""[\s:;,…"'“”‘’«`*_#>=$(\[{–—-]|\.\.+|(?:the\s+)?(?:correct\s+)?(?:option|choice|letter)\b"""
     rf"|(?:{_HEDGE})\b",
-    re.IGNORECASE,
+    re.I,
 )
 _END_OF_WORD = r"(?!\w)(?!['’-]\w)"
 _YES_NO = re.compile(
     rf"(yes|no){_END_OF_WORD}(?!\s+(?:{NOT_NO})\b)(?!\s*(?:/|and\b|or\b)\s*(?:yes|no)\b)",
-    re.IGNORECASE,
+    re.I,
 )
 
 
@@ -111,138 +108,111 @@ def _option_rules(choices: tuple[str, ...]) -> _OptionRules:
         bare += rf"|[{letters[1:]}](?![\w.'’-])"
     return _OptionRules(
         re.compile(rf"[(\[{{]\s*([{any_case}])\s*[)\]}}]"),
-        re.compile(rf"(?:(?:an?|the|to)\s+)?({words}){_END_OF_WORD}", re.IGNORECASE),
+        re.compile(rf"(?:(?:an?|the|to)\s+)?({words}){_END_OF_WORD}", re.I),
         re.compile(bare),
         letter_of,
     )
 
 
-# --- answer statements of any form ------------------------------------------------------------
+# --- answer statements: read from a teacher, by the lenient metric, and stripped ---------------
 #
-# One definition for reading a teacher, for the lenient metric and for stripping. The answer stands
-# right behind what one of FORMS matches and is read by the strict rules, through Markdown, LaTeX
-# and full-width letters. The LAST statement of a text counts:
+# The answer stands right behind what one of FORMS matches and is read by the strict rules, through
+# Markdown, LaTeX and full-width letters. The LAST statement of a text counts:
 #
-#   text                                                   reads as   because
-#   (A) has none. The correct choice would be **C**.       C          a first mention never counts
-#   So the answer is not (B) but (C).                      C          a correction; without `but`: -
-#   Yes, it can. / (C) fits. / (C) is correct.             -          discussions say so of any option
-#   I would say no. / It must be (C). / Not (A), so (B).   -          the same
-#   The answer can't be (A). / is unclear. / is (A)?       -          a statement of nothing
-#   Some say the answer is no. / If so, it would be no.    -          doubted or hypothetical
-#   The answer is yes. Wait, dogs can't fly.               -          taken back
-#   The answer is yes. Question: Can cats? Answer: no      -          it asks itself another question
+#   (A) has none. The correct choice would be **C**.       C   a first mention never counts
+#   So the answer is not (B) but (C).                      C   a correction; without `but`: -
+#   Yes, it can. / (C) fits. / (C) is correct.             -   discussions say so of any option
+#   I would say no. / It must be (C). / Not (A), so (B).   -   the same
+#   The answer can't be (A). / is unclear. / is (A)?       -   a statement of nothing
+#   Some say the answer is no. / If so, it would be no.    -   doubted or hypothetical
+#   The answer is yes. Wait, dogs can't fly.               -   taken back
+#   The answer is yes. Question: Can cats? Answer: no      -   it asks itself another question
 
 _GOOD = r"(?:(?:final|correct|right|best|closest|short|true|logical|likely|most \w+) )"
 _NOUN = rf"(?:{_GOOD}*answer(?: choice| option)?|{_GOOD}+(?:choice|option))"
 _OPENS = r"(?:(?<![^\W_])(?<!\w\s)|(?<=\bso\s)|(?<=\b(?:thus|then|that)\s)|(?<=fore\s))"  # a clause
 _NAME = rf"(?:(?:the|my|your|our|its) |{_OPENS}){_NOUN}(?: ?\([^)\n]{{0,40}}\))?"
 _ABOUT = (  # the answer `to your question` is; the answer`, then,` is
-    r"(?: (?:to|of|for|from|among|in|here|that|i|you)\b"
-    r"(?:(?!\b(?:depends|if|whether)\b)[^.!?\n]|\?[\"'”’]){0,160}?|, \w+,)?"
+    r"(?: (?:to|of|for|from|among|in|here|that|i|you)\b(?:(?!\b(?:depends|if|whether|that question)\b)"
+    r"[^.!?\n]|\?[\"'”’]){0,160}?|, \w+,)?"
 )
 _IS = r"(?:['’]s\b| (?:is|was|would be|will be)\b| (?:is|was|can|could|must)(?= ?(?:not|n?['’]t)))"
-_GAP = r"(?:(?!\b(?:but|and|or|so|while|as|since|because|that|which|than|not|has)\b|n['’]t)[^.!?;\n()]){0,40}?"
-FORMS = {  # name: (what stands before the answer, an example); a space may also be Markdown
-    "is": (
-        _NAME + _ABOUT + _IS,
-        "Therefore, among A through E, the most likely answer is **(C)**.",
-    ),
-    "colon": (rf"(?<!/){_NAME}[\s*_`\"']{{0,4}}(?:[:：=]|-?>)", "**Final answer (A to E):** C"),
-    "heading": (rf"^[#*_]{{0,6}}\x20?{_NOUN}[#*_]{{0,6}}(?=\n)", "### Answer\n\n**C**"),
-    "boxed": (r"\\f?boxed\s?\{", r"$\boxed{\text{C}}$"),
-    "question": (
-        r"(?:to|in) answer (?:to )?(?:the|this|your|our) question[,:]? (?=\W{0,3}(?:yes|no)\b|\()",
-        "So, to answer your question, (C).",
-    ),
-    "label": (  # nothing stands before it
-        rf"(?=(?:\([a-e]\){_GAP}|\[[a-e]\]{_GAP}|(?:(?<=\boption\s)|{_OPENS})(?:(?-i:[A-E])|yes|no)\b\W{{0,3}}?)"
-        rf" (?:is|would be)(?: (?!not|never)\w+)? the (?:{_GOOD}*answer|{_GOOD}+(?:choice|option))\b)",
-        "(C) mall is the right answer.",
-    ),
+_TEXT = r"(?:(?!\b(?:but|and|or|so|as|since|because|that|than|not|has)\b|n['’]t)[^.!?;\n()]){0,40}?"
+_LABEL = rf"\([a-e]\){_TEXT}|(?:(?<=\boption\s)|{_OPENS})(?:(?-i:[A-E])|yes|no)\b\W{{0,3}}?"
+FORMS = {  # what stands before the answer; a space may also be Markdown
+    "So the most likely answer is (C)": _NAME + _ABOUT + _IS,
+    "**Final answer (A to E):** C": rf"(?<!/){_NAME}[\s*_`\"']{{0,4}}(?:[:：=]|-?>)",
+    "### Answer\n\n**C**": rf"^[#*_]{{0,6}}\x20?{_NOUN}[#*_]{{0,6}}(?=\n)",
+    r"$\boxed{\text{C}}$": r"\\f?boxed\s?\{",
+    "So, to answer your question, (C).": r"(?:to|in) answer (?:to )?(?:the|this|your|our) question"
+    r"[,:]? (?=\W{0,3}(?:yes|no)\b|\()",
+    "(C) mall is the right answer": rf"(?=(?:{_LABEL}) (?:is|would be)(?: (?!not|never)\w+)? the "
+    rf"(?:{_GOOD}*answer|{_GOOD}+(?:choice|option))\b)",  # nothing: the answer itself comes first
 }
-
-
-def spaced(form: str) -> str:
-    """A form as a regular expression: its spaces are white space or Markdown."""
-    return rf"(?<![^\W_])(?:{form})".replace(" ", r"(?:[\s*_`#]{1,8})")
-
-
-_FORM = re.compile(spaced("|".join(f for f, _ in FORMS.values())), re.IGNORECASE | re.MULTILINE)
-_KEY = re.compile("answer|choice|option|boxed", re.IGNORECASE)
+_ANY_FORM = re.compile(
+    rf"(?<![^\W_])(?:{'|'.join(FORMS.values())})".replace(" ", r"(?:[\s*_`#]{1,8})"), re.I | re.M
+)
 _PLAIN = {i: chr(i - 0xFEE0) for i in range(0xFF01, 0xFF5F)}  # full-width letters
 _PLAIN |= str.maketrans("。【】", ".[]", "*_`#~")
 _LATEX = re.compile(r"\\(?:text|math)[a-z]*|\\[()\[\]]")
-_NOT_BUT = re.compile(r"\A\W*not (?!only)[^.;!?\n]{1,80}?,? but(?: rather)?\b", re.IGNORECASE)
+_NOT_BUT = re.compile(r"\A\W*not (?!only)[^.;!?\n]{1,80}?,? but(?: rather)?\b", re.I)
 _DOUBT = re.compile(  # in `words before \0 the form \0 rest of the sentence`
     r"""(?:\b(?:if|whether|unless|suppose|assum\w+|imagine|may|might|could|doubt|neither|nor)\b
         |(?:\bnot|n['’]t)\ (?:\w+\ )?(?:mean|think|say|believe|imply|sure|clear|certain|true)\b
         |\b(?:some|others|people|many|one)\ (?:\w+\ )?(?:say|think|argue|guess|believe|assume)\b)
         (?:(?!\b(?:so|thus|hence|therefore|then|but|because|since|and)\b)[^,;:\0])*\0
-    |\bif\b[^\0]*\0[^\0]*would\ be\0|would\ be\0.*\bif\b|\?\Z""",
-    re.IGNORECASE | re.VERBOSE,
+    |\bif\b[^\0]*(?:\bthen\ \0|\0[^\0]*would\ be\0)|would\ be\0.*\bif\b|\?\Z""",
+    re.I | re.X,
 )
-_TAKEN_BACK = re.compile(
-    r"(?:[.!?\n(…–—-]\s*(?:but\s+)?(?:wait|hold on|hmm|actually|correction|oops|sorry)"
-    r"|\b(?:on second thought|scratch that|or rather|i mean|my mistake|i was wrong))\b",
-    re.IGNORECASE,
+_TAKEN_BACK = re.compile(  # behind the end of a sentence or a dash
+    r"[.!?\n(…–—-]\s*(?:but |or )?(?:wait|hmm|actually|correction|sorry|rather|on second)\b", re.I
 )
-_NEXT_QUESTION = re.compile(r"^\W{0,4}(?:Q|Question)(?: \d+)?\W{0,3}[:：]", re.IGNORECASE | re.M)
-
-
-def _forms(text: str) -> list[re.Match]:
-    key = _KEY.search(text)  # most texts have none, or only at the end: this is quick
-    return list(_FORM.finditer(text, max(0, key.start() - 200))) if key else []
+_NEXT_QUESTION = re.compile(r"^\W{0,4}(?:Q|Question)(?: \d+)?\W{0,3}[:：]", re.I | re.M)
 
 
 def statements(text: str, question: Question) -> list[tuple[int, int, str | None]]:
     """(where it starts, where its answer starts, the canonical answer or None) of each answer
     statement in `text`."""
-    found = []
-    for m in _forms(text):
-        before = re.split(r"[.!?\n]", text[max(0, m.start() - 200) : m.start()])[-1]
-        after = _LATEX.sub("", text[m.end() : m.end() + 500].translate(_PLAIN)).lstrip()
-        rest = re.match(r"[^.!?\n]*[.!?]?", after)[0]
-        doubted = _DOUBT.search(f"{before}\0{m[0]}\0{rest}")
-        answer = None if doubted else _answer_right_after(_NOT_BUT.sub("", after), 0, question)
-        found.append((m.start(), m.end(), answer))
-    return found
+    return [(m.start(), m.end(), _said(text, m, question)) for m in _ANY_FORM.finditer(text)]
 
 
 def stated_answer(text: str, question: Question) -> str | None:
-    """The canonical answer that `text` states last, by the rules above, or None."""
-    found = statements(text, question)
-    if not found or _TAKEN_BACK.search(text, found[-1][1]):
+    """The canonical answer that `text` states last, or None."""
+    found = list(_ANY_FORM.finditer(text))
+    if not found or _TAKEN_BACK.search(text, found[-1].end()):
         return None
-    return None if _NEXT_QUESTION.search(text, found[0][1], found[-1][0]) else found[-1][2]
+    again = _NEXT_QUESTION.search(text, found[0].end(), found[-1].start())
+    return None if again else _said(text, found[-1], question)
+
+
+def _said(text: str, form: re.Match, question: Question) -> str | None:
+    before = re.split(r"[.!?\n]", text[max(0, form.start() - 120) : form.start()])[-1]
+    after = _LATEX.sub("", text[form.end() : form.end() + 500].translate(_PLAIN)).lstrip()
+    rest = re.match(r"[^.!?\n]{0,120}[.!?]?", after)[0]
+    if _DOUBT.search(f"{before}\0{form[0]}\0{rest}"):
+        return None
+    return _answer_right_after(_NOT_BUT.sub("", after), 0, question)
 
 
 SHORT = 25  # words: less than the 25 tokens of reasoning; a longer text discusses first
-_WORDS = re.compile(r"(?<![\w'’])[\w(\[]")
-_LENIENT_YES_NO = re.compile(r"\b(?:(yes)\b|(no)\b(?=[\s]*(?:[^\w\s]|\Z|\n)))", re.IGNORECASE)
+_NO = re.compile(r"\b(?:yes\b|no\b(?=\s*(?:[^\w\s]|\Z)))", re.I)  # `no dog` is a determiner
 
 
 def extract_lenient(text: str, question: Question) -> str | None:
-    """The strict answer; else the last statement of any form; else, in an output of at most SHORT
-    words without a statement, the first mention: `yes`, `no` before punctuation or the end (before
-    a word it is a determiner), or a letter or text of an option as the strict rules read it."""
-    if (answer := extract_answer(text, question)) or statements(text, question):
+    """The strict answer; else the last statement of any form; else, only in an output of at most
+    SHORT words without a statement, the first mention of an answer."""
+    if (answer := extract_answer(text, question)) or _ANY_FORM.search(text):
         return answer or stated_answer(text, question)
     if len(text.split()) > SHORT:
         return None
-    if not question.choices:
-        m = _LENIENT_YES_NO.search(text)
-        return m and m[0].lower()
-    mentions = (_answer_at(text, m.start(), question) for m in _WORDS.finditer(text))
-    return next(filter(None, mentions), None)
+    words = (_NO if not question.choices else re.compile(r"(?<![\w'’])[\w(\[]")).finditer(text)
+    return next(filter(None, (_answer_at(text, m.start(), question) for m in words)), None)
 
-
-# --- what is not reasoning --------------------------------------------------------------------
 
 _CLAUSE = re.compile(  # "10 kg is less, so the answer is no" keeps its reasoning
-    r"(?:;|[,;:]?\s+(?:[-–—]\s+)?(?:(?:and\s+)?(?:so|thus|hence|therefore)|and|which\s+means),?)"
-    r"[\s*_`\"“]+(?:that\s+)?\Z",
-    re.IGNORECASE,
+    r"(?<=[\w.)\]\"'”’*%])(?:;|[,;:]?\s+(?:[-–—]\s+)?"
+    r"(?:(?:and\s+)?(?:so|thus|hence|therefore)|and|which\s+means),?)[\s*_`\"“]+(?:that\s+)?\Z",
+    re.I,
 )
 _TO_ANSWER = re.compile(r"""[\s:：*_`#>"'“‘$(\[{\\]*""")
 
@@ -254,44 +224,39 @@ def strip_answer_sentence(text: str) -> tuple[str, bool]:
     whole, a clause without the reasoning in front of it: `10 kg is less, so the answer is no.` ->
     `10 kg is less.`
     """
-    text = text.strip()
+    text, clause = text.strip(), None
+    end = len(text)
+    found = [(m.start(), _TO_ANSWER.match(text, m.end()).end()) for m in _ANY_FORM.finditer(text)]
     starts = [0, *(m.end() for m in _SENTENCE_START.finditer(text))]
-    found = [(m.start(), _TO_ANSWER.match(text, m.end()).end()) for m in _forms(text)]
-    end, clause = len(text), None
-    while found and not clause:
-        while starts[-1] >= end:  # of what is gone
+    while found and starts and found[-1][1] >= starts[-1]:
+        first, _ = found.pop()
+        if first >= end:  # it went with another one
+            continue
+        while starts[-1] > first:
             starts.pop()
-        if found[-1][1] < starts[-1]:
-            break
-        while found and found[-1][1] >= starts[-1]:
-            first = found.pop()[0]
-        end = starts[bisect_right(starts, first) - 1]
-        near = max(end, first - 40)
+        near = max(starts[-1], first - 40)
         clause = _CLAUSE.search(text[near:first])
-        if clause and re.search(r"\w", text[end : near + clause.start()]):
-            end = near + clause.start()
-        else:
-            clause = None
-        if end == 0:
-            return "", True
+        end = near + clause.start() if clause else starts.pop()
     rest = text[:end].rstrip()
     return rest + ("." if clause and rest[-1] not in ".!?" else ""), end < len(text)
 
 
 # How models mark their thinking: <think>, [THINK], <|START_THINKING|>, the channels of Harmony (its
-# special tokens dropped: `analysis..assistantfinal..`). The group holds the marks of its end.
+# special tokens dropped: `analysis..assistantfinal..`). A group matches where the thinking is over.
 _THINKING = re.compile(
-    r"""([<\[◁]/(?:seed:)?(?:think(?:ing)?|thoughts?)[>\]▷]|<\|END_THINKING\|>
-        |<\|channel\|>\s*final\b[^\n]{0,40}?<\|message\|>|assistantfinal)
-    |[<\[◁](?:seed:)?(?:think(?:ing)?|thoughts?)[>\]▷]|\A\s*analysis(?=[A-Za-z])
-    |<\|(?:START_THINKING|start|channel|end|return)\|>""",
-    re.IGNORECASE | re.VERBOSE,
+    r"""[<\[◁]\|?(/|END_)?(?:START_|seed:)?(?:think(?:ing)?|thoughts?)\|?[>\]▷]
+    |<\|channel\|>\s*(final)\b[^\n]{0,40}?<\|message\|>|(assistantfinal)
+    |<\|(?:start|channel|end|return)\|>|\A\s*analysis(?=[A-Za-z])""",
+    re.I | re.X,
 )
 
 
 def without_thinking(text: str) -> str:
     """What a reasoning model says behind its thinking. Thinking that was cut off leaves nothing."""
-    marks = list(_THINKING.finditer(text))
-    over = max((i for i, m in enumerate(marks) if m[1]), default=-1)
-    later = marks[over + 1 :]
-    return text[marks[over].end() if over >= 0 else 0 : later[0].start() if later else None]
+    start, stop = 0, None
+    for m in _THINKING.finditer(text):
+        if m.lastindex:
+            start, stop = m.end(), None
+        elif stop is None:
+            stop = m.start()
+    return text[start:stop]

@@ -167,6 +167,8 @@ READ_YES_NO = [
     ("The answer to that depends on whether it is no longer fresh.", None),
     ("There is no answer: yes and no.", None),
     ("If so, the answer would be yes.", None),
+    ("If crocodiles swim, then the answer is yes.", None),
+    ("If we look at it, the answer is yes.", "yes"),
     ("It isn't clear that the answer is yes.", None),
 ]
 
@@ -186,11 +188,9 @@ def test_yes_no(text, answer):
 
 
 def test_every_form_reads_its_example():
-    """Guards a form that nothing reaches: each is told by its example, and statements gives places."""
-    for name, (form, example) in answers.FORMS.items():
-        assert stated_answer(f"It has shops. {example}", MALL) == "C" or name == "heading"
-        assert stated_answer(f"It has shops.\n{example}", MALL) == "C", name
-        assert re.search(answers.spaced(form), example, re.IGNORECASE | re.MULTILINE), name
+    """Guards a form that nothing reaches, and the places that statements gives."""
+    for example in answers.FORMS:
+        assert stated_answer(f"It has shops.\n{example}", MALL) == "C", example
     text = "The best answer is (A). Final answer: C"
     assert [(text[a:b], said) for a, b, said in statements(text, MALL)] == [
         ("The best answer is", "A"),
@@ -306,7 +306,9 @@ def test_lenient_takes_a_first_mention_of_short_outputs_only(question, text, ans
 
 # --- thinking -------------------------------------------------------------------------------------
 
-HARMONY = "<|channel|>analysis<|message|>The answer is (A)?<|end|><|start|>assistant<|channel|>final"
+HARMONY = (
+    "<|channel|>analysis<|message|>The answer is (A)?<|end|><|start|>assistant<|channel|>final"
+)
 
 
 @pytest.mark.parametrize(
