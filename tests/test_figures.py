@@ -1,4 +1,4 @@
-"""plots.py: the numbers behind Figures 1, 3 and 4, and pictures that are drawn."""
+"""report/figures.py: the numbers behind Figures 1, 3 and 4, and pictures that are drawn."""
 
 import json
 
@@ -77,22 +77,33 @@ def test_figures_are_drawn_and_numbered(tmp_path, capsys):
     assert "fig3-micro.png" in capsys.readouterr().out
 
 
-def test_early_rejected_runs_are_refused(tmp_path):
-    """Guards a figure of texts that were cut short."""
-    make_runs(tmp_path / "m", early=["direct"])
-    with pytest.raises(SertError, match="--no-early-reject"):
-        figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
-
-
-def test_two_judges_are_not_mixed(tmp_path):
+def test_a_failed_picture_loses_no_result_and_more_rules_have_styles(tmp_path, monkeypatch):
+    """Guards numbers that are lost with a picture, and a new rule without a style of its own."""
     make_runs(tmp_path / "m")
-    write_atomic(tmp_path / "m/paths-test/seed0/scores-other.jsonl", "")
-    with pytest.raises(SertError, match="--judge-model"):
+    rules = [*figures.RULES, *(figures.RULES[0]._replace(name=f"new{i}") for i in range(4))]
+    monkeypatch.setattr(figures, "RULES", rules)
+    figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
+    numbers = (tmp_path / "f/figures.json").read_bytes()
+    assert len(json.loads(numbers)[f"fig4-{tmp_path.name}-m"]["relevance"]) == 9
+    (tmp_path / "f/figures.json").unlink()
+
+    def fail(*_):
+        raise RuntimeError("no fonts here")
+
+    monkeypatch.setattr(figures, "plot_tokens", fail)
+    with pytest.raises(RuntimeError):
         figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
-    figures.draw_figures(tmp_path, tmp_path / "f", "test", "program")
+    assert (tmp_path / "f/figures.json").read_bytes() == numbers
 
 
-def test_nothing_judged_is_one_line(tmp_path):
-    (tmp_path / "m/sert").mkdir(parents=True)
-    with pytest.raises(SertError, match="nothing under .* is judged"):
-        figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
+def test_what_cannot_be_drawn_is_one_line(tmp_path):
+    """Guards a figure of texts that were cut short, and of two judges' scores in one."""
+    (tmp_path / "none/sert").mkdir(parents=True)
+    make_runs(tmp_path / "early", early=["direct"])
+    make_runs(tmp_path / "two")
+    write_atomic(tmp_path / "two/paths-test/seed0/scores-other.jsonl", "")
+    for name, message in (("none", "nothing under .* is judged"), ("early", "--no-early-reject"),
+                          ("two", "--judge-model")):  # fmt: skip
+        with pytest.raises(SertError, match=message):
+            figures.draw_figures(tmp_path / name, tmp_path / "f", "test", None)
+    figures.draw_figures(tmp_path / "two", tmp_path / "f", "test", "program")

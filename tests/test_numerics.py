@@ -15,6 +15,7 @@ from sert_min import tasks
 from sert_min.gpt2 import first_broken, load_model
 from sert_min.io.errors import SertError
 from sert_min.questions import Question
+from sert_min.report import check
 from sert_min.report.likelihood import answer_logprobs
 from sert_min.tokenizer import load_tokenizer
 
@@ -23,7 +24,7 @@ from sert_min.tokenizer import load_tokenizer
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     questions = [Question("strategy_qa", f"q{i}", f"Is {i} even?", "yes") for i in range(3)]
-    monkeypatch.setattr(tasks, "load", lambda *_: questions)
+    monkeypatch.setattr(tasks, "load", lambda *_, **__: questions)
 
 
 def broken_model(folder, name="h.1.mlp.c_fc.weight", value=1e38):
@@ -73,20 +74,16 @@ COMMANDS = {
 def test_overflow_is_an_error_that_names_the_question(name, tmp_path):
     """Weights are finite, so loading can't see it; nothing may be drawn or saved."""
     script, flags, message = COMMANDS[name]
-    words = [
-        "--task",
-        "strategy_qa",
-        "--model",
-        str(broken_model(tmp_path / "m")),
-        "--out-dir",
-        "o",
-    ]
+    words = ["--task", "strategy_qa", "--model", str(broken_model(tmp_path / "m"))]
     with pytest.raises(SertError, match=message) as e:
-        script.main(script.parse_args([*words, "--device", "cpu", *flags.split()]))
+        script.main(
+            script.parse_args([*words, "--out-dir", "o", "--device", "cpu", *flags.split()])
+        )
     assert "weights" in str(e.value) and "\n" not in str(e.value)
     for file in ("paths.jsonl", "predictions.jsonl", "metrics.jsonl", "last"):
         path = tmp_path / "o" / file
         assert not path.exists() or path.read_bytes() == b""
+    assert not list((tmp_path / "o").rglob("*-*.jsonl"))  # block files
 
 
 def test_likelihood_names_question_and_layer(tmp_path):
@@ -100,7 +97,7 @@ def test_likelihood_names_question_and_layer(tmp_path):
 
 def test_check_refuses_nan(monkeypatch):
     """Python's max(0.0, nan) is 0.0: weights that overflow passed for gpt2's."""
-    known = json.loads((sample.Path(tasks.__file__).parent / "gpt2_known_outputs.json").read_text())
+    known = json.loads(check.KNOWN.read_text())
     ids = {row["prompt"]: row["token_ids"] for row in known["prompts"]}
 
     class Tokenizer:
@@ -118,4 +115,4 @@ def test_check_refuses_nan(monkeypatch):
             return torch.full((50257,), float("nan"))
 
     with pytest.raises(SertError, match="off by up to nan"):
-        sample.check_known_outputs(Model(), Tokenizer())
+        check.check_known_outputs(Model(), Tokenizer())

@@ -7,12 +7,12 @@ from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sert_min import rationales, tasks
+from sert_min import tasks, teacher_files
 from sert_min.io.errors import SertError
 from sert_min.prompts import COT_SUFFIX, rd_pair
 from sert_min.questions import Question
-from sert_min.rationales import clean, rationale_records, teacher_answer
-from sert_min.teacher_files import Output, log_entries, read_teacher_file
+from sert_min.rationales import Output, clean, rationale_records, teacher_answer
+from sert_min.teacher_files import log_entries, read_teacher_file
 
 YES = Question("strategy_qa", "42", "Is water wet?", "yes")
 NO = Question("strategy_qa", "7", "Do dogs fly?", "no")
@@ -161,12 +161,12 @@ def test_davinci_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     q = Question("strategy_qa", "3", "q3?", "yes")
 
-    monkeypatch.setattr(rationales, "download", lambda url: urls.append(url) or log[:-3000])
+    monkeypatch.setattr(teacher_files, "download", lambda url: urls.append(url) or log[:-3000])
     with pytest.raises(SertError, match="instead of 2290"):
         read_teacher_file("davinci", [q])
     assert list(tmp_path.iterdir()) == []
 
-    monkeypatch.setattr(rationales, "download", lambda url: urls.append(url) or log)
+    monkeypatch.setattr(teacher_files, "download", lambda url: urls.append(url) or log)
     for _ in range(2):
         found, left = read_teacher_file("davinci", [q])
         assert found["3"].rationale == "R." and left == {"other questions": 2289}
@@ -222,6 +222,7 @@ def test_outputs_in_another_order_are_refused(tmp_path):
         ("a.jsonl", '{"question": "Is water wet?", "rationale": ["x"]}', "none of the known forms"),
         ("a.jsonl", '{"question": "Is earth flat?", "rationale": "x"}', "no output for any"),
         ("a.jsonl", "no json", "not JSON"),
+        ("a.jsonl", None, "does not exist"),
         ("a.jsonl", "", "no output for any"),
         ("a.log", "nothing", "no output for any"),
         ("a_0.json", '{"a": 1}', "none of the known forms"),
@@ -231,14 +232,10 @@ def test_outputs_in_another_order_are_refused(tmp_path):
     ],
 )
 def test_files_of_another_kind_are_refused(name, content, message, tmp_path):
-    (tmp_path / name).write_text(content)
+    if content is not None:
+        (tmp_path / name).write_text(content)
     with pytest.raises(SertError, match=message):
         read_teacher_file(str(tmp_path / name), [YES])
-
-
-def test_a_missing_file(tmp_path):
-    with pytest.raises(SertError, match="does not exist"):
-        read_teacher_file(str(tmp_path / "none.jsonl"), [YES])
 
 
 # --- the real files -------------------------------------------------------------------------------
@@ -265,6 +262,7 @@ def test_davinci_counts():
     assert counts["lost a half sentence at the end"] == 414
 
 
+@pytest.mark.slow
 def test_palm_counts():
     """Theirs: 7,377 right, 182 without an answer. Ours reads "(b) x or (d) y" as no answer where
     they take the first; it never reads another one."""
