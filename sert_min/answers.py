@@ -153,15 +153,17 @@ _ANY_FORM = re.compile(
     rf"(?<![^\W_])(?:{'|'.join(FORMS.values())})".replace(" ", r"(?:[\s*_`#]{1,8})"), re.I | re.M
 )
 _PLAIN = {i: chr(i - 0xFEE0) for i in range(0xFF01, 0xFF5F)}  # full-width letters
-_PLAIN |= str.maketrans("。【】", ".[]", "*_`#~")
+_PLAIN |= str.maketrans("。【】", ".[]", "*_`#~\u200b")
 _LATEX = re.compile(r"\\(?:text|math)[a-z]*|\\[()\[\]]")
 _NOT_BUT = re.compile(r"\A\W*not (?!only)[^.;!?\n]{1,80}?,? but(?: rather)?\b", re.I)
 _DOUBT = re.compile(  # in `words before \0 the form \0 rest of the sentence`
-    r"""(?:\b(?:if|whether|unless|suppose|assum\w+|imagine|may|might|could|doubt|neither|nor)\b
-        |(?:\bnot|n['’]t)\ (?:\w+\ )?(?:mean|think|say|believe|imply|sure|clear|certain|true)\b
-        |\b(?:some|others|people|many|one)\ (?:\w+\ )?(?:say|think|argue|guess|believe|assume)\b)
+    r"""(?:\b(?:if|whether|unless|suppose|assum\w+|imagine|may|might|could|doubt|neither|nor|otherwise
+            |(?:which|that)\ case|says|said|thought|guess|initially|at\ first|wrong\ to|tempt\w+|mistake)\b
+        |(?:\bnot|n['’]t)\ (?:\w+\ )?(?:mean|think|say|imply|sure|clear|certain|true)\b
+        |\b(?:some|others|people|many|one)\ (?:\w+\ )?(?:say|think|argue|believe)\b)
         (?:(?!\b(?:so|thus|hence|therefore|then|but|because|since|and)\b)[^,;:\0])*\0
-    |\bif\b[^\0]*(?:\bthen\ \0|\0[^\0]*would\ be\0)|would\ be\0.*\bif\b|\?\Z""",
+    |\bif\b[^\0]*(?:\bthen\ \0|\0[^\0]*would\ be\0)|would\ be\0.*\bif\b|\?\Z
+    |\0[^\0]*\0(?:[^,;:–—-]*\b(?:if|unless)\b|\W*[a-e]\)?(?:\s+(?!as|since|because)\w+){0,3}?\s+is(?:n['’]t|\ not|\ wrong|\ incorrect))""",
     re.I | re.X,
 )
 _TAKEN_BACK = re.compile(  # behind the end of a sentence or a dash
@@ -214,7 +216,7 @@ _CLAUSE = re.compile(  # "10 kg is less, so the answer is no" keeps its reasonin
     r"(?:(?:and\s+)?(?:so|thus|hence|therefore)|and|which\s+means),?)[\s*_`\"“]+(?:that\s+)?\Z",
     re.I,
 )
-_TO_ANSWER = re.compile(r"""[\s:：*_`#>"'“‘$(\[{\\]*""")
+_TO_ANSWER = re.compile(rf"(?:{_SKIP.pattern})*", re.I)
 
 
 def strip_answer_sentence(text: str) -> tuple[str, bool]:
