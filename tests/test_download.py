@@ -36,7 +36,6 @@ from sert_min.gpt2 import load_model
 from sert_min.io.errors import SertError
 from sert_min.io.hub import find_model, weights_hash
 from sert_min.tokenizer import load_tokenizer
-assert not {"transformers", "huggingface_hub"} & sys.modules.keys()
 
 slept = []
 
@@ -48,8 +47,6 @@ def load(name):
         return {"folder": str(folder), "hash": weights_hash(folder), "ids": ids, "waits": sum(slept)}
     except SertError as e:
         return {"error": str(e)}
-    finally:
-        assert "transformers" not in sys.modules
 
 for line in sys.stdin:
     request = json.loads(line)
@@ -105,9 +102,6 @@ class Hub:
         else:
             status, body = 200, (folder / name).read_bytes()
             headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": commit}
-            start = int(request.headers.get("Range", "bytes=0-")[6:].rstrip("-"))
-            if start:  # older clients continue a file that was cut
-                status, body = 206, body[start:]
             announced = len(body)
             if request.command == "GET" and name == SHORT and self.cut:
                 body = body[: len(body) // 2]
@@ -131,15 +125,12 @@ def hub():
 
 @pytest.fixture(scope="module")
 def loader():
-    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("proxy")}
-    for name in ("HF_TOKEN", "HF_HUB_CACHE"):
-        env.pop(name, None)
+    mine = ("HF_TOKEN", "HF_HUB_CACHE")
+    env = {k: v for k, v in os.environ.items() if k not in mine and "proxy" not in k.lower()}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", LOADER], cwd=ROOT, env=env, **pipes)
-    yield process
-    process.stdin.close()
-    process.wait()
-    process.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", LOADER], cwd=ROOT, env=env, **pipes) as process:
+        yield process
+        process.stdin.close()
 
 
 @pytest.fixture
@@ -147,16 +138,9 @@ def load(tmp_path, hub, loader):
     """load(name, **environment) -> what LOADER said, under its own empty Hugging Face cache."""
 
     def run(name: str, home: str = "home", **environment) -> dict:
-        env = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / home),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            **environment,
-        }
-        loader.stdin.write(json.dumps({"name": name, "env": env}) + "\n")
-        loader.stdin.flush()
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / home), "HF_HUB_OFFLINE": "0",
+               "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment}  # fmt: skip
+        print(json.dumps({"name": name, "env": env}), file=loader.stdin, flush=True)
         result = json.loads(loader.stdout.readline())
         assert "crashed" not in result
         if "error" in result:
@@ -191,22 +175,16 @@ def sharded(whole, tmp_path_factory) -> Path:
     return folder
 
 
-def cached(tmp_path, home="home") -> list[str]:
-    """Names that a later run could take for files of a model."""
-    return sorted(p.name for p in (tmp_path / home).rglob("snapshots/*/*"))
-
-
 def test_named_model_comes_from_its_pinned_revision(hub, load, whole):
     """Guards the pinned commit, and the second start: no request, no network, no hub."""
     repo, commit = HUB["gpt2"]
     hub.add(repo, whole, commit)
     first = load("gpt2")
     assert first["hash"] == weights_hash(whole) and Path(first["folder"]).name == commit
-    asked = [a for a in hub.asked if "/api/" not in a and "main" in a.split(" ")[1]]
-    assert not asked, "asked for main instead of the pinned commit"
+    assert not [a for a in hub.asked if " main/" in a], "asked for main"
     hub.asked.clear()
     assert load("gpt2") == first
-    assert not [a for a in hub.asked if "resolve" in a or commit in a], "asked again"
+    assert not [a for a in hub.asked if commit in a], "asked again"
     hub.close()
     assert load("gpt2", HF_HUB_OFFLINE="1") == first
     assert load("gpt2") == first, "a cached model needs no hub"
@@ -218,6 +196,8 @@ def test_sharded_model_with_tokenizer_json_only(hub, load, sharded, whole):
     hub.add("someone/tiny", sharded)
     first = load("someone/tiny")
     assert Path(first["folder"]).name == MAIN
+    main = [a for a in hub.asked if " main/" in a]  # it may move: the rest comes from one commit
+    assert main == ["HEAD main/config.json", "GET main/config.json"]
     ours = load_model(Path(first["folder"])).state_dict()
     assert all((ours[k] == v).all() for k, v in load_model(whole).state_dict().items())
     hub.add("someone/tiny", whole)
@@ -229,24 +209,12 @@ def test_sharded_model_with_tokenizer_json_only(hub, load, sharded, whole):
         assert again == {k: first[k] for k in again}
 
 
-def test_all_files_come_from_one_commit(hub, load, whole):
-    """Guards weights of one commit with the config of another: `main` may move in between."""
-    hub.add("someone/tiny", whole)
-    load("someone/tiny")
-    assert [a for a in hub.asked if "/" in a and " main/" in a] == [
-        "HEAD main/config.json",
-        "GET main/config.json",
-    ]
-
-
 def test_unknown_models_are_refused(hub, load, whole, tmp_path):
     """Guards tracebacks for a wrong name, a revision that is gone, a repository without weights,
     one of another architecture, and one with pickles only."""
     assert "is not on the hub" in load("someone/nothing")["error"]
     assert "is not on the hub" in load("gpt3")["error"]
     assert "neither a folder nor a hub id" in load("what is/this?")["error"]
-    hub.add(HUB["distilgpt2"][0], whole, MAIN)
-    assert "is not on the hub" in load("distilgpt2")["error"]
     other = tmp_path / "other"
     other.mkdir()
     hub.add("someone/other", other)
@@ -260,7 +228,7 @@ def test_unknown_models_are_refused(hub, load, whole, tmp_path):
     (other / SHORT).rename(other / "pytorch_model.bin")
     hub.add("someone/other", other, "e" * 40)
     assert "pickle files are refused" in load("someone/other")["error"]
-    assert SHORT not in cached(tmp_path)
+    assert not list(tmp_path.rglob(f"snapshots/*/{SHORT}"))
 
 
 def test_unreachable_hub_is_one_line(hub, load):
@@ -272,17 +240,8 @@ def test_unreachable_hub_is_one_line(hub, load):
         error = load("gpt2", **environment)["error"]
         assert "can't be reached" in error and "HF_ENDPOINT" in error and "HF_HUB_OFFLINE" in error
     assert not hub.asked
-    proxy = {"http_proxy": closed, "NO_PROXY": "", "no_proxy": ""}
-    assert "gpt2" in load("gpt2", **proxy)["error"]
     hub.status = 503
     assert "can't be reached" in load("gpt2")["error"]
-    hub.status = 200  # a server that is no hub: no commit, no ETag
-    hub.answer = lambda request: (
-        request.send_response(200),
-        request.send_header("Content-Length", "0"),
-        request.end_headers(),
-    )
-    assert "HF_ENDPOINT" in load("gpt2")["error"]
 
 
 @pytest.mark.parametrize("cut", ["short", "broken"])
@@ -292,7 +251,7 @@ def test_truncated_download_is_not_kept(cut, hub, load, whole, tmp_path):
     hub.cut = cut
     error = load("gpt2")["error"]
     assert "download of model.safetensors failed" in error and "try again" in error
-    assert cached(tmp_path) == ["config.json"]
+    assert [p.name for p in tmp_path.rglob("snapshots/*/*")] == ["config.json"]
     assert "is not in the local cache" in load("gpt2", HF_HUB_OFFLINE="1")["error"]
     hub.cut = None
     assert load("gpt2")["hash"] == weights_hash(whole)

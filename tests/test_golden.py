@@ -1,10 +1,9 @@
 """Known values of one small fixed model: a change of the computation is noticed on any machine.
 
-After a change that is meant to alter them: PYTHONPATH=. python tests/test_golden.py prints new ones.
+After a change that is meant to alter them, a failing test prints the new ones.
 """
 
 import pytest
-import torch
 from conftest import MERGES, write_tiny_tokenizer
 
 from sert_min.finetune import encode_example, epoch_order, make_optimizer, train_step
@@ -27,8 +26,7 @@ def model_and_tokenizer(folder):
     return model.eval(), load_tokenizer(folder)
 
 
-def training_losses(folder) -> list[float]:
-    model, tokenizer = model_and_tokenizer(folder)
+def training_losses(model, tokenizer) -> list[float]:
     examples = [encode_example(tokenizer, *text) for text in TEXTS]
     optimizer, losses = make_optimizer(model, 3e-3), []
     for step in range(5):
@@ -38,8 +36,7 @@ def training_losses(folder) -> list[float]:
     return losses
 
 
-def sampled_rows(folder) -> list:
-    model, tokenizer = model_and_tokenizer(folder)
+def sampled_rows(model, tokenizer) -> list:
     prompts = [tokenizer.encode(prompt) for prompt, _ in TEXTS[:2]]
     s = SampleSettings(branches=2, samples=2, max_new_tokens=6, seed=3, rows=5)
     rows = sample_block(model, tokenizer, prompts, ["golden/0", "golden/1"], s)
@@ -60,21 +57,13 @@ ROWS = [
 
 
 def test_losses_of_five_steps(tmp_path):
-    assert training_losses(tmp_path) == pytest.approx(LOSSES, abs=1e-4, rel=0)
+    losses = training_losses(*model_and_tokenizer(tmp_path))
+    print("LOSSES =", [round(x, 5) for x in losses])
+    assert losses == pytest.approx(LOSSES, abs=1e-4, rel=0)
 
 
 def test_ids_and_log_probs_of_a_block(tmp_path):
-    rows = sampled_rows(tmp_path)
-    assert [ids for ids, _ in rows] == [ids for ids, _ in ROWS]
-    for (_, logprobs), (_, known) in zip(rows, ROWS):
-        assert logprobs == pytest.approx(known, abs=1e-4, rel=0)
-
-
-if __name__ == "__main__":
-    import tempfile
-    from pathlib import Path
-
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
-        print("LOSSES =", [round(x, 5) for x in training_losses(Path(a))])
-        print("ROWS =", sampled_rows(Path(b)))
+    rows = sampled_rows(*model_and_tokenizer(tmp_path))
+    print("ROWS =", rows)
+    for (ids, logprobs), (known_ids, known) in zip(rows, ROWS, strict=True):
+        assert ids == known_ids and logprobs == pytest.approx(known, abs=1e-4, rel=0)
