@@ -57,18 +57,16 @@ from sert_min.script import (
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
 BLOCK = 32  # questions per block
-MOST = 10_000  # paths of a question
 DERIVED = ("paths.jsonl", "selected.jsonl", "funnel.json")  # made anew from blocks/ at every end
 
 
 def parse_args(argv=None):
     p, d = parser(__doc__), SampleSettings()
+    # fmt: off
     g = p.add_argument_group("what to sample")
     add_flags(g, "--task", "--data-dir", "--model", "--limit")
     g.add_argument("--split", choices=tasks.SPLITS, default="train", help="default: %(default)s")
-    g.add_argument(
-        "--out-dir", help="default: out/TASK/MODEL/paths-SPLIT/seedN; RUN/paths-SPLIT for a run"
-    )
+    g.add_argument("--out-dir", help="default: out/TASK/MODEL/paths-SPLIT/seedN; RUN/paths-SPLIT for a run")
     g = p.add_argument_group("how paths are drawn [SERT §III-A]")
     g.add_argument("--branches", type=int, default=d.branches, help="first tokens (%(default)s)")
     g.add_argument("--samples", type=int, default=d.samples, help="per branch (%(default)s)")
@@ -77,28 +75,22 @@ def parse_args(argv=None):
     g.add_argument("--top-p", type=float, default=d.top_p, help="1: off (%(default)s)")
     g.add_argument("--temperature", type=float, default=d.temperature, help="0: greedy")
     g.add_argument("--max-new-tokens", type=int, help="default: the task's (paper: silent, 128)")
+    g.add_argument("--early-reject", action=argparse.BooleanOptionalAction,
+                   help="stop a row once it broke a pattern rule (default: on, off for micro)")
     add_flags(g, "--seed")
-    g.add_argument(
-        "--early-reject",
-        action=argparse.BooleanOptionalAction,
-        help="stop a row once it broke a pattern rule (default: on, off for micro)",
-    )
     g = p.add_argument_group("which paths are kept [SERT §II-A-2]; default: the task's preset")
     filters.add_flags(g)
-    g.add_argument(
-        "--refilter", action="store_true", help="only filter what is stored; on any machine"
-    )
+    g.add_argument("--refilter", action="store_true", help="only filter what is stored; on any machine")
     g = p.add_argument_group("how it runs")
     add_flags(g, "--device", "--dtype")
     g.add_argument("--block-questions", type=int, help=f"default: {BLOCK} (GPU: by rows)")
     g.add_argument("--rows", type=int, help="decoded together; 200 (GPU: by memory)")
-    g = p.add_argument_group("a page to look at the paths (all of them: --no-early-reject)")
-    g.add_argument("--html", help="write this one-file page when the run is done")
-    g.add_argument("--html-questions", type=int, default=200, help="default: %(default)s")
+    g.add_argument("--html", help="write a one-file page to look at the paths (--no-early-reject: all)")
     g = p.add_argument_group("instead of sampling the task")
     g.add_argument("--prompt", help="continue this text, --samples times")
     g.add_argument("--check", action="store_true", help="compare gpt2 with known real outputs")
     add_flags(g, "--dry-run")
+    # fmt: on
     return p.parse_args(argv)
 
 
@@ -136,9 +128,9 @@ def main(args) -> None:
     names = [f"question {q.id}" for q in run.questions]
     check_lengths(prompts, names, run.model, run.s.max_new_tokens)
     if RANK == 0:
-        print_run(run)
+        print_run(run, args.dry_run)
     if args.dry_run:
-        return print_plan(run, len(prompts[0]))
+        return
     with lock_folder(run.out, f".lock-{RANK}"):
         if not args.refilter:
             while RANK > 0 and not (run.out / "settings.json").exists():
@@ -149,24 +141,16 @@ def main(args) -> None:
             sample_missing(run)
         if RANK == 0:
             write_derived(run, whole=not args.refilter)
-            console.print_funnel(read_json(run.out / "funnel.json"))
-            console.print_paths(run.out)
-            print_next(run)
-            if args.html:
-                from sert_min.report import page
-
-                n = page.write_page(run.out, args.html, run.tokenizer, limit=args.html_questions)
-                print(f"wrote {args.html} ({n:,} questions); open it in a browser")
-    return None
+            print_results(run, args.html)
 
 
 def prepare(args) -> Run:
     """Resolve the flags: student, questions, settings, machine, folder."""
-    check_counts(args, "limit", "block_questions", "html_questions")
+    check_counts(args, "limit", "block_questions")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise SertError(f"--html {args.html}: its folder does not exist; make it first")
-    preset, s = tasks.get(args.task).preset, sample_settings(args)
-    limits = filters.limits(preset, vars(args))
+    preset = tasks.get(args.task).preset
+    s, limits = sample_settings(args, preset["max_new_tokens"]), filters.limits(preset, vars(args))
     student = open_student(args.model, args.task)
     tokenizer, model = load_tokenizer(student.folder), load_model(student.folder)
     questions = tasks.load(args.task, args.split, args.data_dir)
@@ -202,15 +186,11 @@ def prepare(args) -> Run:
     return Run(out, student, model, tokenizer, questions, some, s, limits, settings)
 
 
-def sample_settings(args) -> SampleSettings:
+def sample_settings(args, max_new_tokens: int) -> SampleSettings:
     chosen = {f.name: getattr(args, f.name) for f in fields(SampleSettings)}
-    default = tasks.get(args.task).preset["max_new_tokens"]
-    chosen["max_new_tokens"] = given(args.max_new_tokens, default)
+    chosen["max_new_tokens"] = given(args.max_new_tokens, max_new_tokens)
     chosen["rows"] = given(args.rows, SampleSettings.rows)
-    s = SampleSettings(**chosen).check()
-    n = s.branches * s.samples
-    need(n <= MOST, f"--branches times --samples is {n}, more than {MOST}")
-    return s
+    return SampleSettings(**chosen).check()
 
 
 def default_folder(task: str, split: str, student: Student, s: SampleSettings) -> Path:
@@ -330,38 +310,41 @@ def without_task(args) -> None:
     if args.check:  # in fp32, where the right weights are far inside the limit
         return check.check_known_outputs(model, tokenizer)
     model.cast_(pick_dtype(args.dtype, device, model.n_params()))
-    s = replace(sample_settings(args), max_new_tokens=given(args.max_new_tokens, 128))
-    return check.print_prompt_samples(model, tokenizer, args.prompt, s)
+    return check.print_prompt_samples(model, tokenizer, args.prompt, sample_settings(args, 128))
 
 
 # --- what the user sees ---------------------------------------------------------------------------
 
 
-def print_run(run: Run) -> None:
-    """What is about to happen, with everything that was resolved."""
-    m = run.settings
+def print_run(run: Run, dry: bool) -> None:
+    """What is about to happen, with everything that was resolved; --dry-run shows a prompt, too."""
+    m, n, new = run.settings, len(run.questions), run.s.max_new_tokens
     print(
         f"model {m['model']} ({run.model.n_params() / 1e6:.1f}M parameters), {m['device']}, "
-        f"{m['dtype']}, {m['threads']} thread(s); {len(run.questions):,} questions x "
-        f"{run.per_question} paths, at most {run.s.max_new_tokens} tokens each"
+        f"{m['dtype']}, {m['threads']} thread(s); {n:,} questions x {run.per_question} paths, at most "
+        f"{new} tokens each"
     )
     rules = "; ".join(filters.words(rule, run.limits[rule.flag]) for rule in filters.RULES)
     print(f"rules: {rules}; early rejection {'on' if m['early_reject'] else 'off'}")
+    if dry:
+        prompt = printable_lines(question_prompt(run.questions[0], run.student.suffix))
+        print(f"\nprompt of question {printable(run.questions[0].id)}:\n{prompt}")
+        blocks, most = len(run.blocks.numbers()), n * run.per_question * new
+        print(f"\nplan: {blocks} blocks of {m['block_questions']} questions, at most {most:,} tokens, "
+              f"to {run.out}")  # fmt: skip
 
 
-def print_plan(run: Run, prompt_tokens: int) -> None:
-    """--dry-run: a prompt, and how much there is to do at most."""
-    q, most = run.questions[0], len(run.questions) * run.per_question * run.s.max_new_tokens
-    print(f"\nprompt of question {printable(q.id)} ({prompt_tokens} tokens):")
-    print(printable_lines(question_prompt(q, run.student.suffix)))
-    n, size = len(run.blocks.numbers()), run.settings["block_questions"]
-    print(f"\nplan: {n} blocks of {size} questions, at most {most:,} tokens, to {run.out}")
-
-
-def print_next(run: Run) -> None:
-    """Where the results are, and the next command."""
+def print_results(run: Run, html: str | None) -> None:
+    """The funnel, some paths, the page, and the next command."""
+    console.print_funnel(read_json(run.out / "funnel.json"))
+    console.print_paths(run.out)
     selected, task = run.out / "selected.jsonl", run.settings["task"]
     print(f"\nwrote {run.out / 'paths.jsonl'} and {selected}")
+    if html:
+        from sert_min.report import page
+
+        n = page.write_page(run.out, html, run.tokenizer)
+        print(f"wrote {html} ({n:,} questions); open it in a browser")
     if run.settings["split"] == "train" and not run.s.raw:
         flag = "" if task == tasks.DEFAULT else f" --task {task}"
         print(f"next: python train.py{flag} --model {run.student.name} --paths {selected}")
