@@ -149,8 +149,9 @@ FORMS = {  # what stands before the answer; a space may also be Markdown
     "(C) mall is the right answer": rf"(?=(?:{_LABEL}) (?:is|would be)(?: (?!not|never)\w+)? the "
     rf"(?:{_GOOD}*answer|{_GOOD}+(?:choice|option))\b)",  # nothing: the answer itself comes first
 }
+_STARTS = r"(?<![^\W_])(?=\w|\([a-e]\)|\\|^[#*_])"  # so most places are passed quickly
 _ANY_FORM = re.compile(
-    rf"(?<![^\W_])(?:{'|'.join(FORMS.values())})".replace(" ", r"(?:[\s*_`#]{1,8})"), re.I | re.M
+    rf"{_STARTS}(?:{'|'.join(FORMS.values())})".replace(" ", r"(?:[\s*_`#]{1,8})"), re.I | re.M
 )
 _PLAIN = {i: chr(i - 0xFEE0) for i in range(0xFF01, 0xFF5F)}  # full-width letters
 _PLAIN |= str.maketrans("。【】", ".[]", "*_`#~\u200b")
