@@ -31,10 +31,6 @@ from sert_min.io.errors import SertError
 from sert_min.io.files import check_settings, stored_settings
 from sert_min.io.hub import model_label, read_sert
 from sert_min.io.machine import resolve_machine
-<<<<<<< HEAD
-from sert_min.io.state import load_state
-=======
->>>>>>> slim-1
 from sert_min.questions import LETTERS, Question
 from sert_min.report import judge
 from sert_min.tokenizer import load_tokenizer
@@ -210,36 +206,8 @@ def test_files_of_any_content(name, data):
         holds(lambda: read(folder / name))
 
 
-<<<<<<< HEAD
-@tries(30)
-@given(data=st.data())
-def test_states_of_any_content(data):
-    """Guards a traceback from a training's state that a disk broke."""
-    net = torch.nn.Linear(2, 1, bias=False)
-    tensors = {f"{key}.weight": torch.zeros(1, 2) for key in ("model", "exp_avg", "exp_avg_sq")}
-    whole = save({**tensors, "step.weight": torch.zeros(())}, {"step": "3"})
-    content = data.draw(weights_file(whole))
-    with place() as folder:
-        (folder / "state.safetensors").write_bytes(content)
-        holds(lambda: load_state(net, torch.optim.AdamW(net.parameters()), folder))
-
-
-def copy_with(model: Path, folder: Path, name: str, content: bytes) -> None:
-    for file in model.iterdir():
-        if file.name != name:
-            (folder / file.name).symlink_to(file)
-    (folder / name).write_bytes(content)
-
-
-MODEL_FILES = ("config.json", "vocab.json", "sert.json", "tokenizer.json",
-               "model.safetensors.index.json", "merges.txt", "model.safetensors")  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MODEL_FILES)
-=======
 @pytest.mark.parametrize("name", ["config.json", "vocab.json", "sert.json", "merges.txt",
                                   "tokenizer.json", "model.safetensors"])  # fmt: skip
->>>>>>> slim-1
 @tries(30)
 @given(data=st.data())
 def test_model_files_of_any_content(model, name, data):
