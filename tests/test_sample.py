@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, make_tiny_model
 
 import sample
-from sert_min import filters
+from sert_min import filters, tasks
+from sert_min.gpt2 import load_model
 from sert_min.io.errors import SertError
 from sert_min.io.files import read_json, read_jsonl
+from sert_min.prompts import question_prompt
+from sert_min.tokenizer import load_tokenizer
 
 FIELDS = ["task", "id", "question", "answer", "branch", "sample", "text", "token_ids", "logprobs",
           "path_start", "path_end", "finish", "perplexity", "rep2", "verdict"]  # fmt: skip
@@ -273,6 +277,18 @@ def test_a_trained_student_has_its_own_default_folder(model, tmp_path, monkeypat
     Path(f"{student}/last/sert.json").write_text(json.dumps(about))
     args = sample.parse_args(["--model", student, "--split", "test", "--raw"])
     assert sample.prepare(args).out == Path(f"{student}/paths-raw-test")
+
+
+def test_the_prompt_ends_as_in_training(model, tmp_path):
+    """Guards a student of a teacher's rationales that is sampled without its `Let's think ..`: the
+    branches are the best tokens behind the whole prompt."""
+    folder, suffix = shutil.copytree(model, tmp_path / "m"), " Let's think."
+    (folder / "sert.json").write_text(json.dumps({"prompt_suffix": suffix}))
+    records = run(folder, tmp_path / "out", "--limit", "1")
+    prompt = question_prompt(tasks.load("micro", "train")[0], suffix)
+    net, ids = load_model(folder), load_tokenizer(folder).encode(prompt)
+    best = net.logits(net(torch.tensor([ids]))[0, -1]).topk(5).indices.tolist()
+    assert [r["token_ids"][0] for r in records[::5]] == best
 
 
 @pytest.mark.parametrize(
