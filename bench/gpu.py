@@ -112,27 +112,7 @@ def main() -> None:
         part = out.with_name(f"{out.stem}-{name}.json")
         result[name] = run_part(name, part, args.quick, float(seconds or SECONDS[name]))
         finish(result, args.out)
-    print("\n".join(headlines(result)))
-
-
-def headlines(result: dict) -> list[str]:
-    """A line for each part; None where a figure is missing."""
-
-    def of(row: dict, *keys):
-        for key in keys:
-            row = (row or {}).get(key)
-        return row
-
-    lines = [f"{name}: {result[name]}" for name in ("start", *TESTS) if name in result]
-    for r in of(result, "kernels", "rows") or ():
-        if r["from"] == "hidden":
-            lines.append(f"hidden to token and log-prob, {r['B']} rows of {r['V']}: {r['ratio']} of "
-                         f"the bare product, best chain {r['ratio_to_chain']}")  # fmt: skip
-    sampling = of(result, "sampling", "bf16", "ratio") or {}
-    peers = [r for name, r in sampling.items() if name.startswith("transformers")]
-    lines.append(f"sampling, bf16: ratio to transformers' best: {min(peers, default=None)}")
-    best = of(result, "training", "bf16, paths", "ratio")
-    return [*lines, f"training, bf16: ratio to transformers' best: {best}"]
+    print({name: result[name].get("error", "done") for name in parts})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """How sampling grows with its sizes, and what a second process and early rejection give.
 
 processes   sample.py with two processes against one: the same bytes, how much faster
-rejection   early rejection on the micro-world: selected paths per second with and without it, and
-            verdicts that differ
+rejection   early rejection on the micro-world: selected paths per second, verdicts that differ
 growth      tokens/s against rows, prompt length, new tokens and model size, as a plot
 
     python bench/scaling.py --out bench/results/scaling-cpu.json --plot docs/growth.png  # 15 minutes
@@ -32,7 +31,6 @@ GRID = {  # varied one at a time, the others as in BASE
     "new": (8, 32, 64, 128),
     "shape": ("quick", "124M", "355M", "774M"),
 }
-TITLES = ("rows decoded together", "prompt tokens", "new tokens", "model")
 
 
 def run_sample(out: str, *flags: str, processes: int = 1) -> dict:
@@ -40,10 +38,8 @@ def run_sample(out: str, *flags: str, processes: int = 1) -> dict:
     launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else [])]
     command += [str(ROOT / "sample.py"), "--out-dir", out, *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    p = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if p.returncode:
-        raise SystemExit(f"error: {' '.join(command)} failed:\n{p.stderr[-2000:]}")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
     folder = Path(out)
     paths = list(read_jsonl(folder / "paths.jsonl"))
     return {
@@ -83,7 +79,7 @@ def rejection(quick: bool) -> dict:
     }
 
 
-def growth(quick: bool, plot: str | None) -> dict:
+def growth(quick: bool) -> dict:
     """Tokens/s along each axis of GRID, both dtypes."""
     base = {**BASE, "shape": "quick", "new": 8} if quick else BASE
     found: dict = {dtype: {axis: {} for axis in GRID} for dtype in sampling.DTYPES}
@@ -98,25 +94,21 @@ def growth(quick: bool, plot: str | None) -> dict:
                 found[dtype][axis][str(value)] = round(at["rows"] * at["new"] / spent, 1)
             rates = ", ".join(f"{d} {found[d][axis][str(value)]:,}" for d in found)
             print(f"  {axis} {value}: {rates}", flush=True)
-    if plot:
-        draw(found, base, plot)
-        print(f"wrote {plot}")
     return {"base": base, "tokens_per_s": found}
 
 
-def draw(found: dict, base: dict, out: str) -> None:
+def draw(tokens_per_s: dict, base: dict, out: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 4, figsize=(12, 3))
-    for ax, axis, title in zip(axes, GRID, TITLES):
-        for dtype, marker in zip(found, "os"):
-            points = found[dtype][axis]
-            names = [name.replace("quick", "27M") for name in points]
-            ax.plot(names, list(points.values()), marker=marker, label=dtype)
-        ax.set_title(title, fontsize=10)
+    for ax, axis in zip(axes, GRID):
+        for dtype, marker in zip(tokens_per_s, "os"):
+            points = tokens_per_s[dtype][axis]
+            ax.plot(list(points), list(points.values()), marker=marker, label=dtype)
+        ax.set_title(axis, fontsize=10)
         ax.grid(alpha=0.3)
         ax.set_yscale("log") if axis == "shape" else ax.set_ylim(bottom=0)
     axes[0].set_ylabel("tokens/s with log-probs")
@@ -134,17 +126,14 @@ def main(argv=None) -> dict:
     p.add_argument("--plot", help="write the growth plot (PNG)")
     p.add_argument("--parts", default="processes,rejection,growth", help="default: %(default)s")
     args = p.parse_args(argv)
-    parts = {
-        "processes": lambda: processes(args.quick),
-        "rejection": lambda: rejection(args.quick),
-        "growth": lambda: growth(args.quick, args.plot),
-    }
+    parts = {"processes": processes, "rejection": rejection, "growth": growth}
     result: dict = {"machine": machine()}
-    print(result["machine"])
     for part in args.parts.split(","):
-        result[part] = parts[part]()
+        result[part] = parts[part](args.quick)
         print(f"{part}: {result[part]}", flush=True)
         finish(result, args.out)
+    if args.plot:
+        draw(**result["growth"], out=args.plot)
     if "processes" in result:
         print(f"ratio of two processes to one: {result['processes']['ratio']}")
     return result

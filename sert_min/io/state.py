@@ -36,6 +36,8 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path)
     recover_folder(folder)
     path = folder / "state.safetensors"
     if not path.exists():
+        old = list(folder.glob("step-*"))
+        need(not old, f"{folder} is of an earlier version; choose another --out-dir")
         return 0
     try:
         with safe_open(path, framework="pt") as f:
