@@ -28,7 +28,7 @@ from sert_min.rationales import Output, rationale_records, teacher_answer
 from sert_min.script import Student, add_flags, open_student, parser
 from sert_min.teacher_files import read_teacher_file
 from sert_min.tokenizer import load_tokenizer
-from train import add_training_flags, options, train_student
+from train import add_training_flags, options, prepare, train_student
 
 ASK_ANSWER = "Therefore, the answer is"  # the second request of --two-step, as in zero-shot CoT
 
@@ -111,7 +111,7 @@ def main(args) -> None:
     pairs = [(by_id[r["id"]], *prompts.rd_pair(by_id[r["id"]], r["rationale"])) for r in kept]
     source = args.teacher_file or args.teacher_model or args.task
     o = o._replace(out_dir=str(out), limit=None)  # the questions were limited, not the examples
-    train_student(student, method, pairs, prompts.COT_SUFFIX, source, o)
+    train_student(prepare(student, method, pairs, prompts.COT_SUFFIX, source, o))
     return None
 
 

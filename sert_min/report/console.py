@@ -111,6 +111,16 @@ def print_metrics(title: str, m: dict) -> None:
     print("  " + ", ".join(f"{reason} {n:,}" for reason, n in m["reasons"].items()))
 
 
+def draw_curve(out: Path, title: str) -> None:
+    """Draw loss.png from the log. A picture that fails is one line, and no reason to stop."""
+    try:
+        from sert_min.report.figures import plot_training  # late: matplotlib takes a second
+
+        plot_training(out / "metrics.jsonl", out / "loss.png", title)
+    except Exception as e:  # of matplotlib, its backend or its settings
+        print(f"loss.png was not drawn ({type(e).__name__}: {printable(str(e))[:100]})")
+
+
 class TokenBar(tqdm):
     """A progress bar over questions that also shows tokens per second, and moves inside a block."""
 
