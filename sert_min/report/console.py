@@ -25,6 +25,12 @@ def print_sampling(m: Mapping, limits: Mapping, n_params: int, n_questions: int,
     )
 
 
+def print_counts(title: str, counts: Mapping[str, int]) -> None:
+    """A title and, if there are any, the counts below it."""
+    if counts:
+        print(f"{title}:", *(f"  {what:<34}{n:>8,}" for what, n in counts.items()), sep="\n")
+
+
 def print_funnel(funnel: Mapping) -> None:
     """How many paths each rule saw and dropped; `funnel` is what funnel.json holds."""
     c, limits = funnel["counts"], funnel["rules"]
