@@ -80,18 +80,13 @@ def main(args) -> None:
             outputs = program_outputs(questions, tasks.get(o.task).teacher)
 
         # 2. Clean the outputs and choose those to learn from.
-        encode, context = (
-            load_tokenizer(student.folder).encode,
-            read_config(student.folder).n_positions,
-        )
+        encode, c = load_tokenizer(student.folder).encode, read_config(student.folder)
 
         def fits(q: Question, rationale: str) -> bool:
-            return sum(len(encode(text)) for text in prompts.rd_pair(q, rationale)) <= context
+            return sum(len(encode(text)) for text in prompts.rd_pair(q, rationale)) <= c.n_positions
 
         records, counts = rationale_records(questions, outputs, args.keep, fits)
-        console.print_counts(
-            f"{len(records):,} rationales for {len(questions):,} questions", counts
-        )
+        console.print_counts(f"{len(records):,} outputs for {len(questions):,} questions", counts)
         if args.dry_run:
             return None
         save_records(out, records)
