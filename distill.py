@@ -38,8 +38,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     # fmt: off
     g = p.add_argument_group("teacher")
     g.add_argument("--teacher-file", help="existing rationales: davinci (a public log), a .log of "
-                   "zero_shot_cot, distilling-step-by-step's folder, or .jsonl with question, rationale, "
-                   "teacher_completion (null: in the rationale) and finish (stop: whole)")
+                   "zero_shot_cot, distilling-step-by-step's folder, or .jsonl (docs/usage.md)")
     endpoint.add_flags(g, "teacher")
     g.add_argument("--teacher-suffix", default="", help="added to the prompt, e.g. to ask for an answer")
     g.add_argument("--two-step", action="store_true", help="ask for the answer in a second request")
@@ -195,9 +194,9 @@ def ask_teacher(teacher: Teacher, questions: list[Question], keep: str) -> tuple
         "Ask for it with --teacher-suffix ' End with: So the answer is ..' or --two-step, or raise "
         "--teacher-max-tokens; --keep all goes on",
     )
-    collection, failures = endpoint.ask_all(
-        teacher.folder, asks, teacher.endpoint, readable if keep == "right" else None, teacher.ask_answer
-    )  # fmt: skip
+    wanted = readable if keep == "right" else None
+    e, follow_up = teacher.endpoint, teacher.ask_answer
+    collection, failures = endpoint.ask_all(teacher.folder, asks, e, wanted, follow_up)
     walks = ((ask, *collection.walk(ask)) for ask in asks)
     return {ask.id: teacher.output(replies) for ask, replies, now in walks if not now}, failures
 

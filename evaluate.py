@@ -218,8 +218,8 @@ def print_plan(cell: Cell, job: Job) -> None:
     blocks, cap = settle(cell, job)[2], job.settings["max_new_tokens"]
     n = sum(len(blocks.block(i)) for i in blocks.missing())
     prompt = printable_lines(prompts.question_prompt(job.questions[0], cell.suffix))
-    print(f"{cell.title}: {n:,} of {len(job.questions):,} outputs to decode, at most {n * cap:,} tokens, "
-          f"to {cell.out}\nthe first prompt:\n{prompt}")  # fmt: skip
+    print(f"{cell.title}: {n:,} of {len(job.questions):,} outputs to decode, at most {n * cap:,} "
+          f"tokens, to {cell.out}\nthe first prompt:\n{prompt}")  # fmt: skip
     longest = {"text": "x" * 5 * cap}  # what judging an output can cost at most
     stored = (blocks.read(i) or [longest] * len(blocks.block(i)) for i in blocks.numbers())
     said = (r["text"] for records in stored for r in records)

@@ -197,8 +197,7 @@ def split_pairs(pairs: list[Pair], o: Options) -> tuple[list[Pair], list[Pair]]:
 
 
 def train_student(run: Run) -> None:
-    """Train the student and save it. Repeating the call continues the training, or does nothing once
-    it is done."""
+    """Train the student and save it; a repeated call continues, or does nothing at the end."""
     out, o, m, main = run.out, run.o, run.settings, parallel.RANK == 0
     steps = o.s.steps(len(run.examples))
     print(

@@ -86,14 +86,11 @@ RULES = (
 )  # fmt: skip
 
 
-# --- limits ---------------------------------------------------------------------------------------
-
-
 def add_flags(group) -> None:
     """A flag per rule."""
     for rule in RULES:
-        kind = str if rule.bounds is None else type(rule.limit)
-        group.add_argument(f"--{rule.flag.replace('_', '-')}", type=kind, help=rule.help)
+        name, kind = rule.flag.replace("_", "-"), type(rule.limit) if rule.bounds else str
+        group.add_argument(f"--{name}", type=kind, help=rule.help)
 
 
 def limits(preset: Mapping, flags: Mapping | None = None) -> dict:
@@ -123,17 +120,15 @@ def words(rule: Rule, limit) -> str:
 
 
 def trim_to_sentence(token_bytes: Sequence[bytes], path_start: int) -> int:
-    """`path_end` of a path that the cap cut: after the token that holds the end of the last full
-    sentence, or all of it if there is none.
+    """`path_end` of a path that the cap cut: behind the last full sentence, if there is one.
 
     >>> trim_to_sentence([b" It", b" rains", b'."', b" So", b" we"], 0)
     3
     """
     path = token_bytes[path_start:]
     ends = [m.end() for m in SENTENCE_END.finditer(decode(path))]
-    if not ends:
-        return len(token_bytes)
-    return path_start + bisect_right(patterns.characters_complete(path), ends[-1] - 1) + 1
+    last = bisect_right(patterns.characters_complete(path), ends[-1] - 1) + 1 if ends else len(path)
+    return path_start + last
 
 
 def first_broken(path: Path, limits: Mapping, rules: Sequence[Rule]) -> str | None:
@@ -148,34 +143,29 @@ def verdict(
     record: Mapping, token_bytes: Sequence[bytes], question: Question, limits: Mapping
 ) -> dict:
     """What follows from a sampled record (`token_ids, logprobs, path_start, finish`): its `text,
-    path_end, perplexity, rep2, verdict`, which is `kept` for a path that passes every rule.
-    `token_bytes` are the bytes of each of its `token_ids`. All follows from the stored, rounded
-    log-probs, so filtering anew gives the same."""
+    path_end, perplexity, rep2, verdict` (`kept` for a path that passes every rule). `token_bytes`
+    are the bytes of each of its `token_ids`."""
     start, finish = record["path_start"], record["finish"]
     breaks = patterns.broken_kinds(token_bytes[start:], question, final=finish != "rejected")
     end = trim_to_sentence(token_bytes, start) if finish == "length" else len(token_bytes)
     ids, logprobs = record["token_ids"][start:end], record["logprobs"][:end]
     path = Path(ids, logprobs, decode(token_bytes[start:end]), breaks, question)
     found = first_broken(path, limits, RULES) or "kept"
+    whole = finish != "rejected" or found.startswith("pattern:")
     need(
-        finish != "rejected" or found.startswith("pattern:"),
-        "a path was stopped early by a pattern rule that is now off; give --patterns as in the "
-        "sampling run, or sample again with --no-early-reject into another --out-dir",
+        whole, "these --patterns pass a path that was stopped early; sample with --no-early-reject"
     )
     measured = {"perplexity": perplexity(logprobs), "rep2": rep2(ids)}
     return {"text": path.text, "path_end": end, **measured, "verdict": found}
 
 
 def reasons(question: Question, text: str, tokenizer, limits: Mapping) -> bool:
-    """Is an output reasoning by its form? Without its closing answer sentence it must pass every
-    rule that needs no log-probs."""
+    """Does an output, less its closing answer sentence, pass each rule that needs no log-probs?"""
     text = strip_answer_sentence(text)[0]
     breaks = patterns.pattern_breaks(text, question)
     path = Path(tokenizer.encode(text), [], text, breaks, question)
     return not first_broken(path, limits, [r for r in RULES if r.name != "perplexity"])
 
-
-# --- all paths ------------------------------------------------------------------------------------
 
 RECORD = (  # the keys of a record of paths.jsonl, in order
     "task", "id", "question", "answer", "branch", "sample", "text", "token_ids", "logprobs",
@@ -198,8 +188,8 @@ def path_records(
 
 
 def select(records: Iterable[Mapping]) -> list[dict]:
-    """Copies of records with verdicts, in their order: of each question's passed paths the one with
-    the lowest rep-2 (then branch, then sample) is `selected`, the others are `kept` [SERT §II-A-2]."""
+    """Copies of records: of each question's passed paths the one with the lowest rep-2 (then branch,
+    then sample) is `selected`, the others are `kept` [SERT §II-A-2]."""
     records, passed = [dict(r) for r in records], defaultdict(list)
     for r in records:
         if r["verdict"] in ("kept", "selected"):
