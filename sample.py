@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import json
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,9 +171,9 @@ def prepare(args) -> Run:
 
 
 def sample_settings(args, max_new_tokens: int) -> SampleSettings:
-    names, rows = (f.name for f in fields(SampleSettings)), SampleSettings.rows
-    chosen = script.chosen(args, names, max_new_tokens=max_new_tokens, rows=rows)
-    return SampleSettings(**chosen).check()
+    named = SampleSettings.__annotations__
+    flags = script.chosen(args, named, max_new_tokens=max_new_tokens, rows=SampleSettings.rows)
+    return SampleSettings(**flags).check()
 
 
 def default_folder(task: str, split: str, student: Student, s: SampleSettings) -> Path:

@@ -25,6 +25,12 @@ def print_sampling(m: Mapping, limits: Mapping, n_params: int, n_questions: int,
     )
 
 
+def print_counts(title: str, counts: Mapping[str, int]) -> None:
+    """A title and, if there are any, the counts below it."""
+    if counts:
+        print(f"{title}:", *(f"  {what:<34}{n:>8,}" for what, n in counts.items()), sep="\n")
+
+
 def print_funnel(funnel: Mapping) -> None:
     """How many paths each rule saw and dropped; `funnel` is what funnel.json holds."""
     c, limits = funnel["counts"], funnel["rules"]
@@ -109,6 +115,16 @@ def print_metrics(title: str, m: dict) -> None:
         print(f"  judge {name}: all four scores of {j['parsed']:,} of {j['total']:,} responses")
     print(f"  no readable answer in {m['unparseable']:,} of {m['n']:,} outputs")
     print("  " + ", ".join(f"{reason} {n:,}" for reason, n in m["reasons"].items()))
+
+
+def draw_curve(out: Path, title: str) -> None:
+    """Draw loss.png from the log. A picture that fails is one line, and no reason to stop."""
+    try:
+        from sert_min.report.figures import plot_training  # late: matplotlib takes a second
+
+        plot_training(out / "metrics.jsonl", out / "loss.png", title)
+    except Exception as e:  # of matplotlib, its backend or its settings
+        print(f"loss.png was not drawn ({type(e).__name__}: {printable(str(e))[:100]})")
 
 
 class TokenBar(tqdm):
