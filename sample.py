@@ -62,12 +62,11 @@ DERIVED = ("paths.jsonl", "selected.jsonl", "funnel.json")  # made anew from blo
 
 def parse_args(argv=None):
     p, d = parser(__doc__), SampleSettings()
+    # fmt: off
     g = p.add_argument_group("what to sample")
     add_flags(g, "--task", "--data-dir", "--model", "--limit")
     g.add_argument("--split", choices=tasks.SPLITS, default="train", help="default: %(default)s")
-    g.add_argument(
-        "--out-dir", help="default: out/TASK/MODEL/paths-SPLIT/seedN; RUN/paths-SPLIT for a run"
-    )
+    g.add_argument("--out-dir", help="default: out/TASK/MODEL/paths-SPLIT/seedN; RUN/paths-SPLIT for a run")
     g = p.add_argument_group("how paths are drawn [SERT §III-A]")
     g.add_argument("--branches", type=int, default=d.branches, help="first tokens (%(default)s)")
     g.add_argument("--samples", type=int, default=d.samples, help="per branch (%(default)s)")
@@ -76,27 +75,22 @@ def parse_args(argv=None):
     g.add_argument("--top-p", type=float, default=d.top_p, help="1: off (%(default)s)")
     g.add_argument("--temperature", type=float, default=d.temperature, help="0: greedy")
     g.add_argument("--max-new-tokens", type=int, help="default: the task's (paper: silent, 128)")
+    g.add_argument("--early-reject", action=argparse.BooleanOptionalAction,
+                   help="stop a row once it broke a pattern rule (default: on, off for micro)")
     add_flags(g, "--seed")
-    g.add_argument(
-        "--early-reject",
-        action=argparse.BooleanOptionalAction,
-        help="stop a row once it broke a pattern rule (default: on, off for micro)",
-    )
     g = p.add_argument_group("which paths are kept [SERT §II-A-2]; default: the task's preset")
     filters.add_flags(g)
-    g.add_argument(
-        "--refilter", action="store_true", help="only filter what is stored; on any machine"
-    )
+    g.add_argument("--refilter", action="store_true", help="only filter what is stored; on any machine")
     g = p.add_argument_group("how it runs")
     add_flags(g, "--device", "--dtype")
     g.add_argument("--block-questions", type=int, help=f"default: {BLOCK} (GPU: by rows)")
     g.add_argument("--rows", type=int, help="decoded together; 200 (GPU: by memory)")
-    g = p.add_argument_group("a page to look at the paths (all of them: --no-early-reject)")
-    g.add_argument("--html", help="write this one-file page when the run is done")
+    g.add_argument("--html", help="write a one-file page to look at the paths (--no-early-reject: all)")
     g = p.add_argument_group("instead of sampling the task")
     g.add_argument("--prompt", help="continue this text, --samples times")
     g.add_argument("--check", action="store_true", help="compare gpt2 with known real outputs")
     add_flags(g, "--dry-run")
+    # fmt: on
     return p.parse_args(argv)
 
 
@@ -134,9 +128,9 @@ def main(args) -> None:
     names = [f"question {q.id}" for q in run.questions]
     check_lengths(prompts, names, run.model, run.s.max_new_tokens)
     if RANK == 0:
-        print_run(run)
+        print_run(run, args.dry_run)
     if args.dry_run:
-        return print_plan(run, len(prompts[0]))
+        return
     with lock_folder(run.out, f".lock-{RANK}"):
         if not args.refilter:
             while RANK > 0 and not (run.out / "settings.json").exists():
@@ -147,15 +141,7 @@ def main(args) -> None:
             sample_missing(run)
         if RANK == 0:
             write_derived(run, whole=not args.refilter)
-            console.print_funnel(read_json(run.out / "funnel.json"))
-            console.print_paths(run.out)
-            print_next(run)
-            if args.html:
-                from sert_min.report import page
-
-                n = page.write_page(run.out, args.html, run.tokenizer)
-                print(f"wrote {args.html} ({n:,} questions); open it in a browser")
-    return None
+            print_results(run, args.html)
 
 
 def prepare(args) -> Run:
@@ -330,31 +316,35 @@ def without_task(args) -> None:
 # --- what the user sees ---------------------------------------------------------------------------
 
 
-def print_run(run: Run) -> None:
-    """What is about to happen, with everything that was resolved."""
-    m = run.settings
+def print_run(run: Run, dry: bool) -> None:
+    """What is about to happen, with everything that was resolved; --dry-run shows a prompt, too."""
+    m, n, new = run.settings, len(run.questions), run.s.max_new_tokens
     print(
         f"model {m['model']} ({run.model.n_params() / 1e6:.1f}M parameters), {m['device']}, "
-        f"{m['dtype']}, {m['threads']} thread(s); {len(run.questions):,} questions x "
-        f"{run.per_question} paths, at most {run.s.max_new_tokens} tokens each"
+        f"{m['dtype']}, {m['threads']} thread(s); {n:,} questions x {run.per_question} paths, at most "
+        f"{new} tokens each"
     )
     rules = "; ".join(filters.words(rule, run.limits[rule.flag]) for rule in filters.RULES)
     print(f"rules: {rules}; early rejection {'on' if m['early_reject'] else 'off'}")
+    if dry:
+        prompt = printable_lines(question_prompt(run.questions[0], run.student.suffix))
+        print(f"\nprompt of question {printable(run.questions[0].id)}:\n{prompt}")
+        blocks, most = len(run.blocks.numbers()), n * run.per_question * new
+        print(f"\nplan: {blocks} blocks of {m['block_questions']} questions, at most {most:,} tokens, "
+              f"to {run.out}")  # fmt: skip
 
 
-def print_plan(run: Run, prompt_tokens: int) -> None:
-    """--dry-run: a prompt, and how much there is to do at most."""
-    q, most = run.questions[0], len(run.questions) * run.per_question * run.s.max_new_tokens
-    print(f"\nprompt of question {printable(q.id)} ({prompt_tokens} tokens):")
-    print(printable_lines(question_prompt(q, run.student.suffix)))
-    n, size = len(run.blocks.numbers()), run.settings["block_questions"]
-    print(f"\nplan: {n} blocks of {size} questions, at most {most:,} tokens, to {run.out}")
-
-
-def print_next(run: Run) -> None:
-    """Where the results are, and the next command."""
+def print_results(run: Run, html: str | None) -> None:
+    """The funnel, some paths, the page, and the next command."""
+    console.print_funnel(read_json(run.out / "funnel.json"))
+    console.print_paths(run.out)
     selected, task = run.out / "selected.jsonl", run.settings["task"]
     print(f"\nwrote {run.out / 'paths.jsonl'} and {selected}")
+    if html:
+        from sert_min.report import page
+
+        n = page.write_page(run.out, html, run.tokenizer)
+        print(f"wrote {html} ({n:,} questions); open it in a browser")
     if run.settings["split"] == "train" and not run.s.raw:
         flag = "" if task == tasks.DEFAULT else f" --task {task}"
         print(f"next: python train.py{flag} --model {run.student.name} --paths {selected}")

@@ -233,9 +233,10 @@ def training(run, q, records) -> list[str]:
         `metrics.grade`, `answers.extract_answer`, `answers.extract_lenient` (paper: §III-A)
 
         The strict answer stands right after the last `the answer is`. The lenient one, shown beside
-        it, is else the first answer word, which in a list of options is its first label. An output
-        without a readable answer is wrong; nothing is guessed. Fmt is `ok` or the reason why not,
-        Len counts words, and Rep is 1 - distinct words / words."""
+        it, is else the last answer statement of another form, or the first answer word of a short
+        output, which in a list of options is its first label. An output without a readable answer
+        is wrong; nothing is guessed. Fmt is `ok` or the reason why not, Len counts words, and Rep
+        is 1 - distinct words / words."""
     places = ((len(mine[0]) + i, show(mine[0][i]), show(mine[1][i])) for i in range(-SHOWN, 0))
     outputs, grades = [], []
     for name, (loss, text, finish) in (("before", before), ("after", after)):

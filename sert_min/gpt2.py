@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.cpu import linear
+from kernels.fast.cpu import linear
 from sert_min.io.errors import SertError
 from sert_min.io.hub import check_tensors, read_raw_config, read_tensors, write_folder
 

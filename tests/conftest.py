@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 
-from kernels import cpu
+from kernels.fast import cpu
 from sert_min.gpt2 import GPT2, GPT2Config, save_model
 from sert_min.tokenizer import END, byte_alphabet
 

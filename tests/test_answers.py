@@ -106,8 +106,7 @@ def test_strict(question, text, answer):
         (YES_NO, "No.", "no"),
         (YES_NO, "I know. Nobody noticed.", None),
         (YES_NO, "No. So the answer is yes.", "yes"),  # strict goes first
-        (YES_NO, "No. So the answer is hard, but yes.", "yes"),  # then what follows the statement
-        (YES_NO, "No. So the answer is unknown.", "no"),
+        (YES_NO, "No. So the answer is unknown.", None),  # a statement bars the first mention
         (FIVE, "A bank has guards.", "A"),
         (FIVE, "C", "C"),
         (FIVE, "c. It rains", "C"),
@@ -203,7 +202,7 @@ def test_calibration_on_palm(step, right, empty):
 def test_answer_sentences_of_real_rationales():
     """Guards the counts of closing answer sentences, and that none of them eats a rationale."""
     for name, want in (
-        ("strategy_qa.train.text-davinci-002.jsonl", 132),
+        ("strategy_qa.train.text-davinci-002.jsonl", 160),
         ("commonsense_qa.train.palm-540b.jsonl", 235),
     ):
         stripped = [strip_answer_sentence(row["rationale"]) for row in teacher_rows(name)]

@@ -15,7 +15,8 @@ import torch
 from conftest import one_line, pretend_bf16
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kernels import attention, cpu, sample_and_score
+from kernels import attention, sample_and_score
+from kernels.fast import cpu
 from sert_min import decode, generate
 from sert_min.generate import GREEDY, SampleSettings, ending, sample_block, stream_of
 from sert_min.gpt2 import GPT2, GPT2Config

@@ -14,6 +14,7 @@ import sample
 from sert_min import filters
 from sert_min.io.errors import SertError
 from sert_min.io.files import read_json, read_jsonl
+from sert_min.tokenizer import Tokenizer
 
 FIELDS = ["task", "id", "question", "answer", "branch", "sample", "text", "token_ids", "logprobs",
           "path_start", "path_end", "finish", "perplexity", "rep2", "verdict"]  # fmt: skip
@@ -68,8 +69,7 @@ def test_records_and_selection(model, tmp_path):
     selected = list(read_jsonl(tmp_path / "selected.jsonl"))
     assert selected == [r for r in records if r["verdict"] == "selected"]
     assert 0 < len(selected) == len({r["id"] for r in selected})
-    told = read_json(tmp_path / "funnel.json")
-    assert told["rules"]["min_tokens"] == 2 and told["counts"]["selected"] == len(selected)
+    assert read_json(tmp_path / "funnel.json")["counts"]["selected"] == len(selected)
 
 
 def test_no_block_is_sampled_twice_and_limits_may_move(model, tmp_path, sampled):
@@ -260,19 +260,21 @@ def test_raw_sampling(model, tmp_path):
     """Guards the baseline of Fig. 1: 25 plain samples and branch -1."""
     records = run(model, tmp_path, "--raw")
     assert [(r["branch"], r["sample"]) for r in records] == 6 * [(-1, i) for i in range(25)]
-    assert all(r["path_start"] == 0 for r in records)
 
 
-def test_a_trained_student_has_its_own_default_folder(model, tmp_path, monkeypatch):
-    """Guards Raw SERT of Fig. 1: its default folder was that of the raw student, which refused it,
-    and not the one that the figures read."""
+def test_a_trained_student_has_its_own_folder_and_prompt(model, tmp_path, monkeypatch):
+    """Guards Raw SERT of Fig. 1, whose default folder was that of the raw student, which refused it;
+    and a student of a teacher's rationales that is sampled without its `Let's think ..`."""
     monkeypatch.chdir(tmp_path)
-    student = "out/micro/m/sert/seed0"
+    student, texts, real = "out/micro/m/sert/seed0", [], Tokenizer.encode
     shutil.copytree(model, f"{student}/last")
-    about = {"method": "sert", "root": "m", "parents": ["m"]}
+    about = {"method": "sert", "root": "m", "parents": ["m"], "prompt_suffix": " Let's think."}
     Path(f"{student}/last/sert.json").write_text(json.dumps(about))
-    args = sample.parse_args(["--model", student, "--split", "test", "--raw"])
-    assert sample.prepare(args).out == Path(f"{student}/paths-raw-test")
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, t: texts.append(t) or real(self, t))
+    flags = f"--model {student} --split test --raw --limit 1 --max-new-tokens 2 --min-tokens 1"
+    sample.main(sample.parse_args(flags.split()))
+    assert Path(f"{student}/paths-raw-test/paths.jsonl").exists()
+    assert len(texts) > 1 and all(text.endswith("\nAnswer: Let's think.") for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -282,9 +284,7 @@ def test_a_trained_student_has_its_own_default_folder(model, tmp_path, monkeypat
         (["--temperature", "nan"], "--temperature must be from 0"),
         (["--branches", "999"], "--branches 999 is more than the vocabulary"),
         (["--seed", "-1"], "--seed must be from 0"),
-        (["--limit", "0"], "--limit must be at least 1"),
         (["--max-new-tokens", "600"], "exceeds the context of 512; lower --max-new-tokens"),
-        (["--device", "tpu"], "--device tpu is unknown"),
         (["--model", "./nowhere"], "no such folder"),
         (["--html", "no/where.html"], "its folder does not exist"),
     ],
