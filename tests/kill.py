@@ -89,7 +89,7 @@ COMMANDS = {
     "evaluate": Command(
         evaluate,
         "--limit 6 --block-questions 2 --max-new-tokens 8 --by likelihood",
-        "evaluate.settle files.check_settings evaluate.missing metrics.greedy evaluate.complete "
+        "evaluate.settle files.check_settings script.missing metrics.greedy evaluate.complete "
         "likelihood.answer_logprobs evaluate.remove_derived judge.write_scores metrics.summarize "
         "evaluate.evaluate",
         ("predictions.jsonl", "likelihood.jsonl", "scores-program.jsonl", "metrics.json"),
