@@ -185,7 +185,7 @@ def filtering(run, records, path) -> list[str]:
 def learn(run, q, records) -> tuple:
     """Self-training on the selected paths of all questions but q: the example of q, and (its loss,
     greedy output, finish) before and after; the number of other examples."""
-    by_id, person = {x.id: x for x in run.questions}, program.parse_question(q).person
+    by_id, person = {x.id: x for x in run.blocks.questions}, program.parse_question(q).person
     examples = {}
     for r in records:
         text, _ = strip_answer_sentence(r["text"])
@@ -280,7 +280,7 @@ def write_page(path: Path) -> None:
     for questions in map(run.blocks.block, range(BLOCKS)):
         sampled = sample_paths(run.model, run.tokenizer, questions, run.s, run.student.suffix)
         records += filters.path_records(sampled, questions, run.tokenizer, run.limits)
-    q = run.questions[FOLLOWED]
+    q = run.blocks.questions[FOLLOWED]
     own = [r for r in records if r["id"] == q.id]
     selected = next(r for r in own if r["verdict"] == "selected")
     about = """

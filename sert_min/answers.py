@@ -149,8 +149,9 @@ FORMS = {  # what stands before the answer; a space may also be Markdown
     "(C) mall is the right answer": rf"(?=(?:{_LABEL}) (?:is|would be)(?: (?!not|never)\w+)? the "
     rf"(?:{_GOOD}*answer|{_GOOD}+(?:choice|option))\b)",  # nothing: the answer itself comes first
 }
+_STARTS = r"(?<![^\W_])(?=\w|\([a-e]\)|\\|^[#*_])"  # so most places are passed quickly
 _ANY_FORM = re.compile(
-    rf"(?<![^\W_])(?:{'|'.join(FORMS.values())})".replace(" ", r"(?:[\s*_`#]{1,8})"), re.I | re.M
+    rf"{_STARTS}(?:{'|'.join(FORMS.values())})".replace(" ", r"(?:[\s*_`#]{1,8})"), re.I | re.M
 )
 _PLAIN = {i: chr(i - 0xFEE0) for i in range(0xFF01, 0xFF5F)}  # full-width letters
 _PLAIN |= str.maketrans("。【】", ".[]", "*_`#~\u200b")
@@ -158,12 +159,15 @@ _LATEX = re.compile(r"\\(?:text|math)[a-z]*|\\[()\[\]]")
 _NOT_BUT = re.compile(r"\A\W*not (?!only)[^.;!?\n]{1,80}?,? but(?: rather)?\b", re.I)
 _DOUBT = re.compile(  # in `words before \0 the form \0 rest of the sentence`
     r"""(?:\b(?:if|whether|unless|suppose|assum\w+|imagine|may|might|could|doubt|neither|nor|otherwise
-            |(?:which|that)\ case|says|said|thought|guess|initially|at\ first|wrong\ to|tempt\w+|mistake)\b
+            |(?:which|that)\ case|says|said|thought|guess|initially|at\ first|wrong\ to|tempt\w+
+            |mistake)\b
         |(?:\bnot|n['’]t)\ (?:\w+\ )?(?:mean|think|say|imply|sure|clear|certain|true)\b
         |\b(?:some|others|people|many|one)\ (?:\w+\ )?(?:say|think|argue|believe)\b)
         (?:(?!\b(?:so|thus|hence|therefore|then|but|because|since|and)\b)[^,;:\0])*\0
     |\bif\b[^\0]*(?:\bthen\ \0|\0[^\0]*would\ be\0)|would\ be\0.*\bif\b|\?\Z
-    |\0[^\0]*\0(?:[^,;:–—-]*\b(?:if|unless)\b|\W*[a-e]\)?(?:\s+(?!as|since|because)\w+){0,3}?\s+is(?:n['’]t|\ not|\ wrong|\ incorrect))""",
+    |\0[^\0]*\0[^,;:–—-]*\b(?:if|unless)\b
+    |\0[^\0]*\0\W*[a-e]\)?(?:\s+(?!as|since|because)\w+){0,3}?
+        \s+is(?:n['’]t|\ not|\ wrong|\ incorrect)""",
     re.I | re.X,
 )
 _TAKEN_BACK = re.compile(  # behind the end of a sentence or a dash
