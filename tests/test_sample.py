@@ -14,6 +14,7 @@ import sample
 from sert_min import filters
 from sert_min.io.errors import SertError
 from sert_min.io.files import read_json, read_jsonl
+from sert_min.report import console
 from sert_min.tokenizer import Tokenizer
 
 FIELDS = ["task", "id", "question", "answer", "branch", "sample", "text", "token_ids", "logprobs",
@@ -64,10 +65,9 @@ def test_records_and_selection(model, tmp_path):
         assert len(r["token_ids"]) == len(r["logprobs"]) <= 6
         assert 0 <= r["path_start"] <= r["path_end"] <= len(r["token_ids"])
         assert all(lp == round(lp, 5) <= 0 for lp in r["logprobs"])
-    pairs = [(b, s) for b in range(5) for s in range(5)]
-    assert [(r["branch"], r["sample"]) for r in records] == 6 * pairs
-    selected = list(read_jsonl(tmp_path / "selected.jsonl"))
-    assert selected == [r for r in records if r["verdict"] == "selected"]
+    assert [5 * r["branch"] + r["sample"] for r in records] == 6 * list(range(25))
+    selected = [r for r in records if r["verdict"] == "selected"]
+    assert list(read_jsonl(tmp_path / "selected.jsonl")) == selected
     assert 0 < len(selected) == len({r["id"] for r in selected})
     assert read_json(tmp_path / "funnel.json")["counts"]["selected"] == len(selected)
 
@@ -187,8 +187,8 @@ def test_early_rejection_is_a_setting_of_the_samples(tmp_path):
 def make_older(out: Path) -> None:
     """Turn a folder into one of the earlier version: full records in paths.jsonl, no blocks/, and the
     rules in settings.json."""
-    settings, rules = read_json(out / "settings.json"), read_json(out / "funnel.json")["rules"]
-    (out / "settings.json").write_text(json.dumps(settings | rules))
+    older = read_json(out / "settings.json") | read_json(out / "funnel.json")["rules"]
+    (out / "settings.json").write_text(json.dumps(older))
     (out / "funnel.json").unlink()
     shutil.rmtree(out / "blocks")
 
@@ -229,13 +229,13 @@ def test_an_older_run_that_was_killed_goes_on(model, tmp_path, sampled, monkeypa
 
 
 def test_a_new_rule_is_one_entry(model, tmp_path, monkeypatch, capsys):
-    """Guards the promise that a rule is one entry of filters.RULES: flag, funnel, verdict and limit
-    follow from it."""
+    """Guards the promise that flag, funnel, verdict and limit follow from an entry of RULES."""
     rule = filters.Rule(
         "stops", "max_stops", 1, (0, 100), lambda path: path.text.count("."),
         lambda n, most: n > most, "at most {} full stops", "ours: 1",
     )  # fmt: skip
-    monkeypatch.setattr(filters, "RULES", (*filters.RULES, rule))
+    for module in (filters, console):
+        monkeypatch.setattr(module, "RULES", (*module.RULES, rule))
     flags = ["--model", "micro", "--limit", "2", "--min-tokens", "2", "--max-rep2", "1"]
     records = run(model, tmp_path, *flags, "--max-new-tokens", "30", "--max-stops", "1")
     assert "at most 1 full stops" in capsys.readouterr().out
