@@ -349,8 +349,7 @@ def test_caps(new, raw):
     model, (prompts, names) = loud_model(), make_prompts(4)
     s = SampleSettings(branches=2, max_new_tokens=new, rows=20, raw=raw)
     rows = sample_block(model, Words(eot=-1), prompts, names, s)
-    assert {len(row.token_ids) for row in rows} == {new}
-    assert {row.finish for row in rows} == {"length"}
+    assert {(len(row.token_ids), row.finish) for row in rows} == {(new, "length")}
     assert logprob_error(model, prompts, rows).abs().max() < 1e-4
 
 

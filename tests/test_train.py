@@ -202,7 +202,6 @@ def test_checkpoint_opens_in_transformers_and_continues(run, tiny):
     ours, ids = load_model(first / "last"), torch.tensor([[1, 2, 3, 4]])
     with torch.no_grad():
         assert (theirs(ids).logits - ours.logits(ours(ids))).abs().max() < 1e-5
-    assert not torch.equal(ours.wte.weight, load_model(tiny).wte.weight)
     for name in (first, first / "last"):
         out = run(f"--max-steps 2 --out-dir {name.name}-child", model=str(name))
         sert = read_sert(out / "last")
