@@ -20,7 +20,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sert_min import prompts, tasks
-from sert_min.gpt2 import read_config
 from sert_min.io import parallel
 from sert_min.io.endpoint import (
     Ask,
@@ -37,6 +36,7 @@ from sert_min.io.endpoint import (
 from sert_min.io.errors import SertError, printable, run_script
 from sert_min.io.files import lock_folder, read_jsonl, to_line, write_atomic
 from sert_min.io.hub import find_model, model_label, read_sert
+from sert_min.models import read_config
 from sert_min.questions import describe
 from sert_min.rationales import rationale_records, teacher_answer
 from sert_min.teacher_files import PUBLIC, Output, read_teacher_file

@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from sample import given, whole_blocks
 from sert_min import prompts, tasks
-from sert_min.gpt2 import load_model, read_config
 from sert_min.io import files
 from sert_min.io.endpoint import Endpoint, check_flags, check_url
 from sert_min.io.errors import SertError, printable, printable_lines, run_script
@@ -41,6 +40,7 @@ from sert_min.io.files import (
 from sert_min.io.hub import find_model, model_label, read_sert, weights_hash
 from sert_min.io.machine import resolve_machine
 from sert_min.metrics import greedy, score, share_interval, summarize, without_nan
+from sert_min.models import load_model, read_config
 from sert_min.questions import CHOICES, LETTERS, Question, data_hash, describe, stem
 from sert_min.report import judge, table
 from sert_min.report.likelihood import answer_logprobs, likelihood_record

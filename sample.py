@@ -23,7 +23,7 @@ import torch
 from sert_min import filters, tasks
 from sert_min.decode import fitting_rows
 from sert_min.generate import SampleSettings, check_lengths, sample_paths
-from sert_min.gpt2 import GPT2, load_model
+from sert_min.gpt2 import GPT2
 from sert_min.io.errors import SertError, need, printable, printable_lines, run_script
 from sert_min.io.files import (
     append_durable,
@@ -39,6 +39,7 @@ from sert_min.io.files import (
 from sert_min.io.hub import weights_hash
 from sert_min.io.machine import MACHINE, pick_device, pick_dtype, pick_threads, resolve_machine
 from sert_min.io.parallel import RANK, WORLD
+from sert_min.models import load_model
 from sert_min.patterns import EARLY_KINDS
 from sert_min.prompts import question_prompt
 from sert_min.questions import Question, data_hash, describe

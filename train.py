@@ -29,13 +29,14 @@ from sert_min.finetune import (
     mean_loss,
     n_supervised,
 )
-from sert_min.gpt2 import GPT2, load_model, save_model
+from sert_min.gpt2 import GPT2
 from sert_min.io import parallel
 from sert_min.io.errors import SertError, need, printable, run_script
 from sert_min.io.files import check_settings, lock_folder, read_jsonl, stored_settings
 from sert_min.io.hub import read_sert, weights_hash
 from sert_min.io.machine import resolve_machine
 from sert_min.metrics import greedy, score, summarize
+from sert_min.models import load_model, save_model
 from sert_min.questions import Question, describe
 from sert_min.script import Student, add_flags, check_counts, given, open_student, parser
 from sert_min.tokenizer import Tokenizer, load_tokenizer

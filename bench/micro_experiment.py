@@ -31,7 +31,6 @@ from bench.common import machine
 from sert_min import answers, filters, prompts, tasks
 from sert_min.finetune import TrainSettings, encode_example, epoch_order, make_optimizer, train_step
 from sert_min.generate import SampleSettings
-from sert_min.gpt2 import load_model
 from sert_min.io.errors import SertError, run_script
 from sert_min.io.files import (
     append_durable,
@@ -45,6 +44,7 @@ from sert_min.io.files import (
 from sert_min.io.hub import find_model, weights_hash
 from sert_min.metrics import greedy, score
 from sert_min.micro import program, world
+from sert_min.models import load_model
 from sert_min.tokenizer import load_tokenizer
 
 CURVES = ("RD", "SERT+RD", "Finetune+RD", "RD, steps of SERT+RD")

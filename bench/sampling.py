@@ -31,7 +31,8 @@ from bench.common import ROOT, TOP_K, TOP_P, eager, finish, machine
 from kernels import bf16_pieces, cpu, fp32_product
 from kernels.reference import BLOCK
 from sert_min.generate import SampleSettings, sample_block
-from sert_min.gpt2 import GPT2, GPT2Config, product, save_model
+from sert_min.gpt2 import GPT2, GPT2Config, product
+from sert_min.models import save_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {  # layers, heads, width

@@ -128,8 +128,10 @@ def prompt_kernel(
 
 
 def supported(q: Tensor, shared_k: Tensor, shared_v: Tensor, own_k: Tensor, own_v: Tensor) -> bool:
-    """Heads of up to MAX_D numbers that lie side by side; values laid out as their keys are."""
+    """Heads of up to MAX_D numbers that lie side by side, as many of keys as of queries; values laid
+    out as their keys are."""
     same = shared_k.stride() == shared_v.stride() and own_k.stride() == own_v.stride()
+    same = same and shared_k.shape[1] == own_k.shape[2] == q.shape[1]
     return same and q.shape[2] <= MAX_D and all(x.stride(-1) == 1 for x in (q, shared_k, own_k))
 
 

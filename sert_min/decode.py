@@ -20,7 +20,7 @@ from sert_min.gpt2 import GPT2, causal_attention
 
 @dataclass
 class Prompts:
-    """What prefill leaves of Q prompts: keys and values [L, Q, H, P, D], shared by their rows."""
+    """What prefill leaves of Q prompts: keys and values [L, Q, K, P, D], shared by their rows."""
 
     keys: Tensor
     values: Tensor
@@ -40,14 +40,14 @@ def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
         ids[i, : len(p)] = torch.tensor(p)
     lengths = torch.tensor([len(p) for p in prompts])
     padding = (torch.arange(P) >= lengths[:, None]).to(device)[..., None, None]  # [Q, P, 1, 1]
-    size = (c.n_layer, len(prompts), c.n_head, P, c.n_embd // c.n_head)
+    size = (c.n_layer, len(prompts), c.n_kv_head, P, c.head_dim)
     dtype = model.h[0].attn.c_attn.weight.dtype
     if device.type == "cpu" and not cpu.has_bf16():
         dtype = torch.float32  # bf16 numbers, kept so that nothing has to be converted
     keys = torch.empty(size, dtype=dtype, device=device)
     values = torch.empty_like(keys)
 
-    def attend(layer, q, k, v):  # [Q, P, H, D]
+    def attend(layer, q, k, v):  # [Q, P, H, D], k and v [Q, P, K, D]
         q, k, v = (x.to(dtype) for x in (q, k, v))
         k, v = (x.masked_fill(padding, 0) for x in (k, v))  # no NaN that a weight of 0 would spread
         keys[layer], values[layer] = k.transpose(1, 2), v.transpose(1, 2)
@@ -59,10 +59,10 @@ def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
 
 
 def own_memory(prompts: Prompts, n_slots: int, cap: int) -> tuple[Tensor, Tensor]:
-    """Own keys and values of n_slots rows, each [L, chunks, n_slots, H, CHUNK, D], finite; on a CPU
+    """Own keys and values of n_slots rows, each [L, chunks, n_slots, K, CHUNK, D], finite; on a CPU
     the keys lie in memory as kernels/cpu.py wants them."""
-    L, _, H, _, D = prompts.keys.shape
-    size = (L, -(-cap // CHUNK), n_slots, H)
+    L, _, K, _, D = prompts.keys.shape
+    size = (L, -(-cap // CHUNK), n_slots, K)
     values = prompts.keys.new_zeros(*size, CHUNK, D)
     on_cpu = values.device.type == "cpu"
     return (values.new_zeros(*size, D, CHUNK).mT if on_cpu else torch.zeros_like(values)), values
@@ -208,7 +208,7 @@ class Decoder:
         places = self.prompts.lengths[(row // J).clamp(max=self.R // J - 1)] + t - 1  # in the text
         slots, chunk, at = torch.arange(n, device=t.device), (t - 1) // CHUNK, (t - 1) % CHUNK
 
-        def attend(layer, q, k, v):  # [n, H, D]
+        def attend(layer, q, k, v):  # [n, H, D], [n, K, D]
             q, k, v = (x.to(self.keys.dtype) for x in (q, k, v))
             self.keys[layer][chunk, slots, :, at] = k
             self.values[layer][chunk, slots, :, at] = v
@@ -260,8 +260,8 @@ def find_decoder(kept: dict, model: GPT2, shared: Prompts, s, tokenizer) -> Deco
         draw = make_draw(model, shared, s, n_vocab, n_slots)
         return Decoder(model, shared, own, draw, J, s.max_new_tokens, tokenizer.eot)
 
-    L, _, H, P, D = shared.keys.shape
-    key = (shared.keys.dtype, L, H, D, n_slots, s.max_new_tokens)
+    L, _, K, P, D = shared.keys.shape
+    key = (shared.keys.dtype, L, K, D, n_slots, s.max_new_tokens)
     if gpu:  # a decoder holds its model, so that nothing else gets its id
         key += (id(model), s, Q, P)
     if key not in kept:
@@ -276,7 +276,9 @@ def fitting_rows(device: torch.device, model: GPT2, new: int, block: int, paths:
     most 2,000, for `new` tokens each; a block has at least `block` questions of `paths` paths, and
     four times as many paths as rows, so that few slots are empty at a block's end."""
     c = model.config
-    own = 4 * 2 * c.n_layer * c.n_embd * (new + 32)  # bytes of keys and values, fp32 at most
+    own = (
+        4 * 2 * c.n_layer * c.n_kv_head * c.head_dim * (new + 32)
+    )  # bytes of keys and values, fp32 at most
     logits = 3 * 4 * c.vocab_size
     free = torch.cuda.mem_get_info(device)[0] - 2 * 4 * model.n_params()
     rows = min(2000, max(25, int(free / 2 / (own + logits)) // 25 * 25))

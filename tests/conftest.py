@@ -13,7 +13,8 @@ import hypothesis
 import pytest
 import torch
 
-from sert_min.gpt2 import GPT2, GPT2Config, save_model
+from sert_min.gpt2 import GPT2, GPT2Config
+from sert_min.models import save_model
 from sert_min.tokenizer import END, byte_alphabet
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -36,7 +36,7 @@ import distill
 import evaluate
 import sample
 import train
-from sert_min import gpt2, tasks
+from sert_min import models, tasks
 from sert_min.io import endpoint
 from sert_min.io.files import read_jsonl, set_torn_tail_aside
 
@@ -48,7 +48,7 @@ TRAINING = {
     "state.save_state": "state write",
     "state.load_state": "resume",
     "finetune.keep_metrics_before": "resume",
-    "gpt2.save_model": "checkpoint write",
+    "models.save_model": "checkpoint write",
     "figures.plot_training": "curve",
 }
 
@@ -388,7 +388,7 @@ def kill_all(folder: Path, kills: int, seed: int, names: list[str], say=print) -
     warm_up(folder)
     url = start_teacher(asked) if "distill" in names else ""
     model = make_tiny_model(folder / "tiny", n_embd=16, n_layer=1, n_head=2, n_positions=512)
-    gpt2.load_model(model)
+    models.load_model(model)
     rows: dict = {}
     for i, name in enumerate(names):
         share = kills * (i + 1) // len(names) - kills * i // len(names)

@@ -23,9 +23,10 @@ from sert_min.finetune import (
     pack,
     train_step,
 )
-from sert_min.gpt2 import GPT2, GPT2Config, load_model
+from sert_min.gpt2 import GPT2, GPT2Config
 from sert_min.io.errors import SertError
 from sert_min.io.state import load_state, save_state
+from sert_min.models import load_model
 from sert_min.tokenizer import load_tokenizer
 
 SMALL = {"vocab_size": 61, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}

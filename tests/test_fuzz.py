@@ -42,7 +42,6 @@ from sert_min import (
     tasks,
     teacher_files,
 )
-from sert_min.gpt2 import load_model, read_config
 from sert_min.io import endpoint
 from sert_min.io.errors import SertError
 from sert_min.io.files import (
@@ -54,6 +53,7 @@ from sert_min.io.files import (
 )
 from sert_min.io.hub import model_label, read_sert
 from sert_min.io.machine import resolve_machine
+from sert_min.models import load_model, read_config
 from sert_min.questions import LETTERS, Question
 from sert_min.report import figures, judge, page, table
 from sert_min.tokenizer import load_tokenizer

@@ -15,11 +15,12 @@ import transformers
 from conftest import shared, write_tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-from sert_min import gpt2
-from sert_min.gpt2 import GPT2, GPT2Config, load_model, save_model
+from sert_min import models
+from sert_min.gpt2 import GPT2, GPT2Config
 from sert_min.io import hub
 from sert_min.io.errors import SertError
 from sert_min.io.hub import model_label, read_sert
+from sert_min.models import load_model, save_model
 
 CONFIGS = {
     "one layer": {"n_layer": 1, "n_embd": 48, "n_head": 3, "vocab_size": 97, "n_positions": 40},
@@ -94,7 +95,7 @@ def test_aliases_of_the_config_are_read(tmp_path):
     theirs = hf_model(n_embd=48)
     write_hf(theirs, tmp_path, "prefix")
     config = json.loads((tmp_path / "config.json").read_text())
-    for alias, name in gpt2.ALIASES.items():
+    for alias, name in models.ALIASES.items():
         config[alias] = config.pop(name)
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -107,8 +108,8 @@ def test_parity_notices_a_forgotten_transpose(forgotten, tmp_path, monkeypatch):
     """The power of the test above: square matrices pass every shape check untransposed."""
     theirs = hf_model(n_inner=64)
     write_hf(theirs, tmp_path, "bare")
-    rest = tuple(name for name in gpt2.TRANSPOSED if name != forgotten)
-    monkeypatch.setattr(gpt2, "TRANSPOSED", rest)
+    rest = tuple(name for name in models.TRANSPOSED if name != forgotten)
+    monkeypatch.setattr(models, "TRANSPOSED", rest)
     assert logit_difference(load_model(tmp_path), theirs) > 0.01
 
 
@@ -228,7 +229,7 @@ def bf16_error(config: GPT2Config, rows: int, length: int):
     ours.ln_f.bias.data -= 50 * common  # logits near -100, as real GPT-2's
     state = {}
     for name, p in ours.state_dict().items():
-        state[f"transformer.{name}"] = p.t() if name.endswith(gpt2.TRANSPOSED) else p
+        state[f"transformer.{name}"] = p.t() if name.endswith(models.TRANSPOSED) else p
     theirs.load_state_dict(state | {"lm_head.weight": ours.wte.weight})
     ids = torch.randint(config.vocab_size, (rows, length))
     exact = ours.logits(ours(ids)).log_softmax(-1)
@@ -270,7 +271,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"model_type": "llama"}, "llama"),
+        ({"model_type": "bert"}, "bert"),
         ({"model_type": None}, "gpt2"),
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"activation_function": "quick_gelu"}, "quick_gelu"),

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sert_min import answers, patterns, prompts
-from sert_min.gpt2 import load_model
 from sert_min.io.hub import MICRO, read_sert
 from sert_min.metrics import greedy
 from sert_min.micro import build, program, world
+from sert_min.models import load_model
 from sert_min.tokenizer import load_tokenizer
 
 SEED = 100

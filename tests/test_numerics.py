@@ -12,8 +12,8 @@ import evaluate
 import sample
 import train
 from sert_min import tasks
-from sert_min.gpt2 import first_broken, load_model
 from sert_min.io.errors import SertError
+from sert_min.models import first_broken, load_model
 from sert_min.questions import Question
 from sert_min.report.likelihood import answer_logprobs
 from sert_min.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ def test_the_first_broken_layer_is_named(place, tmp_path):
         "embeddings": "first in the embeddings",
         "attention": "first in layer 1 of 0 to 1, attention",
         "MLP": "first in layer 0 of 0 to 1, MLP",
-        "LayerNorm": "first in the last LayerNorm",
+        "LayerNorm": "first in the last norm",
         "head": "first in the head",
         None: "not when run again",
     }

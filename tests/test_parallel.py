@@ -12,9 +12,9 @@ import torch
 from conftest import ROOT, make_tiny_model
 
 import train
-from sert_min.gpt2 import load_model
 from sert_min.io import parallel
 from sert_min.io.files import read_json, read_jsonl
+from sert_min.models import load_model
 
 # Five batches of 4, 4, 1 examples an epoch: process 1 has no example in the last of each.
 FLAGS = "--method finetune --limit 9 --batch-size 4 --epochs 3 --report 0 --save-seconds 0"

@@ -17,9 +17,9 @@ from conftest import make_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sert_min.gpt2 import load_model, save_model
 from sert_min.io import errors, files, machine
 from sert_min.io.errors import SertError
+from sert_min.models import load_model, save_model
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
