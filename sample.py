@@ -12,6 +12,8 @@ left, the least repetitive path of each question is selected for self-training (
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import time
 from dataclasses import asdict, fields, replace
@@ -31,6 +33,7 @@ from sert_min.io.files import (
     check_settings,
     lock_folder,
     read_block,
+    read_json,
     read_jsonl,
     stored_settings,
     to_line,
@@ -43,6 +46,7 @@ from sert_min.models import load_model
 from sert_min.patterns import EARLY_KINDS
 from sert_min.prompts import question_prompt
 from sert_min.questions import Question, data_hash, describe
+from sert_min.report import console
 from sert_min.script import Student, TokenBar, add_flags, check_counts, given, open_student, parser
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
@@ -99,7 +103,8 @@ class Run(NamedTuple):
     student: Student
     model: GPT2
     tokenizer: Tokenizer
-    questions: list[Question]
+    split: list[Question]  # all of them
+    questions: list[Question]  # the first --limit of them
     s: SampleSettings
     limits: dict  # of the rules
     settings: dict  # what decides the samples; a folder of others is refused
@@ -134,12 +139,17 @@ def main(args) -> None:
         return print_plan(run, len(prompts[0]))
     with lock_folder(run.out, f".lock-{RANK}"):
         if not args.refilter:
+            while RANK > 0 and not (run.out / "settings.json").exists():
+                time.sleep(0.02)  # process 0 writes it
             check_settings(run.out / "settings.json", run.settings, "choose another --out-dir")
-            split_paths_file(run)
+        convert(run)
+        if not args.refilter:
             sample_missing(run)
         if RANK == 0:
             write_derived(run, whole=not args.refilter)
-            print_summary(run)
+            console.print_funnel(read_json(run.out / "funnel.json"))
+            console.print_paths(run.out)
+            print_next(run)
             if args.html:
                 from sert_min.report import page
 
@@ -186,7 +196,8 @@ def prepare(args) -> Run:
     if args.refilter:
         check_settings(out / "settings.json", settings, "--refilter changes rules only")
     model.cast_(torch.bfloat16 if machine["dtype"] == "bf16" else torch.float32).to(device)
-    return Run(out, student, model, tokenizer, questions[: args.limit], s, limits, settings)
+    some = questions[: args.limit]
+    return Run(out, student, model, tokenizer, questions, some, s, limits, settings)
 
 
 def sample_settings(args) -> SampleSettings:
@@ -248,54 +259,71 @@ def sample_missing(run: Run) -> None:
     bar.close()
     if RANK == 0 and todo:
         append_durable(run.out / "timings.jsonl", to_line({"processes": WORLD, **bar.spent()}))
-    others = [block_path(run.out / "blocks", i, len(blocks[i])) for i in missing if i % WORLD]
-    if RANK == 0 and not all(path.exists() for path in others):
+    others = [i for i in missing if i % WORLD] if RANK == 0 else []
+    if others:
         print("waiting for the blocks of the other processes")
-    while RANK == 0 and not all(path.exists() for path in others):
-        time.sleep(0.02)
+    for i in others:
+        while run.stored(i, blocks[i]) is None:
+            time.sleep(0.05)
 
 
 def write_derived(run: Run, whole: bool = True) -> None:
     """paths.jsonl, selected.jsonl and funnel.json from the block files, by today's rules. Blocks are
     read one by one, so memory stays flat. Without `whole`, missing blocks may be left out."""
-    funnel, paths = filters.Funnel(), run.out / "paths.jsonl"
+    funnel, paths, blocks, missing = filters.Funnel(), run.out / "paths.jsonl", run.blocks(), 0
 
     def lines():
-        for i, block in enumerate(run.blocks()):
+        nonlocal missing
+        for i, block in enumerate(blocks):
             sampled = run.stored(i, block)
             need(sampled or not whole, f"block {i} of {run.out} is damaged; repeat the command")
+            missing += not sampled
             for r in filters.path_records(sampled or [], block, run.tokenizer, run.limits):
                 yield to_line(funnel.add(r))
+        need(funnel.paths, f"{run.out} holds no samples; run without --refilter first")
 
-    write_atomic(paths, lines())
-    need(funnel.paths, f"{run.out} holds no samples; run without --refilter first")
+    write_atomic(paths, lines())  # an error in `lines` leaves the old file as it is
+    if missing:
+        print(
+            f"{len(blocks) - missing} of {len(blocks)} blocks are there, the others are left out; a "
+            "short last block is found with the --limit that it was made with"
+        )
     selected = (r for r in read_jsonl(paths) if r["verdict"] == "selected")
     write_atomic(run.out / "selected.jsonl", map(to_line, selected))
     told = {"rules": run.limits, "counts": funnel.counts()}
     write_atomic(run.out / "funnel.json", json.dumps(told, indent=1) + "\n")
 
 
-def split_paths_file(run: Run) -> None:
-    """Bring a folder of an earlier version, whose samples stand in paths.jsonl alone, into today's
-    form: its whole blocks become block files."""
-    folder, paths = run.out / "blocks", run.out / "paths.jsonl"
-    if not paths.exists() or any(folder.glob("*-*.jsonl")):
+def convert(run: Run) -> None:
+    """Bring a folder of an earlier version into today's form. Its samples stand in paths.jsonl, those
+    of the last finished blocks perhaps still in blocks/, and its settings.json also holds the limits
+    of the rules. What is torn is sampled anew."""
+    path, folder, size = (
+        run.out / "settings.json",
+        run.out / "blocks",
+        run.settings["block_questions"],
+    )
+    stored, keys = stored_settings(path), [rule.flag for rule in filters.RULES]
+    if not any(key in stored for key in keys):
         return
     need(WORLD == 1, f"{run.out} is of an earlier version; run once without torchrun to convert it")
     folder.mkdir(exist_ok=True)
     keys = ("id", "question", "branch", "sample", "token_ids", "logprobs", "path_start", "finish")
-    records = read_jsonl(paths)
-    for i, block in enumerate(run.blocks()):
-        n = len(block) * run.per_question
-        try:
-            part = [{k: r[k] for k in keys} for _, r in zip(range(n), records)]
-        except (SertError, KeyError):  # a torn line: this block and what follows are made anew
+    records = (
+        read_jsonl(run.out / "paths.jsonl") if (run.out / "paths.jsonl").exists() else iter(())
+    )
+    for i in range(0, len(run.split), size):
+        part: list[dict] = []
+        with contextlib.suppress(SertError, KeyError):  # a torn line
+            for r in itertools.islice(records, size * run.per_question):
+                part.append({k: r[k] for k in keys})
+        block = run.split[i : i + size][: len(part) // run.per_question]  # --limit may have cut it
+        wanted = [(q.id, q.text) for q in block for _ in range(run.per_question)]
+        part = part[: len(wanted)]
+        if not part or [(r["id"], r["question"]) for r in part] != wanted:
             break
-        path = block_path(folder, i, len(block))
-        write_atomic(path, map(to_line, part))
-        if run.stored(i, block) is None:  # the end of an interrupted run
-            path.unlink()
-            break
+        write_atomic(block_path(folder, i // size, len(block)), map(to_line, part))
+    write_atomic(path, json.dumps(run.settings, indent=1) + "\n")
 
 
 def without_task(args) -> None:
@@ -337,33 +365,13 @@ def print_plan(run: Run, prompt_tokens: int) -> None:
     print(f"\nplan: {n} blocks of {size} questions, at most {most:,} tokens, to {run.out}")
 
 
-def print_summary(run: Run) -> None:
-    """The funnel, three kept and three rejected paths, and what to do next."""
-    folder = run.out
-    filters.print_funnel(json.loads((folder / "funnel.json").read_text())["counts"], run.limits)
-    selected: list[dict] = []
-    rejected: dict[str, dict] = {}  # one of each verdict
-    for r in read_jsonl(folder / "paths.jsonl"):
-        if r["verdict"] == "selected":
-            selected.append(r)
-        elif r["verdict"] != "kept":
-            rejected.setdefault(r["verdict"], r)
-        if len(selected) >= 3 and len(rejected) >= 3:
-            break
-    for title, some in (("selected", selected), ("rejected", list(rejected.values()))):
-        print(f"\n{title}:")
-        for r in some[:3]:
-            print(f"  Q: {printable(r['question'])[:200]}")
-            print(f"     {printable(r['text'])[:300] or '(empty)'}")
-            p = r["perplexity"]
-            facts = "no tokens" if p is None else f"perplexity {p:.2f}, rep-2 {r['rep2']:.2f}"
-            print(f"     -> {r['verdict']} ({facts}, branch {r['branch']})")
-    print(f"\nwrote {folder / 'paths.jsonl'} and {folder / 'selected.jsonl'}")
+def print_next(run: Run) -> None:
+    """Where the results are, and the next command."""
+    selected, task = run.out / "selected.jsonl", run.settings["task"]
+    print(f"\nwrote {run.out / 'paths.jsonl'} and {selected}")
     if run.settings["split"] == "train" and not run.s.raw:
-        task = run.settings["task"]
         flag = "" if task == tasks.DEFAULT else f" --task {task}"
-        name, selected_file = run.student.name, folder / "selected.jsonl"
-        print(f"next: python train.py{flag} --model {name} --paths {selected_file}")
+        print(f"next: python train.py{flag} --model {run.student.name} --paths {selected}")
 
 
 if __name__ == "__main__":

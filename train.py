@@ -35,9 +35,10 @@ from sert_min.io.errors import SertError, need, printable, run_script
 from sert_min.io.files import check_settings, lock_folder, read_jsonl, stored_settings
 from sert_min.io.hub import read_sert, weights_hash
 from sert_min.io.machine import resolve_machine
-from sert_min.metrics import greedy, score, summarize
+from sert_min.metrics import grade, greedy
 from sert_min.models import load_model, save_model
 from sert_min.questions import Question, describe
+from sert_min.report import console
 from sert_min.script import Student, add_flags, check_counts, given, open_student, parser
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
@@ -190,6 +191,8 @@ def train_student(
         done = parallel.RANK == 0 and read_sert(out / "last").get("step") == steps
         if parallel.largest(done):
             print(f"{out}/last is there already, trained for {steps:,} steps")
+            if parallel.RANK == 0 and not (out / "loss.png").exists():
+                draw_curve(run)
             return out
         asked = tasks.load(o.task, "test", o.data_dir)[: o.report] if parallel.RANK == 0 else []
         before = greedy_records(run, asked, student.suffix)
@@ -200,14 +203,22 @@ def train_student(
             return out
         save_model(run.model, out / "last", student.folder, {**run.sert, "step": steps})
         if asked:
-            print_before_after(asked, before, greedy_records(run, asked, suffix), run.tokenizer)
-        from sert_min.report.figures import plot_training  # late: matplotlib takes a second
-
-        plot_training(
-            out / "metrics.jsonl", out / "loss.png", f"{method}, {o.task}, {run.sert['root']}"
-        )
+            after, limits = greedy_records(run, asked, suffix), tasks.get(o.task).preset
+            console.print_before_after(asked, before, after, run.tokenizer, filters.limits(limits))
+        draw_curve(run)
     print(f"\nwrote {out}/last (Hugging Face format), {out}/metrics.jsonl and {out}/loss.png")
     return out
+
+
+def draw_curve(run: Run) -> None:
+    """Draw loss.png from the log. The result is saved by then: a picture that fails is one line."""
+    title = f"{run.settings['method']}, {run.o.task}, {run.sert['root']}"
+    try:
+        from sert_min.report.figures import plot_training  # late: matplotlib takes a second
+
+        plot_training(run.out / "metrics.jsonl", run.out / "loss.png", title)
+    except Exception as e:  # of matplotlib, its backend or its settings
+        print(f"loss.png was not drawn ({type(e).__name__}: {printable(str(e))[:100]})")
 
 
 def prepare(
@@ -303,31 +314,7 @@ def greedy_records(run: Run, questions: list, suffix: str, progress=lambda _: No
     """Prediction records of greedy decoding with prompts that end in `suffix`."""
     cap = tasks.get(run.o.task).greedy_cap
     outputs = greedy(run.model, run.tokenizer, questions, suffix, cap, progress=progress)
-    return [score(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
-
-
-def print_before_after(questions, before, after, tokenizer) -> None:
-    """The table of what training changed in greedy decoding, and three outputs side by side."""
-    print(f"\ngreedy decoding, {len(questions)} test questions{'before':>14}{'after':>10}")
-    limits = filters.limits(tasks.get(questions[0].task).preset)
-    rows = []
-    for records in (before, after):
-        m = summarize(records, questions)
-        shown = [
-            filters.reasons(q, r["text"], tokenizer, limits) for q, r in zip(questions, records)
-        ]
-        rows.append((sum(shown) / len(shown), m["acc"], m["acc_lenient"][0], m["unparseable"]))
-    (r0, a0, l0, u0), (r1, a1, l1, u1) = rows
-    print(f"{'reasoning outputs':<40}{r0:>10.1%}{r1:>10.1%}")
-    print(f"{'accuracy (lenient: any answer word)':<40}{l0:>10.1%}{l1:>10.1%}")
-    print(
-        f"{'accuracy (strict)':<40}{a0[0]:>10.1%}{a1[0]:>10.1%}   95 % {a1[1]:.1%} to {a1[2]:.1%}"
-    )
-    print(f"{'no readable answer':<40}{u0:>10}{u1:>10}")
-    for q, b, a in list(zip(questions, before, after))[:3]:
-        print(f"\n  Q: {printable(q.text)[:160]}  [{q.answer}]")
-        print(f"     before: {printable(b['text'])[:160]}")
-        print(f"     after:  {printable(a['text'])[:240]}")
+    return [grade(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
 
 
 if __name__ == "__main__":

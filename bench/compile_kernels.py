@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from kernels import attention_triton, head_sample_score, sample_score
 from kernels.attention import CHUNK
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TYPES = {
     **dict.fromkeys(("logits", "hidden", "weight", "q", "k", "v", "out")),  # the variant's dtype
     "temperature": "*fp32", "top_k": "*i64", "top_p": "*fp64", "streams": "*i64",
@@ -44,19 +45,20 @@ def variants() -> list[tuple]:
     for K in (16, 32, 64):
         for dtype in ("fp32", "bf16", "fp16"):
             for parts in (1, 8):
-                constants = {"K": K, "BLOCK": 2048, "PARTS": parts}
-                found.append((s.stream_kernel, constants, dtype, 4, 3))
+                constants = {"K": K, "BLOCK": 1024, "PARTS": parts}
+                found.append((s.stream_kernel, constants, dtype, 2 if K == 16 else 4, 3))
         for parts in (32, 256):
             found.append((s.merge_kernel, {"K": K, "PARTS": parts, "BLOCK": 1024}, "fp32", 4, 3))
     for dtype in ("fp32", "bf16", "fp16"):
         found.append((s.search_kernel, {"BLOCK": 1024}, dtype, 8, 3))
-    for rows, warps in ((16, 4), (64, 8)):
+    for B in (16, 25, 200):
         for K in (0, 16, 32, 64):
-            tile = {"K": K, "BLOCK_B": rows, "BLOCK_V": 128, "BLOCK_C": 64, "PRECISION": "tf32"}
-            found += [(h.head_kernel, tile, dtype, warps, 3) for dtype in ("bf16", "fp16")]
-        tile = {**tile, "K": 16, "BLOCK_B": min(rows, 32), "BLOCK_V": 64, "BLOCK_C": 32}
-        tile["PRECISION"] = "tf32x3"
-        found.append((h.head_kernel, tile, "fp32", warps, 2))
+            for dtype, kind in DTYPES.items():
+                block_b, block_v, block_c, *_ = h.tiles(B, 50257, kind)
+                tile = {"K": K, "BLOCK_B": block_b, "BLOCK_V": block_v, "BLOCK_C": block_c}
+                tile["PRECISION"] = "tf32x3" if dtype == "fp32" else "tf32"
+                variant = (h.head_kernel, tile, dtype, 4, 3)
+                found += [variant] if variant not in found else []
     a = attention_triton
     for dtype, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         for D in (16, 32, 64, 128):
@@ -81,7 +83,7 @@ def compile_one(kernel, constants: dict, dtype: str, warps: int, stages: int, sm
     source = ASTSource(
         kernel, types, {(names.index(n),): v for n, v in constants.items()}, attributes
     )
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages} | sample_score.FUSION
     built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
@@ -107,10 +109,13 @@ def compile_one(kernel, constants: dict, dtype: str, warps: int, stages: int, sm
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--json", action="store_true", help="the last line is JSON")
+    p.add_argument(
+        "--sm", default="80,90", help="targets (%(default)s); 75, 86, 100, 120 are others"
+    )
     args = p.parse_args()
     warnings.filterwarnings("ignore")
     rows = []
-    for sm in (80, 90):
+    for sm in map(int, args.sm.split(",")):
         for variant in variants():
             r = compile_one(*variant, sm)
             rows.append(r)

@@ -1,6 +1,10 @@
-"""Everything that needs a GPU, in one command: tests first, then the benchmarks, one JSON.
+"""Everything that needs a GPU, in parts: does it start, is it right, how fast is it.
 
-python bench/gpu.py --out bench/results/NAME.json [--quick]
+    python bench/gpu.py --out bench/results/NAME.json [--quick] [--only start,decoder=60,..]
+
+Each part is a process of its own with a time limit, its output is shown as it comes, and its figures
+stand in a file of its own beside --out (NAME-kernels.json, ..) after every row: what was measured
+before a failure, a time limit or a kill is kept. --out holds all parts so far.
 """
 
 import argparse
@@ -9,6 +13,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
@@ -16,71 +22,137 @@ import torch
 
 from bench.common import ROOT, finish, machine
 
-BENCHMARKS = ("kernels", "sampling", "training")
+SECONDS = {  # of each part, in order of use
+    "start": 120,
+    "decoder": 120,
+    "tests": 240,
+    "kernels": 300,
+    "sampling": 300,
+    "training": 300,
+}
+PYTEST = ["-m", "pytest", "-vv", "-rfEsP", "-p", "no:cacheprovider", "--durations=3"]
+TESTS = {
+    "decoder": ["tests/test_gpu.py"],
+    # without those that only compile, read the launcher's arguments or need the interpreter
+    "tests": [
+        "tests/test_kernels.py",
+        "tests/test_attention_triton.py",
+        "-k",
+        "not compiles and not pieces and not order_of_programs",
+        "-n4",
+    ],
+}
 
 
-def run_tests() -> dict:
-    """The tests that run on this GPU; what pytest said last."""
-    names = ("kernels", "attention_triton", "generate", "gpt2", "finetune")
-    files = [f"tests/test_{name}.py" for name in names]
-    p = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *files], cwd=ROOT, capture_output=True, text=True
+def run(command: list[str], seconds: float) -> tuple[list[str], dict]:
+    """Run a Python command in the repository, showing its output as it comes; its lines, and how it
+    went: seconds, and an error if it failed or ran out of time."""
+    start, lines, late = time.perf_counter(), [], []
+    p = subprocess.Popen(
+        [sys.executable, "-u", *command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
-    print(p.stdout[-3000:])
-    found = re.findall(r"(\d+) (passed|failed|skipped|error)", p.stdout)
-    return {"returncode": p.returncode, **{word: int(n) for n, word in found}}
+    timer = threading.Timer(seconds, lambda: (late.append(1), p.kill()))
+    timer.start()
+    for line in p.stdout:
+        print(line, end="", flush=True)
+        lines.append(line.rstrip("\n"))
+    code = p.wait()
+    timer.cancel()
+    how = {"seconds": round(time.perf_counter() - start, 1)}
+    if late:
+        how["error"] = f"stopped after {seconds:g} s"
+    elif code:
+        how["error"] = f"exit status {code}: " + "\n".join(lines[-12:])[-2000:]
+    return lines, how
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--quick", action="store_true")
-    p.add_argument("--out", default="bench/results/gpu.json")
-    args = p.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("error: no CUDA GPU here; nothing was measured")
-    flags = ["--quick"] if args.quick else []
-    result = {"machine": machine(), "tests": run_tests()}
-    for name in BENCHMARKS:
-        result[name] = run_benchmark(name, flags)
-        finish(result, args.out)
-    print(f"tests: {result['tests']}")
-    print("; ".join(headlines(result)))
-
-
-def run_benchmark(name: str, flags: list[str]) -> dict:
-    """The figures of a benchmark; of one that fails, those it had by then and its error. A process
-    of its own: a broken CUDA context must not lose the others' figures."""
+def run_part(name: str, part: Path, quick: bool, seconds: float) -> dict:
+    """The figures of a part; of one that fails or is stopped, those it had by then, and why."""
     print(f"--- {name}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / "figures.json"
-        command = [sys.executable, f"bench/{name}.py", "--out", str(part), *flags]
-        p = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        figures = json.loads(part.read_text()) if part.exists() else {}
-    if p.returncode:
-        figures["error"] = p.stderr[-2000:]
-        print(figures["error"])
+    if name == "start":
+        figures = run_start(seconds)
+    elif name in TESTS:
+        lines, how = run([*PYTEST, *TESTS[name]], seconds)
+        line = r"^(?:\S+::|\[gw).* (PASSED|FAILED|ERROR|SKIPPED)\b"  # of one process, of several
+        found = [m for x in lines for m in re.findall(line, x)]
+        failed = [x.split()[1] for x in lines if re.match(r"(FAILED|ERROR) \S+::", x)]
+        figures = {k.lower(): found.count(k) for k in sorted(set(found))} | how
+        figures |= {"names": sorted(set(failed))} if failed else {}
+    else:
+        flags = ["--quick"] if quick else []
+        _, how = run([f"bench/{name}.py", "--out", str(part), *flags], seconds)
+        figures = (json.loads(part.read_text()) if part.exists() else {}) | how
+    finish(figures, str(part), quiet=True)
     return figures
 
 
+def run_start(seconds: float) -> dict:
+    """sample.py on the micro-world, on the CPU and on the GPU in both dtypes: what it selects."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for device, dtype in (("cuda", "fp32"), ("cuda", "bf16"), ("cpu", "fp32")):
+            name = f"{device}-{dtype}"
+            flags = ["--device", device, "--dtype", dtype, "--out-dir", f"{folder}/{name}"]
+            lines, how = run(["sample.py", *flags], seconds / 3)
+            told = [x for x in lines if "paths passed" in x]
+            figures[name] = how | {"paths": told[-1] if told else None}
+            path = Path(folder) / name / "paths.jsonl"
+            figures[name]["paths.jsonl"] = path.read_text().splitlines() if path.exists() else []
+    rows = {name: [json.loads(x) for x in f.pop("paths.jsonl")] for name, f in figures.items()}
+    for name, wanted in ((n, rows["cpu-fp32"]) for n in rows):
+        pairs = list(zip(rows[name], wanted))
+        figures[name]["rows_differ"] = sum(a["token_ids"] != b["token_ids"] for a, b in pairs)
+        figures[name]["rows"] = len(pairs)
+    return figures
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--quick", action="store_true", help="fewer shapes and runs")
+    p.add_argument("--only", default=",".join(SECONDS), help="NAME or NAME=SECONDS, by comma")
+    p.add_argument("--out", default="bench/results/gpu.json")
+    args = p.parse_args()
+    parts = dict((x.split("=") + [""])[:2] for x in args.only.split(","))
+    if unknown := set(parts) - set(SECONDS):
+        raise SystemExit(f"error: --only knows {', '.join(SECONDS)}, not {', '.join(unknown)}")
+    if not torch.cuda.is_available():
+        raise SystemExit("error: no CUDA GPU here; nothing was measured")
+    out = Path(args.out)
+    result = {"machine": machine()}
+    for name, seconds in parts.items():
+        part = out.with_name(f"{out.stem}-{name}.json")
+        result[name] = run_part(name, part, args.quick, float(seconds or SECONDS[name]))
+        finish(result, args.out)
+    print("\n".join(headlines(result)))
+
+
 def headlines(result: dict) -> list[str]:
-    """One ratio of each benchmark; None where it failed."""
-    rows = result["kernels"].get("rows", ())
-    eager = [r["ratio"]["eager"] for r in rows if (r["from"], r["B"]) == ("logits", 1000)]
-    shape = ("prompts", 1000, 64, "bfloat16")
-    copies = [
-        r["ratio"]["attention over copies"]
-        for r in rows
-        if (r["from"], r["B"], r.get("t"), r.get("dtype")) == shape
-    ]
-    sampling = result["sampling"].get("bf16", {}).get("ratio", {})
+    """A line for each part; None where a figure is missing."""
+
+    def of(row: dict, *keys):
+        for key in keys:
+            row = (row or {}).get(key)
+        return row
+
+    lines = [f"{name}: {result[name]}" for name in ("start", *TESTS) if name in result]
+    for row in of(result, "kernels", "rows") or ():
+        if row["from"] == "hidden":
+            lines.append(
+                f"hidden to token and log-prob, {row['B']} rows of {row['V']}: "
+                f"{row['ratio']} of the bare product, best chain {row['ratio_to_chain']}"
+            )
+    sampling = of(result, "sampling", "bf16", "ratio") or {}
     peers = [r for name, r in sampling.items() if name.startswith("transformers")]
-    training = result["training"].get("bf16, paths", {})
-    return [
-        f"kernels: ratio to PyTorch eager at 1,000 rows: {eager[0] if eager else None}",
-        f"attention: ratio to PyTorch's over copied prompts: {copies[0] if copies else None}",
-        f"sampling, bf16: ratio to transformers' best: {min(peers, default=None)}",
-        f"training, bf16: ratio to transformers' best: {training.get('ratio_to_best')}",
-    ]
+    lines.append(f"sampling, bf16: ratio to transformers' best: {min(peers, default=None)}")
+    best = of(result, "training", "bf16, paths", "ratio_to_best")
+    return [*lines, f"training, bf16: ratio to transformers' best: {best}"]
 
 
 if __name__ == "__main__":

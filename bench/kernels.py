@@ -1,12 +1,13 @@
 """Time of one sampling step's kernels on a GPU: ours against what people use, and the hardware.
 
 From logits: one pass of sample_score.py against PyTorch eager (softmax, top-k, cumsum, multinomial,
-gather), the same compiled, transformers' logits warpers, and FlashInfer with a log-sum-exp and a
-gather where it can be imported. From hidden states: the fused head against the product followed by
-the one-pass kernel, and against the bare product. Attention of one layer over shared prompts: against
+gather), a chain as vLLM's sampler has it (common.without_sort), both compiled, transformers' logits
+warpers, and FlashInfer with a log-sum-exp and a gather where it can be imported. From hidden states:
+the fused head against the product followed by the one-pass kernel, against the bare product of
+cuBLAS, and against that product followed by the compiled chains. Attention of one layer over shared prompts: against
 its definition, and against PyTorch's attention over keys where each row has a copy of its prompt's
-(made beforehand, and without a mask, as all rows are equally long here). Inputs rotate, so that no
-candidate reads them from a warm cache; every candidate of sampling gives tokens and log-probs.
+(made beforehand, and without a mask, as all rows are equally long here). So many inputs take turns
+that no candidate reads them from a warm cache, and times are the GPU's, without the host's launches; every candidate of sampling gives tokens and log-probs.
 Results are checked against the reference in the same run.
 
     python bench/kernels.py --out bench/results/kernels.json     (needs a GPU)
@@ -15,6 +16,7 @@ Results are checked against the reference in the same run.
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
@@ -24,11 +26,11 @@ import torch.nn.functional as F
 import kernels
 from bench.common import TOP_K as K
 from bench.common import TOP_P as P
-from bench.common import eager, finish, gpu_medians, machine
+from bench.common import cold_inputs, eager, finish, gpu_medians, machine, without_sort
 from kernels import attention, head_sample_score, reference, sample_score
 
 SHAPES = [(50257, 768), (128256, 768)]  # GPT-2's; a larger vocabulary
-ROWS = [25, 200, 1000, 4000]
+ROWS = [25, 250, 1000]
 PROMPTS = [(8, torch.bfloat16), (40, torch.bfloat16), (256, torch.bfloat16), (40, torch.float32)]
 PATHS, PROMPT_TOKENS, HEADS, WIDTH = 25, 130, 12, 64  # rows of a prompt; GPT-2's heads
 
@@ -69,23 +71,29 @@ def rotate(make, n: int):
     return lambda: next(inputs)
 
 
+def compiled_chains() -> dict[str, Callable]:
+    """The chains of PyTorch, compiled anew for the next shape."""
+    torch._dynamo.reset()
+    return {
+        "compiled": torch.compile(eager, dynamic=False),
+        "as vLLM, compiled": torch.compile(without_sort, dynamic=False),
+    }
+
+
 def from_logits(B: int, V: int, runs: int, bandwidth: float) -> dict:
-    n = max(2, min(8, int(2e9 / (B * V * 4))))
+    n = cold_inputs(B * V * 4)
     nxt = rotate(lambda: torch.randn(B, V, device="cuda") * 4 - 100, n)
     given = {"top_k": K, "top_p": P, "seed": 1}
-    compiled = torch.compile(eager)
-    candidates = {
-        "ours": lambda: kernels.sample_and_score(nxt(), **given),
-        "eager": lambda: eager(nxt()),
-        "compiled": lambda: compiled(nxt()),
-    }
+    chains = {"eager": eager, "as vLLM": without_sort, **compiled_chains()}
     try:
         warpers(nxt())
-        candidates["transformers warpers"] = lambda: warpers(nxt())
+        chains["transformers warpers"] = warpers
     except ImportError:
         pass
     if chain := flashinfer_chain():
-        candidates["flashinfer chain"] = lambda: chain(nxt())
+        chains["flashinfer chain"] = chain
+    candidates = {"ours": lambda: kernels.sample_and_score(nxt(), **given)}
+    candidates |= {name: lambda f=f: f(nxt()) for name, f in chains.items()}
     times = gpu_medians(candidates, runs)
     x = nxt()
     tokens, logprobs = kernels.sample_and_score(x, **given)
@@ -102,35 +110,48 @@ def from_logits(B: int, V: int, runs: int, bandwidth: float) -> dict:
 
 
 def head_times(weight, make_hidden, B: int, V: int, given: dict, runs: int) -> dict[str, float]:
-    """Seconds of the bare product and of the two ways from hidden states to tokens."""
-    h, blocks = rotate(make_hidden, 4), head_sample_score.tiles(B, V, weight.dtype)
+    """Seconds of the bare product, of the two ways from hidden states to tokens, of what a caller
+    gets, and of PyTorch's chains behind the product."""
+    n = cold_inputs(weight.nbytes)
+    h = rotate(make_hidden, 4)
+    w = rotate(lambda: F.pad(weight, (0, 0, 0, -V % 64)), n)  # rows: else products are slow
+    blocks = head_sample_score.tiles(B, V, weight.dtype)
 
     def product():
-        return torch.mm(h(), weight.T, out_dtype=torch.float32)
+        return kernels.fp32_product(h(), w())
 
-    return gpu_medians(
-        {
-            "bare product": product,
-            "product + one pass": lambda: kernels.sample_and_score(product(), **given),
-            "fused": lambda: kernels.head_sample_and_score(h(), weight, blocks=blocks, **given),
+    def one_pass():
+        return kernels.sample_and_score(product()[:, :V], **given)
+
+    candidates = {
+        "bare product": product,
+        "bare product, not padded": lambda: kernels.fp32_product(h(), w()[:V]),
+        "product + one pass": one_pass,
+        "fused": lambda: kernels.head_sample_and_score(h(), w()[:V], blocks=blocks, **given),
+        "ours": lambda: kernels.head_sample_and_score(h(), w(), n_vocab=V, **given),
+        **{
+            f"product + {name}": lambda f=f: f(product()[:, :V])
+            for name, f in compiled_chains().items()
         },
-        runs,
-    )
+    }
+    return gpu_medians(candidates, runs)
 
 
 def from_hidden(B: int, V: int, C: int, runs: int) -> dict:
-    """Hidden state to token and log-prob, with a plain bf16 head and at fp32's precision."""
+    """Hidden state to token and log-prob, with a plain bf16 head, at fp32's precision, and in fp32."""
     weight = torch.randn(V, C, device="cuda") * 0.05
     pieces = kernels.bf16_pieces(weight, weight=True)
     given = {"top_k": K, "top_p": P, "seed": 1}
-    result = {"from": "hidden", "B": B, "V": V, "C": C, "us": {}, "ratio": {}}
+    result = {"from": "hidden", "B": B, "V": V, "C": C, "us": {}, "ratio": {}, "ratio_to_chain": {}}
     plain = (weight.bfloat16(), lambda: torch.randn(B, C, device="cuda").bfloat16())
     split = (pieces, lambda: kernels.bf16_pieces(torch.randn(B, C, device="cuda"), weight=False))
-    for name, (w, make_hidden) in {"bf16": plain, "3 bf16 pieces": split}.items():
+    exact = (weight, lambda: torch.randn(B, C, device="cuda"))
+    for name, (w, make_hidden) in {"bf16": plain, "3 bf16 pieces": split, "fp32": exact}.items():
         times = head_times(w, make_hidden, B, V, given, runs)
         result["us"][name] = {k: round(t * 1e6, 2) for k, t in times.items()}
-        best = min(times["fused"], times["product + one pass"])
-        result["ratio"][name] = round(best / times["bare product"], 3)
+        result["ratio"][name] = round(times["ours"] / times["bare product"], 3)
+        best = min(t for k, t in times.items() if k.endswith("compiled"))
+        result["ratio_to_chain"][name] = round(best / times["ours"], 3)
     x = torch.randn(B, C, device="cuda")
     blocks = head_sample_score.tiles(B, V, torch.bfloat16)
     tokens, logprobs = kernels.head_sample_and_score(
@@ -166,7 +187,7 @@ def from_prompts(G: int, t: int, dtype: torch.dtype, runs: int, bandwidth: float
     """Attention of one layer; the floor is every key and value, q and out once."""
     n, C = G * PATHS, HEADS * WIDTH
     floor = (2 * (G * PROMPT_TOKENS + n * t) + 2 * n) * C * dtype.itemsize
-    inputs = [attention_inputs(G, t, dtype) for _ in range(max(2, min(8, int(1e9 / floor))))]
+    inputs = [attention_inputs(G, t, dtype) for _ in range(min(8, cold_inputs(floor)))]
     a, b, c = (itertools.cycle(inputs) for _ in range(3))
     candidates = {
         "ours": lambda: kernels.shared_attention(**next(a)[0]),
@@ -198,20 +219,25 @@ def main(argv=None) -> dict:
     runs = 30 if args.quick else 200
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s (reads and writes)")
-    rows = []
+    rows: list[dict] = []
+    result = {"machine": machine(), "copy_bandwidth": bandwidth, "rows": rows}
+
+    def note(row: dict) -> None:
+        rows.append(row)
+        print(row, flush=True)
+        finish(result, args.out, quiet=True)
+
     for V, C in SHAPES[: 1 if args.quick else 2]:
         for B in ROWS:
-            for r in (from_logits(B, V, runs, bandwidth), from_hidden(B, V, C, runs)):
-                rows.append(r)
-                print(r)
+            note(from_hidden(B, V, C, runs))
+            note(from_logits(B, V, runs, bandwidth))
     for G, dtype in PROMPTS[: 2 if args.quick else None]:
         for t in (16, 64, 128):
-            rows.append(from_prompts(G, t, dtype, runs, bandwidth))
-            print(rows[-1])
-    result = {"machine": machine(), "copy_bandwidth": bandwidth, "rows": rows}
+            note(from_prompts(G, t, dtype, runs, bandwidth))
     finish(result, args.out)
-    main_row = next(r for r in rows if r["from"] == "logits" and r["B"] == 1000)
-    print(f"ratio to PyTorch eager at 1,000 rows: {main_row['ratio']['eager']}")
+    main_row = next(r for r in rows if r["from"] == "hidden" and r["B"] == 1000)
+    print(f"hidden to token and log-prob, 1,000 rows: {main_row['ratio']} of the bare product, "
+          f"best chain {main_row['ratio_to_chain']}")  # fmt: skip
     return result
 
 

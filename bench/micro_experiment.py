@@ -42,7 +42,7 @@ from sert_min.io.files import (
     write_atomic,
 )
 from sert_min.io.hub import find_model, weights_hash
-from sert_min.metrics import greedy, score
+from sert_min.metrics import grade, greedy
 from sert_min.micro import program, world
 from sert_min.models import load_model
 from sert_min.tokenizer import load_tokenizer
@@ -93,7 +93,7 @@ def trained(model, pairs: list, tokenizer, epochs: int, seed: int, steps: int | 
 def tested(student, tokenizer, questions: list, suffix: str) -> dict:
     """Greedy test answers as a string of 0 and 1, and the share of outputs that reason."""
     outputs = greedy(student, tokenizer, questions, suffix, world.PRESET["max_new_tokens"])
-    records = [score(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
+    records = [grade(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
     reasoned = [program.check_path(q, t)["stated"] > 0 for q, (t, _) in zip(questions, outputs)]
     return {
         "correct": "".join(str(int(r["correct"])) for r in records),

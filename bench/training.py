@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ it
 import torch
 from torch import Tensor
 
-from bench.common import ROOT, finish, machine
+from bench.common import ROOT, finish, machine, replay_seconds
 from bench.sampling import SHAPES, make_model
 from kernels import cpu
 from sert_min.finetune import (
@@ -80,6 +80,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--large", type=int, help="the large batch; default: 32 on a CPU, 64 on a GPU")
     p.add_argument("--steps", type=int, help="default: 7 on a CPU, 30 on a GPU")
+    p.add_argument("--kinds", default="paths,labels,large", help="default: %(default)s")
+    p.add_argument("--no-compiled", action="store_true", help="GPU: without torch.compile's minute")
     args = p.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.large = args.large or (64 if args.device == "cuda" else 32)
@@ -157,7 +159,7 @@ def race(args, folder: str, bf16: bool, batches: list) -> tuple[dict, dict, list
     """Seconds and losses of each candidate's steps, taken in turn with what they can't do without,
     and what failed. The first batch warms up: its loss counts, its time does not."""
     kinds = {"ours": (ours, False), "transformers": (transformers_step, False)}
-    if args.device == "cuda":
+    if args.device == "cuda" and not args.no_compiled:
         kinds |= {
             "ours, compiled": (ours, True),
             "transformers, compiled": (transformers_step, True),
@@ -198,28 +200,28 @@ def limit_seconds(model: GPT2, batch: list[Example], bf16: bool) -> dict[str, fl
         return torch.randn(shape, device=device).to(dtype)
 
     def seconds(*products: Callable) -> float:
+        if device == "cuda":
+            return replay_seconds(lambda: [product() for product in products], 3)
         start = clock(device)
         for product in products:
             product()
         return clock(device) - start
 
-    def three(x, w, g) -> float:
-        return seconds(
+    def three(x, w, g) -> list[Callable]:
+        return [
             lambda: cpu.linear(x, w),
             lambda: cpu.linear(g, w.t()),
             lambda: cpu.linear(g.t(), x.t()),
-        )
+        ]
 
-    found = {"linear": 0.0, "attention": 0.0}
     q, p = random(B * c.n_head, T, D), random(B * c.n_head, T, T)
     sides = {n: random(N, n) for b in model.h[:1] for x in linears(b) for n in x.weight.shape}
-    for block in model.h:
-        for layer in linears(block):
-            w = layer.weight.to(dtype)
-            found["linear"] += three(sides[w.shape[1]], w, sides[w.shape[0]])
-        # forward q k' and p v; backward the gradients of p, v, q and k
-        found["attention"] += seconds(*[lambda: q @ q.mT, lambda: p @ q] * 3)
-    found["head"] = three(random(M, c.n_embd).float(), weight, random(M, len(weight)).float())
+    weights = [layer.weight.to(dtype) for block in model.h for layer in linears(block)]
+    linear = [f for w in weights for f in three(sides[w.shape[1]], w, sides[w.shape[0]])]
+    # forward q k' and p v; backward the gradients of p, v, q and k
+    attention = [lambda: q @ q.mT, lambda: p @ q] * (3 * c.n_layer)
+    head = three(random(M, c.n_embd).float(), weight, random(M, len(weight)).float())
+    found = {"linear": seconds(*linear), "attention": seconds(*attention), "head": seconds(*head)}
     a, b = (torch.ones(64 * 2**20, device=device) for _ in range(2))
     per_byte = seconds(lambda: a.copy_(b)) / (2 * 4 * a.numel())
     found["optimiser"] = 8 * 4 * model.n_params() * per_byte
@@ -293,13 +295,16 @@ def main(argv=None) -> dict:
                 "labels": (args.batch, False, args.steps),
             }
             if args.large:
-                rows["paths, large"] = (args.large, True, max(2, args.steps // 3))
-            for name, row in rows.items():
+                rows["large"] = (args.large, True, max(2, args.steps // 3))
+            for name in [n for n in rows if n in args.kinds.split(",")]:
+                row, name = rows[name], name.replace("large", "paths, large")
                 print(f"{dtype}, {name}")
                 result[f"{dtype}, {name}"] = measure(args, f"{folder}/model", dtype, *row)
                 finish(result, args.out)
     for dtype in args.dtypes.split(","):
-        r = result[f"{dtype}, paths"]
+        r = result.get(f"{dtype}, paths")
+        if not r:
+            continue
         print(
             f"{dtype}: {r['share_of_limit']:.0%} of the limit, "
             f"losses within {r['largest_loss_difference']:.1e} of transformers'"

@@ -229,13 +229,13 @@ def training(run, q, records) -> list[str]:
         end-of-text: the student has to learn to stop. The first {len(mine[0]) - SHOWN} of
         {len(mine[0])} places are left out here."""
     learning = f"""
-        `finetune.train_step`, `finetune.epoch_order`, `evaluate.greedy` (paper: §II-B, §III-A)
+        `finetune.train_step`, `finetune.epoch_order`, `metrics.greedy` (paper: §II-B, §III-A)
 
         {EPOCHS} epochs over the selected paths of the other {len(others)} questions: {len(losses)}
         steps of {BATCH}, Adam, learning rate {LR}. **This question is held out**, and no training
         text names its person. So the others can teach how to answer, not what."""
     reading = """
-        `evaluate.score`, `prompts.extract_answer`, `prompts.extract_lenient` (paper: §III-A)
+        `metrics.grade`, `prompts.extract_answer`, `prompts.extract_lenient` (paper: §III-A)
 
         Strict: what stands right after the last `the answer is`. Lenient, shown beside it: else the
         first answer word, which in a list of options is its first label. What cannot be read is
@@ -248,7 +248,7 @@ def training(run, q, records) -> list[str]:
     )
     outputs, scores = [], []
     for name, (loss, (text, finish)) in (("before", before), ("after", after)):
-        r = metrics.score(q, text, finish)
+        r = metrics.grade(q, text, finish)
         outputs.append((name, f"{loss:.3f}", code(text)))
         read = r["extracted"] or "-", r["extracted_lenient"] or "-", r["correct"], r["reason"]
         scores.append((name, *read, r["words"], f"{r['rep1']:.3f}"))
@@ -269,13 +269,13 @@ def training(run, q, records) -> list[str]:
 
 
 def distillation(run, q) -> list[str]:
-    outputs = distill.micro_outputs([q])
+    outputs = distill.program_outputs([q], tasks.get("micro").teacher)
     (record,), _ = rationales.rationale_records([q], outputs, "right", lambda *_: True)
     prompt, completion = prompts.rd_pair(q, record["rationale"])
     _, targets = finetune.encode_example(run.tokenizer, prompt, completion)
     masked = targets.count(finetune.IGNORE)
     about = f"""
-        `distill.micro_outputs`, `rationales.rationale_records`, `prompts.rd_pair` (paper: §II-C)
+        `distill.program_outputs`, `rationales.rationale_records`, `prompts.rd_pair` (paper: §II-C)
 
         In the micro-world the generator is the teacher; elsewhere a file or an endpoint is. A
         rationale is kept if its own answer is right: read `{record["teacher_answer"]}`, gold

@@ -32,6 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sample_score import FUSION
+
 MAX_D = 128  # of a head; wider ones would not fit into registers
 
 
@@ -141,7 +143,7 @@ def tiles(J: int, D: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
     block_d = max(16, triton.next_power_of_2(D))
     block_j = 16 if J <= 16 else 32
     block_p = 32 if fp32 or block_d == 16 else 64
-    return block_d, block_j, block_p, max(1, block_d // 32), 8 if fp32 else 4
+    return block_d, block_j, block_p, max(1, block_d // 64), 8 if fp32 else 4
 
 
 def launch(
@@ -167,13 +169,13 @@ def launch(
     own_kernel[(n * H,)](
         *queries, own_k, own_v, *own_k.stride()[:4], t, place, G * J, chunks,
         slot_at, own_max, own_sum, own_acc, out, H,
-        D=D, BLOCK_D=block_d, CHUNK=chunk, num_warps=own_warps,
+        D=D, BLOCK_D=block_d, CHUNK=chunk, num_warps=own_warps, **FUSION,
     )  # fmt: skip
     prompt_kernel[(G * H, triton.cdiv(J, block_j))](
         *queries, shared_k, shared_v, *shared_k.stride()[:3], lengths, place, slot_at,
         own_max, own_sum, own_acc, out, n, J, P, H,
         D=D, BLOCK_D=block_d, BLOCK_J=block_j, BLOCK_P=block_p,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=warps,
-        num_stages=2,
+        num_stages=2, **FUSION,
     )  # fmt: skip
     return out

@@ -4,7 +4,8 @@
 PyTorch otherwise keeps for bf16, where that was seen to be quicker than MKL on an AMD EPYC: with
 AVX-512 1.1 to 2.2 times, with AVX2 only where the output is wide. bf16 on a CPU without instructions
 for it is multiplied as fp32, some eight times as fast as PyTorch does it there: products of bf16
-numbers are exact in fp32.
+numbers are exact in fp32. PyTorch keeps its operator for oneDNN's product private, so
+`onednn_is_right` tries it once before `linear` relies on it.
 
 `screen` reads the vocabulary once in bf16 and then computes exactly what decides the draw. GPT-2's
 logits lie near -100, where bf16 numbers are 0.5 apart, so the rounded product is of no use as it
@@ -38,10 +39,31 @@ MAX_K = 16  # largest top-k that is screened
 
 def has_bf16() -> bool:
     """Has this CPU instructions for bf16 products? (oneDNN also does them without, slowly.)"""
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)
+    if not (torch.backends.mkldnn.is_available() and supported()):
         return False
     known = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in X86_BF16]
     return platform.machine() not in ("x86_64", "AMD64") or any(f() for f in known if f)
+
+
+@lru_cache(1)
+def onednn_is_right() -> bool:
+    """Try the private operator once, in each dtype that uses it, on a small product [3, 40] x
+    [40, 24] of a transposed weight, with a bias and a GELU. If it fails, or if it differs from
+    F.linear by more than rounding, `linear` uses F.linear instead."""
+    x, w, b = (torch.arange(n) for n in (120, 960, 24))
+    x, w, b = x.sin().view(3, 40), w.cos().view(40, 24).t(), b.sin()
+    wanted = F.gelu(F.linear(x, w, b), approximate="tanh")
+    try:
+        with torch.inference_mode():
+            for dtype, off in ((torch.float32, 1e-4), (torch.bfloat16, 0.05))[: 1 + has_bf16()]:
+                given = (t.to(dtype) for t in (x, w, b))
+                found = torch.ops.mkldnn._linear_pointwise(*given, "gelu", [], "tanh")
+                if found.dtype is not dtype or not ((found - wanted).abs() < off).all():
+                    return False
+    except Exception:  # whatever another version of PyTorch or another CPU makes of it
+        return False
+    return True
 
 
 def linear(
@@ -66,7 +88,7 @@ def linear(
         bias = None if bias is None else bias.float()
         return linear(x.float(), weight.float(), bias, gelu_tanh).bfloat16()
     wide = len(weight) >= 4096 or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if not (torch.backends.mkldnn.is_available() and (bf16 or wide)):
+    if not (torch.backends.mkldnn.is_available() and (bf16 or wide) and onednn_is_right()):
         return act(F.linear(x, weight, bias))
     given = ("gelu", [], "tanh") if gelu_tanh else ("none", [], "")
     bias = None if bias is None else bias.contiguous()  # strides are not looked at

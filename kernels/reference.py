@@ -110,8 +110,8 @@ def checked(
     """The settings of a step on rows x [B, ..] over V tokens as [B] tensors: temperature, top_k from
     1 to V (off: V; greedy: 1), top_p, streams, position. What can't be meant is a ValueError."""
     B = x.shape[0]
-    if not isinstance(top_k, Tensor) and not isinstance(temperature, Tensor):
-        # settled here, numbers cost no launch on a GPU
+    numbers = not isinstance(top_k, Tensor) and not isinstance(temperature, Tensor)
+    if numbers:  # settled here, they cost no launch on a GPU
         per_row("top_k", top_k, x, torch.int64, 0, 2**31)
         top_k = 1 if temperature == 0 else V if not 0 < top_k <= V else top_k
     temperature = per_row("temperature", temperature, x, torch.float32, 0.0, 1e30)
@@ -122,10 +122,10 @@ def checked(
         streams = torch.arange(B, device=x.device)
     if streams.shape != (B,) or streams.dtype != torch.int64:
         raise ValueError(f"streams must be int64 [{B}], not {streams.dtype} {list(streams.shape)}")
-    if top_k.stride(0) or temperature.stride(0):  # per row
+    if not numbers:
         top_k = torch.where((top_k <= 0) | (top_k > V), V, top_k)
         top_k = torch.where(temperature == 0, 1, top_k)
-    return temperature, top_k, top_p, streams.to(x.device), position
+    return temperature, top_k, top_p, streams.to(x.device).contiguous(), position
 
 
 def sample_and_score(

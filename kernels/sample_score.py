@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_K = 64  # candidate slots of the one-pass kernel
+FUSION = {"enable_fp_fusion": True}  # x * y + z in one step, also where Triton's default changes
 BIG = tl.constexpr(2**30)  # above every token id
 
 
@@ -291,7 +292,7 @@ def launch(
     seed: int,
     streams: Tensor,
     position: Tensor,
-    block: int = 2048,
+    block: int = 1024,
     parts: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Settings from reference.checked -> tokens, logprobs. They are [B] tensors, which may be
@@ -308,13 +309,13 @@ def launch(
     if max_k > MAX_K:
         search_kernel[(B,)](
             logits, logits.stride(0), V, *settings, *random, tokens, logprobs,
-            BLOCK=min(block, 1024, triton.next_power_of_2(V)), num_warps=8,
+            BLOCK=min(block, 1024, triton.next_power_of_2(V)), num_warps=8, **FUSION,
         )  # fmt: skip
         return tokens, logprobs
     K = max(16, triton.next_power_of_2(max_k))
     block = min(block, triton.next_power_of_2(V))
-    if parts is None:  # enough programs for every multiprocessor, parts of at least a block
-        parts = max(1, min(512 // B, triton.cdiv(V, block), 32))
+    if parts is None:  # enough programs for every multiprocessor (timed on an H100), whole blocks
+        parts = max(1, min(1024 // B, triton.cdiv(V, block), 32))
     span = triton.cdiv(triton.cdiv(V, parts), block) * block
     parts = triton.cdiv(V, span)
     part = torch.empty(B * parts * (2 + K), dtype=torch.float32, device=device)
@@ -322,7 +323,8 @@ def launch(
     part_ids = torch.empty(B * parts * K if parts > 1 else 0, dtype=torch.int32, device=device)
     stream_kernel[(B, parts)](
         logits, logits.stride(0), V, span, *settings, *random, tokens, logprobs,
-        part_max, part_sum, part_best, part_ids, K=K, BLOCK=block, PARTS=parts, num_warps=4,
+        part_max, part_sum, part_best, part_ids, K=K, BLOCK=block, PARTS=parts,
+        num_warps=2 if K == 16 else 4, **FUSION,
     )  # fmt: skip
     if parts > 1:
         merge(part_max, part_sum, part_best, part_ids, parts, K, settings, random, tokens, logprobs)
@@ -334,5 +336,5 @@ def merge(part_max, part_sum, part_best, part_ids, parts, K, settings, random, t
     merge_kernel[(len(tokens),)](
         part_max, part_sum, part_best, part_ids, parts, *settings, *random, tokens, logprobs,
         K=K, PARTS=triton.next_power_of_2(parts),
-        BLOCK=min(1024, triton.next_power_of_2(parts * K)), num_warps=4,
+        BLOCK=min(1024, triton.next_power_of_2(parts * K)), num_warps=4, **FUSION,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import bf16_pieces, cpu, head_sample_and_score, shared_attention
@@ -104,6 +105,7 @@ class Decoder:
         self.taken = torch.zeros(1, dtype=torch.long, device=device)  # of those that wait
         self.state = [self.row, self.t, self.ids, self.ended, self.taken]
         self.graphs: dict[tuple[int, int], Callable] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.row.is_cuda else None  # of all graphs
 
     def load(
         self, prompts: Prompts, streams: list[int], first: list[int], waiting: list[int]
@@ -137,7 +139,11 @@ class Decoder:
     def stop(self, rows: list[int]) -> None:
         """The host has ended these rows of the block."""
         if rows:
-            self.stopped[torch.tensor(rows).to(self.row.device, non_blocking=True)] = True
+            at = torch.tensor(rows)
+            at = (
+                at.pin_memory() if self.row.is_cuda else at
+            )  # else the copy would wait for the device
+            self.stopped.index_fill_(0, at.to(self.row.device, non_blocking=True), True)
 
     def shrink_to(self, left: int) -> None:
         """Go on with fewer slots if at most `left` rows have not ended: on a CPU as many as rows, on
@@ -189,7 +195,7 @@ class Decoder:
             return self.run()
         chunks = min(-(-self.steps // CHUNK), self.keys.shape[1])  # no row is older than the block
         if (self.n, chunks) not in self.graphs:
-            self.graphs[self.n, chunks] = capture(lambda: self.run(chunks), self.state)
+            self.graphs[self.n, chunks] = capture(lambda: self.run(chunks), self.state, self.pool)
         return self.graphs[self.n, chunks]()
 
     def run(self, chunks: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,9 +245,11 @@ def make_draw(model: GPT2, shared: Prompts, s, n_vocab: int, n_rows: int) -> Cal
     in_pieces = bf16 and kind == "cuda"
     if in_pieces:
         weight = bf16_pieces(weight, weight=True)
+        weight = F.pad(weight, (0, 0, 0, -n_vocab % 64))  # rows
     elif bf16 and kind == "cpu":
         weight = cpu.prepare(weight, shared.hidden, n_rows)
     given = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "seed": s.seed}
+    given["n_vocab"] = n_vocab
 
     def draw(hidden: Tensor, streams: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         hidden = bf16_pieces(hidden, weight=False) if in_pieces else hidden

@@ -280,18 +280,3 @@ class Funnel:
             "questions": len(self.by_question),
             "without_path": sum(not passes for passes in self.by_question.values()),
         }
-
-
-def print_funnel(c: Mapping, limits: Mapping) -> None:
-    """The counts of a funnel as a table."""
-    print(f"\n{'rule':<22}{'saw':>9}{'dropped':>9}{'share':>8}   limit")
-    for rule in RULES:
-        saw, dropped = c["seen"][rule.name], c["dropped"][rule.name]
-        text = f"{rule.name:<22}{saw:>9,}{dropped:>9,}{dropped / max(saw, 1):>8.1%}"
-        print(f"{text}   {words(rule, limits[rule.flag])}")
-        for kind in PATTERN_KINDS if rule.name == "pattern" else ():
-            print(f"  {kind:<20}{'':>9}{c['dropped'][f'pattern:{kind}']:>9,}")
-    print(
-        f"{c['passed']:,} of {c['paths']:,} paths passed; {c['selected']:,} of {c['questions']:,} "
-        f"questions have a selected path, {c['without_path']:,} have none"
-    )

@@ -11,6 +11,7 @@ way, whatever ran before it, so a run gives the same bytes after any restart.
 """
 
 import hashlib
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -188,11 +189,14 @@ def sample_block(
     gpu = on_gpu(shared.lengths)
     look, ahead = look or (8 if gpu else 1), int(gpu) if ahead is None else ahead
     left, looks = len(waiting), deque()
+    # Where no row waits for another one's end, all rows have ended after so many steps.
+    most = s.max_new_tokens - 1 if len(waiting) <= live.n else sys.maxsize
     while left:
         live.shrink_to(left)
-        looks.append(live.look(look))
-        if len(looks) <= ahead:
-            continue
+        if (steps := min(look, most - live.steps)) > 0:
+            looks.append(live.look(steps))
+            if len(looks) <= ahead:
+                continue
         taken, ended = 0, []
         for i, tokens, logprobs in looks.popleft()():
             before = rows[i].finish

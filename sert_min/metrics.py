@@ -1,15 +1,16 @@
-"""What a student can do: greedy answers, the paper's metrics with intervals [SERT §III-A].
+"""Greedy outputs of a student, and the paper's metrics with 95 % intervals [SERT §III-A].
 
     Acc   the extracted answer equals the gold one (strict, the headline; lenient beside it)
     Fmt   share of outputs that end by themselves, state exactly one answer and do not loop
     Len   words of the whole output            Rep   1 - distinct words / words
 
-The paper gives no formula for Fmt and no unit for Len; these are our readings. Not extractable is
-wrong and counted, never guessed.
+The paper gives no formula for Fmt and no unit for Len; these are our readings. An output from which
+no answer can be extracted counts as wrong; its answer is never guessed.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from sert_min.answers import extract_answer, extract_lenient, stated_answers
@@ -32,8 +33,8 @@ def greedy(
     rows: int = 64,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[tuple[str, str]]:
-    """(text, finish) of each question's greedy output. A block of `rows` questions is decoded
-    together; the cap shrinks to what the model's context leaves to its longest prompt."""
+    """(text, finish) of each question's greedy output. Blocks of `rows` questions are decoded
+    together; `max_new_tokens` shrinks to what a block's longest prompt leaves of the context."""
     outputs, kept = [], {}
     for i in range(0, len(questions), rows):
         block = questions[i : i + rows]
@@ -52,26 +53,22 @@ def greedy(
     return outputs
 
 
-def score(question: Question, text: str, finish: str | None) -> dict:
-    """One prediction record: the extracted answers, the verdicts and why."""
+def grade(question: Question, text: str, finish: str | None) -> dict:
+    """The prediction record of an output: what it answers, whether that is right, and its form.
+    `finish` is "eos" if the output ended by itself, None if that was not recorded."""
     words = text.split()
     extracted = extract_answer(text, question)
     stated = set(stated_answers(text, question))
     loop = rep2(words)
-    if finish is None:
-        format_ok, reason = None, "finish not recorded"
-    elif finish != "eos":
-        format_ok, reason = False, "does not end"
-    elif not stated:
-        format_ok, reason = False, "states no answer"
-    elif stated == {None}:
-        format_ok, reason = False, "answer not readable"
-    elif len(stated) > 1:
-        format_ok, reason = False, "states several answers"
-    elif loop > MAX_LOOP:
-        format_ok, reason = False, "severely repetitive"
-    else:
-        format_ok, reason = True, "ok"
+    faults = (
+        ("finish not recorded", finish is None),
+        ("does not end", finish != "eos"),
+        ("states no answer", not stated),
+        ("answer not readable", stated == {None}),
+        ("states several answers", len(stated) > 1),
+        ("severely repetitive", loop > MAX_LOOP),
+    )
+    reason = next((fault for fault, found in faults if found), "ok")
     return {
         "task": question.task,
         "id": question.id,
@@ -82,7 +79,7 @@ def score(question: Question, text: str, finish: str | None) -> dict:
         "extracted_lenient": extract_lenient(text, question),
         "correct": extracted == question.answer,
         "finish": finish,
-        "format_ok": format_ok,
+        "format_ok": None if finish is None else reason == "ok",
         "reason": reason,
         "words": len(words),
         "rep1": round(1 - len(set(words)) / len(words), 5) if words else 0.0,
@@ -111,28 +108,36 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def summarize(records: Iterable[dict], questions: list[Question]) -> dict:
-    """The metrics of prediction records, each as (value, low, high), and the plain counts."""
-    records = list(records)
-    n = len(records)
-    judged = [r["format_ok"] for r in records if r["format_ok"] is not None]
-    answer, share = majority(questions)
-    return {
+def summarize(
+    records: list[dict],
+    questions: list[Question],
+    likeliest_right: Sequence[bool] = (),
+    judges: dict | None = None,
+) -> dict:
+    """The metrics of prediction records, each as (value, low, high), and the plain counts.
+    `likeliest_right`: is the likeliest answer of each question right? `judges`: name -> summary
+    (report.judge). Either may be missing."""
+    n, n_likely = len(records), len(likeliest_right)
+    formats = [r["format_ok"] for r in records if r["format_ok"] is not None]
+    lenient = sum(r["extracted_lenient"] == r["answer"] for r in records)
+    metrics = {
         "n": n,
         "acc": share_interval(sum(r["correct"] for r in records), n),
-        "acc_lenient": share_interval(
-            sum(r["extracted_lenient"] == r["answer"] for r in records), n
-        ),
+        "acc_lenient": share_interval(lenient, n),
         "unparseable": sum(r["extracted"] is None for r in records),
-        "fmt": share_interval(sum(judged), len(judged)),
+        "fmt": share_interval(sum(formats), len(formats)),
         "len": mean_interval([r["words"] for r in records]),
         "rep": mean_interval([r["rep1"] for r in records]),
-        "majority": (answer, share),
+        "majority": majority(questions),
+        "reasons": dict(Counter(r["reason"] for r in records).most_common()),
     }
+    if n_likely:
+        metrics["acc_likelihood"] = share_interval(sum(likeliest_right), n_likely)
+    return metrics | ({"judges": judges} if judges else {})
 
 
 def without_nan(value):
-    """JSON has no NaN: None stands for it."""
+    """`value` in the form that JSON can hold: None stands for NaN."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

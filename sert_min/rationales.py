@@ -1,34 +1,42 @@
-"""Teacher rationales: reading them from files, cleaning them, deciding which to keep [SERT §II-C].
+"""Teacher rationales: how they are cleaned, and which of them are kept [SERT §II-C].
 
-A teacher's output is a reasoning text and, apart from it or at its end, an answer. The student
-learns `{R} So the answer is {gold}.`, so R loses a closing answer sentence of its own and, where
-the teacher was cut off, its last half sentence. By default only rationales with a right answer are
-kept, as in Fine-tune-CoT (arXiv 2212.10071), which the paper follows for generation.
+A teacher's output is a reasoning text and an answer, which stands at its end or came apart from it.
+The student learns `{R} So the answer is {gold}.`, so R loses a closing answer sentence of its own
+and, if the teacher was cut off, its last half sentence. By default only rationales with a right
+answer are kept, as in Fine-tune-CoT (arXiv 2212.10071), which the paper follows for generation.
 """
 
 import re
 from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
 
 from sert_min.answers import SENTENCE_END, extract_answer, extract_lenient, strip_answer_sentence
 from sert_min.io.errors import printable
 from sert_min.questions import Question
-from sert_min.teacher_files import Output
 
 ANSWER_TRIGGER = " So the answer is "
 
 
-# --- cleaning -------------------------------------------------------------------------------------
+class Output(NamedTuple):
+    """What a teacher said about one question."""
+
+    rationale: str
+    completion: str | None  # its answer, if that came apart from the rationale
+    finish: str | None  # "stop", "length", ..; None if nobody recorded it
+    source: str
 
 
 def without_thinking(text: str) -> str:
-    """What a reasoning model says behind its <think> block; nothing if that was never closed. It is
-    no text for a student: drafts, doubts and all."""
+    """What a reasoning model says after its <think> block, or nothing if it never closed the block:
+    its thoughts, with drafts and doubts, are no text for a student."""
     _, closed, said = text.rpartition("</think>")
     return said if closed or not text.lstrip().startswith("<think>") else ""
 
 
 def teacher_answer(output: Output, q: Question) -> str | None:
-    """The teacher's own answer, canonical: strictly, then (for a reply in one piece) leniently."""
+    """The teacher's own answer in canonical form, read strictly; if that fails, an answer that did
+    not come apart is read leniently."""
     text = without_thinking(output.rationale)
     if output.completion is not None:
         return extract_answer(text + ANSWER_TRIGGER + output.completion, q)
@@ -37,8 +45,9 @@ def teacher_answer(output: Output, q: Question) -> str | None:
 
 
 def clean(output: Output) -> tuple[str, bool, bool]:
-    """(rationale as the student will read it, lost its answer sentence, lost a half sentence). It
-    is one paragraph without control characters. A rationale without any full sentence stays."""
+    """(the rationale as the student will read it, did it lose its answer sentence?, did it lose a
+    half sentence?). The result is one paragraph without control characters. A rationale that has no
+    full sentence is left as it is."""
     text = without_thinking(output.rationale).strip()
     ends = [m.end() for m in SENTENCE_END.finditer(text)]
     cut = output.finish in (None, "length", "content_filter")
@@ -50,10 +59,14 @@ def clean(output: Output) -> tuple[str, bool, bool]:
 
 
 def rationale_records(
-    questions: list[Question], outputs: dict[str, Output], keep: str, fits
+    questions: list[Question],
+    outputs: dict[str, Output],
+    keep: str,
+    fits: Callable[[Question, str], bool],
 ) -> tuple[list[dict], Counter]:
-    """One record per question that has an output, in question order, and the counts of what
-    happened. `keep` is "right" or "all"; `fits(question, text)` tells whether it can be learnt."""
+    """(a record per question that has an output, in question order; the counts of what happened).
+    `keep` is "right" or "all"; `fits(question, text)` tells whether the student's context can hold
+    it."""
     records, counts = [], Counter()
     for q in questions:
         output = outputs.get(q.id)
@@ -68,7 +81,7 @@ def rationale_records(
         counts["lost a closing answer sentence"] += had_answer
         counts["lost a half sentence at the end"] += halved
         if not text:
-            reason = "empty"  # filtered, refused, all thinking, or nothing but an answer
+            reason = "empty"  # it was filtered, refused, all thinking, or only an answer
         elif keep == "right" and answer is None:
             reason = "answer not readable"
         elif keep == "right" and answer != q.answer:

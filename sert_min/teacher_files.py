@@ -1,4 +1,4 @@
-"""Files of teacher outputs that other people have published, and our own."""
+"""Files of teacher outputs: those that other people have published, and our own."""
 
 import hashlib
 import json
@@ -9,21 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sert_min.io.download import DATA_URL, cache, download, save_checked
-from sert_min.io.errors import SertError
+from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_jsonl
 from sert_min.questions import Question, stem
-
-
-class Output(NamedTuple):
-    """What a teacher said about one question."""
-
-    rationale: str
-    completion: str | None  # its answer, if that came apart from the rationale
-    finish: str | None  # "stop", "length", ..; None where nobody wrote it down
-    source: str
-
-
-# --- reading --------------------------------------------------------------------------------------
+from sert_min.rationales import Output
 
 
 class PublicLog(NamedTuple):
@@ -31,7 +20,7 @@ class PublicLog(NamedTuple):
 
     task: str
     url: str
-    entries: int  # what a whole file holds; its SHA-256 is not published
+    entries: int  # of the whole file; its SHA-256 is not published
 
 
 PUBLIC = {  # names that --teacher-file takes besides paths
@@ -42,39 +31,37 @@ PUBLIC = {  # names that --teacher-file takes besides paths
 
 
 def public_log(name: str, task: str) -> Path:
-    """The cached file of PUBLIC[name], downloaded once. The commit in its address pins it; whether
-    it is whole is told by the number of its entries."""
+    """The cached file of PUBLIC[name], downloaded once. The commit in its address pins it, and the
+    number of its entries tells whether it is whole."""
     public = PUBLIC[name]
-    if task != public.task:
-        raise SertError(f"--teacher-file {name} holds {public.task}; give --task {public.task}")
+    wrong = f"--teacher-file {name} holds {public.task}; give --task {public.task}"
+    need(task == public.task, wrong)
     path = cache() / "teacher" / public.url.rpartition("/")[2]
-    data = path.read_bytes() if path.is_file() else b""
-    if len(log_entries(data)) != public.entries:
+    if not path.is_file() or len(log_entries(path.read_bytes())) != public.entries:
         data = download(public.url)
-        if (found := len(log_entries(data))) != public.entries:
-            raise SertError(
-                f"{public.url} has {found} entries instead of {public.entries}; repeat (a cut "
-                "download?), or get the file elsewhere and give its path"
-            )
+        need(
+            (found := len(log_entries(data))) == public.entries,
+            f"{public.url} has {found} entries instead of {public.entries}; repeat (a cut "
+            "download?), or get the file elsewhere and give its path",
+        )
         save_checked(path, data, hashlib.sha256(data).hexdigest(), public.url)
     return path
 
 
 def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, Output], Counter]:
-    """(outputs by question id, counts of what was left over) from a name in PUBLIC or a file of any
-    of the known forms, told by ending and content:
+    """(outputs by question id, counts of what was left out) from a name in PUBLIC or from a file of
+    a known form, which its ending tells:
 
-    .jsonl  our own rationales.jsonl, or rows with question, rationale, teacher_completion and maybe
-            id (else index: the row number in the dataset)
+    .jsonl  our own rationales.jsonl, or rows with question, rationale, teacher_completion, and
+            optionally id (or index: the row number in the dataset)
     .log    a log of zero_shot_cot (arXiv 2205.11916)
-    .json   LLM outputs of distilling-step-by-step (arXiv 2305.02301): one file train_CoT_N.json or
+    .json   LLM outputs of distilling-step-by-step (arXiv 2305.02301): one file train_CoT_N.json, or
             a folder of them
     """
     path = Path(name)
     if name in PUBLIC and not path.exists():
         path = public_log(name, questions[0].task)
-    if not path.exists():
-        raise SertError(f"--teacher-file {path} does not exist; check the path")
+    need(path.exists(), f"--teacher-file {path} does not exist; check the path")
     try:
         if path.is_dir() or path.suffix == ".json":
             found, left = read_step_by_step(path, questions)
@@ -87,8 +74,7 @@ def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, O
             f"--teacher-file {path} is in none of the known forms ({type(e).__name__}: "
             f"{str(e)[:80]}); `python distill.py --help` names them"
         ) from None
-    if not found:
-        raise SertError(f"--teacher-file {path} has no output for any question of this task")
+    need(found, f"--teacher-file {path} has no output for any question of this task")
     return found, left
 
 
@@ -98,9 +84,7 @@ def read_rows(
     """Join rows to questions by id (or row number) if the text agrees, else by text. Of two outputs
     for one question the first holds."""
     by_id = {q.id: q for q in questions}
-    by_text: dict[str, Question] = {}
-    for q in questions:
-        by_text.setdefault(stem(q.text), q)
+    by_text = {stem(q.text): q for q in reversed(questions)}
     found: dict[str, Output] = {}
     left: Counter = Counter()
     for row in rows:
@@ -121,7 +105,7 @@ def read_rows(
 
 
 def as_text(value) -> str | None:
-    """A string or None; anything else is a row in another form."""
+    """A string or None; a row with anything else has another form."""
     if value is None or isinstance(value, str):
         return value
     raise ValueError(f"a {type(value).__name__} where a text was expected")
@@ -133,16 +117,16 @@ LOG_TRIGGER = re.compile(
 
 
 def log_entries(log: bytes) -> list[dict]:
-    """The entries of a zero_shot_cot log as rows. Each has the question, the reasoning, the trigger
-    of the second request on a line of its own (the last such line: reasoning may say "Therefore,
-    the .. is" as well) and `pred_before`, the answer as the teacher gave it."""
+    """The entries of a zero_shot_cot log as rows. An entry has the question, the reasoning, the
+    trigger of the second request on a line of its own (the last such line, because reasoning may say
+    "Therefore, the .. is" as well) and `pred_before`, the answer as the teacher gave it."""
     blocks = re.split(r"^\*{20,}$", log.decode("utf-8", "replace"), flags=re.MULTILINE)
     return [entry for entry in map(log_entry, blocks) if entry]
 
 
 def log_entry(block: str) -> dict | None:
-    """One entry as a row; step by step, because one regex for all of it needs hours for a file that
-    is none."""
+    """One entry as a row. It is read in steps, because a single regular expression would take hours
+    on a file that is no log."""
     before, after = "\npred_before : ", "\npred_after :"
     _, found, text = ("\n" + block).partition("\nQ: ")
     question, told, text = text.partition("\nA: Let's think step by step.")
@@ -159,8 +143,8 @@ def log_entry(block: str) -> dict | None:
 
 
 def read_step_by_step(path: Path, questions: list[Question]) -> tuple[dict[str, Output], Counter]:
-    """distilling-step-by-step: train_CoT_N.json holds outputs N * 1000.. in the order of the train
-    set. An output may run on into a made-up next question."""
+    """distilling-step-by-step: train_CoT_N.json holds the outputs from N * 1000 on, in the order of
+    the train set. An output may run on into a made-up next question."""
     found: dict[str, Output] = {}
     left: Counter = Counter()
     for file in sorted(path.glob("train_CoT_*.json")) if path.is_dir() else [path]:
@@ -178,17 +162,11 @@ def read_step_by_step(path: Path, questions: list[Question]) -> tuple[dict[str, 
             rationale, trigger, completion = said.partition("So the answer is")
             completion = completion.strip() if trigger else None
             found[q.id] = Output(rationale.strip(), completion, None, file.name)
-    check_order(found, questions)
-    return found, left
-
-
-def check_order(found: dict[str, Output], questions: list[Question]) -> None:
-    """Nothing but the order ties such an output to its question: at least the options that the
-    answers name must be those of their questions."""
+    # Only their order ties these outputs to the questions. At least the options that the answers
+    # name must be those of their questions.
     pairs = [(q, found[q.id].completion) for q in questions if q.id in found and q.choices]
-    named = [(q, c.lower()) for q, c in pairs if c]
-    fit = sum(any(choice.lower() in c for choice in q.choices) for q, c in named)
-    if fit < len(named) / 2:
-        raise ValueError(
-            f"{len(named) - fit} of {len(named)} answers name no option of their question"
-        )
+    named = [(q, completion.lower()) for q, completion in pairs if completion]
+    wrong = sum(not any(choice.lower() in said for choice in q.choices) for q, said in named)
+    if wrong > len(named) / 2:
+        raise ValueError(f"{wrong} of {len(named)} answers name no option of their question")
+    return found, left

@@ -13,6 +13,7 @@ import hypothesis
 import pytest
 import torch
 
+from kernels import cpu
 from sert_min.gpt2 import GPT2, GPT2Config
 from sert_min.models import save_model
 from sert_min.tokenizer import END, byte_alphabet
@@ -38,6 +39,21 @@ def shared(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"../shared/{'/'.join(parts)} is not here")
     return path
+
+
+def pretend_bf16(monkeypatch, has: bool) -> None:
+    """From now on this CPU has instructions for bf16, or has none. Without them oneDNN refuses what
+    they would do, so the test is skipped."""
+    if has and not cpu.has_bf16():
+        pytest.skip("this CPU has no instructions for bf16 (AVX-512 with bf16, or AMX)")
+    monkeypatch.setattr(cpu, "has_bf16", lambda: has)
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    """The message of an error, which has to be one line."""
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
 
 
 def write_tiny_tokenizer(folder: Path, merges: list[str] = MERGES) -> int:

@@ -55,7 +55,7 @@ def dribble(handler):
     handler.send_response(200)
     handler.send_header("content-length", "1000")
     handler.end_headers()
-    for _ in range(30):
+    for _ in range(100):
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.1)

@@ -1,13 +1,13 @@
-"""Kill sample, refilter, train, distill and evaluate anywhere, repeat them, compare every byte.
+"""Kill sample, train, distill and evaluate anywhere, repeat them, compare every byte.
 
     PYTHONPATH=. python tests/kill.py [--kills 200] [--seed 0] [--only distill]
 
-A run is a forked child of this process (its imports are done: a run takes a fraction of a second).
+A run is a forked child of this process (its imports are done, so a run takes a fraction of a second).
 The child traces its own lines and kills itself at one of them, chosen at random inside a phase that
-is chosen in turn, or behind half of an os.write; a fifth of the runs is killed from outside after a
+is chosen in turn, or after half of an os.write; a fifth of the runs is killed from outside after a
 random time. Every sixth gets SIGTERM instead of SIGKILL. After one to four kills, with the folder
-renamed now and then, the command may end; then the files that a command promises are compared with those of an
-uninterrupted run. distill asks a teacher in a process of its own that counts what it is asked.
+renamed now and then, the command may end. Then the files that a command promises are compared with
+those of an uninterrupted run. distill asks a teacher in a process of its own that counts requests.
 
 Prints each kill and a table; fails if a record is lost or there twice, a byte differs, a file is
 left over, a reply is bought again, or (with enough kills) a phase was never hit.
@@ -25,18 +25,20 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from conftest import ROOT, make_tiny_model
 from fake_server import FakeServer, by_body, error, ok
+from test_sample import make_older
 
 import distill
 import evaluate
 import sample
 import train
-from sert_min import models, tasks
+from sert_min import models, prompts, tasks
 from sert_min.io import endpoint
 from sert_min.io.files import read_jsonl, set_torn_tail_aside
 
@@ -54,44 +56,35 @@ TRAINING = {
 
 
 class Command(NamedTuple):
+    """A command line, and what is looked at when it is killed."""
+
     script: object
     flags: str
     phases: dict[str, str]  # innermost known function on the stack -> phase
     files: tuple[str, ...]  # the same bytes are promised
+    before: Callable[[Path], None] | None = None  # it starts from a sampled folder, changed by this
 
 
 SAMPLE = "--limit 6 --block-questions 2 --max-new-tokens 6 --patterns none --min-perplexity 0"
+LOOSE = f"{SAMPLE} --min-tokens 2 --max-rep2 0.9"
 STUDENT = "--epochs 2 --batch-size 4 --report 0 --save-seconds 0"
-SAMPLED = "paths.jsonl", "selected.jsonl"
+BLOCKS = tuple(f"blocks/{i:06d}-2.jsonl" for i in range(3))
+SAMPLED = (*sample.DERIVED, *BLOCKS)
+SAMPLING = {
+    "sample.prepare": "start",
+    "files.check_settings": "settings",
+    "sample.sample_missing": "block file",
+    "sample.write_derived": "derived files",
+    "sample.print_summary": "summary",
+}
 WEIGHTS = "last/model.safetensors", "metrics.jsonl"
 COMMANDS = {
-    "sample": Command(
-        sample,
-        f"{SAMPLE} --min-tokens 2 --max-rep2 0.9",
-        {
-            "sample.prepare": "start",
-            "files.check_settings": "settings",
-            "sample.whole_blocks": "resume",
-            "sample.block_records": "sampling",
-            "sample.sample_blocks": "block file",
-            "sample.merge_blocks": "merge",
-            "sample.write_selected": "selection",
-            "sample.print_summary": "summary",
-        },
-        SAMPLED,
+    "sample": Command(sample, LOOSE, {**SAMPLING, "generate.sample_paths": "sampling"}, SAMPLED),
+    "filter anew": Command(
+        sample, f"{SAMPLE} --min-tokens 3 --max-rep2 0.5", SAMPLING, SAMPLED, lambda out: None
     ),
-    "refilter": Command(
-        sample,
-        f"{SAMPLE} --min-tokens 3 --max-rep2 0.5 --refilter",
-        {
-            "sample.prepare": "start",
-            "sample.refilter": "new verdicts",
-            "sample.lines": "new verdicts",
-            "sample.write_settings": "settings",
-            "sample.write_selected": "selection",
-            "sample.print_summary": "summary",
-        },
-        SAMPLED,
+    "older folder": Command(
+        sample, LOOSE, {**SAMPLING, "sample.convert": "conversion"}, SAMPLED, make_older
     ),
     "train": Command(
         train,
@@ -105,8 +98,7 @@ COMMANDS = {
         {
             **TRAINING,
             "endpoint.load": "resume",
-            "endpoint.sending": "note of a request",
-            "endpoint.refused": "note of a refusal",
+            "endpoint.note": "note of a request or a refusal",
             "endpoint.add": "reply",
             "endpoint.receive": "waiting",
             "endpoint.send_what_is_due": "sending",
@@ -120,17 +112,16 @@ COMMANDS = {
         evaluate,
         "--limit 6 --block-questions 2 --max-new-tokens 8 --by likelihood",
         {
-            "evaluate.prepare": "start",
+            "evaluate.settle": "start",
             "files.check_settings": "settings",
-            "sample.whole_blocks": "resume",
-            "evaluate.greedy": "decoding",
-            "evaluate.decode": "predictions line",
-            "evaluate.rescore": "rescoring",
+            "evaluate.missing": "resume",
+            "metrics.greedy": "decoding",
             "likelihood.answer_logprobs": "likelihood",
-            "evaluate.weigh_answers": "likelihood line",
-            "evaluate.judge_records": "judge",
-            "evaluate.metrics_of": "metrics",
-            "evaluate.evaluate_cell": "metrics file",
+            "evaluate.complete": "block file",
+            "evaluate.remove_derived": "derived files",
+            "judge.write_scores": "judge",
+            "metrics.summarize": "metrics",
+            "evaluate.evaluate": "metrics file",
         },
         ("predictions.jsonl", "likelihood.jsonl", "scores-program.jsonl", "metrics.json"),
     ),
@@ -294,12 +285,11 @@ class Bench:
         self.flags = ["--model", str(model), "--device", "cpu", *self.command.flags.split()]
         if name == "distill":
             self.flags += ["--base-url", url]
-        self.template = folder / "sampled" if name == "refilter" else None
+        self.template = folder / f"{name} from" if self.command.before else None
         if self.template:
-            first = COMMANDS["sample"]
-            flags = ["--model", str(model), "--device", "cpu", *first.flags.split()]
-            status, _ = run_child(first, [*flags, "--out-dir", str(self.template)])
-            assert status == 0, "sampling for refilter failed"
+            sample_flags = [*self.flags[:4], *LOOSE.split(), "--out-dir", str(self.template)]
+            assert run_child(COMMANDS["sample"], sample_flags)[0] == 0
+            self.command.before(self.template)
         self.lines: Counter = Counter()  # most lines of a phase that a run has shown
         self.whole = self.fresh("whole")
         start = time.perf_counter()
@@ -357,9 +347,8 @@ class Bench:
         wrong = differences(self.command, self.whole, out)
         for ids, asked in snapshots:
             wrong["lost"] += len(ids - recorded(out))
-            prompts = {json.dumps(prompt_of(i)) for i in ids}
-            now = self.times_asked()
-            wrong["twice"] += sum(now[p] > asked[p] for p in prompts)
+            now, said = self.times_asked(), {json.dumps(prompt_of(i)) for i in ids}
+            wrong["twice"] += sum(now[p] > asked[p] for p in said)
         shutil.rmtree(out)
         for phase, sign, where in killed:
             row = self.rows[self.name, phase]
@@ -372,9 +361,8 @@ class Bench:
 
 @functools.cache
 def prompt_of(name: str) -> str:
-    args = distill.parse_args([])
     q = next(q for q in tasks.load("micro", "train") if q.id == name)
-    return distill.first_ask(q, args).messages[-1]["content"]
+    return prompts.question_prompt(q, prompts.COT_SUFFIX)
 
 
 def kill_all(folder: Path, kills: int, seed: int, names: list[str], say=print) -> dict:

@@ -1,9 +1,12 @@
 """bench/training.py: its embedded lengths are those of the real data, its peer takes the same step."""
 
+import json
+
+import pytest
 import torch
 from conftest import shared
 
-from bench import gpu, training
+from bench import common, gpu, training
 from sert_min import answers, prompts, tasks
 from sert_min.finetune import n_supervised
 from sert_min.gpt2 import GPT2, GPT2Config
@@ -52,14 +55,56 @@ def test_both_sides_take_the_same_steps(tmp_path):
     )
 
 
-def test_gpu_keeps_the_figures_of_a_benchmark_that_fails(monkeypatch, tmp_path):
-    """Guards figures lost with a later failure, and headlines that fail on what is missing."""
+def test_gpu_keeps_the_figures_of_a_part_that_fails(monkeypatch, tmp_path, capsys):
+    """Guards figures lost with a later failure or a time limit, and headlines that fail on what is
+    missing."""
     (tmp_path / "bench").mkdir()
-    write = "import sys; open(sys.argv[2], 'w').write('{\"fp32\": 1}'); "
+    write = "import sys, time; open(sys.argv[2], 'w').write('{\"fp32\": 1}'); print('there'); "
     (tmp_path / "bench" / "a.py").write_text(write + "raise ValueError('broken')")
     (tmp_path / "bench" / "b.py").write_text("nonsense(")
+    (tmp_path / "bench" / "c.py").write_text(write + "time.sleep(60)")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    figures = gpu.run_benchmark("a", [])
-    assert figures["fp32"] == 1 and "ValueError: broken" in figures["error"]
-    assert "SyntaxError" in gpu.run_benchmark("b", ["--quick"])["error"]
-    assert all("None" in line for line in gpu.headlines({name: {} for name in gpu.BENCHMARKS}))
+    for name, seconds, error in (("a", 30, "ValueError: broken"), ("c", 3, "stopped after 3 s")):
+        part = tmp_path / f"gpu-{name}.json"
+        figures = gpu.run_part(name, part, quick=False, seconds=seconds)
+        assert figures["fp32"] == 1 and error in figures["error"]
+        assert json.loads(part.read_text()) == figures
+        assert "there" in capsys.readouterr().out
+    assert "SyntaxError" in gpu.run_part("b", tmp_path / "gpu-b.json", True, 30)["error"]
+    assert len(gpu.headlines({})) == 2 and all("None" in line for line in gpu.headlines({}))
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_gpu_counts_the_tests_that_ran(monkeypatch, tmp_path, processes):
+    """Guards counts that are only in pytest's last line, which a time limit cuts off."""
+    (tmp_path / "test_x.py").write_text(
+        "import pytest\ndef test_a(): print('told')\ndef test_b(): assert 0\n"
+        "@pytest.mark.parametrize('x', [1, 2])\ndef test_c(x): pytest.skip('no GPU')\n"
+    )
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setitem(
+        gpu.TESTS, "decoder", ["-q", f"-n{processes}", "test_x.py"]
+    )  # -q as in pyproject.toml
+    found = gpu.run_part("decoder", tmp_path / "gpu-decoder.json", False, 60)
+    assert {k: found[k] for k in ("passed", "failed", "skipped")} == {
+        "passed": 1,
+        "failed": 1,
+        "skipped": 2,
+    }
+    assert found["names"] == ["test_x.py::test_b"]
+
+
+def test_chains_draw_what_they_should():
+    """Guards peers that draw from another distribution, or are spared the log-prob."""
+    g = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    row = torch.randn(300, generator=g) * 2
+    best, ids = row.log_softmax(0).topk(common.TOP_K)
+    share = best.softmax(0)
+    kept = share.cumsum(0) - share < common.TOP_P
+    wanted = torch.zeros(300).index_put((ids[kept],), best[kept].softmax(0))
+    for chain in (common.eager, common.without_sort):
+        tokens, logprobs = chain(row.expand(4000, 300))
+        assert torch.allclose(logprobs, row.log_softmax(0)[tokens], atol=1e-5)
+        counts = tokens.flatten().bincount(minlength=300) / 4000
+        assert (counts - wanted).abs().max() < 0.03  # four standard deviations

@@ -15,7 +15,7 @@ from fake_server import FakeServer, by_body, error, ok
 import distill
 from sert_min import tasks
 from sert_min.io import endpoint
-from sert_min.io.errors import SertError
+from sert_min.io.errors import SertError, run_script
 from sert_min.io.files import read_jsonl
 from sert_min.questions import Question
 
@@ -109,8 +109,8 @@ def test_dry_run_asks_nothing_and_writes_nothing(student, capsys, monkeypatch):
         assert server.bodies == []
     said = capsys.readouterr().out
     assert "Question: Is 0 even?\n  Answer: Let's think step by step." in said
-    assert "plan: 60 requests (0 first replies are there)" in said and "USD" in said
-    assert f"{60 * 512:,} tokens out" in said and not Path("out").exists()
+    assert "plan: 60 teacher requests (0 replies are there)" in said and "USD" in said
+    assert f"{60 * 512:,} out" in said and not Path("out").exists()
 
 
 def test_dry_run_counts_what_is_there_and_touches_no_torn_line(student, capsys):
@@ -120,7 +120,7 @@ def test_dry_run_counts_what_is_there_and_touches_no_torn_line(student, capsys):
         run(student, server, "--collect-only", "--limit", 5)
         path.write_bytes(path.read_bytes() + b'{"torn')
         run(student, server, "--dry-run")
-    assert "plan: 25 requests (5 first replies are there)" in capsys.readouterr().out
+    assert "plan: 25 teacher requests (5 replies are there)" in capsys.readouterr().out
     assert path.read_bytes().endswith(b'{"torn')
 
 
@@ -212,84 +212,47 @@ def test_teacher_suffix_shapes_the_prompt(student):
         assert len(server.bodies) == 6
 
 
-def test_batch_export_and_import(student, tmp_path, capsys):
-    """Half the price: the same requests as a file; failed lines are asked for live."""
-    with FakeServer(ok("live. So the answer is no.")) as server:
-        run(student, server, "--collect-only", "--limit", 3)
-        run("no/such/model", server, "--limit", 8, "--export-batch", "batch.jsonl")
-        lines = list(read_jsonl("batch.jsonl"))
-        assert len(lines) == 5 and lines[0]["url"] == "/v1/chat/completions"
-        assert lines[0]["body"] == {**server.bodies[0], "messages": lines[0]["body"]["messages"]}
-        usage = {"prompt_tokens": 7, "completion_tokens": 3}
-        choice = {"message": {"content": YES}, "finish_reason": "stop"}
-        done = [
-            {"custom_id": line["custom_id"], "response": {"status_code": 200, "request_id": "r",
-             "body": {"choices": [choice], "usage": usage, "model": "m1"}}} for line in lines
-        ]  # fmt: skip
-        done[0]["response"]["body"] = {"error": {"message": "too busy"}}
-        done[1]["response"] = None
-        done.append({"custom_id": "foreign", "response": done[2]["response"]})
-        done.append(done[2])
-        Path("done.jsonl").write_text("".join(json.dumps(d) + "\n" for d in reversed(done)))
-        run(student, server, "--collect-only", "--limit", 8, "--import-batch", "done.jsonl")
-        assert len(server.bodies) == 3 + 2
-    assert "3 replies taken, 1 were there, 3 lines failed" in capsys.readouterr().out
-    assert len(records()) == 8
-    assert KEY not in Path("batch.jsonl").read_text()
-
-
-def test_a_second_process_is_refused(student):
-    with FakeServer(ok(YES), delay=0.2) as server:
-        child = start(student, server, "--collect-only")
-        while len(server.bodies) < 2 and child.poll() is None:
-            time.sleep(0.01)
-        with pytest.raises(SertError, match="another process"):
-            run(student, server, "--collect-only")
-        child.kill()
-        child.communicate()
-
-
 CHILD = """
 import sys
-from sert_min import tasks, teacher
-from sert_min.runtime import run_script
-teacher.BACKOFF = 0.01
+import distill
+from sert_min import tasks
+from sert_min.io.errors import run_script
+from sert_min.questions import Question
 ask = [Question("strategy_qa", str(i), f"Is {i} even?", "yes") for i in range(30)]
 tasks.load = lambda *args: ask
-import distill
 run_script(distill.main, distill.parse_args(sys.argv[1:]))
 """
 
 
-def start(student, server, *more):
-    """distill.py as a process of its own."""
-    command = [sys.executable, "-c", CHILD, *flags(student, server, *more)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes)
-
-
-def test_sigterm_says_how_to_go_on(student):
+def test_a_second_process_is_refused_and_sigterm_says_how_to_go_on(student):
     """The user's view of a stop: status, a line that names the next step, and no traceback."""
     with FakeServer(ok(YES), delay=0.2) as server:
-        child = start(student, server, "--collect-only")
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, *flags(student, server, "--collect-only")],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         while len(server.bodies) < 3 and child.poll() is None:
             time.sleep(0.01)
+        with pytest.raises(SertError, match="another process"):
+            run(student, server, "--collect-only")
         child.send_signal(signal.SIGTERM)
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate()
         assert child.returncode == 143 and "continue with: python" in out
         assert "Traceback" not in err and KEY not in out + err
         assert f"{len(server.bodies)} replies" in out and "without a known bill" not in out
 
 
 def test_one_line_for_a_refused_key(student):
-    """No traceback, and the message says what to do; one request only."""
+    """No traceback, the message says what to do, and there was one request only."""
     with FakeServer(error(401, f"Incorrect API key provided: {KEY}")) as server:
-        child = start(student, server, "--collect-only")
-        out, err = child.communicate(timeout=60)
-        assert child.returncode == 1 and len(server.bodies) == 1
-    assert "error: HTTP 401: the server refused OPENAI_API_KEY" in err
-    assert "Traceback" not in err and KEY not in out + err
+        with pytest.raises(SystemExit) as end:
+            run_script(distill.main, distill.parse_args(flags(student, server)))
+        assert len(server.bodies) == 1
+    assert end.value.code.startswith("error: HTTP 401: the server refused OPENAI_API_KEY")
+    assert KEY not in end.value.code and "\n" not in end.value.code
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -354,7 +317,8 @@ def test_rationales_that_do_not_fit_the_student_are_counted(student, capsys):
 
 def test_the_sert_checkpoint_is_the_default_student(student, tmp_path, monkeypatch, capsys):
     """SERT+RD if self-training is done, RD else; both said. --model decides by its own record."""
-    monkeypatch.setitem(tasks.TASKS, "micro", tasks.get("micro")._replace(student=student))
+    row = tasks.get("strategy_qa")._replace(student=student)
+    monkeypatch.setitem(tasks.TASKS, "strategy_qa", row)
     with FakeServer(ok(YES)) as server:
         live = flags(student, server, "--collect-only", "--limit", "4")
         del live[live.index("--model") : live.index("--model") + 2]
@@ -368,7 +332,7 @@ def test_the_sert_checkpoint_is_the_default_student(student, tmp_path, monkeypat
         run(sert, server, "--collect-only", "--limit", "4")
         assert len(server.bodies) == 4
         make_sert(student, Path("finetuned/last"), label, method="finetune")
-        with pytest.raises(SertError, match="a student of finetune already.*--out-dir"):
+        with pytest.raises(SertError, match="trained by finetune already.*--out-dir"):
             run("finetuned", server, "--collect-only", "--limit", "4")
     found = {
         p.relative_to(f"out/strategy_qa/{label}") for p in Path("out").rglob("rationales.jsonl")
@@ -385,8 +349,6 @@ def make_sert(student, folder, label, method="sert"):
 
 def test_micro_teacher_is_offline_and_right(tmp_path):
     """The default needs no teacher: the generator explains its own questions."""
-    micro = pytest.importorskip("sert_min.micro")
-    assert micro.teacher_rationale
     student = make_tiny_model(tmp_path / "m", n_positions=1024)
     args = ["--model", str(student), "--collect-only", "--limit", "40"]
     distill.main(distill.parse_args(args))

@@ -1,4 +1,4 @@
-"""evaluate.py: intervals against published values, metrics on hand-made records, greedy decoding."""
+"""metrics.py: intervals against published values, metrics on hand-made records, greedy decoding."""
 
 import math
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sert_min import tasks
 from sert_min.io.errors import SertError
-from sert_min.metrics import greedy, mean_interval, score, share_interval, summarize
+from sert_min.metrics import grade, greedy, mean_interval, share_interval, summarize
 from sert_min.models import load_model
 from sert_min.questions import Question
 from sert_min.tokenizer import load_tokenizer
@@ -62,13 +62,13 @@ FORMS = [  # (text, finish, format_ok, reason, extracted)
 
 @pytest.mark.parametrize("text, finish, ok, reason, extracted", FORMS)
 def test_format_and_its_reason(text, finish, ok, reason, extracted):
-    r = score(YES_NO, text, finish)
+    r = grade(YES_NO, text, finish)
     assert (r["format_ok"], r["reason"], r["extracted"]) == (ok, reason, extracted)
     assert r["correct"] == (extracted == "yes")
 
 
 def test_length_and_repetition_by_hand():
-    r = score(CHOICE, "the mall the mall So the answer is (B).", "eos")
+    r = grade(CHOICE, "the mall the mall So the answer is (B).", "eos")
     assert r["words"] == 9 and r["rep1"] == round(1 - 6 / 9, 5)
     assert r["rep2_words"] == round(1 - 7 / 8, 5)  # `the mall` is there twice
     assert r["extracted"] == r["extracted_lenient"] == "B" and r["correct"]
@@ -78,14 +78,16 @@ def test_summary_counts_by_hand():
     """Guards unreadable answers left out of the denominator, and Fmt over unrecorded finishes."""
     texts = ["So the answer is yes.", "So the answer is no.", "hm", "Yes!"]
     questions = [YES_NO] * 3 + [Question("strategy_qa", "8", "Not?", "no")]
-    records = [score(q, t, "eos") for q, t in zip(questions, texts)]
+    records = [grade(q, t, "eos") for q, t in zip(questions, texts)]
     records[0]["format_ok"] = None
     m = summarize(records, questions)
     assert m["n"] == 4 and m["acc"][0] == 0.25 and m["unparseable"] == 2
     assert m["acc_lenient"][0] == 0.25  # `Yes!` is read there, and wrong
     assert m["fmt"][0] == pytest.approx(1 / 3)
     assert m["len"][0] == 3 and m["rep"][0] == 0
-    assert m["majority"] == ("yes", 0.75)
+    assert m["majority"] == ("yes", 0.75) and "acc_likelihood" not in m
+    more = summarize(records, questions, [True, False, False, False], {"j": {"parsed": 4}})
+    assert more["acc_likelihood"][0] == 0.25 and more["judges"]["j"]["parsed"] == 4
 
 
 @settings(max_examples=300, deadline=None)
@@ -97,9 +99,9 @@ def test_summary_counts_by_hand():
     st.sampled_from(["eos", "length", None]),
     st.sampled_from([YES_NO, CHOICE]),
 )
-def test_score_reads_any_text(text, finish, question):
+def test_any_text_is_graded(text, finish, question):
     """Guards an evaluation that dies on one odd output after hours."""
-    r = score(question, text, finish)
+    r = grade(question, text, finish)
     assert r["format_ok"] in (True, False, None) and 0 <= r["rep1"] <= 1
     assert not r["format_ok"] or r["extracted"] is not None
     summarize([r], [question])

@@ -1,4 +1,4 @@
-"""plots.py: the numbers behind Figures 1, 3 and 4, and pictures that are drawn."""
+"""report/figures.py: the numbers behind Figures 1, 3 and 4, and pictures that are drawn."""
 
 import json
 
@@ -75,6 +75,25 @@ def test_figures_are_drawn_and_numbered(tmp_path, capsys):
     assert numbers["fig4-micro-m"]["coherence"]["+ perplexity"]["n"] == 12
     assert numbers["fig3-micro"]["m"]["rd"]["relevance"] == 2.5
     assert "fig3-micro.png" in capsys.readouterr().out
+
+
+def test_a_failed_picture_loses_no_result_and_more_rules_have_styles(tmp_path, monkeypatch):
+    """Guards numbers that are lost with a picture, and a new rule without a style of its own."""
+    make_runs(tmp_path / "m")
+    rules = [*figures.RULES, *(figures.RULES[0]._replace(name=f"new{i}") for i in range(4))]
+    monkeypatch.setattr(figures, "RULES", rules)
+    figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
+    numbers = (tmp_path / "f/figures.json").read_bytes()
+    assert len(json.loads(numbers)[f"fig4-{tmp_path.name}-m"]["relevance"]) == 9
+    (tmp_path / "f/figures.json").unlink()
+
+    def fail(*_):
+        raise RuntimeError("no fonts here")
+
+    monkeypatch.setattr(figures, "plot_tokens", fail)
+    with pytest.raises(RuntimeError):
+        figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
+    assert (tmp_path / "f/figures.json").read_bytes() == numbers
 
 
 def test_early_rejected_runs_are_refused(tmp_path):

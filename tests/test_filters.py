@@ -1,7 +1,7 @@
 """The filter rules: labelled strings, hand-computed numbers, and the properties that early
 rejection stands on. Each test names the bug it guards."""
 
-import doctest
+import argparse
 import math
 
 import pytest
@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sert_min import answers, filters, patterns
-from sert_min.filters import FilterSettings, judge_path
 from sert_min.io.errors import SertError
-from sert_min.patterns import break_token, pattern_break
+from sert_min.patterns import broken_kinds, earliest, pattern_break, pattern_breaks
 from sert_min.questions import Question
+from sert_min.tokenizer import load_tokenizer
 
 CHOICES = ("bank", "library", "department store", "mall", "new york")
 FIVE = Question("commonsense_qa", "q", "Where is a revolving door of use?", "A", CHOICES)
@@ -106,14 +106,13 @@ LABELLED = [
 @pytest.mark.parametrize(("question", "text", "kind"), LABELLED)
 def test_labelled_strings(question, text, kind):
     """Guards the definitions: prose that names options must stay, lists must go."""
-    found = pattern_break(text, question)
-    assert (found and found[0]) == kind
+    assert pattern_break(text, question) == kind
 
 
 def test_a_kind_can_be_switched_off():
     """Guards: a kind that is off still hides another behind it."""
     text = " Question: bank, library, mall"
-    assert pattern_break(text, FIVE, ("options", "direct"))[0] == "options"
+    assert pattern_break(text, FIVE, ("options", "direct")) == "options"
     assert pattern_break(text, FIVE, ("direct",)) is None
     assert pattern_break(text, FIVE, ()) is None
 
@@ -121,54 +120,41 @@ def test_a_kind_can_be_switched_off():
 def test_a_text_at_the_end_is_not_yet_a_word():
     """Guards early rejection of `mallard` at `mall`: only an ended text confirms the last word."""
     text = " bank, library, mall"
-    assert pattern_break(text, FIVE, final=False) is None
-    assert pattern_break(text, FIVE, final=True) == ("options", len(text))
-    assert pattern_break(text + " x", FIVE, final=False) == ("options", len(text) + 1)
-    assert pattern_break(text + "ard", FIVE, final=True) is None
-    assert pattern_break(" No.", YES_NO, final=False) is None  # a second sentence may come
+    assert pattern_breaks(text, FIVE, final=False) == {}
+    assert pattern_breaks(text, FIVE) == {"options": len(text)}
+    assert pattern_breaks(text + " x", FIVE, final=False) == {"options": len(text) + 1}
+    assert pattern_breaks(text + "ard", FIVE) == {}
+    assert pattern_breaks(" No.", YES_NO, final=False) == {}  # a second sentence may come
+
+
+def first_kind(tokens: list[bytes], final: bool = True) -> str:
+    return earliest(broken_kinds(tokens, FIVE, final), patterns.PATTERN_KINDS)
 
 
 def test_ties_in_one_token_go_by_kind():
     """Guards a verdict that depends on characters inside a token, which a sampler never sees."""
     tokens = [b" bank,", b" library,", b" mall Question:"]
-    assert break_token(tokens, FIVE) == ("imitative", 2)
-    assert pattern_break(patterns.decode(tokens), FIVE)[0] == "options"
-    assert break_token([b" bank, library, mall ", b"Question:"], FIVE) == ("options", 0)
+    assert broken_kinds(tokens, FIVE) == {"imitative": 2, "options": 2}
+    assert first_kind(tokens) == "imitative"
+    assert pattern_break(patterns.decode(tokens), FIVE) == "options"
+    assert first_kind([b" bank, library, mall ", b"Question:"]) == "options"
 
 
 def test_half_a_letter_does_not_end_a_word():
     """Guards U+FFFD at a cut inside a letter being taken for the end of `mall`."""
     tokens = [b" bank, library, mall", "é".encode()[:1], "é".encode()[1:]]
-    assert break_token(tokens[:2], FIVE, final=False) is None
-    assert break_token(tokens, FIVE) is None  # "mallé" is another word
+    assert not first_kind(tokens[:2], final=False)
+    assert not first_kind(tokens)  # "mallé" is another word
     dash = [b" bank, library, mall", "—".encode()[:2], "—".encode()[2:], b" x"]
-    assert break_token(dash, FIVE) == ("options", 2)
+    assert broken_kinds(dash, FIVE) == {"options": 2}
 
 
 PIECES = st.sampled_from(
-    ["bank", "library", "department store", "department", " store", "mall", "new york", "yes", "no"]
-    + ["(A)", "(b)", "(C", ")", "A.", "B)", "Question", ":", "Answer:", "Question:", "the", " a "]
-    + [
-        " ",
-        "\n",
-        ", ",
-        ". ",
-        ".",
-        "!",
-        " or ",
-        " and ",
-        "/",
-        "-",
-        '"',
-        "’",
-        "is",
-        "é",
-        "—",
-        "s",
-        "1.",
-    ]
-    + ["The answer is ", "options are "]
-)
+    ["bank", "library", "department store", "department", " store", "mall", "new york", "yes", "no",
+     "(A)", "(b)", "(C", ")", "A.", "B)", "Question", ":", "Answer:", "Question:", "the", " a ", " ",
+     "\n", ", ", ". ", ".", "!", " or ", " and ", "/", "-", '"', "’", "is", "é", "—", "s", "1.",
+     "The answer is ", "options are "]
+)  # fmt: skip
 TEXTS = st.lists(PIECES, max_size=14).map("".join) | st.text(max_size=60)
 OTHER = ("bus stop", "bus", "library", "stop", "yes (A)")
 QUESTIONS = st.sampled_from(
@@ -181,51 +167,39 @@ QUESTIONS = st.sampled_from(
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250)
 @given(TEXTS, TEXTS, QUESTIONS)
-def test_a_break_is_never_mended(text, more, question):
-    """Guards early rejection: a row that was stopped must be one that the full text drops too,
-    with the same kind and position. 600 mixtures of the rules' own words."""
-    found = pattern_break(text, question, final=False)
-    if found:
-        assert pattern_break(text + more, question, final=False) == found
-        assert pattern_break(text + more, question, final=True) == found
+def test_a_break_is_never_mended_and_comes_as_early_as_possible(text, more, question):
+    """Guards early rejection: a row that was stopped must be one that the full text drops too, for
+    the same kind at the same place; and a place behind the character that made it certain."""
+    found = pattern_breaks(text, question, final=False)
+    longer = pattern_breaks(text + more, question, final=False)
+    final = pattern_breaks(text + more, question)
+    for kind, end in found.items():
+        assert longer[kind] == final[kind] == end
+        assert pattern_breaks(text[:end], question, final=False)[kind] == end
+        assert kind not in pattern_breaks(text[: end - 1], question, final=False)
 
 
-@settings(max_examples=400, deadline=None)
-@given(TEXTS, QUESTIONS)
-def test_a_break_comes_as_early_as_possible(text, question):
-    """Guards a position that lies behind the character that made the break certain."""
-    found = pattern_break(text, question, final=False)
-    if found:
-        end = found[1]
-        assert pattern_break(text[:end], question, final=False) == found
-        assert pattern_break(text[: end - 1], question, final=False) is None
-
-
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200)
 @given(TEXTS, QUESTIONS, st.lists(st.integers(1, 6), max_size=60))
-def test_break_token_equals_looking_after_every_token(text, question, sizes):
+def test_broken_kinds_equal_looking_after_every_token(text, question, sizes):
     """Guards the map from characters to tokens, with letters split over tokens."""
     data, tokens = text.encode("utf-8", "surrogatepass"), []
     for size in sizes + [len(data)]:
         if data:
             tokens.append(data[:size])
             data = data[size:]
-    first = None
+    first: dict[str, int] = {}
     for n in range(1, len(tokens) + 1):
-        breaks = patterns.pattern_breaks(patterns.decode(tokens[:n]), question, final=False)
-        if breaks:
-            first = (min(breaks, key=patterns.PATTERN_KINDS.index), n - 1)
-            break
-    found = break_token(tokens, question, final=False)
-    assert found == first
-    if first:
-        assert break_token(tokens, question, final=True) == first
-        assert break_token(tokens[: first[1] + 1], question, final=False) == first
+        for kind in pattern_breaks(patterns.decode(tokens[:n]), question, final=False):
+            first.setdefault(kind, n - 1)
+    assert broken_kinds(tokens, question, final=False) == first
+    final = broken_kinds(tokens, question)
+    assert {kind: final[kind] for kind in first} == first
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.binary(min_size=1, max_size=4), max_size=20), st.integers(0, 1))
 def test_trimming_arbitrary_bytes(tokens, start):
     """Guards crashes on bytes that are no text, and a cut in front of the path or behind it."""
@@ -235,29 +209,17 @@ def test_trimming_arbitrary_bytes(tokens, start):
     assert patterns.characters_complete(tokens)[-1:] in ([], [len(patterns.decode(tokens))])
 
 
-def test_slow_texts():
-    """Guards regexes that need minutes on a run of one character (the model does write them)."""
-    for unit in (
-        '"',
-        "\n",
-        " ",
-        "bank ",
-        "bank,",
-        "(A) ",
-        "a ",
-        "the ",
-        ". ",
-        "A.",
-        "yes or ",
-        "*",
-        "-",
-    ):
-        for question in (FIVE, YES_NO):
-            text = "bank" + unit * 600
-            pattern_break(text, question)
-            answers.extract_answer("the answer is " + text, question)
-            answers.extract_lenient(text, question)
-            answers.strip_answer_sentence("the answer " + text)
+@pytest.mark.parametrize(
+    "unit", ['"', "\n", " ", "bank,", "(A) ", "the ", "A.", "yes or ", "*", "-"]
+)
+def test_slow_texts(unit):
+    """Guards regexes that need minutes on a run of one piece (the model does write them)."""
+    text = "bank" + unit * 600
+    for question in (FIVE, YES_NO):
+        pattern_break(text, question)
+        answers.extract_answer("the answer is " + text, question)
+        answers.extract_lenient(text, question)
+        answers.strip_answer_sentence("the answer " + text)
 
 
 # --- trimming, numbers -----------------------------------------------------------------------
@@ -280,18 +242,12 @@ def test_slow_texts():
 def test_trim_to_sentence(tokens, end):
     """Guards cutting one token short or long."""
     assert filters.trim_to_sentence([t.encode() for t in tokens], 0) == end
-    # a branch token in front of the path is never a sentence of it
+    # A branch token in front of the path is never a sentence of it.
     assert filters.trim_to_sentence([b"."] + [t.encode() for t in tokens], 1) == end + 1
 
 
-def test_the_worked_examples_of_the_docstrings():
-    """Guards examples that have gone stale."""
-    found = doctest.testmod(filters)
-    assert found.attempted >= 2 and not found.failed
-
-
 def test_rep2_by_hand():
-    """Guards counting tokens for bigrams, and the empty path."""
+    """Guards counting tokens (or words) for bigrams, and the empty path."""
     assert filters.rep2([]) == filters.rep2([5]) == 0.0
     assert filters.rep2([1, 2, 3]) == 0.0
     assert filters.rep2([1, 1, 1, 1]) == pytest.approx(2 / 3)  # 11 11 11
@@ -308,107 +264,113 @@ def test_perplexity_by_hand():
 
 # --- one path --------------------------------------------------------------------------------
 
-OPEN = FilterSettings(patterns=None, min_tokens=None, max_rep2=None, min_perplexity=None)
+OPEN = {"patterns": (), "min_tokens": 0, "max_rep2": 1.0, "min_perplexity": 0.0}
+ALL = {"patterns": patterns.PATTERN_KINDS}
 
 
-def judged(words, settings=OPEN, finish="eos", start=0, logprobs=None, question=FIVE):
+def verdict(words, finish="eos", start=0, logprobs=None, question=FIVE, **limits):
+    """What the rules say of a path whose tokens are `words`; rules without a limit here are off."""
     tokens = [w.encode() for w in words]
-    ids = [hash(w) % 1000 for w in words]
     record = {
-        "token_ids": ids,
-        "logprobs": logprobs or [-2.0] * len(ids),
+        "token_ids": [words.index(w) for w in words],
+        "logprobs": logprobs or [-2.0] * len(words),
         "path_start": start,
         "finish": finish,
     }
-    return judge_path(record, tokens, question, settings)
+    return filters.verdict(record, tokens, question, {**OPEN, **limits})
 
 
 def test_rules_go_in_order():
     """Guards the funnel's counts: the first rule that fails names the verdict."""
     bad = [" Question:"] + [" x"] * 5
-    strict = FilterSettings(min_tokens=25, max_rep2=0.2, min_perplexity=50.0)
-    assert judged(bad, strict)["verdict"] == "pattern:imitative"
-    no_patterns = FilterSettings(None, 25, 0.2, 50.0)
-    assert judged(bad, no_patterns)["verdict"] == "length"
-    assert judged(bad, FilterSettings((), None, 0.2, 50.0))["verdict"] == "repetition"
-    assert judged(bad, FilterSettings((), None, None, 50.0))["verdict"] == "perplexity"
-    assert judged(bad)["verdict"] == "kept"
+    limits = ALL | {"min_tokens": 25, "max_rep2": 0.2, "min_perplexity": 50.0}
+    for flag, found in zip(OPEN, ("pattern:imitative", "length", "repetition", "perplexity")):
+        assert verdict(bad, **limits)["verdict"] == found
+        limits[flag] = OPEN[flag]
+    assert verdict(bad, **limits)["verdict"] == "kept"
 
 
 def test_thresholds_are_inclusive():
     """Guards `drop above` and `drop below` turning into `at`."""
-    words = [" a", " b", " a", " b", " c", " d"]  # rep-2 exactly 0.2
-    logprobs = [math.log(0.25)] * 6
-    assert judged(words, FilterSettings((), 6, 0.2, 3.999), logprobs=logprobs)["verdict"] == "kept"
-    assert judged(words, FilterSettings((), 7, 0.2, 3.0), logprobs=logprobs)["verdict"] == "length"
-    got = judged(words, FilterSettings((), 6, 0.19, 3.0), logprobs=logprobs)
-    assert got["verdict"] == "repetition" and got["rep2"] == 0.2
-    got = judged(words, FilterSettings((), 6, 0.2, 4.001), logprobs=logprobs)
-    assert got["verdict"] == "perplexity" and got["perplexity"] == pytest.approx(4.0)
-
-
-def test_a_perplexity_of_just_the_threshold_stays():
-    """Guards `<=`: only below is dropped."""
-    at = FilterSettings((), None, None, math.e)
-    assert judged([" a", " b"], at, logprobs=[-1.0, -1.0])["verdict"] == "kept"
+    words, p = [" a", " b", " a", " b", " c", " d"], {"logprobs": [-1.0] * 6}  # rep-2 exactly 0.2
+    at = {"min_tokens": 6, "max_rep2": 0.2, "min_perplexity": math.e}
+    assert verdict(words, **p, **at)["verdict"] == "kept"
+    assert verdict(words, **p, **at | {"min_tokens": 7})["verdict"] == "length"
+    assert verdict(words, **p, **at | {"max_rep2": 0.19})["verdict"] == "repetition"
+    got = verdict(words, **p, **at | {"min_perplexity": 2.72})
+    assert got["verdict"] == "perplexity" and got["perplexity"] == pytest.approx(math.e)
+    assert got["rep2"] == 0.2
 
 
 def test_end_of_text_branch_counts_in_perplexity_only():
     """Guards an end-of-text branch token in text, length or rep-2, or missing in perplexity."""
-    got = judged(["<|endoftext|>", " a", " b"], start=1, logprobs=[-6.0, -1.0, -2.0])
-    assert got["text"] == " a b" and got["path_end"] == 3
+    path = {"start": 1, "logprobs": [-6.0, -1.0, -2.0]}
+    got = verdict(["<|endoftext|>", " a", " b"], **path, min_tokens=2)
+    assert got["verdict"] == "kept" and got["text"] == " a b" and got["path_end"] == 3
     assert got["perplexity"] == pytest.approx(math.exp(3.0))
-    assert (
-        judged(["<|endoftext|>", " a"], FilterSettings((), 2, None, None), start=1)["verdict"]
-        == "length"
-    )
+    assert verdict(["<|endoftext|>", " a", " b"], **path, min_tokens=3)["verdict"] == "length"
+    assert verdict([" x", " x", " x"], start=1)["rep2"] == 0.0
 
 
 def test_a_cut_path_is_trimmed_but_patterns_see_all_of_it():
     """Guards early rejection and filtering giving two verdicts, and statistics of dropped tokens."""
-    words = [" It", " is", ".", " Question:"]
-    got = judged(words, finish="length", logprobs=[-1.0, -1.0, -1.0, -9.0])
-    assert got["path_end"] == 3 and got["text"] == " It is."
+    words, p = [" It", " is", ".", " Question:"], {"logprobs": [-1.0, -1.0, -1.0, -9.0]}
+    got = verdict(words, "length", **p, min_tokens=3)
+    assert got["path_end"] == 3 and got["text"] == " It is." and got["verdict"] == "kept"
     assert got["perplexity"] == pytest.approx(math.e)
-    assert judged(words, finish="eos")["path_end"] == 4
-    settings_ = FilterSettings(min_tokens=1, min_perplexity=0.0)
-    assert judged(words, settings_, finish="length")["verdict"] == "pattern:imitative"
+    assert verdict(words, "length", **p, min_tokens=4)["verdict"] == "length"
+    assert verdict(words, "eos", **p)["path_end"] == 4
+    assert verdict(words, "length", **p, **ALL)["verdict"] == "pattern:imitative"
 
 
 def test_rejected_paths():
-    """Guards `direct` or an end-of-text boundary on a path that was stopped, and a refilter with
-    looser patterns that would pass half a path."""
-    words = [" bank,", " library,", " mall", " x"]
-    settings_ = FilterSettings(("options", "direct"))
-    assert judged(words, settings_, "rejected")["verdict"] == "pattern:options"
+    """Guards `direct` or an end-of-text boundary on a path that was stopped, and looser patterns that
+    would pass half a path."""
+    words, two = [" bank,", " library,", " mall", " x"], {"patterns": ("options", "direct")}
+    assert verdict(words, "rejected", **two)["verdict"] == "pattern:options"
     with pytest.raises(SertError, match="--no-early-reject"):
-        judged(words, FilterSettings(("imitative",)), "rejected")
+        verdict(words, "rejected", patterns=("imitative",))
     with pytest.raises(SertError):
-        judged([" No."], settings_, "rejected", question=YES_NO)
-    assert judged([" No."], settings_, "eos", question=YES_NO)["verdict"] == "pattern:direct"
+        verdict([" No."], "rejected", question=YES_NO, **two)
+    assert verdict([" No."], question=YES_NO, **two)["verdict"] == "pattern:direct"
 
 
 def test_an_empty_path_never_passes():
     """Guards exp of nothing, and selecting nothing with all rules off."""
-    got = judged([])
+    got = verdict([])
     assert got == {"text": "", "path_end": 0, "perplexity": None, "rep2": 0.0, "verdict": "length"}
 
 
+# --- limits ----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    "flag, wrong",
     [
-        {"patterns": ("option",)},
-        {"min_tokens": -1},
-        {"max_rep2": 1.5},
-        {"max_rep2": float("nan")},
-        {"min_perplexity": -1.0},
-        {"min_perplexity": float("nan")},
+        ("patterns", "option"),
+        ("min_tokens", -1),
+        ("max_rep2", 1.5),
+        ("max_rep2", float("nan")),
+        ("min_perplexity", float("nan")),
+        ("min_perplexity", float("inf")),
     ],
 )
-def test_settings_are_checked(wrong):
-    """Guards a threshold that silently passes everything (NaN compares false)."""
-    with pytest.raises(SertError, match="--"):
-        FilterSettings(**wrong)
+def test_limits_are_checked(flag, wrong):
+    """Guards a limit that silently passes everything (NaN compares false)."""
+    with pytest.raises(SertError, match=f"--{flag.replace('_', '-')}"):
+        filters.limits({}, {flag: wrong})
+
+
+def test_limits_are_flags_before_preset_before_paper():
+    """Guards a flag of 0 that counts as left out, and a preset that wins over a flag."""
+    p = argparse.ArgumentParser()
+    filters.add_flags(p)
+    flags = vars(p.parse_args(["--min-tokens", "0", "--patterns", "direct,imitative"]))
+    got = filters.limits({"min_tokens": 12, "max_rep2": 0.4}, flags)
+    want = {"patterns": ("imitative", "direct"), "min_tokens": 0, "max_rep2": 0.4}
+    assert got == {**want, "min_perplexity": 5.0}
+    paper = filters.limits({})
+    assert paper == {**ALL, "min_tokens": 25, "max_rep2": 0.2, "min_perplexity": 5.0}
 
 
 def test_parse_patterns():
@@ -424,14 +386,8 @@ def test_parse_patterns():
 
 
 def record(id, branch, sample, rep2, verdict="kept"):
-    return {
-        "task": "t",
-        "id": id,
-        "branch": branch,
-        "sample": sample,
-        "rep2": rep2,
-        "verdict": verdict,
-    }
+    found = {"rep2": rep2, "verdict": verdict}
+    return {"task": "t", "id": id, "branch": branch, "sample": sample, **found}
 
 
 def test_select():
@@ -455,14 +411,34 @@ def test_select():
     assert [r["verdict"] for r in tie] == ["kept", "selected"]  # the branch goes first
 
 
-def test_counts():
-    """Guards a funnel whose steps do not add up."""
+def test_the_funnel_adds_up(capsys):
+    """Guards a funnel whose steps do not add up, and a verdict that no rule gives."""
     verdicts = ["selected", "kept", "pattern:options", "pattern:direct", "length", "repetition"]
     records = [record(str(i // 2), 0, i, 0.0, v) for i, v in enumerate(verdicts)]
     records.append(record("2", 1, 0, 0.0, "perplexity"))
-    counts = filters.count_verdicts(r for r in records)
-    assert counts.paths == 7 and counts.passed == 2 and counts.selected == 1
-    assert counts.seen == {"pattern": 7, "length": 5, "repetition": 4, "perplexity": 3}
-    assert counts.dropped["pattern"] == 2 and counts.dropped["pattern:options"] == 1
-    assert counts.seen["perplexity"] - counts.dropped["perplexity"] == counts.passed
-    assert counts.questions == 3 and counts.without_path == 2
+    c = filters.Funnel(iter(records)).counts()
+    assert (c["paths"], c["passed"], c["selected"]) == (7, 2, 1)
+    assert c["seen"] == {"pattern": 7, "length": 5, "repetition": 4, "perplexity": 3}
+    assert c["dropped"]["pattern"] == 2 and c["dropped"]["pattern:options"] == 1
+    assert c["seen"]["perplexity"] - c["dropped"]["perplexity"] == c["passed"]
+    assert (c["questions"], c["without_path"]) == (3, 2)
+    filters.print_funnel(c, filters.limits({}))
+    shown = capsys.readouterr().out
+    assert "7        2   28.6%   drop imitative, options, direct" in shown
+    assert "2 of 7 paths passed; 1 of 3 questions have a selected path, 2 have none" in shown
+    with pytest.raises(SertError, match="no verdict 'rude'"):
+        filters.Funnel([record("1", 0, 0, 0.0, "rude")])
+
+
+def test_reasoning_is_told_from_answers_and_loops(tiny_model_folder):
+    """Guards a garbage loop that counts as reasoning because it breaks no pattern."""
+    tokenizer, limits = load_tokenizer(tiny_model_folder), filters.limits({"min_tokens": 12})
+    answer = " So the answer is no."
+    for text, wanted in [
+        (" A pear has less weight than the water of its size, which lifts it." + answer, True),
+        (answer, False),
+        (" yes." + answer, False),
+        (" " + "S" * 60, False),
+        ("", False),
+    ]:
+        assert filters.reasons(YES_NO, text, tokenizer, limits) == wanted, text

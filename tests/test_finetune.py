@@ -59,10 +59,6 @@ def random_examples(lengths=((9, 4), (3, 1), (20, 15), (5, 5)), seed=0) -> list:
     return examples
 
 
-def gradients(model) -> dict:
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
 def assert_close(a: torch.Tensor, b: torch.Tensor, relative: float) -> None:
     """Largest difference, as a share of the largest value."""
     assert (a - b).abs().max() <= relative * b.abs().max()
@@ -115,10 +111,12 @@ def test_prompt_positions_get_zero_gradient():
 
 
 def test_epoch_order_is_a_new_permutation_each_epoch():
+    """Guards an order that ignores seed or epoch, and one that changes from version to version (a
+    run that goes on would take other steps)."""
     orders = [epoch_order(50, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(o) == list(range(50)) for o in orders)
     assert len(set(map(tuple, orders))) == 4
-    assert orders[0] == epoch_order(50, 0, 0)
+    assert epoch_order(8, 3, 2) == [2, 3, 5, 7, 4, 0, 6, 1]
 
 
 # --- loss and gradients ---------------------------------------------------------------------------
@@ -178,29 +176,6 @@ def test_head_loss_equals_cross_entropy():
         assert_close(b, a, 1e-6)
 
 
-def test_packed_equals_padded_equals_one_by_one():
-    """Guards the way into the attention grid and out of it."""
-    model, examples = random_model(), random_examples()
-    loss_sum(model, pack(examples)).backward()
-    packed = gradients(model)
-
-    model.zero_grad()
-    T = max(len(ids) for ids, _ in examples)
-    ids = torch.tensor([i + [1] * (T - len(i)) for i, _ in examples])
-    targets = torch.tensor([t + [IGNORE] * (T - len(t)) for _, t in examples])
-    logits = model.logits(model(ids))  # [B, T, V], plain padded batch
-    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
-    padded = gradients(model)
-
-    model.zero_grad()
-    for example in examples:
-        loss_sum(model, pack([example])).backward()
-    alone = gradients(model)
-    for name in packed:
-        assert_close(packed[name], padded[name], 3e-6)
-        assert_close(packed[name], alone[name], 3e-6)
-
-
 def test_no_example_sees_another():
     """Guards attention across examples: changing one leaves the others' losses as they are."""
     model, examples = random_model(), random_examples()
@@ -247,7 +222,7 @@ def test_sparse_embedding_gradient_is_the_dense_one():
         for _ in range(2):  # accumulated
             loss_sum(model, pack(examples)).backward()
         assert not model.wte.weight.grad.is_sparse
-        found.append(gradients(model))
+        found.append({name: p.grad for name, p in model.named_parameters()})
     for name in found[0]:
         assert_close(found[1][name], found[0][name], 1e-6)
     assert not finetune.sparse_embedding(random_model(tie_word_embeddings=False))
@@ -264,16 +239,17 @@ def test_loss_on_gpu_equals_cpu():
 # --- one step -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("parts", [2, 3, 8])
-def test_accumulated_equals_whole_batch(parts):
+@pytest.mark.parametrize("parts", [3, 8])
+def test_accumulated_equals_whole_batch(monkeypatch, parts):
     """Guards a mean per part (parts with few tokens would weigh too much). SGD, because Adam turns
     rounding of a near-zero gradient into a whole step."""
+    monkeypatch.setattr(finetune, "CLIP", 1e9)
     examples = random_examples(((9, 4), (3, 1), (20, 15), (5, 5)) * 2)
     results = []
     for accumulate in (1, parts):
         model = random_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        loss = train_step(model, optimizer, examples, 0, accumulate, clip=1e9)
+        loss = train_step(model, optimizer, examples, 0, accumulate)
         results.append((loss, model.state_dict()))
     (loss, whole), (loss_parts, in_parts) = results
     assert abs(loss_parts / loss - 1) < 1e-6
@@ -297,10 +273,11 @@ def test_optimizer_is_adam():
         assert (a - b).abs().max() < 1e-6, name  # 20 steps of 3e-4 move up to 6e-3
 
 
-def test_clipping_bounds_the_gradient():
-    """Guards a norm per part or per parameter: one step of SGD moves by exactly `clip`."""
+def test_clipping_bounds_the_gradient(monkeypatch):
+    """Guards a norm per part or per parameter: one step of SGD moves by exactly CLIP."""
+    monkeypatch.setattr(finetune, "CLIP", 0.01)
     model, start = random_model(), random_model()
-    train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), random_examples(), 0, 2, 0.01)
+    train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), random_examples(), 0, 2)
     moved = sum((a - b).square().sum() for a, b in zip(model.parameters(), start.parameters()))
     assert abs(moved.sqrt().item() / 0.01 - 1) < 1e-3
 
@@ -324,19 +301,11 @@ def test_non_finite_names_epoch_and_questions(tmp_path):
         run_fit(model, tmp_path, examples=random_examples()[:2], names=["a", "b"])
 
 
-@pytest.mark.parametrize(
-    "flag, value",
-    [
-        ("epochs", 0),
-        ("batch_size", 0),
-        ("max_steps", 0),
-        ("accumulate", -1),
-        ("lr", 0.0),
-        ("lr", float("nan")),
-        ("clip", float("inf")),
-        ("seed", -1),
-    ],
-)
+WRONG = [("epochs", 0), ("batch_size", 0), ("max_steps", 0), ("accumulate", -1), ("lr", 0.0),
+         ("lr", float("nan")), ("seed", -1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag, value", WRONG)
 def test_settings_without_meaning_are_refused_by_flag(flag, value):
     with pytest.raises(SertError, match=f"--{flag.replace('_', '-')} must be"):
         TrainSettings(**{flag: value}).check()
@@ -370,11 +339,6 @@ def flip_a_bit(folder):
     file.write_bytes(data)
 
 
-def empty(folder):
-    for file in folder.iterdir():
-        file.unlink()
-
-
 DAMAGE = {
     "bit flipped, right size": flip_a_bit,
     "cut": lambda f: (f / "state.safetensors").write_bytes(b"1234"),
@@ -382,7 +346,6 @@ DAMAGE = {
     "no state.json": lambda f: (f / "state.json").unlink(),
     "state.json cut": lambda f: (f / "state.json").write_text('{"step": 6'),
     "state.json of other form": lambda f: (f / "state.json").write_text('{"step": "x"}'),
-    "empty folder": empty,
 }
 
 
@@ -408,7 +371,7 @@ def test_all_states_broken_starts_over(tmp_path, capsys):
     want = run_fit(random_model(), tmp_path / "whole").state_dict()
     run_fit(random_model(), tmp_path, save_seconds=0)
     for folder in (tmp_path / "state").iterdir():
-        empty(folder)
+        (folder / "state.json").unlink()
     got = run_fit(random_model(), tmp_path).state_dict()
     assert capsys.readouterr().out.count("is broken") == 2
     assert all(torch.equal(got[k], want[k]) for k in want)
@@ -465,18 +428,6 @@ def test_full_disk_keeps_the_state_before(tmp_path):
     assert states(out) == ["step-00000006"]
     got = run_fit(random_model(), out, epochs=3).state_dict()
     assert all(torch.equal(got[k], want[k]) for k in want)
-
-
-def test_more_epochs_continue_fewer_are_refused(tmp_path):
-    """Guards a longer run that differs from one that was long from the start."""
-    want = run_fit(random_model(), tmp_path / "whole", epochs=4).state_dict()
-    run_fit(random_model(), tmp_path / "run", epochs=2)
-    got = run_fit(random_model(), tmp_path / "run", epochs=4).state_dict()
-    assert all(torch.equal(got[k], want[k]) for k in want)
-    a, b = ((tmp_path / d / "metrics.jsonl").read_bytes() for d in ("whole", "run"))
-    assert a == b
-    with pytest.raises(SertError, match="12 steps already, asked are 6; raise --epochs"):
-        run_fit(random_model(), tmp_path / "run", epochs=2)
 
 
 def test_torn_metrics_are_set_aside(tmp_path):

@@ -5,6 +5,7 @@
 
 import json
 import math
+import re
 import shutil
 import struct
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import shared, write_tiny_tokenizer
+from conftest import one_line, shared, write_tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from sert_min import models
@@ -34,13 +35,7 @@ CONFIGS = {
     "scaled by layer": {"scale_attn_by_inverse_layer_idx": True, "n_layer": 5},
     "untied": {"tie_word_embeddings": False, "n_head": 2},
 }
-STYLES = ("prefix", "bare", "sharded")
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    text = str(error.value)
-    assert text and "\n" not in text
-    return text
+STYLES = ("prefix", "bare", "sharded")  # the forms that are met on the hub
 
 
 def hf_model(**config):
@@ -54,7 +49,7 @@ def hf_model(**config):
 
 
 def write_hf(model, folder, style: str) -> None:
-    """transformers' own folder, in one of the forms that are met on the hub."""
+    """transformers' own folder, in one of the STYLES."""
     size = "60KB" if style == "sharded" else "1GB"
     model.save_pretrained(folder, max_shard_size=size)
     if style == "sharded":
@@ -72,9 +67,8 @@ def write_hf(model, folder, style: str) -> None:
 @torch.no_grad()
 def logit_difference(ours: GPT2, theirs) -> float:
     c = ours.config
-    ids = torch.randint(
-        c.vocab_size, (3, c.n_positions), generator=torch.Generator().manual_seed(1)
-    )
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(c.vocab_size, (3, c.n_positions), generator=g)
     return float((ours.logits(ours(ids)) - theirs(ids).logits).abs().max())
 
 
@@ -82,12 +76,9 @@ def logit_difference(ours: GPT2, theirs) -> float:
 def test_logits_equal_transformers(name, tmp_path):
     """Guards the import: a forgotten transpose, scale, activation, epsilon, bias or shard."""
     theirs = hf_model(**CONFIGS[name])
-    worst = 0.0
     for style in STYLES:
         write_hf(theirs, tmp_path / style, style)
-        worst = max(worst, logit_difference(load_model(tmp_path / style), theirs))
-    print(f"{name}: largest logit difference {worst:.1e}")
-    assert worst < 1e-4
+        assert logit_difference(load_model(tmp_path / style), theirs) < 1e-4, style
 
 
 def test_aliases_of_the_config_are_read(tmp_path):
@@ -101,16 +92,6 @@ def test_aliases_of_the_config_are_read(tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.n_head == 4
     assert logit_difference(load_model(tmp_path), theirs) < 1e-4
-
-
-@pytest.mark.parametrize("forgotten", ["attn.c_proj.weight", "mlp.c_fc.weight"])
-def test_parity_notices_a_forgotten_transpose(forgotten, tmp_path, monkeypatch):
-    """The power of the test above: square matrices pass every shape check untransposed."""
-    theirs = hf_model(n_inner=64)
-    write_hf(theirs, tmp_path, "bare")
-    rest = tuple(name for name in models.TRANSPOSED if name != forgotten)
-    monkeypatch.setattr(models, "TRANSPOSED", rest)
-    assert logit_difference(load_model(tmp_path), theirs) > 0.01
 
 
 @pytest.mark.parametrize("name", ["one layer", "n_inner, relu", "scaled by layer", "untied"])
@@ -164,10 +145,6 @@ def test_labels_tell_local_models_apart(tmp_path, monkeypatch):
 # --- precision -----------------------------------------------------------------------------------
 
 
-def log_probs_in_float64(hidden, weight):
-    return (hidden.double() @ weight.double().T).log_softmax(-1)
-
-
 def model_with_head(weight) -> GPT2:
     """A network of which only the head matters: `logits` is called with given hidden states."""
     model = GPT2(GPT2Config(weight.shape[0], 8, weight.shape[1], 1, 1)).init_weights_(0)
@@ -181,15 +158,14 @@ def test_log_probs_near_minus_100_are_those_of_a_float64_head(dtype):
     its last hidden states oppose, so random weights alone would hide it."""
     g = torch.Generator().manual_seed(0)
     common = torch.randn(768, generator=g) / math.sqrt(768)  # about length 1
-    weight = 0.14 * torch.randn(20000, 768, generator=g) + 2 * common
+    weight = 0.14 * torch.randn(5000, 768, generator=g) + 2 * common
     hidden = 0.8 * torch.randn(16, 768, generator=g) - 50 * common
     model = model_with_head(weight).cast_(dtype)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach the head
         logits = model.logits(hidden)
-    exact = log_probs_in_float64(hidden, weight)
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1)
     error = (logits.double().log_softmax(-1) - exact).abs().max()
     rounded = (logits.bfloat16().double().log_softmax(-1) - exact).abs().max()
-    print(f"logits {logits.mean():.0f}, error {error:.1e}; rounded to bf16 {rounded:.2f}")
     assert logits.dtype == torch.float32 and -140 < logits.mean() < -70
     assert error < 0.01 < rounded
 
@@ -214,13 +190,12 @@ def test_real_logits_keep_their_top_ten(dtype):
         assert (ours[row, ids] - stated).abs().max() < 1e-3
         broken += rounded[row].topk(10).indices.tolist() != ids
     error, bf16 = (ours - exact).abs().max(), (rounded - exact).abs().max()
-    print(f"error {error:.1e}; bf16 {bf16:.2f} and breaks the top ten of {broken} of 5 rows")
     assert error < 0.01 and bf16 > 0.1 and broken == 5
 
 
 @torch.no_grad()
-def bf16_error(config: GPT2Config, rows: int, length: int):
-    """Absolute log-prob differences (bf16 against fp32) of ours and of transformers."""
+def bf16_errors(config: GPT2Config, rows: int, length: int) -> dict[str, tuple[float, float]]:
+    """Median and largest difference of log-probs, bf16 against fp32, of ours and of transformers."""
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**vars(config))).eval()
     ours = GPT2(config).init_weights_(0).eval()
     common = torch.randn(config.n_embd, generator=torch.Generator().manual_seed(1))
@@ -231,32 +206,21 @@ def bf16_error(config: GPT2Config, rows: int, length: int):
     for name, p in ours.state_dict().items():
         state[f"transformer.{name}"] = p.t() if name.endswith(models.TRANSPOSED) else p
     theirs.load_state_dict(state | {"lm_head.weight": ours.wte.weight})
-    ids = torch.randint(config.vocab_size, (rows, length))
+    g = torch.Generator().manual_seed(2)
+    ids = torch.randint(config.vocab_size, (rows, length), generator=g)
     exact = ours.logits(ours(ids)).log_softmax(-1)
     assert (theirs(ids).logits.log_softmax(-1) - exact).abs().max() < 1e-3
-    ours.cast_(torch.bfloat16)
-    theirs.to(torch.bfloat16)
-    return [
-        (logits.float().log_softmax(-1) - exact).abs().flatten()
-        for logits in (ours.logits(ours(ids)), theirs(ids).logits)
-    ]
-
-
-def report_bf16(config: GPT2Config, rows: int, length: int) -> list[tuple[float, float]]:
-    numbers = []
-    for name, error in zip(("ours", "transformers"), bf16_error(config, rows, length)):
-        numbers.append((float(error.median()), float(error.max())))
-        median, worst = numbers[-1]
-        print(f"bf16 log-prob error, {name}: median {median:.4f}, maximum {worst:.4f}")
-    return numbers
+    logits = {"ours": ours.cast_(torch.bfloat16).logits(ours(ids))}
+    logits["transformers"] = theirs.to(torch.bfloat16)(ids).logits.float()
+    errors = {name: (x.log_softmax(-1) - exact).abs() for name, x in logits.items()}
+    return {name: (x.median().item(), x.max().item()) for name, x in errors.items()}
 
 
 def test_bf16_network_is_no_worse_than_transformers():
     """Guards the whole bf16 path: residual stream, LayerNorm and head stay fp32."""
-    (median, worst), (their_median, their_worst) = report_bf16(
-        GPT2Config(2000, 64, 256, 4, 4), rows=4, length=64
-    )
-    assert median < their_median and worst < their_worst and median < 0.02
+    errors = bf16_errors(GPT2Config(2000, 64, 256, 4, 4), rows=4, length=64)
+    (median, worst), (their_median, their_worst) = errors["ours"], errors["transformers"]
+    assert median < min(0.02, their_median) and worst < their_worst
 
 
 # --- refused -------------------------------------------------------------------------------------
@@ -266,6 +230,12 @@ def test_bf16_network_is_no_worse_than_transformers():
 def folder(tmp_path):
     write_hf(hf_model(), tmp_path / "hf", "bare")
     return tmp_path / "hf"
+
+
+def refused(folder) -> str:
+    with pytest.raises(SertError) as e:
+        load_model(folder)
+    return one_line(e)
 
 
 @pytest.mark.parametrize(
@@ -294,9 +264,7 @@ def test_configs_are_refused_by_name(change, named, folder):
     """Guards against computing something else than the config asks for."""
     config = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SertError) as e:
-        load_model(folder)
-    assert named in one_line(e)
+    assert named in refused(folder)
 
 
 def change_tensors(folder, change) -> None:
@@ -320,9 +288,7 @@ def change_tensors(folder, change) -> None:
 def test_tensors_are_checked(change, named, folder):
     """Guards NaN, missing, extra and misshapen tensors, and a head that is not the tied one."""
     change_tensors(folder, change)
-    with pytest.raises(SertError) as e:
-        load_model(folder)
-    assert named in one_line(e)
+    assert named in refused(folder)
 
 
 def test_a_stored_copy_of_the_tied_head_is_fine(folder):
@@ -337,38 +303,22 @@ def test_damaged_weight_files_are_refused(folder):
     whole = file.read_bytes()
     header = struct.unpack("<Q", whole[:8])[0]
     garbage = struct.pack("<Q", 50) + b"\xff" * 50 + whole[58:]
-    for damaged in (
-        b"",
-        whole[:5],
-        whole[: 8 + header // 2],
-        whole[:-1],
-        whole + b"x",
-        garbage,
-        struct.pack("<Q", 2**63) + whole[8:],
-        struct.pack("<Q", 2) + b"{}",
-    ):
+    long, empty = struct.pack("<Q", 2**63) + whole[8:], struct.pack("<Q", 2) + b"{}"
+    cut = [b"", whole[:5], whole[: 8 + header // 2], whole[:-1]]
+    for damaged in (*cut, whole + b"x", garbage, long, empty):
         file.write_bytes(damaged)
-        with pytest.raises(SertError) as e:
-            load_model(folder)
-        assert "again" in one_line(e) or "missing" in one_line(e)
+        said = refused(folder)
+        assert "again" in said or "missing" in said
 
 
 def test_index_cannot_leave_the_folder(folder):
     """Guards a foreign index that names files elsewhere, is odd, or names shards not there."""
     (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
     index = folder / "model.safetensors.index.json"
-    for weight_map in (
-        {"wte.weight": "../x.safetensors"},
-        {"wte.weight": str(folder.parent / "x.safetensors")},
-        {"wte.weight": "x.bin"},
-        {"wte.weight": ["x.safetensors"]},
-        {"wte.weight": 3, "wpe.weight": "x.safetensors"},
-        {},
-        None,
-    ):
+    elsewhere = ("../x.safetensors", str(folder.parent / "x.safetensors"), "x.bin", ["x"], 3)
+    for weight_map in (*({"wte.weight": name} for name in elsewhere), {}, None):
         index.write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(SertError, match="no usable weight_map"):
-            load_model(folder)
+        assert "no usable weight_map" in refused(folder)
     index.write_text(json.dumps({"weight_map": {"wte.weight": "model-00001.safetensors"}}))
     for use in (load_model, hub.weights_hash):
         with pytest.raises(SertError, match="model-00001.safetensors is missing") as e:
@@ -380,22 +330,16 @@ def test_pickle_only_and_empty_folders_are_refused(folder):
     """Guards against loading pickles, and against tracebacks from an empty folder."""
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
-    with pytest.raises(SertError, match="pickle weights .* are refused") as e:
-        load_model(folder)
-    one_line(e)
+    assert re.search("pickle weights .* are refused", refused(folder))
     for content in ("", "[1]", "{", "\x00", "[" * 100000):
         (folder / "config.json").write_text(content)
-        with pytest.raises(SertError, match="config.json") as e:
-            load_model(folder)
-        one_line(e)
+        assert "config.json" in refused(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(SertError, match="config.json does not exist"):
-        load_model(folder)
+    assert "config.json does not exist" in refused(folder)
     for name in ("./nowhere", "/nowhere", "a/b/c", "~/model"):
         with pytest.raises(SertError, match="no such folder"):
             hub.find_model(name)
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    report_bf16(GPT2Config(), rows=2, length=64)
+    print("bf16 log-prob errors (median, largest):", bf16_errors(GPT2Config(), rows=2, length=64))

@@ -1,4 +1,4 @@
-"""The micro-world. Each test names the bug it guards."""
+"""The micro-world and its student. Each test names the bug it guards."""
 
 import json
 import os
@@ -10,14 +10,16 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sert_min import answers, patterns, prompts
 from sert_min.io.hub import MICRO, read_sert
 from sert_min.metrics import greedy
-from sert_min.micro import build, program, world
+from sert_min.micro import build, measure, program, world
 from sert_min.models import load_model
+from sert_min.questions import Question
 from sert_min.tokenizer import load_tokenizer
 
 SEED = 100
@@ -62,9 +64,8 @@ def test_every_person_has_two_relations_in_the_corpus_and_one_question_per_split
 def test_answers_are_balanced(seed, split):
     """Guards: a student that scores by the value, the relation or the letter alone."""
     questions = world.questions(split, seed)
-    assert (
-        len(questions) == len({q.id for q in questions}) == len({q.text for q in questions}) == 400
-    )
+    assert len(questions) == len({q.id for q in questions}) == 400
+    assert len({q.text for q in questions}) == 400
     by_value, letters = {}, Counter()
     for q in questions:
         asked = program.parse_question(q)
@@ -106,11 +107,11 @@ def test_gold_answers_are_the_facts():
 
 def test_the_same_world_in_every_process():
     """Guards: a draw that depends on hash() or on the order of a set."""
-    made = "micro.questions('test', 3), micro_build.corpus(3, 300)"
-    code = f"from sert_min import micro, micro_build\nprint(({made}))"
+    made = "world.questions('test', 3), build.corpus(3, 300)"
+    code = f"from sert_min.micro import build, world\nprint(({made}))"
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONHASHSEED": "1"}, cwd=MICRO.parents[1]).stdout  # fmt: skip
+        env={**os.environ, "PYTHONHASHSEED": "1"}, cwd=ROOT).stdout  # fmt: skip
     assert other.strip() == repr((world.questions("test", 3), build.corpus(3, 300)))
 
 
@@ -167,29 +168,25 @@ def test_judge_on_right_wrong_irrelevant_and_incomplete_texts():
     assert scored(q, right + right * 5)[0] < 5  # repetitive
 
 
-def test_judge_takes_the_relation_words_of_every_path_form(documents):
+def test_judge_takes_the_relation_words_of_every_path_form():
     """Guards: a wording of the corpus that the judge can't read (its paths would look wrong)."""
-    facts = world.make_world(SEED)
-    rng = random.Random(0)
+    facts, rng = world.make_world(SEED), random.Random(0)
     for name, relation in world.RELATIONS.items():
         for p in world.PEOPLE[:20]:
             t = facts.home[p]
             v = facts.value[name, t]
-            for asked in (None, v, next(u for u in relation.values if u != v)):
-                stem = (
-                    relation.yes_no[0].format(p=p, v=asked)
-                    if asked
-                    else relation.choice[0].format(p=p)
-                )
-                options = (v, *[u for u in relation.values if u != v][:4]) if asked is None else ()
-                answer = "A" if asked is None else "yes" if asked == v else "no"
-                q = world.Question("micro", f"w{SEED}-x", stem, answer, options)
+            others = [u for u in relation.values if u != v]
+            forms = [(None, relation.choice[0].format(p=p), "A", (v, *others[:4]))]
+            for asked, answer in ((v, "yes"), (others[0], "no")):
+                forms.append((asked, relation.yes_no[0].format(p=p, v=asked), answer, ()))
+            for asked, stem, answer, options in forms:
+                q = Question("micro", f"w{SEED}-x", stem, answer, options, options)
                 text = world.latent_reasoning(rng, name, p, t, v, asked)
                 assert scored(q, text) == (10, 10, 10, 10), (stem, text)
                 assert program.check_path(q, text)["gold"], (stem, text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=200) | st.lists(st.sampled_from(
     ["So the flag is", " not", " red", "Alan", " lives in", " Ash Creek", ".", " This is not what",
      " The flag of", "that is"])).map("".join), st.integers(0, len(ALL) - 1))  # fmt: skip
@@ -206,15 +203,6 @@ def student():
     return load_model(MICRO), load_tokenizer(MICRO)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.text(max_size=80))
-def test_tokenizer_round_trip(text):
-    """Guards: a byte that the small vocabulary lacks."""
-    tokenizer = load_tokenizer(MICRO)
-    encodable = text.encode("utf-8", "replace").decode()
-    assert tokenizer.decode(tokenizer.encode(encodable)) == encodable
-
-
 def test_names_are_single_tokens(student):
     """Guards: a BPE of another corpus. Names in mid-sentence and values are one token each."""
     tokenizer = student[1]
@@ -223,15 +211,7 @@ def test_names_are_single_tokens(student):
         assert len(tokenizer.encode(f" {word}")) == 1, word
     vocab = json.loads((MICRO / "vocab.json").read_text("utf-8"))
     assert vocab["<|endoftext|>"] == len(vocab) - 1 == tokenizer.eot
-
-
-def test_student_opens_in_transformers(student):
-    """Guards: files that only our own code can read."""
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(MICRO)
-    for q in ALL[:50]:
-        text = prompts.question_prompt(q)
-        assert theirs(text)["input_ids"] == student[1].encode(text)
+    assert tokenizer.decode(tokenizer.encode("é 日\x00🙂")) == "é 日\x00🙂"  # all bytes are there
 
 
 def test_student_knows_its_facts_and_answers_directly(student):
@@ -239,7 +219,7 @@ def test_student_knows_its_facts_and_answers_directly(student):
     assert sum(f.stat().st_size for f in MICRO.iterdir()) < 6_000_000
     seed = read_sert(MICRO)["settings"]["world_seed"]
     facts, questions = world.make_world(seed), world.questions("test", seed)[:40]
-    asked = [world.Question("micro", p, world.ASK_HOME.format(p=p), facts.home[p])
+    asked = [Question("micro", p, world.ASK_HOME.format(p=p), facts.home[p])
              for p in world.PEOPLE[::10]]  # fmt: skip
     known = [text.rstrip(" .").endswith(q.answer)
              for q, (text, _) in zip(asked, greedy(*student, asked, "", 12))]  # fmt: skip
@@ -250,8 +230,6 @@ def test_student_knows_its_facts_and_answers_directly(student):
 
 def test_latent_paths_of_the_student_are_right(student):
     """Guards: a student that has the form of reasoning and not its three skills."""
-    from sert_min.micro import measure
-
     questions = world.questions("test", read_sert(MICRO)["settings"]["world_seed"])[:16]
     by_id = {q.id: q for q in questions}
     records = measure.sampled(*student, questions, replace(measure.SETTINGS, samples=2))

@@ -15,6 +15,7 @@ from sert_min import tasks
 from sert_min.io.errors import SertError
 from sert_min.models import first_broken, load_model
 from sert_min.questions import Question
+from sert_min.report import check
 from sert_min.report.likelihood import answer_logprobs
 from sert_min.tokenizer import load_tokenizer
 
@@ -100,7 +101,7 @@ def test_likelihood_names_question_and_layer(tmp_path):
 
 def test_check_refuses_nan(monkeypatch):
     """Python's max(0.0, nan) is 0.0: weights that overflow passed for gpt2's."""
-    known = json.loads((sample.Path(tasks.__file__).parent / "gpt2_known_outputs.json").read_text())
+    known = json.loads(check.KNOWN.read_text())
     ids = {row["prompt"]: row["token_ids"] for row in known["prompts"]}
 
     class Tokenizer:
@@ -118,4 +119,4 @@ def test_check_refuses_nan(monkeypatch):
             return torch.full((50257,), float("nan"))
 
     with pytest.raises(SertError, match="off by up to nan"):
-        sample.check_known_outputs(Model(), Tokenizer())
+        check.check_known_outputs(Model(), Tokenizer())

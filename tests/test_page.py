@@ -6,7 +6,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,13 +16,13 @@ from conftest import write_tiny_tokenizer
 
 from sert_min import filters
 from sert_min.io.errors import SertError
+from sert_min.io.files import to_line
 from sert_min.questions import Question
 from sert_min.report import page
 from sert_min.tokenizer import load_tokenizer
 
 ATTACK = 'x</script><img src=q onerror="window.hacked=1"><script>window.hacked=1</script>'
-RULES = {"patterns": ["imitative", "options", "direct"], "min_tokens": 8, "max_rep2": 0.9}
-RULES["min_perplexity"] = 1.05
+LIMITS = filters.limits({"min_tokens": 8, "max_rep2": 0.9, "min_perplexity": 1.05})
 
 
 @pytest.fixture(scope="session")
@@ -36,24 +35,24 @@ def tokenizer(tmp_path_factory):
 def write_run(folder: Path, tokenizer, questions: dict, draw) -> Path:
     """A run folder with 5 x 5 paths per question; `draw(id, branch, sample)` -> (text, finish)."""
     folder.mkdir(parents=True)
-    rules = filters.FilterSettings(**{**RULES, "patterns": tuple(RULES["patterns"])})
-    lines = []
+    funnel, lines = filters.Funnel(), []
     for name, text in questions.items():
         q = Question("strategy_qa", name, text, "yes", page.choices_of(text))
-        records = []
+        sampled = []
         for i in range(25):
             said, finish = draw(name, i // 5, i % 5)
             ids = tokenizer.encode(said)
-            r = {"task": q.task, "id": q.id, "question": q.text, "answer": q.answer}
-            r |= {"branch": i // 5, "sample": i % 5, "text": "", "token_ids": ids}
-            r |= {"logprobs": [round(-((k * 7 + i) % 11) / 3, 5) for k in range(len(ids))]}
-            r |= {"path_start": 0, "path_end": len(ids), "finish": finish}
-            r |= filters.judge_path(r, [tokenizer.to_bytes[t] for t in ids], q, rules)
-            records.append(r)
-        lines += map(json.dumps, filters.select(records))
-    (folder / "paths.jsonl").write_text("\n".join(lines) + "\n")
-    settings = {"task": "strategy_qa", "model": "tiny", "branches": 5, "samples": 5, **RULES}
+            logprobs = [round(-((k * 7 + i) % 11) / 3, 5) for k in range(len(ids))]
+            sampled.append({"id": name, "branch": i // 5, "sample": i % 5, "token_ids": ids,
+                            "logprobs": logprobs, "path_start": 0, "finish": finish})  # fmt: skip
+        lines += map(
+            to_line, map(funnel.add, filters.path_records(sampled, [q], tokenizer, LIMITS))
+        )
+    (folder / "paths.jsonl").write_text("".join(lines))
+    settings = {"task": "strategy_qa", "model": "tiny", "branches": 5, "samples": 5}
     (folder / "settings.json").write_text(json.dumps(settings))
+    told = {"rules": LIMITS, "counts": funnel.counts()}
+    (folder / "funnel.json").write_text(json.dumps(told))
     return folder
 
 
@@ -84,18 +83,18 @@ def test_page_holds_every_token_and_log_prob(tmp_path, tokenizer):
     run = write_run(
         tmp_path / "run", tokenizer, {"q": "Is it?"}, lambda n, b, s: (said[b % 3], "length")
     )
-    assert page.write_page([run], tmp_path / "p.html", tokenizer) == 1
+    assert page.write_page(run, tmp_path / "p.html", tokenizer) == 1
     data = embedded(tmp_path / "p.html")
     records = [json.loads(line) for line in (run / "paths.jsonl").read_text().splitlines()]
-    assert len(data["questions"][0]["runs"][0]) == len(records) == 25
-    for path, r in zip(data["questions"][0]["runs"][0], records):
+    assert len(data["questions"][0]["paths"]) == len(records) == 25
+    for path, r in zip(data["questions"][0]["paths"], records):
         split = path[11] if len(path) > 11 else {}
         texts = [split.get(str(i), data["vocab"][n]) for i, n in enumerate(path[2])]
         assert "".join(texts[path[4] : path[5]]) == r["text"]
         assert "".join(texts) == tokenizer.decode(r["token_ids"])
         assert path[3] == [round(-1000 * x) for x in r["logprobs"]]
         assert path[9] == r["verdict"]
-    assert any(p[5] < len(p[2]) for p in data["questions"][0]["runs"][0])  # a cut path is there
+    assert any(p[5] < len(p[2]) for p in data["questions"][0]["paths"])  # a cut path is there
 
 
 def test_embedded_json_cannot_leave_its_script(tmp_path, tokenizer):
@@ -103,7 +102,7 @@ def test_embedded_json_cannot_leave_its_script(tmp_path, tokenizer):
     template's tags, and one policy whose hashes are of its own style and script."""
     question = ATTACK + "\u2028{{data}}"
     run = write_run(tmp_path / "run", tokenizer, {"<q>": question}, lambda n, b, s: (ATTACK, "eos"))
-    page.write_page([run], tmp_path / "p.html", tokenizer, title="{{data}} </title><b>")
+    page.write_page(run, tmp_path / "p.html", tokenizer, title="{{data}} </title><b>")
     text, template = (tmp_path / "p.html").read_text(), page.TEMPLATE.read_text()
     for tag in ("<script", "</script", "<img", "</title", "<b>"):
         assert text.count(tag) == template.count(tag), tag
@@ -115,37 +114,41 @@ def test_embedded_json_cannot_leave_its_script(tmp_path, tokenizer):
 def test_limit_keeps_the_chart_whole(tmp_path, tokenizer):
     questions = {f"q{i}": f"Is it {i}?" for i in range(4)}
     run = write_run(tmp_path / "run", tokenizer, questions, plain)
-    assert page.write_page([run], tmp_path / "p.html", tokenizer, limit=3) == 3
+    assert page.write_page(run, tmp_path / "p.html", tokenizer, limit=3) == 3
     data = embedded(tmp_path / "p.html")
-    assert (len(data["questions"]), data["total"]) == (3, 4)
-    assert data["runs"][0]["counts"]["paths"] == 100
-    verdicts = [p[9] for p in data["questions"][0]["runs"][0]]
+    assert (len(data["questions"]), data["counts"]["questions"]) == (3, 4)
+    assert data["counts"]["paths"] == 100
+    verdicts = [p[9] for p in data["questions"][0]["paths"]]
     assert verdicts.count("selected") == 1 and "pattern:options" in verdicts
-    lists = [p for p in data["questions"][0]["runs"][0] if p[9] == "pattern:options"]
+    lists = [p for p in data["questions"][0]["paths"] if p[9] == "pattern:options"]
     assert all(0 < p[10] < len(p[2]) for p in lists)  # the token that broke the rule is known
 
 
-def test_wrong_inputs_are_one_line(tmp_path, tokenizer):
+def test_rules_come_from_the_table_and_old_folders_are_read(tmp_path, tokenizer, monkeypatch):
+    """Guards a new rule that the page does not know, and a folder without funnel.json."""
     run = write_run(tmp_path / "run", tokenizer, {"q": "Is it?"}, plain)
-    other = write_run(tmp_path / "other", tokenizer, {"r": "Is it?"}, plain)
-    differs = write_run(tmp_path / "differs", tokenizer, {"q": "Was it?"}, plain)
-    out = tmp_path / "p.html"
+    page.write_page(run, tmp_path / "new.html", tokenizer)
+    (run / "funnel.json").unlink()
+    settings = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps({**settings, **LIMITS}))
+    page.write_page(run, tmp_path / "old.html", tokenizer)
+    assert (tmp_path / "new.html").read_bytes() == (tmp_path / "old.html").read_bytes()
+    rules = embedded(tmp_path / "new.html")["rules"]
+    assert [name for name, _ in rules] == [rule.name for rule in filters.RULES]
+    assert ["length", "at least 8 tokens"] in rules
+
+
+def test_wrong_inputs_are_one_line(tmp_path, tokenizer):
+    run = write_run(tmp_path / "run", tokenizer, {"q": "Is it?"}, lambda *_: ("the town", "eos"))
     (tmp_path / "wrong").mkdir()
-    write_tiny_tokenizer(tmp_path / "wrong", ["t h", "th e"])
-    wrong = load_tokenizer(tmp_path / "wrong")
-    for runs, tok, message in (
-        ([run] * 3, tokenizer, "one run or two"),
-        ([run, other], tokenizer, "no question in common"),
-        ([run, differs], tokenizer, "question q differs"),
-        ([run], wrong, "the model that the paths were sampled from"),
-        ([tmp_path / "none"], tokenizer, "does not exist"),
+    write_tiny_tokenizer(tmp_path / "wrong", [])
+    for folder, tok, message in (
+        (run, load_tokenizer(tmp_path / "wrong"), "this model's tokenizer lacks"),
+        (tmp_path / "none", tokenizer, "does not exist"),
     ):
         with pytest.raises(SertError, match=message):
-            page.write_page(runs, out, tok)
-        assert not out.exists()
-    (run / "paths.jsonl").write_text('{"task":"micro"}\n')
-    with pytest.raises(SertError, match="line 1: id is missing"):
-        page.write_page([run], out, tokenizer)
+            page.write_page(folder, tmp_path / "p.html", tok)
+        assert not (tmp_path / "p.html").exists()
 
 
 # --- what a reader sees: headless Chromium over the WebDriver protocol -----------------------------
@@ -270,7 +273,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory, tokenizer):
-    """one.html: 12 questions of which q3 attacks and q5 has no path; two.html: before and after."""
+    """one.html: 12 questions of which q3 attacks and q5 has no path."""
     folder = tmp_path_factory.mktemp("pages")
     questions = {f"q{i}": f"Is it number {i}?" for i in range(12)}
     questions["q3"] = ATTACK
@@ -280,13 +283,8 @@ def pages(tmp_path_factory, tokenizer):
             return ATTACK, "eos"
         return ("Yes", "eos") if name == "q5" else plain(name, branch, sample)
 
-    def after(name, branch, sample):
-        return plain(name, branch, sample) if branch else ("We know the town of it well.", "eos")
-
-    one = write_run(folder / "run", tokenizer, questions, draw)
-    two = write_run(folder / "after", tokenizer, questions, after)
-    page.write_page([one], folder / "one.html", tokenizer)
-    page.write_page([one, two], folder / "two.html", tokenizer)
+    run = write_run(folder / "run", tokenizer, questions, draw)
+    page.write_page(run, folder / "one.html", tokenizer)
     return folder
 
 
@@ -304,7 +302,8 @@ def assert_quiet(browser, file):
     own = file.resolve().as_uri()
     sent = [u.split("#")[0] for u in browser.requests()]
     assert own in sent  # the log is there
-    others = [u for u in sent if u not in (own, "about:blank")]
+    browsers = ("about:blank", "chrome:", "chrome-untrusted:", "data:")  # its own new tab
+    others = [u for u in sent if u != own and not u.startswith(browsers)]
     assert others == []
 
 
@@ -403,65 +402,14 @@ def test_hostile_text_is_shown_and_does_nothing(browser, pages):
     assert_quiet(browser, pages / "one.html")
 
 
-def test_two_runs_side_by_side(browser, pages):
-    browser.open(pages / "two.html", "#q5")
-    heads = browser.js(
-        "return [...document.querySelectorAll('.side h3')].map((h) => h.textContent)"
-    )
-    assert heads == ["Before self-training", "After self-training"]
-    assert browser.js("return document.querySelectorAll('.path').length") == 50
-    assert browser.js("return document.querySelectorAll('.funnel').length") == 2
-    left, right = browser.js(
-        "return [...document.querySelectorAll('.side')].map((x) => x.getBoundingClientRect().left)"
-    )
-    assert right > left + 300
-    browser.open(pages / "two.html", "#q0/1.1")
-    browser.press("b")
-    assert current(browser).startswith("q0/2.")
-    assert_quiet(browser, pages / "two.html")
-
-
 def test_phone_width_has_no_sideways_scrolling(browser, pages):
     metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     browser.cdp("Emulation.setDeviceMetricsOverride", **metrics)
     try:
-        for name in ("one.html", "two.html"):
-            browser.open(pages / name, "#q0")
-            assert browser.js("return document.documentElement.scrollWidth") <= 390
+        browser.open(pages / "one.html", "#q0")
+        assert browser.js("return document.documentElement.scrollWidth") <= 390
         browser.click("#openlist")
         browser.click("#list li:nth-child(2) a")
         assert current(browser).startswith("q1/")
     finally:
         browser.cdp("Emulation.clearDeviceMetricsOverride")
-
-
-SWITCH = """
-const times = [];
-for (let i = 0; i < 60; i++) {
-  const start = performance.now();
-  document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "j", bubbles: true }));
-  document.body.getBoundingClientRect();  // layout is part of it
-  times.push(performance.now() - start);
-}
-return times.sort((a, b) => a - b);
-"""
-
-
-def test_two_hundred_long_questions_switch_without_lag(browser, tmp_path, tokenizer):
-    """GPT-2's worst case: 25 paths of 128 tokens. Half a second would be a machine in trouble;
-    measured: 40 to 50 ms on a shared core."""
-    long = "\u00e4 the town was here, he said. " * 9
-    assert len(tokenizer.encode(long)) > 128
-    text = tokenizer.decode(tokenizer.encode(long)[:128])
-    questions = {f"q{i}": f"Is it {i}?" for i in range(200)}
-    run = write_run(tmp_path / "run", tokenizer, questions, lambda n, b, s: (text, "length"))
-    page.write_page([run], tmp_path / "p.html", tokenizer)
-    browser.open(tmp_path / "p.html", "#q0")
-    times = browser.js(SWITCH)
-    loaded = browser.js("return performance.getEntriesByType('navigation')[0].loadEventEnd")
-    size = (tmp_path / "p.html").stat().st_size
-    sys.stderr.write(
-        f"\n200 x 25 x 128: {size / 1e6:.1f} MB, loads in {loaded:.0f} ms, "
-        f"a switch takes {times[30]:.1f} ms (worst of 60: {times[-1]:.1f})\n"
-    )
-    assert times[30] < 500

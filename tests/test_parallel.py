@@ -13,7 +13,7 @@ from conftest import ROOT, make_tiny_model
 
 import train
 from sert_min.io import parallel
-from sert_min.io.files import read_json, read_jsonl
+from sert_min.io.files import lock_folder, read_json, read_jsonl
 from sert_min.models import load_model
 
 # Five batches of 4, 4, 1 examples an epoch: process 1 has no example in the last of each.
@@ -22,7 +22,8 @@ FLAGS = "--method finetune --limit 9 --batch-size 4 --epochs 3 --report 0 --save
 SCRIPT = """
 import os, signal, sys
 import train
-from sert_min import finetune, parallel
+from sert_min import finetune
+from sert_min.io import parallel
 
 real, number, at = finetune.train_step, int(sys.argv[1]), int(sys.argv[2])
 
@@ -62,11 +63,9 @@ def run_one(folder, out: str) -> None:
 
 def run_two(folder, out: str, number: int = 0, at: int = 0, restarts: int = 0):
     """torchrun with two processes; process 1 gets signal `number` at step `at`."""
-    # `timeout` ends torchrun by SIGTERM, so that its processes end too.
-    command = ["timeout", "120", sys.executable, "-m", "torch.distributed.run"]
-    command += ["--nproc-per-node", "2"]
-    command += ["--standalone", "--max-restarts", str(restarts), str(folder / "script.py")]
-    command += [str(number), str(at), *flags(folder, out)]
+    words = f"-m torch.distributed.run --nproc-per-node 2 --standalone --max-restarts {restarts}"
+    command = [sys.executable, *words.split(), str(folder / "script.py"), str(number), str(at)]
+    command += flags(folder, out)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
@@ -102,6 +101,7 @@ def test_two_processes_equal_one(folder):
     )
 
 
+@pytest.mark.slow
 def test_killed_process_is_restarted_and_ends_the_same(folder):
     """Guards a restart that begins anew, or processes that go on from different states: the same
     bytes as an undisturbed run of two."""
@@ -112,6 +112,7 @@ def test_killed_process_is_restarted_and_ends_the_same(folder):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_stop_of_one_stops_all_and_one_process_continues(folder):
     """Guards processes that stop at different steps (the others would wait for ever), and another
     number of processes being refused."""
@@ -125,10 +126,9 @@ def test_stop_of_one_stops_all_and_one_process_continues(folder):
     assert_close(folder / "stopped", folder / "one")
 
 
+@pytest.mark.slow
 def test_locked_folder_ends_all(folder):
     """Guards processes that wait for a process 0 which was refused."""
-    from sert_min.io.files import lock_folder
-
     with lock_folder(folder / "locked"):
         done = run_two(folder, "locked")
     assert done.returncode != 0 and "another process is writing" in done.stderr

@@ -7,12 +7,12 @@ from conftest import shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sert_min import rationales, tasks
+from sert_min import tasks, teacher_files
 from sert_min.io.errors import SertError
 from sert_min.prompts import COT_SUFFIX, rd_pair
 from sert_min.questions import Question
-from sert_min.rationales import clean, rationale_records, teacher_answer
-from sert_min.teacher_files import Output, log_entries, read_teacher_file
+from sert_min.rationales import Output, clean, rationale_records, teacher_answer
+from sert_min.teacher_files import log_entries, read_teacher_file
 
 YES = Question("strategy_qa", "42", "Is water wet?", "yes")
 NO = Question("strategy_qa", "7", "Do dogs fly?", "no")
@@ -161,12 +161,12 @@ def test_davinci_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     q = Question("strategy_qa", "3", "q3?", "yes")
 
-    monkeypatch.setattr(rationales, "download", lambda url: urls.append(url) or log[:-3000])
+    monkeypatch.setattr(teacher_files, "download", lambda url: urls.append(url) or log[:-3000])
     with pytest.raises(SertError, match="instead of 2290"):
         read_teacher_file("davinci", [q])
     assert list(tmp_path.iterdir()) == []
 
-    monkeypatch.setattr(rationales, "download", lambda url: urls.append(url) or log)
+    monkeypatch.setattr(teacher_files, "download", lambda url: urls.append(url) or log)
     for _ in range(2):
         found, left = read_teacher_file("davinci", [q])
         assert found["3"].rationale == "R." and left == {"other questions": 2289}

@@ -4,21 +4,15 @@ Random inputs have fixed seeds, so a test that passes once passes always; the od
 are those of a first run with a fresh seed.
 """
 
-import itertools
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import shared
 
 from kernels import reference, sample_and_score
 
-ROOT = Path(__file__).parents[1]
-SHARED = Path(__file__).parents[2] / "shared"
 WORD = 0xFFFFFFFF
 NEAR = 1e-9  # the reference adds up in float64; fp32 kernels need 1e-6
 
@@ -86,10 +80,8 @@ def random_ints(n: int, bits: int, seed: int) -> list[int]:
 
 
 def golden_rows() -> torch.Tensor:
-    file = SHARED / "golden" / "gpt2_logits.npz"
-    if not file.exists():
-        pytest.skip("real GPT-2 logits (../shared/golden) are not on this machine")
-    return torch.from_numpy(np.load(file)["logits"])
+    """Real GPT-2 logits [5, V]."""
+    return torch.from_numpy(np.load(shared("golden", "gpt2_logits.npz"))["logits"])
 
 
 # --- random bits ---------------------------------------------------------------------------------
@@ -98,12 +90,9 @@ def golden_rows() -> torch.Tensor:
 KNOWN_ANSWERS = [
     ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    (
-        "243f6a88 85a308d3 13198a2e 03707344",
-        "a4093822 299f31d0",
-        "d16cfe09 94fdcceb 5001e420 24126ea1",
-    ),
-]
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
+     "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("counter, key, want", KNOWN_ANSWERS)
@@ -112,13 +101,6 @@ def test_philox_known_answers(counter, key, want):
     tests compare with (odds by luck 2^-128)."""
     counter, key, want = (tuple(int(w, 16) for w in x.split()) for x in (counter, key, want))
     assert philox_ints(key, counter) == want
-
-
-def test_philox_zero_counter_in_torch():
-    """Guards against wrong bits in the torch version at the published zero vector."""
-    zero = torch.zeros(1, dtype=torch.int64)
-    words = [w.item() for w in reference.philox(0, zero, zero)]
-    assert words == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 def test_philox_equals_integers():
@@ -132,48 +114,6 @@ def test_philox_equals_integers():
         for row, stream, position in zip(got, streams, positions):
             counter = (position, 0, stream & WORD, (stream >> 32) & WORD)
             assert tuple(row) == philox_ints((seed & WORD, (seed >> 32) & WORD), counter)
-
-
-TRITON_PROGRAM = """
-import torch, triton, triton.language as tl
-
-@triton.jit
-def words(seed, stream, position, out, N: tl.constexpr):
-    i = tl.arange(0, N)
-    s = tl.load(stream + i)
-    low, high = (s & 0xFFFFFFFF).to(tl.uint32), ((s >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    p = tl.load(position + i).to(tl.uint32)
-    a, b, c, d = tl.philox(tl.load(seed), p, tl.zeros_like(p), low, high)
-    tl.store(out + i, a.to(tl.int64))
-    tl.store(out + N + i, b.to(tl.int64))
-    tl.store(out + 2 * N + i, c.to(tl.int64))
-    tl.store(out + 3 * N + i, d.to(tl.int64))
-
-seeds, streams, positions, file = torch.load(FILE)
-results = []
-for seed in seeds:
-    out = torch.zeros(4, len(streams), dtype=torch.int64)
-    words[(1,)](seed.reshape(1), streams, positions, out, N=len(streams))
-    results.append(out)
-torch.save(torch.stack(results), file)
-"""
-
-
-def test_philox_equals_triton(tmp_path):
-    """Guards against bits that differ between the CPU path and a Triton kernel (odds by luck
-    2^-32 per word). The interpreter runs in a process of its own, as it changes the library."""
-    pytest.importorskip("triton", reason="Triton is not installed here (it is Linux only)")
-    seeds = torch.tensor(random_ints(16, 64, 4))
-    streams = torch.tensor(random_ints(64, 64, 5))
-    positions = torch.tensor([abs(x) % 2**31 for x in random_ints(64, 32, 6)])
-    source, result = tmp_path / "program.py", tmp_path / "words.pt"
-    torch.save((seeds, streams, positions, str(result)), tmp_path / "input.pt")
-    source.write_text(TRITON_PROGRAM.replace("FILE", repr(str(tmp_path / "input.pt"))))
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, source], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    for seed, want in zip(seeds.tolist(), torch.load(result)):
-        assert torch.equal(torch.stack(reference.philox(seed, streams, positions)), want)
 
 
 def test_uniform_on_grid():
@@ -190,7 +130,7 @@ def test_uniform_on_grid():
 # --- token for token -----------------------------------------------------------------------------
 
 LEVELS = {
-    "B": (0, 1, 3, 64),
+    "B": (0, 1, 3, 24),
     "V": (1, 7, 1000, 50257),
     "k": (0, 1, 5, 10, "V", "more"),
     "p": (1e-9, 0.5, 0.95, 1.0),
@@ -199,25 +139,6 @@ LEVELS = {
     "layout": ("plain", "columns", "rows"),
     "settings": ("numbers", "tensors"),
 }
-
-
-def pairwise(levels: dict) -> list[dict]:
-    """Random combinations until each pair of levels of two factors has occurred together."""
-    r, names = random.Random(0), list(levels)
-    missing = {
-        (a, x, b, y)
-        for a, b in itertools.combinations(names, 2)
-        for x in levels[a]
-        for y in levels[b]
-    }
-    chosen = []
-    while missing:
-        case = {name: r.choice(values) for name, values in levels.items()}
-        covers = {(a, case[a], b, case[b]) for a, b in itertools.combinations(names, 2)} & missing
-        if len(covers) >= min(8, 1 + len(missing) // 12):
-            chosen.append(case)
-            missing -= covers
-    return chosen
 
 
 def make_logits(case: dict, g: torch.Generator) -> torch.Tensor:
@@ -235,11 +156,12 @@ def make_logits(case: dict, g: torch.Generator) -> torch.Tensor:
 
 def test_tokens_equal_oracle():
     """Guards against any wrong cut, order, tie, renormalisation or index: token for token against
-    naive float64 code, pairwise over shapes, settings, dtypes and layouts. bf16 and fp16 rows are
-    full of ties. Draws within NEAR of a border are counted instead; a wrong token
-    passes by luck with about the largest probability of its kept set, in every row."""
+    naive float64 code, in random combinations of shapes, settings, dtypes and layouts (two levels of
+    two factors meet in nearly all pairs). bf16 and fp16 rows are full of ties. Draws within NEAR of a
+    border are counted instead; a wrong token passes by luck with about the largest probability of
+    its kept set, in every row."""
     g, r = torch.Generator().manual_seed(7), random.Random(7)
-    cases = pairwise(LEVELS)
+    cases = [{name: r.choice(values) for name, values in LEVELS.items()} for _ in range(60)]
     rows = near = 0
     worst = 0.0
     for number, case in enumerate(cases):
@@ -252,11 +174,10 @@ def test_tokens_equal_oracle():
                 t[i], p[i] = r.choice(LEVELS["t"]), r.choice(LEVELS["p"])
                 k[i], position[i] = r.choice((0, 1, 5, 10, V, V + 3)), r.randrange(1000)
             given = {
-                "temperature": torch.tensor(t),
+                "temperature": torch.tensor(t), "top_p": torch.tensor(p, dtype=torch.float64),
                 "top_k": torch.tensor(k, dtype=torch.int64),
-                "top_p": torch.tensor(p, dtype=torch.float64),
                 "position": torch.tensor(position, dtype=torch.int64),
-            }
+            }  # fmt: skip
         else:
             given = {"temperature": case["t"], "top_p": case["p"], "position": number}
             given["top_k"] = k[0] if B else 0
@@ -280,50 +201,50 @@ def test_tokens_equal_oracle():
     assert worst < 1e-5
 
 
-def test_draws_have_the_right_frequencies():
-    """Guards against a bias that single draws do not show: 200k draws each of five settings.
-    p > 0.001, so a right sampler fails with odds of 1 in 200; nothing outside the kept set."""
+BATCHES = [12, pytest.param(100, marks=pytest.mark.slow)]  # of 2,000 draws
+
+
+@pytest.mark.parametrize("batches", BATCHES)
+def test_draws_have_the_right_frequencies(batches):
+    """Guards against a bias that single draws do not show, in five settings. p > 0.001, so a right
+    sampler fails with odds of 1 in 200; nothing outside the kept set."""
     row = torch.randn(200, generator=torch.Generator().manual_seed(3)) * 2 - 100
     row[50:90] = float("-inf")
     settings = [(10, 0.95, 1.0), (0, 0.9, 0.7), (0, 1.0, 1.0), (50, 1.0, 2.0), (3, 0.5, 1.0)]
     for seed, (k, p, t) in enumerate(settings):
-        check_frequencies(row, k, p, t, seed)
+        check_frequencies(row, k, p, t, seed, batches)
 
 
-def check_frequencies(row: torch.Tensor, k: int, p: float, t: float, seed: int) -> None:
-    """200k draws of one row in batches of 2000; half by stream, half by position."""
+def check_frequencies(row: torch.Tensor, k: int, p: float, t: float, seed: int, batches: int):
+    """Draws of one row in batches of 2,000; half by stream, half by position."""
     counts = np.zeros(len(row), dtype=np.int64)
-    for i in range(100):
+    given = {"top_k": k, "top_p": p, "temperature": t, "seed": seed}
+    for i in range(batches):
         n = torch.arange(2000) + 2000 * i
         streams, position = (n * 0x9E3779B97F4A7C15, 5) if i % 2 else (torch.full_like(n, -7), n)
         tokens, _ = sample_and_score(
-            row.expand(2000, -1),
-            top_k=k,
-            top_p=p,
-            temperature=t,
-            seed=seed,
-            streams=streams,
-            position=position,
+            row.expand(2000, -1), streams=streams, position=position, **given
         )
         counts += np.bincount(tokens.numpy(), minlength=len(row))
     ids, probs, _ = kept_set(row.double().numpy(), t, k, p)
-    assert counts[ids].sum() == 200_000, "a draw outside the kept set"
+    assert counts[ids].sum() == 2000 * batches, "a draw outside the kept set"
     assert chi_square_p(counts[ids], probs) > 0.001, (k, p, t)
 
 
-def test_real_rows_have_the_right_frequencies():
+@pytest.mark.parametrize("batches", BATCHES)
+def test_real_rows_have_the_right_frequencies(batches):
     """Guards against code that only works on made-up logits: real GPT-2 rows (best logits -89 to
-    -136). The 1000 best tokens are drawn 200k times (odds of failing by luck 1 in 1000); the
-    whole row must give the same draws as they do, which top_k 10 makes exact."""
+    -136). The 1,000 best tokens are drawn (odds of failing by luck 1 in 1,000); the whole row must
+    give the same draws as they do, which top_k 10 makes exact."""
     rows = golden_rows()
     best = rows[2].topk(1000).indices.sort().values
-    check_frequencies(rows[2][best], 10, 0.95, 1.0, seed=11)
-    streams = torch.arange(1000) * -977
-    settings = {"top_k": 10, "top_p": 0.95, "seed": 11, "streams": streams}
+    check_frequencies(rows[2][best], 10, 0.95, 1.0, 11, batches)
+    n = 10 * batches
+    settings = {"top_k": 10, "top_p": 0.95, "seed": 11, "streams": torch.arange(n) * -977}
     for row in rows:
         best = row.topk(1000).indices.sort().values
-        cut, _ = sample_and_score(row[best].expand(1000, -1), **settings)
-        whole, _ = sample_and_score(row.expand(1000, -1), **settings)
+        cut, _ = sample_and_score(row[best].expand(n, -1), **settings)
+        whole, _ = sample_and_score(row.expand(n, -1), **settings)
         assert torch.equal(best[cut], whole)
 
 
@@ -333,8 +254,8 @@ def test_real_rows_logprobs():
     rows, worst = golden_rows(), 0.0
     exact = rows.double().log_softmax(-1)
     for row, want in zip(rows, exact):
-        tokens, logprobs = sample_and_score(row.expand(60, -1), temperature=50.0, seed=2)
-        assert tokens.unique().numel() > 55  # temperature 50: nearly uniform over 50,257
+        tokens, logprobs = sample_and_score(row.expand(15, -1), temperature=50.0, seed=2)
+        assert tokens.unique().numel() > 13  # temperature 50: nearly uniform over 50,257
         error = (logprobs - want[tokens]).abs() / want[tokens].abs().clamp_min(1)
         worst = max(worst, error.max().item())
     greedy, logprobs = sample_and_score(rows, temperature=0)
@@ -347,7 +268,7 @@ def test_real_rows_logprobs():
 # --- corners -------------------------------------------------------------------------------------
 
 
-def kept_tokens(row: list, n: int = 4000, **settings) -> list[int]:
+def kept_tokens(row: list, n: int = 1000, **settings) -> list[int]:
     """Which tokens come up in n draws."""
     tokens, _ = sample_and_score(torch.tensor(row).expand(n, -1), **settings)
     return tokens.unique().tolist()
@@ -355,7 +276,7 @@ def kept_tokens(row: list, n: int = 4000, **settings) -> list[int]:
 
 def test_ties_go_to_the_lowest_id():
     """Guards against topk's arbitrary order among equals, at the border and inside (a kept token
-    of probability 1/8 stays unseen in 4000 draws with odds 1e-232)."""
+    of probability 1/8 stays unseen in 1,000 draws with odds 1e-58)."""
     tied = [1.0, 5.0, 5.0, 5.0, 0.0]
     assert kept_tokens(tied, top_k=2) == [1, 2]
     assert kept_tokens(tied, top_k=1) == kept_tokens(tied, temperature=0.0) == [1]
@@ -385,14 +306,20 @@ def test_order_of_ids_decides_not_order_of_logits(monkeypatch):
         assert tokens.item() == want, (k, u)
 
 
-def test_minus_infinity_is_never_drawn():
-    """Guards against masked tokens that come back with k off or above what is left."""
+def test_minus_infinity_and_huge_logits():
+    """Guards against masked tokens that come back with k off or above what is left, and against
+    overflow: the best of 1e30 wins, with log-prob 0, and equals among huge numbers share."""
     inf = float("inf")
     for settings in ({}, {"top_k": 4}, {"temperature": 2.0}, {"temperature": 0.0}):
         tokens = kept_tokens([-inf, 1.0, -inf, 1.0, -inf], **settings)
         assert tokens == ([1] if settings.get("temperature") == 0 else [1, 3])
-    tokens, logprobs = sample_and_score(torch.tensor([[-inf, -7.0, -inf]]))
-    assert tokens.tolist() == [1] and logprobs.tolist() == [0.0]
+    rows = [[-inf, -7.0, -inf], [-1e30, 1e30, 9e29], [-2e30, -1e30, -1.1e30]]
+    tokens, logprobs = sample_and_score(torch.tensor(rows))
+    assert tokens.tolist() == [1, 1, 1] and logprobs.tolist() == [0.0, 0.0, 0.0]
+    assert kept_tokens([1e30, 1e30, -3e38]) == [0, 1]
+    assert kept_tokens([1e30, 1e30, 0.0], temperature=1e-20) == [0, 1]
+    assert kept_tokens([1.0, 2.0, 3.0], temperature=1e-45) == [2]
+    assert kept_tokens([1.0, 2.0, 3.0], temperature=1e30) == [0, 1, 2]
 
 
 def test_unusable_rows_say_so():
@@ -411,19 +338,6 @@ def test_unusable_rows_say_so():
                 stream = torch.tensor([i])
                 alone = sample_and_score(x[i : i + 1].to(dtype), streams=stream, **settings)
                 assert tokens[i] == alone[0] and logprobs[i] == alone[1]
-
-
-def test_huge_magnitudes():
-    """Guards against overflow on the way: the best of 1e30 wins, with log-prob 0, and equals
-    among huge numbers share."""
-    tokens, logprobs = sample_and_score(
-        torch.tensor([[1e30, -1e30, 9e29], [-1e30, -1.1e30, -2e30]])
-    )
-    assert tokens.tolist() == [0, 0] and logprobs.tolist() == [0.0, 0.0]
-    assert kept_tokens([1e30, 1e30, -3e38]) == [0, 1]
-    assert kept_tokens([1e30, 1e30, 0.0], temperature=1e-20) == [0, 1]
-    assert kept_tokens([1.0, 2.0, 3.0], temperature=1e-45) == [2]
-    assert kept_tokens([1.0, 2.0, 3.0], temperature=1e30) == [0, 1, 2]
 
 
 def test_a_draw_does_not_depend_on_its_batch():
@@ -456,17 +370,10 @@ def test_seed_stream_and_position_all_count():
     x = torch.zeros(64, 1000)
     base = {"seed": 5, "streams": torch.arange(64) + 100, "position": 9}
     tokens, _ = sample_and_score(x, **base)
-    others = [
-        {"seed": 4},
-        {"seed": 5 + 2**32},
-        {"seed": 5 - 2**63},
-        {"streams": base["streams"] + 1000},
-        {"streams": base["streams"] + 2**32},
-        {"streams": base["streams"] - 2**63},
-        {"position": 8},
-        {"position": 9 + 2**30},
-    ]
-    for other in others:
+    others = [("seed", d) for d in (-1, 2**32, -(2**63))] + [("position", d) for d in (-1, 2**30)]
+    others += [("streams", d) for d in (1000, 2**32, -(2**63))]
+    for name, distance in others:
+        other = {name: base[name] + distance}
         assert (sample_and_score(x, **{**base, **other})[0] == tokens).sum() < 3, other
     default = sample_and_score(x, seed=5)[0]
     assert torch.equal(default, sample_and_score(x, seed=5, streams=torch.arange(64))[0])
@@ -475,22 +382,15 @@ def test_seed_stream_and_position_all_count():
 def test_bad_arguments_are_refused():
     """Guards against settings that would silently mean something else."""
     x = torch.zeros(2, 5)
-    wrong = [
-        {"temperature": -1.0},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"top_p": -0.1},
-        {"top_p": 1.1},
-        {"top_k": -1},
-        {"position": -1},
-        {"temperature": torch.ones(3)},
-        {"top_k": torch.ones(2, 2)},
-        {"streams": torch.arange(3)},
-        {"streams": torch.zeros(2)},
-    ]
-    for settings in wrong:
-        with pytest.raises(ValueError):
-            sample_and_score(x, **settings)
+    wrong = {
+        "temperature": (-1.0, float("nan"), float("inf"), torch.ones(3)), "top_p": (-0.1, 1.1),
+        "top_k": (-1, torch.ones(2, 2)), "position": (-1,),
+        "streams": (torch.arange(3), torch.zeros(2)),
+    }  # fmt: skip
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError):
+                sample_and_score(x, **{name: value})
     for logits in (torch.zeros(5), torch.zeros(2, 0), torch.zeros(2, 5, dtype=torch.int64)):
         with pytest.raises(ValueError):
             sample_and_score(logits)

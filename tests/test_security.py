@@ -4,11 +4,11 @@ tests/test_teacher.py has the key inside the client, addresses and redirects; te
 files and paths in a shard index; test_page.py hostile text in a real browser."""
 
 import ast
-import contextlib
 import json
 import shutil
 import socket
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import ROOT, make_tiny_model
@@ -29,7 +29,6 @@ from sert_min.io.files import read_jsonl, to_line
 from sert_min.io.hub import model_label
 from sert_min.prompts import question_prompt, rd_pair
 from sert_min.questions import Question
-from sert_min.report import page
 from sert_min.report.likelihood import make_tree
 from sert_min.tokenizer import END, load_tokenizer
 
@@ -76,13 +75,9 @@ def dangers(code: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("code", BAD_CODE)
-def test_the_walk_finds_what_it_looks_for(code):
-    assert dangers(code)
-
-
 def test_no_program_file_runs_what_it_reads():
-    assert not any(map(dangers, GOOD_CODE))
+    """The walk finds what it looks for, and finds none of it."""
+    assert all(map(dangers, BAD_CODE)) and not any(map(dangers, GOOD_CODE))
     files = [
         f for f in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(f.relative_to(ROOT).parts)
     ]
@@ -113,7 +108,7 @@ def here(tmp_path, monkeypatch):
     """An empty folder, a key, and six questions for every task."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
-    monkeypatch.setattr(endpoint, "DRAIN", 0.5)
+    monkeypatch.setattr(endpoint, "DRAIN", 0.1)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(tasks, "load", lambda *_: QUESTIONS)
 
@@ -154,19 +149,11 @@ ANSWERS = {
 def test_the_key_is_in_no_byte(what, model, capfd):
     """Whatever the server does with it, at the teacher's and at the judge's endpoint."""
     with FakeServer(*ANSWERS[what]) as server:
-        words = [
-            "--task",
-            "strategy_qa",
-            "--model",
-            model,
-            "--base-url",
-            server.url,
-            "--limit",
-            "4",
-        ]
-        collect = ["--teacher-model", "m", "--collect-only", "--keep", "all", "--deadline", "2"]
+        words = ["--task", "strategy_qa", "--model", model, "--base-url", server.url]
+        words += ["--limit", "4", "--deadline", "0.4"]
+        collect = ["--teacher-model", "m", "--collect-only", "--keep", "all"]
         said = said_by(distill, [*words, *collect], capfd)
-        judge = ["--judge-model", "m", "--max-new-tokens", "2", "--deadline", "2"]
+        judge = ["--judge-model", "m", "--max-new-tokens", "2"]
         said += said_by(evaluate, [*words, *judge], capfd)
         assert set(server.auths) == {f"Bearer {KEY}"} and len(server.bodies) >= 2
     files = b"".join(p.read_bytes() + str(p).encode() for p in Path().rglob("*") if p.is_file())
@@ -219,41 +206,43 @@ def evil_model(model: Path, folder: Path) -> Path:
     return folder
 
 
-def test_hostile_text_stays_text_on_the_terminal_and_in_the_page(
-    model, tmp_path, capfd, monkeypatch
-):
+def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
     """Questions, a checkpoint's description, a teacher, a judge, texts and metrics of others: what
-    is printed holds no control character, the page no live tag."""
+    is printed holds no control character, the page no live tag. What was paid for is stored whole.
+    Names of models, of a checkpoint's root and of its seed become one part of a folder's name."""
     choices = tuple(f"{EVIL}{i}" for i in range(5))
     listed = ", ".join(f"({a}) {c}" for a, c in zip("ABCDE", choices))
-    evil = [
-        Question("commonsense_qa", f"{EVIL}{i}", f"{EVIL}? Answer choices: {listed}", "C", choices)
-        for i in range(3)
-    ]
+    text = f"{EVIL}? Answer choices: {listed}"
+    evil = [Question("commonsense_qa", f"{EVIL}{i}", text, "C", choices) for i in range(2)]
     monkeypatch.setattr(tasks, "load", lambda *_: evil)
     student = evil_model(model, tmp_path / "evil")
-    task = ["--task", "commonsense_qa", "--model", student, "--device", "cpu"]
-    short = ["--max-new-tokens", "6"]
+    said, inside = "", Path("out/commonsense_qa")  # where results go without --out-dir
+
+    def run(script, *words):
+        nonlocal said
+        own = ["--task", "commonsense_qa", "--model", student, "--device", "cpu"]
+        said += said_by(script, [*own, *words], capfd)
+
+    short = ["--max-new-tokens", "4"]
     loose = ["--patterns", "none", "--min-tokens", "1", "--max-rep2", "1", "--min-perplexity", "0"]
-    said = said_by(sample, [*task, *short, "--dry-run"], capfd)
-    html = ["--html", "p.html", "--no-early-reject"]
-    said += said_by(sample, [*task, *short, *loose, *html, "--out-dir", "o"], capfd)
-    assert Path("o/selected.jsonl").exists(), said
-    training = ["--max-steps", "1", "--report", "3"]
-    said += said_by(
-        train, [*task, *training, "--paths", "o/selected.jsonl", "--out-dir", "t"], capfd
-    )
+    run(sample, *short, "--dry-run")
+    run(sample, *short, *loose, "--html", "p.html", "--no-early-reject")
+    (paths,) = inside.rglob("selected.jsonl")
+    few = ["--max-steps", "1", "--report", "2"]
+    run(train, *few, "--paths", paths, "--out-dir", "t")
     assert Path("t/last").is_dir(), said
     with FakeServer(ok(EVIL, finish=EVIL, model=EVIL, id=EVIL), error(400, EVIL)) as server:
         ask = ["--base-url", server.url, "--concurrency", "1"]
-        teach = ["--teacher-model", EVIL, "--keep", "all", "--collect-only", "--out-dir", "d"]
-        said += said_by(distill, [*task, *ask, *teach, "--dry-run"], capfd)
-        said += said_by(distill, [*task, *ask, *teach], capfd)
-        said += said_by(evaluate, [*task, *ask, *short, "--judge-model", EVIL, "--dry-run"], capfd)
-        said += said_by(
-            evaluate, [*task, *ask, *short, "--judge-model", EVIL, "--out-dir", "e"], capfd
-        )
+        teach = [*ask, "--teacher-model", EVIL, "--keep", "all", "--collect-only", "--out-dir", "d"]
+        judge = [*ask, *short, "--judge-model", EVIL]
+        for words in (teach, judge):
+            for dry in (["--dry-run"], []):
+                run(distill if words is teach else evaluate, *words, *dry)
         assert len(server.bodies) >= 2
+    (reply, *_) = read_jsonl(next(Path("d").rglob("responses.jsonl")))
+    assert reply["text"] == EVIL
+    assert list(inside.rglob("predictions.jsonl"))
+    assert len(list(inside.rglob("sent.jsonl"))) == 1  # the judge's
     row = {"id": EVIL, "question": EVIL, "answer": "yes", "rationale": EVIL,
            "teacher_completion": EVIL, "teacher_answer": EVIL}  # fmt: skip
     Path("texts.jsonl").write_text(to_line(row))
@@ -263,34 +252,19 @@ def test_hostile_text_stays_text_on_the_terminal_and_in_the_page(
     Path("table").mkdir()
     Path("table/metrics.json").write_text(json.dumps(metrics))
     said += said_by(evaluate, ["--table", "table"], capfd)
-    assert "agrees in" in said and "scores 50.00 %" in said and "prompt of question" in said
+    assert "scores 50.00 %" in said and "prompt of question" in said
     assert not controls(said), [line for line in said.split("\n") if controls(line)][:3]
     html = Path("p.html").read_text()
     assert "onerror" in html and "<img" not in html and html.count("</script>") == 2  # data, code
-    assert set(page.records_of(Path("o")).__next__()) and "Content-Security-Policy" in html
+    assert "Content-Security-Policy" in html
 
 
 @given(st.one_of(st.text(max_size=12), st.sampled_from(["..", ".", "../..", "/", "a/../..", EVIL])))
 def test_names_stay_in_their_folder(text):
-    """A name that a model or a flag gives is one part of a path, and not `..`."""
-    with contextlib.ExitStack() as stack:
-        monkeypatch = stack.enter_context(pytest.MonkeyPatch.context())
-        monkeypatch.setattr("sert_min.io.hub.read_sert", lambda folder: {"root": text})
-        names = [model_label("no/where", Path("."))] if text else []
-    args = evaluate.parse_args([f"--judge-model={text or 1}"])
-    names.append(evaluate.judge_folder(args).name)
-    for name in names:
-        assert name == Path(name).name and name not in ("", ".", "..")
-
-
-def test_a_checkpoint_cannot_choose_where_results_go(model, tmp_path):
-    """Its root and its seed become parts of the folder's name."""
-    student = evil_model(model, tmp_path / "evil")
-    args = evaluate.parse_args(["--task", "strategy_qa", "--model", str(student)])
-    top = Path("out/strategy_qa").resolve()
-    assert evaluate.cell_of(str(student), args).out.resolve().is_relative_to(top)
-    run = sample.prepare(sample.parse_args(["--task", "strategy_qa", "--model", str(student)]))
-    assert run.out.resolve().is_relative_to(top)
+    """A name that a checkpoint gives is one part of a path, and not `..`."""
+    with mock.patch("sert_min.io.hub.read_sert", lambda folder: {"root": text}):
+        name = model_label("no/where", Path(".")) if text else "x"
+    assert name == Path(name).name and name not in ("", ".", "..")
 
 
 def test_end_of_text_in_a_question_is_ordinary_text(model):
@@ -303,16 +277,3 @@ def test_end_of_text_in_a_question_is_ordinary_text(model):
     for some in (prompt, ids, tree.ids):
         assert tokenizer.eot not in some and END in tokenizer.decode(some)
     assert targets.count(tokenizer.eot) == 1 and targets[-1] == tokenizer.eot
-
-
-def test_a_hostile_reply_is_stored_as_it_came(model, capfd):
-    """Cleaning is for the terminal: what was paid for is kept whole (but for the key)."""
-    with FakeServer(ok(EVIL)) as server:
-        words = ["--task", "strategy_qa", "--model", model, "--base-url", server.url]
-        said = said_by(
-            distill, [*words, "--teacher-model", "m", "--collect-only", "--keep", "all"], capfd
-        )
-    (path,) = Path("out").rglob("responses.jsonl")
-    assert {r["text"] for r in read_jsonl(path)} == {EVIL} and not controls(said)
-    (path,) = Path("out").rglob("rationales.jsonl")
-    assert not any(controls(r["rationale"]) for r in read_jsonl(path))

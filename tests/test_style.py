@@ -1,5 +1,7 @@
-"""Lint and format, as configured in pyproject.toml."""
+"""Lint and format, as configured in pyproject.toml; the worked examples in docstrings."""
 
+import doctest
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -15,3 +17,17 @@ def test_ruff(words):
     command = [sys.executable, "-m", "ruff", *words, "--no-cache", "."]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_worked_examples_of_the_docstrings():
+    """Guards examples that have gone stale."""
+    files = [p for folder in ("sert_min", "kernels") for p in sorted((ROOT / folder).rglob("*.py"))]
+    names = [
+        ".".join(p.relative_to(ROOT).with_suffix("").parts)
+        for p in files
+        if ">>> " in p.read_text()
+    ]
+    assert len(names) >= 3
+    for name in names:
+        found = doctest.testmod(importlib.import_module(name))
+        assert found.attempted and not found.failed, name

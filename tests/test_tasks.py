@@ -6,69 +6,68 @@ import http.server
 import json
 import socket
 import threading
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
+from conftest import one_line, shared
 
 from sert_min import tasks
 from sert_min.io import download
 from sert_min.io.errors import SertError
-from sert_min.questions import Question, data_hash, describe
+from sert_min.questions import Question, data_hash, describe, majority
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real files in ../shared/data")
+
+@pytest.fixture
+def data():
+    return shared("data")
+
+
+def refused(*args) -> str:
+    with pytest.raises(SertError) as e:
+        tasks.load(*args)
+    return one_line(e)
 
 
 # --- the real files --------------------------------------------------------------------------
 
 
-@needs_data
 @pytest.mark.parametrize(
-    ("task", "split", "size", "majority", "first", "last"),
+    ("task", "split", "size", "known"),
     [
-        ("commonsense_qa", "train", 9741, ("D", 20.38), None, None),
-        ("commonsense_qa", "validation", 974, None, None, None),
-        ("commonsense_qa", "test", 1221, ("B", 20.88), None, None),
-        ("strategy_qa", "train", 1603, ("no", 53.52), "1", "2289"),
-        ("strategy_qa", "validation", 160, None, None, None),
-        ("strategy_qa", "test", 687, ("no", 52.55), "0", "2286"),
+        ("commonsense_qa", "train", 9741, ("D", 20.38)),
+        ("commonsense_qa", "validation", 974, None),
+        ("commonsense_qa", "test", 1221, ("B", 20.88)),
+        ("strategy_qa", "train", 1603, ("no", 53.52)),
+        ("strategy_qa", "validation", 160, None),
+        ("strategy_qa", "test", 687, ("no", 52.55)),
     ],
 )
-def test_sizes_and_majorities(task, split, size, majority, first, last):
-    """Guards the split, labels turned round, and rows out of order (the published figures)."""
-    questions = tasks.load(task, split, DATA)
+def test_sizes_and_majorities(task, split, size, known, data):
+    """Guards the split, labels turned round, and a row taken twice (the published figures)."""
+    questions = tasks.load(task, split, data)
     assert len(questions) == size and len({q.id for q in questions}) == size
-    if majority:
+    if known:
         answer, share = majority(questions)
-        assert (answer, round(100 * share, 2)) == majority
-    if first:
-        assert (questions[0].id, questions[-1].id) == (first, last)
+        assert (answer, round(100 * share, 2)) == known
     for q in questions:
         assert q.text == q.text.strip() and q.answer in (("yes", "no"), "ABCDE")[bool(q.choices)]
 
 
-@needs_data
-def test_split_equals_the_published_row_numbers():
-    """Guards another random stream or a rounding: the file of Fine-tune-CoT's split decides."""
-    split = json.loads((DATA / "strategy_qa" / "split.json").read_text())
-    for name in ("train", "test"):
-        rows = [str(i) for i in split[name]]
-        assert [q.id for q in tasks.load("strategy_qa", name, DATA)] == rows
-
-
-@needs_data
-def test_one_known_question_is_in_train_and_test():
-    """Guards the claim in the docstring: one leak, no more, and none in CommonsenseQA."""
-    both = {q.text for q in tasks.load("strategy_qa", "train", DATA)} & {
-        q.text for q in tasks.load("strategy_qa", "test", DATA)
-    }
+def test_split_equals_the_published_row_numbers(data):
+    """Guards another random stream or a rounding: the file of Fine-tune-CoT's split decides. Also
+    the claim of the docstring: one question is in train and in test, no more."""
+    split = json.loads((data / "strategy_qa" / "split.json").read_text())
+    train, test = (tasks.load("strategy_qa", name, data) for name in ("train", "test"))
+    for name, questions in (("train", train), ("test", test)):
+        assert [q.id for q in questions] == [str(i) for i in split[name]]
+    both = {q.text for q in train} & {q.text for q in test}
     assert both == {"Can you find Bob Marley's face in most smoke shops?"}
 
 
-@needs_data
-def test_question_text():
-    """Guards the form of the paper's Figure 2: options in order, no full stop at the end."""
-    q = tasks.load("commonsense_qa", "test", DATA)[0]
+def test_text_and_description(data):
+    """Guards the form of the paper's Figure 2: options in order, no full stop at the end. And the
+    line that every run prints; its hash pins the content of 687 questions."""
+    q = tasks.load("commonsense_qa", "test", data)[0]
     assert q.id == "1afa02df02c908a558b4036e80242fac" and q.answer == "A"
     assert q.text.startswith("A revolving door is convenient for two direction travel, but")
     assert q.text.endswith(
@@ -76,53 +75,37 @@ def test_question_text():
         "(E) new york"
     )
     assert q.choices == ("bank", "library", "department store", "mall", "new york")
+    line = describe(tasks.load("strategy_qa", "test", data), "test")
+    assert line == "strategy_qa test: 687 questions, data 599675c43464, majority no 52.55 %"
+    assert "\n" not in describe([], "test")
 
 
-@needs_data
-def test_validation_is_a_part_of_train_that_never_moves():
+def test_validation_is_a_part_of_train_that_never_moves(data):
     """Guards a holdout that depends on the order of the questions or splits a double question."""
-    train = tasks.load("strategy_qa", "train", DATA)
+    train = tasks.load("strategy_qa", "train", data)
     rest, held = tasks.holdout_split(train)
-    assert held == tasks.load("strategy_qa", "validation", DATA)
+    assert held == tasks.load("strategy_qa", "validation", data)
     assert sorted(rest + held, key=lambda q: int(q.id)) == train
     assert set(tasks.holdout_split(train[::-1])[1]) == set(held)
     assert not {q.text for q in rest} & {q.text for q in held}
     assert data_hash(held)[:12] == "35a47878c101"  # the same on every machine
 
 
-@needs_data
-def test_describe_is_one_line():
-    """Guards the line that every run prints; the hash pins the content of 687 questions."""
-    line = describe(tasks.load("strategy_qa", "test", DATA), "test")
-    assert line == "strategy_qa test: 687 questions, data 599675c43464, majority no 52.55 %"
-    assert "\n" not in describe([], "test")
-
-
-@needs_data
-def test_a_changed_data_file_is_refused(tmp_path):
+def test_a_changed_data_file_is_refused(tmp_path, data):
     """Guards results on edited data under the name of the benchmark."""
-    source = DATA / "commonsense_qa" / "dev_rand_split.jsonl"
+    source = data / "commonsense_qa" / "dev_rand_split.jsonl"
     (tmp_path / "commonsense_qa").mkdir()
     copy = tmp_path / "commonsense_qa" / source.name
     copy.write_bytes(source.read_bytes().replace(b"revolving", b"resolving", 1))
-    with pytest.raises(SertError, match="expected 3210497fdaae") as e:
-        tasks.load("commonsense_qa", "test", tmp_path)
-    assert "\n" not in str(e.value)
+    assert "expected 3210497fdaae" in refused("commonsense_qa", "test", tmp_path)
     copy.unlink()
-    with pytest.raises(SertError, match="missing"):
-        tasks.load("commonsense_qa", "test", tmp_path)
+    assert "missing" in refused("commonsense_qa", "test", tmp_path)
 
 
 # --- downloads, from a local server ----------------------------------------------------------
 
-ROW = {
-    "answerKey": "B",
-    "id": "x1",
-    "question": {
-        "stem": " Where? ",
-        "choices": [{"label": a, "text": t} for a, t in zip("BACDE", "qpr st"[:5])],
-    },
-}
+CHOICES = [{"label": a, "text": t} for a, t in zip("BACDE", "qpr st")]
+ROW = {"answerKey": "B", "id": "x1", "question": {"stem": " Where? ", "choices": CHOICES}}
 BODY = json.dumps(ROW).encode() + b"\n"
 
 
@@ -153,7 +136,6 @@ def site(monkeypatch, tmp_path):
     monkeypatch.setitem(tasks.FILES, ("commonsense_qa", "test"), file)
     one = tasks.get("commonsense_qa")._replace(sizes={"train": 9741, "test": 1})
     monkeypatch.setitem(tasks.TASKS, "commonsense_qa", one)
-    monkeypatch.setattr(download, "TIMEOUT", 1)
     yield server
     server.shutdown()
     server.server_close()
@@ -164,23 +146,17 @@ def files_in(folder):
 
 
 def test_download_once_then_cache(site):
-    """Guards a wrong address, options in file order instead of label order, a useless cache."""
-    want = [
-        Question("commonsense_qa", "x1", "Where? Answer choices: (A) p, (B) q, (C) r, (D) , (E) s",
-                 "B", ("p", "q", "r", "", "s"))
-    ]  # fmt: skip
-    assert tasks.load("commonsense_qa", "test") == want
-    assert tasks.load("commonsense_qa", "test") == want
+    """Guards a wrong address, options in file order instead of label order, a useless cache, and
+    trusting a file because it is there."""
+    text = "Where? Answer choices: (A) p, (B) q, (C) r, (D) , (E) s"
+    want = [Question("commonsense_qa", "x1", text, "B", ("p", "q", "r", "", "s"))]
+    for _ in range(2):
+        assert tasks.load("commonsense_qa", "test") == want
     assert site.asked == ["/data/CommonsenseQA/dev_rand_split.jsonl"]
-    assert [p.name for p in files_in(site.cache)] == ["dev_rand_split.jsonl"]
-
-
-def test_a_spoilt_cache_is_replaced(site):
-    """Guards trusting a file because it is there."""
-    tasks.load("commonsense_qa", "test")
     (path,) = files_in(site.cache)
+    assert path.name == "dev_rand_split.jsonl"
     path.write_bytes(BODY[:-10])
-    assert len(tasks.load("commonsense_qa", "test")) == 1
+    assert tasks.load("commonsense_qa", "test") == want
     assert path.read_bytes() == BODY and len(site.asked) == 2
 
 
@@ -191,71 +167,62 @@ def test_a_spoilt_cache_is_replaced(site):
         ((200, len(BODY), BODY[:-20]), "."),  # the connection breaks
         ((200, len(BODY) - 20, BODY[:-20]), "SHA-256"),  # cut, but consistent
         ((404, 9, b"not found"), "404"),
-        ((500, 4, b"oops"), "500"),
         ((200, 0, b""), "SHA-256"),
     ],
 )
 def test_bad_answers_leave_nothing(site, answer, message):
     """Guards half-written or wrong files that a later run would trust."""
     site.answer = answer
-    with pytest.raises(SertError, match=message) as e:
-        tasks.load("commonsense_qa", "test")
-    assert "\n" not in str(e.value) and "--data-dir" in str(e.value)
+    said = refused("commonsense_qa", "test")
+    assert message in said and "--data-dir" in said
     assert not files_in(site.cache)
 
 
 def test_no_network(site, monkeypatch):
-    """Guards a traceback or an endless wait: refused at once, silent server, no such host."""
+    """Guards a traceback or an endless wait: silent server, refused at once, no such host."""
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         port = silent.getsockname()[1]
         monkeypatch.setenv("SERT_DATA_URL", f"http://127.0.0.1:{port}")
-        with pytest.raises(SertError, match="timed out.*--data-dir"):
-            tasks.load("commonsense_qa", "test")
+        monkeypatch.setattr(download, "TIMEOUT", 0.2)
+        said = refused("commonsense_qa", "test")
+        assert "timed out" in said and "--data-dir" in said
     for url in (f"http://127.0.0.1:{port}", "http://nowhere.invalid", "nonsense"):
         monkeypatch.setenv("SERT_DATA_URL", url)
-        with pytest.raises(SertError, match="could not download.*--data-dir"):
-            tasks.load("commonsense_qa", "test")
+        said = refused("commonsense_qa", "test")
+        assert "could not download" in said and "--data-dir" in said
     assert not files_in(site.cache)
 
 
 def test_a_cache_that_cannot_be_written(site, tmp_path, monkeypatch):
-    """Guards a traceback on a bad SERT_CACHE (here: a file where the folder should be)."""
+    """Guards a traceback on a bad SERT_CACHE (here: a file where the folder should be), and a
+    half-written file under the right name where the disk is full."""
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("SERT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(SertError, match="SERT_CACHE"):
-        tasks.load("commonsense_qa", "test")
-
-
-def test_a_full_disk_leaves_nothing(site, monkeypatch):
-    """Guards a half-written file under the right name."""
+    with monkeypatch.context() as m:
+        m.setenv("SERT_CACHE", str(tmp_path / "file"))
+        assert "SERT_CACHE" in refused("commonsense_qa", "test")
 
     def full(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tasks.os, "fsync", full)
-    with pytest.raises(SertError, match="No space left.*SERT_CACHE"):
-        tasks.load("commonsense_qa", "test")
+    monkeypatch.setattr("os.fsync", full)
+    said = refused("commonsense_qa", "test")
+    assert "No space left" in said and "SERT_CACHE" in said
     assert not files_in(site.cache)
 
 
-def test_right_hash_but_wrong_form(site, monkeypatch):
+@pytest.mark.parametrize(
+    "body",
+    [b'{"id": 1}\n', b"[1]\n", b'{"id": 1, "question": 3}\n', b"nothing\n", BODY + BODY],
+)
+def test_right_hash_but_wrong_form(site, monkeypatch, body):
     """Guards a traceback where a file of another form has been pinned."""
-    for body in (
-        b'{"id": 1}\n',
-        b"[1]\n",
-        b'{"id": 1, "question": 3}\n',
-        b"nothing\n",
-        BODY + BODY,
-    ):
-        file = tasks.FILES["commonsense_qa", "test"]
-        file = file._replace(sha256=hashlib.sha256(body).hexdigest())
-        monkeypatch.setitem(tasks.FILES, ("commonsense_qa", "test"), file)
-        site.answer = (200, len(body), body)
-        with pytest.raises(SertError) as e:
-            tasks.load("commonsense_qa", "test")
-        assert "\n" not in str(e.value)
+    file = tasks.FILES["commonsense_qa", "test"]
+    file = file._replace(sha256=hashlib.sha256(body).hexdigest())
+    monkeypatch.setitem(tasks.FILES, ("commonsense_qa", "test"), file)
+    site.answer = (200, len(body), body)
+    refused("commonsense_qa", "test")
 
 
 # --- the rest --------------------------------------------------------------------------------
@@ -263,12 +230,9 @@ def test_right_hash_but_wrong_form(site, monkeypatch):
 
 def test_unknown_names_are_refused():
     """Guards a KeyError: the message lists what there is."""
-    with pytest.raises(SertError, match="strategy_qa"):
-        tasks.load("gsm8k", "test")
-    with pytest.raises(SertError, match="validation"):
-        tasks.load("micro", "dev")
-    with pytest.raises(SertError, match="--data-dir"):
-        tasks.load("micro", "test", "somewhere")
+    assert "strategy_qa" in refused("gsm8k", "test")
+    assert "validation" in refused("micro", "dev")
+    assert "--data-dir" in refused("micro", "test", "somewhere")
 
 
 def test_micro_comes_without_files():
@@ -282,10 +246,10 @@ def test_data_hash_sees_every_field():
     """Guards a hash that misses a changed answer or a changed order."""
     q = Question("t", "1", "a", "A", ("x", "y"))
     others = [
-        Question("t", "2", "a", "A", ("x", "y")),
-        Question("t", "1", "b", "A", ("x", "y")),
-        Question("t", "1", "a", "B", ("x", "y")),
-        Question("t", "1", "a", "A", ("y", "x")),
+        replace(q, id="2"),
+        replace(q, text="b"),
+        replace(q, answer="B"),
+        replace(q, choices=("y", "x")),
     ]
     assert len({data_hash([o]) for o in [q, *others]}) == 5
     assert data_hash([q, others[0]]) != data_hash([others[0], q])

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import time
 
 import pytest
 import tokenizers
@@ -14,38 +13,17 @@ from hypothesis import strategies as st
 
 from sert_min import tasks
 from sert_min.io.errors import SertError
-from sert_min.tokenizer import END, Tokenizer, byte_alphabet, load_tokenizer
+from sert_min.tokenizer import END, Tokenizer, load_tokenizer
 
 VOCAB, MERGES_FILE = (  # the names that tiktoken's cache gives to GPT-2's two files
     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
     "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
 )
 AWKWARD = [
-    *(
-        "",
-        " ",
-        "  ",
-        "\n",
-        "\t\n  x",
-        "a\u2028b\u0085c",
-        "\x00\x7f\xad\u00a0",
-        "é e\u0301 ß",
-        "日本語 かな",
-    ),
-    *(
-        "🙂👍🏽 flags 🇩🇪",
-        "I'm you'LL we've 'tis",
-        "3.14 1,000 ½ ٣",
-        "<|endoftext|>",
-        "#version: 0.2",
-    ),
-    *(
-        "Question: Is it?\nAnswer:",
-        " yes\r\n\r\n no ",
-        "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
-        "Ġ Ċ",
-    ),
-]
+    "", " ", "  ", "\n", "\t\n  x", "a\u2028b\u0085c", "\x00\x7f\xad\u00a0", "é e\u0301 ß",
+    "日本語 かな", "🙂👍🏽 flags 🇩🇪", "I'm you'LL we've 'tis", "3.14 1,000 ½ ٣", "#version: 0.2",
+    "Question: Is it?\nAnswer:", " yes\r\n\r\n no ", 35 * "a", "Ġ Ċ",
+]  # fmt: skip
 ANY_TEXT = st.text(st.characters(), max_size=40)  # lone surrogates too
 ORDINARY = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
@@ -75,38 +53,33 @@ def only_json(theirs, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def questions() -> list[str]:
-    """All 13,252 real questions, bare and as prompts."""
+@pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.slow)])
+def test_ids_equal_transformers_on_real_questions(gpt2_folder, only_json, theirs, step):
+    """Guards pre-tokeniser, merge order and vocabulary, in both forms of the files: the 13,252 real
+    questions (each 20th of them), bare and as prompts."""
     texts = []
     for task in ("strategy_qa", "commonsense_qa"):
         for split in ("train", "test"):
             texts += [q.text for q in tasks.load(task, split, shared("data"))]
     assert len(texts) == 2290 + 9741 + 1221
-    stems = [text.split(" Answer choices: ")[0] for text in texts]
-    return stems + [f"Question: {text}\nAnswer:" for text in texts]
-
-
-def test_ids_equal_transformers_on_all_real_questions(gpt2_folder, only_json, theirs, questions):
-    """Guards pre-tokeniser, merge order and vocabulary; both forms of the files. 26,504 texts."""
-    wanted = theirs(questions)["input_ids"]
+    texts = texts[::step]
+    texts = [t.split(" Answer choices: ")[0] for t in texts] + [
+        f"Question: {t}\nAnswer:" for t in texts
+    ]
+    wanted = theirs(texts)["input_ids"]
     for folder in (gpt2_folder, only_json):
         ours = load_tokenizer(folder)
         assert (ours.n_vocab, ours.eot) == (50257, 50256)
-        ids = [ours.encode(text) for text in questions]
-        assert ids == wanted
-        assert [ours.decode(i) for i in ids] == questions
-    print(f"{len(questions):,} texts, {sum(map(len, wanted)):,} ids compared, twice")
+        assert [ours.encode(text) for text in texts] == wanted
+        assert [ours.decode(ids) for ids in wanted] == texts
 
 
 def test_ids_equal_transformers_on_awkward_text(gpt2_folder, theirs):
     """Guards white space, digits, contractions and scripts that questions seldom hold."""
-    ours = load_tokenizer(gpt2_folder)
-    rng = random.Random(0)
-    pieces = [t for t in AWKWARD if t != END]
-    mixed = ["".join(rng.choices(pieces, k=6)) for _ in range(2000)]
-    for text in pieces + mixed:
-        assert ours.encode(text) == theirs(text)["input_ids"], text
+    ours, rng = load_tokenizer(gpt2_folder), random.Random(0)
+    mixed = ["".join(rng.choices(AWKWARD, k=6)) for _ in range(400)]
+    for text, wanted in zip(AWKWARD + mixed, theirs(AWKWARD + mixed)["input_ids"]):
+        assert ours.encode(text) == wanted, text
 
 
 def test_vocabulary_decides_the_ids(gpt2_folder, theirs, tmp_path):
@@ -118,21 +91,10 @@ def test_vocabulary_decides_the_ids(gpt2_folder, theirs, tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     shutil.copy(gpt2_folder / "merges.txt", tmp_path)
     ours = load_tokenizer(tmp_path)
-    hf = transformers.GPT2Tokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     assert ours.eot == vocab[END] != 50256
-    for text in AWKWARD:
-        if text != END:
-            assert ours.encode(text) == hf(text)["input_ids"]
+    for text, wanted in zip(AWKWARD, theirs(AWKWARD)["input_ids"]):
+        assert ours.encode(text) == [ids[i] for i in wanted]
         assert ours.decode(ours.encode(text)) == text
-
-
-def test_end_of_text_in_text_stays_text(gpt2_folder, only_json):
-    """Guards a question or a teacher's text that injects a real end-of-text token."""
-    for folder in (gpt2_folder, only_json):
-        ours = load_tokenizer(folder)
-        ids = ours.encode(f"a {END} b{END}")
-        assert ours.eot not in ids and ours.decode(ids) == f"a {END} b{END}"
-        assert ours.decode([ours.eot]) == END
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +102,14 @@ def tiny(tmp_path_factory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("bytes")
     write_tiny_tokenizer(folder)
     return load_tokenizer(folder)
+
+
+def test_end_of_text_in_text_stays_text(tiny, small_json):
+    """Guards a question or a teacher's text that injects a real end-of-text token."""
+    for ours in (tiny, load_tokenizer(small_json)):
+        ids = ours.encode(f"a {END} b{END}")
+        assert ours.eot not in ids and ours.decode(ids) == f"a {END} b{END}"
+        assert ours.decode([ours.eot]) == END
 
 
 @given(ANY_TEXT)
@@ -156,11 +126,9 @@ def test_any_ids_decode(tiny, ids):
 
 
 def test_long_runs_are_fast(tiny):
-    """Guards quadratic time or a backtracking limit on long runs of one character."""
-    start = time.perf_counter()
+    """Guards quadratic time (minutes) or a backtracking limit on long runs of one character."""
     for text in (" " * 200_000, "the" * 70_000, "\n \n" * 60_000, "^" * 200_000):
         assert tiny.decode(tiny.encode(text)) == text
-    assert time.perf_counter() - start < 20
 
 
 # --- other vocabularies --------------------------------------------------------------------------
@@ -183,15 +151,15 @@ def test_trained_bpes_agree_with_transformers(form, alphabet, tmp_path):
     """Guards the difference of the engines: tiktoken merges by the joined token, Hugging Face by
     the pair. Few letters make many overlapping merges (here END has id 0, not the last)."""
     rng = random.Random(alphabet)
-    texts = ["".join(rng.choices(alphabet, k=rng.randrange(1, 60))) for _ in range(3000)]
-    bpe = train_bpe(tmp_path, texts[:1000], 900, form)
+    texts = ["".join(rng.choices(alphabet, k=rng.randrange(1, 60))) for _ in range(1500)]
+    bpe = train_bpe(tmp_path, texts[:500], 900, form)
     ours = load_tokenizer(tmp_path)
-    assert ours.eot == 0 and ours.n_vocab > 600
-    for text in texts[1000:]:
+    assert ours.eot == 0 and ours.n_vocab > 500
+    for text in texts[500:]:
         assert ours.encode(text) == bpe.encode(text).ids
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.text("abc", min_size=1, max_size=12), min_size=1, max_size=8), ORDINARY)
 def test_any_training_gives_a_vocabulary_that_is_accepted(tmp_path_factory, texts, other):
     """Guards check_merges: it must refuse no list that BPE training gives."""
@@ -220,15 +188,6 @@ def test_models_rebuilt_at_one_path_get_their_own_tokenizers(tmp_path):
     assert first.n_vocab != second.n_vocab
     assert first.encode(" you") != second.encode(" you")
     assert first.encode("the") == [first.encode("t")[0], 256]  # the old one still works
-
-
-def test_tiny_model_is_one_of_ours(tiny_model_folder):
-    """Guards the fixture that other tests stand on: transformers reads it as we do."""
-    ours = load_tokenizer(tiny_model_folder)
-    theirs = transformers.AutoTokenizer.from_pretrained(tiny_model_folder)
-    text = "Question: Is the answer yes or no?\nAnswer: yes, they were"
-    assert ours.encode(text) == theirs(text)["input_ids"]
-    assert ours.n_vocab == 256 + len(MERGES) + 1 == ours.eot + 1
 
 
 # --- refused -------------------------------------------------------------------------------------
@@ -261,6 +220,9 @@ def small_json(tmp_path_factory):
     return folder
 
 
+SEQUENCE = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -274,18 +236,7 @@ def small_json(tmp_path_factory):
         {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}},  # sentencepiece
         {"pre_tokenizer__use_regex": False},
         {"pre_tokenizer__add_prefix_space": True},
-        {
-            "pre_tokenizer": {
-                "type": "Sequence",
-                "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}],
-            }
-        },
-        {
-            "pre_tokenizer": {
-                "type": "Sequence",
-                "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel", "use_regex": False}],
-            }
-        },
+        {"pre_tokenizer": SEQUENCE},
     ],
 )
 def test_other_tokenizers_are_refused_by_name(changes, small_json, tmp_path):
@@ -296,64 +247,49 @@ def test_other_tokenizers_are_refused_by_name(changes, small_json, tmp_path):
     assert "byte-level BPE" in refused(tmp_path)
 
 
-def test_real_foreign_tokenizers_are_refused(tmp_path):
-    """Guards the same with files of the `tokenizers` package: WordPiece, sentencepiece's BPE."""
-    texts = ["some words, some more words"] * 3
-    for maker in (tokenizers.BertWordPieceTokenizer, tokenizers.SentencePieceBPETokenizer):
-        foreign = maker()
-        foreign.train_from_iterator(texts, vocab_size=100, min_frequency=1)
-        foreign.save(str(tmp_path / "tokenizer.json"))
-        assert "byte-level BPE" in refused(tmp_path)
-    (tmp_path / "vocab.json").write_text(json.dumps({"▁some": 0, "<unk>": 1}))
-    (tmp_path / "merges.txt").write_text("▁ s\n")
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (None, ""), (None, "[1, 2]"), (None, "[" * 100_000), ("}", ""), (END, "<|end|>"),
+        ('"he": 256, ', ""), *(('"he": 256', f'"he": {value}') for value in
+        ("9999999999999999999999", 2**31, -1, 255, '"256"', "true")),
+    ],
+)  # fmt: skip
+def test_damaged_vocabularies_are_refused(old, new, tmp_path):
+    """Guards tracebacks, and ids without a meaning, from damaged files."""
+    write_tiny_tokenizer(tmp_path)
+    damage(tmp_path / "vocab.json", old, new)
     refused(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "file, change",
-    [
-        ("vocab.json", lambda text: ""),
-        ("vocab.json", lambda text: text[:-20]),
-        ("vocab.json", lambda text: "[1, 2]"),
-        ("vocab.json", lambda text: "[" * 100_000),
-        ("vocab.json", lambda text: text.replace(END, "<|end|>")),
-        ("vocab.json", lambda text: text.replace('"he": 256', '"he": 9999999999999999999999')),
-        ("vocab.json", lambda text: text.replace('"he": 256', f'"he": {2**31}')),
-        ("vocab.json", lambda text: text.replace('"he": 256', '"he": -1')),
-        ("vocab.json", lambda text: text.replace('"he": 256', '"he": 255')),
-        ("vocab.json", lambda text: text.replace('"he": 256', '"he": "256"')),
-        ("vocab.json", lambda text: text.replace('"he": 256', '"he": true')),
-        ("vocab.json", lambda text: text.replace('"he": 256, ', "")),
-        ("merges.txt", lambda text: text.replace("h e\n", "h e x\n")),
-        ("merges.txt", lambda text: text.replace("h e\n", "he\n")),
-        ("merges.txt", lambda text: text.replace("h e\n", "h ▁\n")),
-        ("merges.txt", lambda text: text.replace("h e\n", "h  e\n")),
-        ("merges.txt", lambda text: text.replace("h e\n", "")),
-        ("merges.txt", lambda text: text + "\nq q"),
-        ("merges.txt", None),  # bytes that are no UTF-8
-        ("tokenizer.json", lambda text: "{}"),
-        ("tokenizer.json", lambda text: '{"model": 3}'),
-        ("tokenizer.json", lambda text: "null"),
-        ("tokenizer.json", lambda text: text[: len(text) // 2]),
-    ],
+    "new", ["h e x\n", "he\n", "h ▁\n", "h  e\n", "", "h e\nq q\n", "h \udcff\n"]
 )
-def test_damaged_files_are_refused(file, change, small_json, tmp_path):
-    """Guards tracebacks, and ids without a meaning, from damaged tokenizer files."""
-    if file == "tokenizer.json":
-        shutil.copy(small_json / file, tmp_path)
-    else:
-        write_tiny_tokenizer(tmp_path)
-    path = tmp_path / file
-    if change is None:
-        path.write_bytes(b"h \xff\n")
-    else:
-        old = path.read_text(encoding="utf-8")
-        assert change(old) != old
-        path.write_text(change(old), encoding="utf-8")
+def test_damaged_merges_are_refused(new, tmp_path):
+    """Guards the same for merges: other parts, none, unknown ones, bytes that are no UTF-8."""
+    write_tiny_tokenizer(tmp_path)
+    damage(tmp_path / "merges.txt", "h e\n", new)
     refused(tmp_path)
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("text", ["{}", '{"model": 3}', "null", '{"model": {"type": "BPE", '])
+def test_damaged_tokenizer_json_is_refused(text, tmp_path):
+    """Guards the same for the one file of newer models."""
+    damage(tmp_path / "tokenizer.json", None, text)
+    refused(tmp_path)
+
+
+def damage(path, old: str | None, new: str) -> None:
+    """Replace `old` by `new` in a file, or the whole of it."""
+    text = new
+    if old is not None:
+        text = path.read_text(encoding="utf-8")
+        assert old in text
+        text = text.replace(old, new)
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_cut_or_garbled_files_never_crash(tmp_path_factory, data):
     """Guards every other damage: a SertError or a tokenizer that still makes the round trip."""
@@ -395,11 +331,3 @@ def test_folders_without_a_tokenizer_are_refused(tmp_path):
     write_tiny_tokenizer(tmp_path)
     (tmp_path / "vocab.json").unlink()
     assert "has neither" in refused(tmp_path)
-
-
-def test_byte_alphabet():
-    """Guards the table: 256 different characters, none of them a space."""
-    alphabet = byte_alphabet()
-    assert sorted(alphabet.values()) == list(range(256)) and len(alphabet) == 256
-    assert alphabet["Ġ"] == 32 and alphabet["Ċ"] == 10 and alphabet["A"] == 65
-    assert not any(c.isspace() for c in alphabet)

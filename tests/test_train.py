@@ -73,14 +73,13 @@ def stop_at(monkeypatch, owner, name: str, call: int, number=signal.SIGTERM) -> 
 # --- killed, stopped, repeated --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "owner, name, call",
+    "owner, name, call, number",
     [
-        ("sert_min.finetune", "train_step", 3),  # in a step
-        ("train", "mean_loss", 1),  # in the first validation
-        ("train", "greedy", 2),  # before validation decodes (1 is the report): polled there
-        ("sert_min.finetune", "save_state", 1),  # while the last state is written
+        ("sert_min.finetune", "train_step", 3, signal.SIGINT),  # in a step
+        ("train", "mean_loss", 1, signal.SIGTERM),  # in the first validation
+        ("train", "greedy", 2, signal.SIGINT),  # before validation decodes (1 is the report)
+        ("sert_min.finetune", "save_state", 1, signal.SIGTERM),  # while the last state is written
     ],
 )
 def test_signals_save_and_name_the_command(run, monkeypatch, capsys, owner, name, call, number):
@@ -136,6 +135,14 @@ def test_more_epochs_continue(run, capsys):
         run("--out-dir run --epochs 2")
 
 
+def test_a_folder_of_an_earlier_version_goes_on(run):
+    """Guards work that was begun when `clip` and `compile` were settings still."""
+    whole, out = run("--out-dir whole"), run("--out-dir run --max-steps 3")
+    older = read_json(out / "settings.json") | {"clip": 1.0, "compile": False}
+    (out / "settings.json").write_text(json.dumps(older))
+    assert_same_run(run("--out-dir run"), whole)
+
+
 @pytest.mark.parametrize("flag", ["--lr 1e-3", "--seed 1", "--limit 16", "--loss-on all"])
 def test_other_settings_are_refused(run, flag):
     """Guards two trainings mixed in one folder."""
@@ -156,21 +163,6 @@ def test_what_was_resolved_is_kept(run, monkeypatch):
         run("--max-steps 4", dtype="fp32")
 
 
-def test_compile_gives_the_same_losses(run, monkeypatch):
-    """--compile works with unequal batches, without a new graph for each. The real back end takes a
-    minute of C++ compiler here and gives the same (measured), so tracing alone is tested."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    counter, real = CompileCounterWithBackend("aot_eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic: real(f, backend=counter, dynamic=True))
-    plain, compiled = (run(f"--out-dir {n} {flag} --epochs 3 --batch-size 5")
-                       for n, flag in (("plain", ""), ("compiled", "--compile")))  # fmt: skip
-    a, b = (list(read_jsonl(d / "metrics.jsonl")) for d in (plain, compiled))
-    assert len(a) == len(b) == 15
-    assert all(abs(x["loss"] - y["loss"]) < 1e-4 for x, y in zip(a, b))
-    assert counter.frame_count <= 2
-
-
 # --- validation -----------------------------------------------------------------------------------
 
 
@@ -179,12 +171,11 @@ def test_holdout_is_the_fixed_tenth(monkeypatch):
     questions = tasks.load("micro", "train")
     held = {q.id for q in tasks.load("micro", "validation")}
     with_paths = [(q, "p", "c") for q in questions[::3]]
-    args = train.parse_args(["--holdout", "--limit", "50"])
-    rest, out = train.split_pairs(with_paths, args)
+    o = train.options(train.parse_args(["--holdout", "--limit", "50"]))
+    rest, out = train.split_pairs(with_paths, o)
     assert len(rest) == 50 and {p[0].id for p in out} == held & {p[0].id for p in with_paths}
     assert not {p[0].id for p in rest} & held
-    args.holdout = False
-    assert train.split_pairs(with_paths, args) == (with_paths[:50], [])
+    assert train.split_pairs(with_paths, o._replace(holdout=False)) == (with_paths[:50], [])
 
 
 def test_best_on_validation_is_kept_beside_the_last(run, monkeypatch):
@@ -281,23 +272,6 @@ def test_before_and_after_table(run, capsys):
     assert "greedy decoding, 4 test questions" in printed
     assert "reasoning outputs" in printed and "accuracy (strict)" in printed
     assert printed.count("before: ") == printed.count("after: ") == 3
-
-
-def test_reasoning_is_told_from_answers_and_loops(tiny_model_folder):
-    """Guards a garbage loop that counts as reasoning because it breaks no pattern."""
-    from sert_min.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(tiny_model_folder)
-    q = next(q for q in tasks.load("micro", "train") if not q.choices)
-    answer = f" {answer_sentence(q)}"
-    for text, wanted in [
-        (" Fina lives in a town by the sea, where many apples grow." + answer, True),
-        (answer, False),
-        (" yes." + answer, False),
-        (" SSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSSS", False),
-        ("", False),
-    ]:
-        assert train.reasons(q, text, tokenizer) == wanted, text
 
 
 def test_curve_is_drawn(run, tmp_path):

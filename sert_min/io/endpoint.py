@@ -1,32 +1,33 @@
-"""One client for teachers and judges: any OpenAI-compatible endpoint; a stored reply is never bought again.
+"""One client for teachers and judges, for any OpenAI-compatible endpoint.
 
-Every reply is appended to responses.jsonl, durably, before anything else happens to it, under a key
-made of everything that shapes it. Repeating a command asks only for what is missing. Parsing comes
+Each reply is appended to responses.jsonl, durably, before anything else happens to it. Its key is a
+hash of all that shapes it, so repeating a command asks only for what is missing. Replies are read
 later and from the file, so a better parser never costs a new request.
 
-The openai package sends the requests; its own retries are off (they differ between its versions and
-retry an exhausted quota) and replies are read from their JSON here, so that openai 1.56 and 3.x
-behave alike. The rules:
+The openai package sends the requests; its own retries are off, because they retry an exhausted
+quota and differ between versions. This is what follows an attempt:
 
-    stop at once   authentication, permission, quota, unknown model, bad request, redirect: with
-                   advice. Until the first reply there is one request at a time, so that such a
-                   mistake costs exactly one.
-    try again      rate limit (Retry-After is honoured by all requests), 5xx, timeout, connection,
-                   and a 200 whose body is no completion: HTML, cut JSON, no choices, empty text
-    final          a completion that is empty because it hit the token limit, was filtered or
-                   refused: recorded, because buying it again gives the same
+    stop      authentication, permission, quota, unknown model, bad request or redirect: an error
+              with advice. Only one request is in flight until the first reply arrives, so such a
+              mistake costs one request.
+    retry     rate limit (all requests honour Retry-After), 5xx, timeout, connection, or a 200
+              without a completion: HTML, cut JSON, no choices, empty text
+    record    any completion, also an empty one that hit the token limit, was filtered or was
+              refused: asking again would give, and bill, the same
 
-Each request is noted in sent.jsonl before it leaves. Notes without a reply or a refusal (killed in
-flight, timed out) may have been billed: they are counted, and count in full against a cost cap.
+Each request is noted in sent.jsonl before it leaves. A note without a reply or a refusal (the
+process was killed, or the request timed out) may have been billed, so it counts in full against a
+cost cap.
 """
 
+import contextlib
 import hashlib
-import ipaddress
 import json
 import math
 import os
 import queue
 import random
+import sys
 import threading
 import time
 from collections import deque
@@ -34,66 +35,85 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
-from sert_min.io.errors import SertError, printable, this_command
-from sert_min.io.files import append_durable, fits, read_jsonl, set_torn_tail_aside, to_line
+from tqdm import tqdm
+
+from sert_min.io.errors import SertError, need, printable, this_command
+from sert_min.io.files import append_durable, lock_folder, to_line
 from sert_min.io.machine import stop_signals
 
-MAX_REPLY = 1_000_000  # characters of one completion that are kept
-TRIES = 6  # attempts per request; those that only met a rate limit do not count
-BACKOFF = 0.5  # seconds before the second attempt; doubles
-DRAIN = 30.0  # seconds that an interrupted collection waits for what is in flight
-COUNT = range(2**53)  # a number of tokens that floating point can hold
-TOKENS = {"prompt_tokens": (COUNT, None, ...), "completion_tokens": (COUNT, None, ...)}
-REPLY = {
-    "key": str,
-    "text": str,
-    "finish": (str, None),
-    "usage": (TOKENS, None, ...),
-}  # of a folder
-NOTE = {"key": str, "at_most": ([COUNT], ...)}  # .. and of what was sent
-FINAL = ("length", "content_filter", "refusal")  # finish reasons with which empty text is final
+MAX_REPLY = 1_000_000  # characters of a completion; the rest is cut off
+TRIES = 6  # attempts per request, not counting those that only met a rate limit
+BACKOFF = 0.5  # seconds before the second attempt; doubles with each further one
+DRAIN = 30.0  # seconds that an interrupted collection waits for requests in flight
+FIRST = 20  # replies after which a collection checks whether they are of use
+FINAL = ("length", "content_filter", "refusal")  # finish reasons that explain an empty text
+USAGE = ("prompt_tokens", "completion_tokens")
+
+
+# --- where to ask ---------------------------------------------------------------------------------
+
+
+def flag(who: str, name: str) -> str:
+    """The flag for a field of Endpoint: --teacher-model or --judge-model, but --timeout for both."""
+    own = name in ("model", "max_tokens", "temperature")
+    return "--" + (f"{who}-" if own else "") + name.replace("_", "-")
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where and how to ask. Numbers None are not sent: the server's own default holds."""
+    """Whom to ask, how, and at what price. A limit or temperature that is None is not sent."""
 
     model: str
     base_url: str | None = None  # None: OPENAI_BASE_URL, else OpenAI's own
     max_tokens: int | None = 512
     temperature: float | None = None
     token_parameter: str = "auto"  # max_completion_tokens (OpenAI's own hosts) or max_tokens
-    completions: bool = False  # the older /completions instead of /chat/completions
+    completions: bool = False  # use the older /completions instead of /chat/completions
     concurrency: int = 8
     timeout: float = 120.0  # seconds without an answer
     deadline: float = 900.0  # seconds for one request with all its retries
+    insecure: bool = False  # send a key over http:// to another host
+    max_requests: int | None = None  # of one run, retries included
+    max_cost: float | None = None  # USD, of all runs of a folder together
     price_in: float | None = None  # USD per million tokens
     price_out: float | None = None
-    insecure: bool = False  # send a key over http:// to another host
+    who: str = "teacher"  # or "judge": whose flags an error names
+
+    def __post_init__(self) -> None:
+        """Refuse an address that is none or holds a secret (it gets printed), and an unpriced cap."""
+        ok = False
+        with contextlib.suppress(ValueError):  # an impossible port, for example
+            url = urlsplit(self.url())
+            secret = url.username or url.password or url.query
+            need(not secret, "--base-url must not hold a password or a query; set OPENAI_API_KEY")
+            ok = url.hostname and url.port != 0 and url.scheme in ("http", "https")
+        need(ok, "--base-url is no http(s) address; give one like http://localhost:8000/v1")
+        priced = self.max_cost is None or self.usd(0, 0) is not None
+        need(priced, "--max-cost needs --price-in and --price-out (USD per million tokens)")
+
+    def flag(self, name: str) -> str:
+        return flag(self.who, name)
 
     def url(self) -> str:
         url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         return url.rstrip("/")
 
-    def parts(self) -> SplitResult:
-        """The parts of the address; all empty if it is none."""
-        try:
-            parts = urlsplit(self.url())
-            return parts if parts.port != 0 else urlsplit("")
-        except ValueError:
-            return urlsplit("")
-
     def host(self) -> str:
-        return (self.parts().hostname or "").lower()
+        return urlsplit(self.url()).hostname or ""
+
+    def is_local(self) -> bool:
+        """Is the server on this machine?"""
+        return self.host() in ("localhost", "127.0.0.1", "::1")
 
     def is_openai(self) -> bool:
         return self.host() == "openai.com" or self.host().endswith(".openai.com")
 
     def token_limit(self) -> dict:
-        """The parameter that caps the reply; newer OpenAI models refuse the old name, most local
-        servers know only that one."""
+        """The parameter that caps the reply. Newer OpenAI models refuse the old name, and most local
+        servers know no other."""
         if self.max_tokens is None:
             return {}
         name = self.token_parameter
@@ -102,7 +122,7 @@ class Endpoint:
         return {"max_tokens" if self.completions else name: self.max_tokens}
 
     def request(self, messages: list[dict]) -> dict:
-        """The request body, without the key."""
+        """The body of a request; the API key is not part of it."""
         body = {"model": self.model, **self.token_limit()}
         if self.completions:
             body["prompt"] = "\n".join(m["content"] for m in messages)
@@ -119,9 +139,61 @@ class Endpoint:
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
 
+def number(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+FLAGS = {  # by field of Endpoint
+    "model": dict(help="model name at the endpoint; there is no default"),
+    "base_url": dict(
+        help="OpenAI-compatible address, e.g. http://localhost:8000/v1 "
+        "(default: OPENAI_BASE_URL, else OpenAI's)"
+    ),
+    "completions": dict(action="store_true", help="use the older /completions interface"),
+    "max_tokens": dict(type=int, default=512, help="of a reply (default: %(default)s)"),
+    "temperature": dict(
+        type=number, help="a number, or none: do not send one (default: %(default)s)"
+    ),
+    "token_parameter": dict(
+        choices=("auto", "max_tokens", "max_completion_tokens"),
+        default="auto",
+        help="what the server calls the limit of tokens",
+    ),
+    "concurrency": dict(type=int, default=8, help="requests at a time (default: %(default)s)"),
+    "timeout": dict(type=float, default=120.0, help="seconds without an answer"),
+    "deadline": dict(type=float, default=900.0, help="seconds per request, retries included"),
+    "insecure": dict(action="store_true", help="send the key over http:// as well"),
+    "max_requests": dict(type=int, help="requests sent by this run, retries included"),
+    "max_cost": dict(type=float, help="USD, all runs that share these replies together"),
+    "price_in": dict(type=float, help="USD per million prompt tokens"),
+    "price_out": dict(type=float, help="USD per million completion tokens"),
+}
+
+
+def add_flags(parser, who: str) -> None:
+    """Add the flags of an endpoint to a parser or a group of one; `who` is "teacher" or "judge"."""
+    for name, how in FLAGS.items():
+        default = {"default": "0" if who == "judge" else "none"} if name == "temperature" else {}
+        parser.add_argument(flag(who, name), **how, **default)
+
+
+def from_flags(args, who: str) -> Endpoint:
+    """The endpoint that the flags of `add_flags` describe; meaningless values are refused."""
+    values = {name: getattr(args, flag(who, name)[2:].replace("-", "_")) for name in FLAGS}
+    for name in ("concurrency", "timeout", "deadline", "max_tokens"):
+        need(0 < values[name] < 2**31, f"{flag(who, name)} must be above 0 and below 2^31")
+    for name in ("temperature", "max_requests", "max_cost", "price_in", "price_out"):
+        ok = values[name] is None or 0 <= values[name] < math.inf  # NaN would disable a cap
+        need(ok, f"{flag(who, name)} must be a number from 0")
+    return Endpoint(**values, who=who)
+
+
+# --- one request ----------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Ask:
-    """One request: what it belongs to and its messages."""
+    """One request: what it belongs to, and its messages."""
 
     task: str
     id: str
@@ -134,23 +206,20 @@ class Ask:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def most_tokens(self, e: Endpoint) -> tuple[int, int]:
-        """Bounds of its (tokens in, tokens out): a token per byte sent plus what the server's chat
-        template may add, and a full reply."""
+        """Upper bounds of its (tokens in, tokens out): a token per byte sent, plus what the server's
+        chat template may add, and a full reply."""
         sent = sum(len(m["content"].encode("utf-8", "replace")) + 8 for m in self.messages)
         return sent + 64, e.max_tokens or 4096
 
 
 class Retry(Exception):
-    """This attempt failed in a way that another may not; `after` seconds if the server said so."""
+    """This attempt failed in a way that another one may not."""
 
     def __init__(self, why: str, after: float | None = None, busy=False, billed=True):
         super().__init__(why)
-        self.after = after
+        self.after = after  # seconds to wait, if the server said so
         self.busy = busy  # a rate limit: nothing is wrong with the request or the server
-        self.billed = billed  # may have been: the server could have done the work
-
-
-# --- one request ----------------------------------------------------------------------------------
+        self.billed = billed  # the server may have done the work
 
 
 def api_key() -> str:
@@ -158,62 +227,30 @@ def api_key() -> str:
 
 
 def make_client(e: Endpoint):
-    """An openai client; the key comes from OPENAI_API_KEY only. A key never travels unencrypted to
-    another machine unless `insecure` says so, and never through a redirect. Requests to this
-    machine go past a proxy: it could not reach us."""
-    check_url(e)
-    key, local = api_key(), is_loopback(e.host())
-    if not (key.isascii() and key.isprintable()):
-        raise SertError("OPENAI_API_KEY holds characters that no key has; set it again")
-    if key and e.parts().scheme == "http" and not local and not e.insecure:
-        raise SertError(
-            f"--base-url http://{e.host()} would carry OPENAI_API_KEY unencrypted; "
-            "use https, unset the key, or give --insecure"
-        )
-    if not key and e.is_openai():
-        raise SertError("OPENAI_API_KEY is not set; set it, or give --base-url of a local server")
+    """An openai client with the key in OPENAI_API_KEY. The key never travels unencrypted to another
+    machine unless `insecure` allows it, and never through a redirect. Requests to this machine
+    bypass a proxy, which could not reach it."""
+    key = api_key()
+    ok = key.isascii() and key.isprintable()
+    need(ok, "OPENAI_API_KEY holds characters that no key has; set it again")
+    need(
+        not key or e.url().lower().startswith("https:") or e.is_local() or e.insecure,
+        f"--base-url http://{e.host()} would carry OPENAI_API_KEY unencrypted; use https, unset "
+        "the key, or give --insecure",
+    )
+    ok = key or not e.is_openai()
+    need(ok, "OPENAI_API_KEY is not set; set it, or give --base-url of a local server")
 
-    import openai  # late: half a second that --help does not need
+    import openai  # here, because it takes half a second that --help does not need
 
-    http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not local)
+    http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not e.is_local())
     return openai.OpenAI(
         api_key=key or "none", base_url=e.url(), max_retries=0, timeout=e.timeout, http_client=http
     )
 
 
-def check_flags(args, max_tokens: str, from_zero: tuple[str, ...] = ()) -> None:
-    """Refuse numbers of an endpoint's flags that mean nothing, naming the flag. `max_tokens` and
-    `from_zero` are the flags that teacher and judge call otherwise."""
-    for flag in ("concurrency", "timeout", "deadline", max_tokens):
-        if not 0 < getattr(args, flag) < 2**31:
-            raise SertError(f"--{flag.replace('_', '-')} must be above 0 and below 2^31")
-    for flag in (*from_zero, "max_requests", "max_cost", "price_in", "price_out"):
-        value = getattr(args, flag)
-        if value is not None and not 0 <= value < math.inf:  # nan would switch a cap off
-            raise SertError(f"--{flag.replace('_', '-')} must be a number from 0")
-    if args.max_cost is not None and (args.price_in is None or args.price_out is None):
-        raise SertError("--max-cost needs --price-in and --price-out (USD per million tokens)")
-
-
-def check_url(e: Endpoint) -> None:
-    """The address must be one, and hold nothing secret: it is printed."""
-    parts = e.parts()
-    if parts.username or parts.password or parts.query:
-        raise SertError("--base-url must not hold a password or a query; set OPENAI_API_KEY")
-    if not parts.hostname or parts.scheme not in ("http", "https"):
-        raise SertError("--base-url is no http(s) address; give one like http://localhost:8000/v1")
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def attempt(client, e: Endpoint, messages: list[dict]) -> dict:
-    """Send one request; the fields of its reply, or Retry, or SertError to stop everything."""
-
+    """Send one request and return the fields of its reply. Raises Retry, or SertError to stop."""
     import openai
 
     api = client.completions if e.completions else client.chat.completions
@@ -231,18 +268,17 @@ def attempt(client, e: Endpoint, messages: list[dict]) -> dict:
     except openai.APIStatusError as error:
         raise explain(error, e) from None
     except openai.OpenAIError as error:
-        raise SertError(server_text(str(error), 200)) from None
+        raise SertError(server_text(str(error))) from None
 
 
 def read_reply(body, e: Endpoint, request_id: str | None = None) -> dict:
-    """Text, finish reason, usage, model and request id of a reply's JSON; a reply without a choice
-    is a Retry (some servers answer 200 with an error or an empty list)."""
+    """Text, finish reason, usage, model and request id of a reply's JSON. Raises Retry if there is
+    no completion in it (some servers answer 200 with an error or an empty list)."""
     choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         error = body.get("error") if isinstance(body, dict) else None
-        raise Retry(
-            "a 200 reply without choices" + (f" ({server_text(str(error), 200)})" if error else "")
-        )
+        said = f" ({server_text(str(error))})" if error else ""
+        raise Retry(f"a 200 reply without choices{said}")
     message = choices[0] if e.completions else choices[0].get("message")
     message = message if isinstance(message, dict) else {}
     finish = "refusal" if message.get("refusal") else choices[0].get("finish_reason")
@@ -252,208 +288,253 @@ def read_reply(body, e: Endpoint, request_id: str | None = None) -> dict:
         raise Retry("a 200 reply with empty text")
     if len(text) > MAX_REPLY:
         text, finish = text[:MAX_REPLY], "length"
-    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
-    tokens = {k: usage.get(k) for k in ("prompt_tokens", "completion_tokens")}
     return {
         "text": hide_key(text.encode("utf-8", "replace").decode()),  # lone surrogates break later
-        "finish": short(finish),
-        "usage": {k: n if fits(n, COUNT) else None for k, n in tokens.items()},
-        "returned_model": short(body.get("model")),
-        "request_id": short(request_id or body.get("id")),
+        "finish": server_text(finish),
+        "usage": dict(zip(USAGE, tokens_of(body.get("usage")))),
+        "returned_model": server_text(body.get("model")),
+        "request_id": server_text(request_id or body.get("id")),
     }
 
 
+def tokens_of(usage) -> list[int | None]:
+    """(tokens in, tokens out) of a server's usage; None where it holds no sensible number."""
+    values = [usage.get(name) for name in USAGE] if isinstance(usage, dict) else [None, None]
+    return [n if type(n) is int and 0 <= n < 2**53 else None for n in values]
+
+
 def explain(error, e: Endpoint) -> Exception:
-    """An HTTP error -> Retry, or a SertError with advice."""
+    """The Retry, or the SertError with advice, that an HTTP error amounts to."""
     status, code = error.status_code, f"{error.code} {error.type}"
     body = error.body if isinstance(error.body, dict) else {}
     said = server_text(str(body.get("message") or error.message), 300)
     if status == 402 or "insufficient_quota" in code or "billing" in code:
         return SertError(f"the account has no quota left ({said}); add credit, then repeat")
     if status in (408, 409, 425, 429) or status >= 500:
-        billed = status in (408, 504, 524)  # a gateway gave up on a server that went on working
+        billed = status in (408, 504, 524)  # a gateway gave up, but the server may have gone on
         after = retry_after(error.response.headers)
         return Retry(f"HTTP {status}: {said}", after, busy=status == 429, billed=billed)
     if status in (401, 403):
         return SertError(f"HTTP {status}: the server refused OPENAI_API_KEY; check it ({said})")
     if status == 404:
-        return SertError(
-            f"{e.url()} has no model {e.model} (hosted models get shut down), or the address lacks "
-            f"/v1; give another --teacher-model or --judge-model, or --base-url ({said})"
-        )
+        lacks = f"{e.url()} has no model {e.model} (hosted models get shut down), or lacks /v1"
+        return SertError(f"{lacks}; give another {e.flag('model')} or --base-url ({said})")
     if status < 400:
-        where = server_text(error.response.headers.get("location", "elsewhere"), 200)
+        where = server_text(error.response.headers.get("location", "elsewhere"))
         return SertError(f"{e.url()} redirects to {where}; if that is right, give it as --base-url")
-    return SertError(f"HTTP {status}: {said}; {flag_to_change(said, str(error.param or ''), e)}")
-
-
-def flag_to_change(said: str, parameter: str, e: Endpoint) -> str:
-    """Which flag mends a bad request."""
-    about = f"{parameter} {said}".lower()
-    sent = next(iter(e.token_limit()), "")
-    refused = ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
-    if "temperature" in about:
-        return "leave --teacher-temperature out"
-    if sent and sent in about and any(word in about for word in refused):
-        other = {"max_tokens": "max_completion_tokens"}.get(sent, "max_tokens")
-        return f"give --token-parameter {other}"
-    if "max_tokens" in about or "max_completion_tokens" in about or "context" in about:
-        return "give a smaller --teacher-max-tokens"
-    return "check the model and the flags"
+    flags = " or ".join(map(e.flag, ("model", "token_parameter", "max_tokens", "temperature")))
+    return SertError(f"HTTP {status}: {said}; change {flags}")
 
 
 def retry_after(headers) -> float | None:
-    """Seconds that the server asks to wait: milliseconds, seconds or an HTTP date."""
+    """Seconds that the server asks to wait: given in milliseconds, in seconds, or as an HTTP date,
+    which is compared with the server's own clock (ours may be wrong) if it sends its time."""
 
-    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        try:
-            return max(0.0, float(headers[name]) * unit)
-        except (KeyError, ValueError):
-            continue
-
-    def seconds(name: str) -> float:
+    def moment(name: str) -> float:
         return parsedate_to_datetime(headers[name]).timestamp()
 
-    try:  # by the server's clock, if it says what that shows: ours may be wrong
-        return max(
-            0.0, seconds("retry-after") - (seconds("date") if "date" in headers else time.time())
-        )
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
+    for seconds in (
+        lambda: float(headers["retry-after-ms"]) / 1000,
+        lambda: float(headers["retry-after"]),
+        lambda: moment("retry-after") - moment("date"),
+        lambda: moment("retry-after") - time.time(),
+    ):
+        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
+            return max(0.0, seconds())
+    return None
 
 
 def hide_key(text: str) -> str:
-    """`text` without the key: a server may send it back. A dummy like "ollama" is no secret."""
+    """`text` without the key, which a server may send back. A dummy like "ollama" is no secret."""
     key = api_key()
     return text.replace(key, "[key]") if len(key) >= 12 else text
 
 
-def server_text(text: str, limit: int) -> str:
-    """Server text for the terminal: no control characters, no key, not long."""
-    return printable(hide_key(text))[:limit]
-
-
-def short(value) -> str | None:
-    """A name that the server gave, for the record."""
-    return server_text(value, 200) if isinstance(value, str) else None
+def server_text(text, limit: int = 200) -> str | None:
+    """Text of a server for terminal and records: short, without control characters and the key;
+    None if it is no text."""
+    return printable(hide_key(text))[:limit] if isinstance(text, str) else None
 
 
 # --- what a folder holds --------------------------------------------------------------------------
 
+FollowUp = Callable[[Ask, dict], Ask | None] | None  # gives the ask that a reply leads to, if any
+
 
 @dataclass
 class Collection:
-    """The replies of a folder by key, and what they cost: responses.jsonl, and sent.jsonl with what
-    left for them. One process at a time; only the thread that collects writes."""
+    """The replies in a folder by key (responses.jsonl), and what they cost, open bills included
+    (sent.jsonl). Only one process at a time may write, and only in one thread."""
 
-    path: Path  # of responses.jsonl
+    folder: Path
+    e: Endpoint
+    follow_up: FollowUp = None
     replies: dict[str, dict] = field(default_factory=dict)
     unanswered: dict[str, list] = field(default_factory=dict)  # key -> [tokens in, out] at most
     tokens_in: int = 0
     tokens_out: int = 0
 
-    def sent_path(self) -> Path:
-        return self.path.with_name("sent.jsonl")
-
     def load(self) -> "Collection":
-        """Read what is there; a torn last line is set aside, the first of two equal keys holds."""
-        for path in (self.path, self.sent_path()):
-            if torn := set_torn_tail_aside(path):
-                print(f"{path}: a torn last line ({torn} bytes) was set aside in {path}.torn")
-        for note in read_jsonl(self.sent_path(), NOTE) if self.sent_path().exists() else ():
-            bounds = self.unanswered.setdefault(note["key"], [])
-            if note.get("refused"):
-                del bounds[-1:]
-            elif len(note.get("at_most", ())) == 2:
-                bounds.append(note["at_most"])
-        for record in read_jsonl(self.path, REPLY) if self.path.exists() else ():
-            self.count(record)
+        """Read the files without touching them: another process may be writing. A torn last line is
+        left out (the next append sets it aside); the first of two equal keys holds."""
+        for name, count in (("sent.jsonl", self.count_note), ("responses.jsonl", self.count)):
+            path = self.folder / name
+            *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+            if torn:
+                print(f"{path}: a torn last line ({len(torn)} bytes) is left out")
+            for number, line in enumerate(lines, 1):
+                try:
+                    count(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    raise SertError(f"{path} line {number} is damaged; remove that line") from None
         return self
 
-    def sending(self, key: str, at_most: tuple[int, int]) -> None:
-        """Note a request before it leaves."""
-        append_durable(self.sent_path(), to_line({"key": key, "at_most": at_most}))
-        self.unanswered.setdefault(key, []).append(at_most)
+    def note(self, note: dict) -> None:
+        """Note a request before it leaves ("at_most": tokens in and out), or that the last request
+        of a key was answered without work and is not billed ("refused")."""
+        append_durable(self.folder / "sent.jsonl", to_line(note))
+        self.count_note(note)
 
-    def refused(self, key: str) -> None:
-        """Note that the last request of `key` was answered without work: it is not billed."""
-        append_durable(self.sent_path(), to_line({"key": key, "refused": True}))
-        self.unanswered[key].pop()
+    def count_note(self, note: dict) -> None:
+        bounds = self.unanswered.setdefault(note["key"], [])
+        if note.get("refused"):
+            del bounds[-1:]
+        else:
+            bound = tokens_of(dict(zip(USAGE, note["at_most"])))
+            if None in bound:
+                raise ValueError("a note without two numbers of tokens")
+            bounds.append(bound)
 
-    def add(self, key: str, ask: Ask, reply: dict) -> dict:
-        """Store a reply; returns its record."""
+    def add(self, key: str, ask: Ask, reply: dict) -> None:
+        """Store a reply."""
         names = {"key": key, "task": ask.task, "id": ask.id, "sample": ask.sample}
         record = {**names, **reply, "time": round(time.time(), 3)}
-        append_durable(self.path, to_line(record))
+        append_durable(self.folder / "responses.jsonl", to_line(record))
         self.count(record)
-        return record
 
     def count(self, record: dict) -> None:
+        if not isinstance(record["text"], str):
+            raise TypeError("a reply without text")
         self.replies.setdefault(record["key"], record)
-        tokens = [
-            (record.get("usage") or {}).get(k) for k in ("prompt_tokens", "completion_tokens")
-        ]
-        if None not in tokens:  # else its bound stays, as if it had no answer
-            self.tokens_in += tokens[0]
-            self.tokens_out += tokens[1]
-            if self.unanswered.get(record["key"]):
-                self.unanswered[record["key"]].pop()
+        n_in, n_out = tokens_of(record.get("usage"))
+        if n_in is not None and n_out is not None:  # else its bound stays, as if unanswered
+            self.tokens_in += n_in
+            self.tokens_out += n_out
+            del self.unanswered.get(record["key"], [])[-1:]
+
+    def walk(self, ask: Ask) -> tuple[list[dict], Ask | None]:
+        """(the replies to an ask and to what follows from it, the request that is still to send)."""
+        records: list[dict] = []
+        now: Ask | None = ask
+        while now and (record := self.replies.get(now.key(self.e))):
+            records.append(record)
+            now = self.follow_up and self.follow_up(now, record)
+        return records, now
+
+    def missing(self, asks: Iterable[Ask]) -> list[Ask]:
+        """The requests that are still to send; equal ones once."""
+        now = (self.walk(ask)[1] for ask in asks)
+        return list({ask.key(self.e): ask for ask in now if ask}.values())
 
     def open_bills(self) -> list:
         """[tokens in, tokens out] at most, of each request whose bill is not known."""
         return [bound for bounds in self.unanswered.values() for bound in bounds]
 
-    def most_usd(self, e: Endpoint) -> float:
+    def most_usd(self) -> float:
         """The most that all runs of this folder can have cost; prices must be known."""
         bills = self.open_bills()
-        known = e.usd(self.tokens_in, self.tokens_out)
-        return known + e.usd(sum(b[0] for b in bills), sum(b[1] for b in bills))
+        known = self.e.usd(self.tokens_in, self.tokens_out)
+        return known + self.e.usd(sum(b[0] for b in bills), sum(b[1] for b in bills))
 
-    def summary(self, e: Endpoint) -> str:
-        usd, bills = e.usd(self.tokens_in, self.tokens_out), len(self.open_bills())
-        cost = "give --price-in and --price-out for USD" if usd is None else f"{usd:.4f} USD"
-        text = (
-            f"{printable(e.model)}: {len(self.replies):,} replies, {self.tokens_in:,} tokens in, "
-        )
-        text += f"{self.tokens_out:,} out; {cost}"
+    def summary(self) -> str:
+        usd, bills = self.e.usd(self.tokens_in, self.tokens_out), len(self.open_bills())
+        text = f"{self.e.who} {printable(self.e.model)}: {len(self.replies):,} replies, "
+        text += f"{self.tokens_in:,} tokens in, {self.tokens_out:,} out; "
+        text += "give --price-in and --price-out for USD" if usd is None else f"{usd:.4f} USD"
         if bills:
             text += f"; {bills:,} requests without a known bill (cut off, timed out or no usage)"
-            text += "" if usd is None else f", with them at most {self.most_usd(e):.4f} USD"
+            text += "" if usd is None else f", with them at most {self.most_usd():.4f} USD"
         return text
 
 
-def stored_replies(path: Path) -> dict[str, dict]:
-    """The replies in a responses.jsonl by key, without touching it: another process may write."""
-    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    try:
-        records = [json.loads(line) for line in whole.split(b"\n") if line]
-    except (ValueError, RecursionError):
-        records = [None]
-    if not fits(records, [REPLY]):
-        raise SertError(f"{path} holds a line that is no reply; remove that line")
-    return {r["key"]: r for r in reversed(records)}
+# --- what scripts call ----------------------------------------------------------------------------
 
 
-def no_follow_up(ask: Ask, record: dict) -> Ask | None:
-    return None
+class Readable(NamedTuple):
+    """What makes a reply useful. Asking stops early if most of the first replies are not, because
+    every further one costs."""
+
+    test: Callable[[Ask, list[dict]], bool]  # of an ask and its replies (two with a follow-up)
+    what: str  # "hold all four scores"
+    advice: str  # what to change
 
 
-def missing(collection: Collection, asks: Iterable[Ask], e: Endpoint, follow_up=no_follow_up):
-    """What is to ask now, without what has a reply. `follow_up(ask, record)` gives the request that
-    a reply leads to, if any."""
-    now = []
-    for ask in asks:
-        while ask and (record := collection.replies.get(ask.key(e))):
-            ask = follow_up(ask, record)
-        if ask:
-            now.append(ask)
-    return now
+def ask_all(
+    folder: Path,
+    asks: Iterable[Ask],
+    e: Endpoint,
+    readable: Readable | None = None,
+    follow_up: FollowUp = None,
+) -> tuple[Collection, list[str]]:
+    """Ask for what the replies in `folder` lack, `e.concurrency` requests at a time; (all replies,
+    why others are missing). Stops at the caps of `e` (an open bill counts in full), at an error
+    that no retry repairs, when most of the last asks failed, when most replies are of no use, and
+    at a signal. Replies to requests in flight are kept whatever happens."""
+    asks = list(asks)
+    with lock_folder(folder, ".lock-responses"):
+        collection = Collection(folder, e, follow_up).load()
+        todo = collection.missing(asks)
+        if not todo:
+            print(collection.summary())
+            return collection, []
+        print(f"{e.who}: {len(todo):,} of {len(asks):,} prompts have no reply yet")
+        try:
+            with tqdm(total=len(todo), unit="reply") as bar:
+                run = Asking(collection, bar, asks, readable)
+                return collection, run.until_done(todo)
+        finally:
+            print(collection.summary())
+
+
+def print_plan(
+    what: str, folder: Path, asks: Iterable[Ask], e: Endpoint, follow_up: FollowUp = None
+) -> None:
+    """Print what asking would send and cost at most. Sends and writes nothing."""
+    collection = Collection(folder, e, follow_up).load()
+    there, bounds = 0, []
+    for ask in {ask.key(e): ask for ask in asks}.values():
+        records, now = collection.walk(ask)
+        there += len(records)
+        while now:
+            bounds.append(now.most_tokens(e))
+            said = {"text": "x" * bounds[-1][1]}  # as if it had used all its tokens
+            now = follow_up and follow_up(now, said)
+    n_in, n_out = (sum(bound[i] for bound in bounds) for i in (0, 1))
+    usd = e.usd(n_in, n_out)
+    print(
+        f"{what}: {len(bounds):,} {e.who} requests ({there:,} replies are there), at most {n_in:,} "
+        f"tokens in (a token per byte; English has about 4 bytes) and {n_out:,} out"
+        + ("" if usd is None else f"; at most {usd:.2f} USD, --max-cost is a hard cap")
+    )
+
+
+def end_if_missing(failures: list[str], who: str, folder: Path) -> None:
+    """If replies are missing, say which and how to go on, and exit with status 2."""
+    if not failures:
+        return
+    for why in failures[:5]:
+        print(f"  missing: {printable(why)}", file=sys.stderr)
+    spent = any("--max-cost" in why for why in failures)  # it counts all runs together
+    fix = "Raise --max-cost and repeat" if spent else "Repeat"
+    text = f"error: {len(failures):,} {who} replies are missing; those so far are in {folder}. "
+    print(f"{text}{fix} the command to ask for the rest", file=sys.stderr)
+    raise SystemExit(2)
 
 
 # --- many requests --------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """An ask on its way through its attempts; times are those of time.monotonic()."""
 
@@ -466,105 +547,100 @@ class Job:
     pauses: int = 0  # attempts that only met a rate limit
 
 
-def collect(
-    collection: Collection,
-    asks: Iterable[Ask],
-    e: Endpoint,
-    max_requests: int | None = None,
-    max_cost: float | None = None,
-    check: Callable[[], None] = lambda: None,
-    progress: Callable[[int, str], None] = lambda n, note: None,
-    follow_up: Callable[[Ask, dict], Ask | None] = no_follow_up,
-) -> list[str]:
-    """Ask for what `collection` lacks, `e.concurrency` at a time; returns why each ask that is
-    still missing failed. Stops at the caps (requests sent by this call, retries included; USD of
-    all runs of the folder, open bills in full), at an error that no retry mends, when most of the
-    last asks failed, and at a signal. `check()` is called after each reply and may raise to stop;
-    `progress(replies, note)` reports. What is in flight when it stops is kept."""
-    if max_cost is not None and e.usd(0, 0) is None:
-        raise SertError("--max-cost needs --price-in and --price-out (USD per million tokens)")
-    asks = missing(collection, asks, e, follow_up)
-    if not asks:
-        return []
-    check()
-    run = Collecting(collection, e, make_client(e), max_requests, max_cost, follow_up, progress)
-    run.todo.extend(Job(a, a.key(e)) for a in asks)
-    with stop_signals() as stopped:
-        try:
-            while not stopped and (run.todo or run.later or run.flying):
-                run.send_what_is_due()
-                if run.capped and not run.flying:
-                    break
-                if run.receive(wait=0.05):
-                    check()
-            if stopped:  # also behind the last reply: what follows may take hours
-                print(f"\nno new requests; continue with: {this_command()}", flush=True)
-                raise SystemExit(128 + stopped[0])
-        finally:
-            run.drain()
-    left = [*run.later, *run.todo]
-    return [*run.failures.values(), *(f"{j.ask.task}/{j.ask.id}: {run.capped}" for j in left)]
+class Asking:
+    """Asks at work. The calling thread decides, counts and writes. Each request in flight has a
+    thread that sends it and hands back what came: a daemon, so that one that hangs cannot keep the
+    process from ending."""
 
+    def __init__(self, collection: Collection, bar: tqdm, asks: list, readable: Readable | None):
+        self.collection, self.e, self.bar = collection, collection.e, bar
+        self.asks, self.readable = asks, readable
+        self.client = make_client(self.e)
+        self.todo: deque[Job] = deque()  # never sent
+        self.later: list[Job] = []  # waiting for their next attempt
+        self.flying: dict[str, Job] = {}  # in flight, by key
+        self.arrived: queue.SimpleQueue = queue.SimpleQueue()  # of (job, result)
+        self.failures: dict[str, str] = {}  # key -> why
+        self.recent: deque[bool] = deque(maxlen=20)  # did the last asks succeed?
+        self.sent = 0
+        self.resume = 0.0  # no request before this time: a server said so
+        self.capped = ""  # why no request may leave
 
-@dataclass
-class Collecting:
-    """A collection at work. The calling thread decides, counts and writes; a thread per request in
-    flight sends it and hands back what came. (Daemons: one that hangs can't keep us from ending.)"""
+    def until_done(self, asks: list[Ask]) -> list[str]:
+        """Send the asks and all that follows from them; why some are still missing."""
+        self.check_readable()
+        self.todo.extend(Job(ask, ask.key(self.e)) for ask in asks)
+        with stop_signals() as stopped:
+            try:
+                while not stopped and (self.todo or self.later or self.flying):
+                    self.send_what_is_due()
+                    if self.capped and not self.flying:
+                        break
+                    if self.receive(wait=0.05):
+                        self.check_readable()
+                if stopped:  # after the last reply as well: what comes next may take hours
+                    print(f"\nno new requests; continue with: {this_command()}", flush=True)
+                    raise SystemExit(128 + stopped[0])
+            finally:
+                self.drain()
+        left = [f"{job.ask.task}/{job.ask.id}: {self.capped}" for job in (*self.later, *self.todo)]
+        return [*self.failures.values(), *left]
 
-    collection: Collection
-    e: Endpoint
-    client: object
-    max_requests: int | None
-    max_cost: float | None
-    follow_up: Callable
-    progress: Callable
-    todo: deque = field(default_factory=deque)  # jobs never sent
-    later: list = field(default_factory=list)  # jobs waiting for their next attempt
-    flying: dict = field(default_factory=dict)  # key -> job
-    arrived: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-    failures: dict = field(default_factory=dict)  # key -> why
-    recent: deque = field(default_factory=lambda: deque(maxlen=20))  # did the last asks succeed?
-    sent: int = 0
-    resume: float = 0.0  # no request before this time: a server said so
-    capped: str = ""
+    def check_readable(self) -> None:
+        """Stop if most of the first replies are of no use. Checks once, when there are enough."""
+        if not self.readable or len(self.collection.replies) < FIRST:
+            return
+        walks = [(ask, *self.collection.walk(ask)) for ask in self.asks]
+        done = [(ask, records) for ask, records, now in walks if not now]
+        if len(done) < FIRST:
+            return
+        n = sum(self.readable.test(ask, records) for ask, records in done)
+        cut = sum(records[0].get("finish") == "length" for _, records in done)
+        need(
+            n >= len(done) / 2,
+            f"only {n} of the first {len(done)} replies {self.readable.what} ({cut} were cut off at "
+            f"{self.e.flag('max_tokens')}); they are kept. {self.readable.advice}",
+        )
+        self.readable = None
 
     def send_what_is_due(self) -> None:
-        """Start as many requests as slots, times and caps allow; waiting retries hold their slot,
-        so that a rate limit slows down everything."""
+        """Start as many requests as slots, times and caps allow. A job that waits for its next
+        attempt keeps its slot, so that a rate limit slows down everything."""
         slots = self.e.concurrency if any(self.recent) else 1
         self.capped = ""
         while len(self.flying) < slots and time.monotonic() >= self.resume:
-            job = next((j for j in self.later if j.due <= time.monotonic()), None)
-            if job is None and self.todo and len(self.flying) + len(self.later) < slots:
-                job = self.todo[0]
-            if job is None:
+            due = [job for job in self.later if job.due <= time.monotonic()]
+            new = self.todo if len(self.flying) + len(self.later) < slots else ()
+            if not due and not new:
                 return
+            job = (due or new)[0]
             at_most = job.ask.most_tokens(self.e)
-            if self.max_requests is not None and self.sent >= self.max_requests:
-                self.capped = f"not asked, --max-requests {self.max_requests} is reached"
-            elif self.max_cost is not None:
-                cost = self.collection.most_usd(self.e) + self.e.usd(*at_most)
-                if not cost <= self.max_cost:
-                    self.capped = f"not asked, it could pass --max-cost {self.max_cost:g}"
+            self.capped = self.cap(at_most)
             if self.capped:
                 return
-            if job.tries + job.pauses:
-                self.later.remove(job)
-            else:
-                self.todo.popleft()
+            (self.later if due else self.todo).remove(job)
             self.sent += 1
             job.tries += 1
             job.overdue = time.monotonic() + self.e.deadline
             job.end = min(job.end, job.overdue)
-            self.collection.sending(job.key, at_most)
+            self.collection.note({"key": job.key, "at_most": at_most})
             self.flying[job.key] = job
             threading.Thread(target=self.work, args=(job,), daemon=True).start()
 
+    def cap(self, at_most: tuple[int, int]) -> str:
+        """Why no request of at most so many tokens may leave; "" if it may."""
+        e = self.e
+        if e.max_requests is not None and self.sent >= e.max_requests:
+            return f"not asked, --max-requests {e.max_requests} is reached"
+        if e.max_cost is None or self.collection.most_usd() + e.usd(*at_most) <= e.max_cost:
+            return ""
+        return f"not asked, it could pass --max-cost {e.max_cost:g}"
+
     def work(self, job: Job) -> None:
-        """In a thread of its own: one attempt."""
+        """Make one attempt, in a thread of its own."""
         try:
             result = attempt(self.client, self.e, list(job.ask.messages))
-        except BaseException as error:  # handed on to the thread that decides
+        except BaseException as error:  # for the thread that decides
             result = error
         self.arrived.put((job, result))
 
@@ -579,41 +655,35 @@ class Collecting:
         if isinstance(result, dict):
             self.store(job, result)
             return True
+        if isinstance(result, SertError) or not getattr(result, "billed", True):
+            self.collection.note({"key": job.key, "refused": True})
         if not isinstance(result, Retry):
-            if isinstance(result, SertError):
-                self.collection.refused(job.key)
             raise result
-        if not result.billed:
-            self.collection.refused(job.key)
         if known:
             self.retry(job, result)
         return False
 
     def store(self, job: Job, reply: dict) -> None:
-        if job.key in self.collection.replies:
-            return
         self.collection.add(job.key, job.ask, {**reply, "attempts": job.tries + job.pauses})
         self.failures.pop(job.key, None)
         self.recent.append(True)
-        for ask in missing(self.collection, [job.ask], self.e, self.follow_up):
+        for ask in self.collection.missing([job.ask]):
             self.todo.appendleft(Job(ask, ask.key(self.e)))
-        self.progress(1, "")
+        self.bar.set_postfix_str("", refresh=False)
+        self.bar.update()
 
     def retry(self, job: Job, why: Retry) -> None:
-        """Another attempt after a pause, unless tries or time are used up."""
-        now = time.monotonic()
-        if why.after is not None:
-            if why.after > self.e.deadline:
-                raise SertError(
-                    f"the server asks to wait {why.after:.0f} s ({why}); repeat the command then"
-                )
-            self.resume = max(self.resume, now + why.after)
+        """Plan another attempt after a pause, unless tries or time are used up."""
+        now, after = time.monotonic(), why.after or 0.0
+        wait = f"the server asks to wait {after:.0f} s ({why}); repeat the command then"
+        need(after <= self.e.deadline, wait)
+        self.resume = max(self.resume, now + after)
         doubled = BACKOFF * 2 ** min(job.tries + job.pauses - 1, 9)
         pause = min(doubled, 30.0) * random.uniform(0.75, 1.25)
         if why.busy:
             job.tries, job.pauses = job.tries - 1, job.pauses + 1
-        job.due = now + max(pause, why.after or 0)
-        self.progress(0, f"retrying: {server_text(str(why), 60)}")
+        job.due = now + max(pause, after)
+        self.bar.set_postfix_str(f"retrying: {server_text(str(why), 60)}")
         if job.tries >= TRIES or job.due > job.end:
             self.fail(job, str(why))
         else:
@@ -625,32 +695,25 @@ class Collecting:
         self.failures[job.key] = f"{job.ask.task}/{job.ask.id}: {why} ({attempts} attempts)"
         self.recent.append(False)
         failed, of = self.recent.count(False), len(self.recent)
-        if of >= (10 if any(self.recent) else 2) and failed > of / 2:
-            raise SertError(
-                f"{failed} of the last {of} requests got no reply ({why}); "
-                "replies so far are kept, repeat the command later"
-            )
+        need(
+            of < (10 if any(self.recent) else 2) or failed <= of / 2,
+            f"{failed} of the last {of} requests got no reply ({why}); replies so far are kept, "
+            "repeat the command later",
+        )
 
     def give_up_overdue(self) -> None:
-        """A server that sends a byte now and then never runs into the timeout: the deadline ends
-        it. Should the reply come after all, it is kept."""
+        """Give requests up at the deadline: a server that sends a byte now and then never runs into
+        the timeout. A reply that comes after all is kept."""
         for job in [j for j in self.flying.values() if time.monotonic() > j.overdue]:
             del self.flying[job.key]
             self.fail(job, f"no complete reply within {self.e.deadline:g} s")
 
     def drain(self) -> None:
-        """Keep what is still in flight: it is paid for. A second signal ends the wait."""
+        """Keep what is still in flight, because it is paid for. A second signal ends the wait."""
         if self.flying:
             n = len(self.flying)
             print(f"waiting at most {DRAIN:g} s for {n} request(s) in flight", flush=True)
         end = time.monotonic() + DRAIN
         while self.flying and time.monotonic() < end:
-            try:
-                job, result = self.arrived.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            self.flying.pop(job.key, None)
-            if isinstance(result, dict):
-                self.store(job, result)
-            elif isinstance(result, SertError) or not getattr(result, "billed", True):
-                self.collection.refused(job.key)
+            with contextlib.suppress(SertError):  # the error that led here is the one to show
+                self.receive(wait=0.1)

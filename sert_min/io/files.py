@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -199,6 +200,11 @@ def lock_folder(folder: Path | str, name: str = ".lock") -> Iterator[None]:
                 f"another process is writing to {folder}; wait for it or choose another --out-dir"
             ) from None
         yield
+
+
+def clean_name(text: str) -> str:
+    """`text` as a part of a path: at most 80 letters, digits and `_.-`."""
+    return re.sub(r"[^\w.-]", "-", text)[:80]
 
 
 def block_path(folder: Path, i: int, n: int) -> Path:

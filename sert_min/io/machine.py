@@ -30,16 +30,21 @@ def pick_device(name: str) -> torch.device:
     if not there[kind]:
         raise SertError(f"--device {name} is not available here; leave it out or use --device cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise SertError(f"--device {name} is not available here; use --device {kind}") from None
+    if kind == "cuda":  # streams, graphs and Triton take the current device
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_dtype(name: str, device: torch.device, n_params: int) -> torch.dtype:
     """The dtype of a flag. `auto` takes bf16 where its products are fast and the model is not small."""
     if name == "auto":
-        fast = (device.type == "cuda" and torch.cuda.is_bf16_supported()) or (
-            device.type == "cpu" and cpu.has_bf16()
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device.type == "cuda"
+            else device.type == "cpu" and cpu.has_bf16()
         )
         name = "bf16" if fast and n_params > 20e6 else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
@@ -106,7 +111,8 @@ def resolve_machine(
 ) -> tuple[torch.device, dict]:
     """The device of a run, and everything about this machine that decides the run's bytes (MACHINE).
     `device` and `dtype` are flags; where they say auto, and for the threads, what the run's `stored`
-    settings hold goes on. Another CPU, GPU or torch is refused later (files.check_settings)."""
+    settings hold goes on. Another CPU, GPU or torch is refused later (files.check_settings). The
+    CPU's name also says whether F.linear serves where `cpu.linear` would use oneDNN."""
     threads = stored.get("threads", 1)
     whole = (
         type(threads) is int and 0 < threads < 2**15 and isinstance(stored.get("device", ""), str)
@@ -124,4 +130,6 @@ def resolve_machine(
     gpu = torch.cuda.get_device_name(where) if where.type == "cuda" else None
     name = "bf16" if wanted is torch.bfloat16 else "fp32"
     kind = torch.backends.cpu.get_cpu_capability() + (" with bf16" if cpu.has_bf16() else "")
+    if torch.backends.mkldnn.is_available() and not cpu.onednn_is_right():
+        kind += " without oneDNN"
     return where, dict(zip(MACHINE, (where.type, name, threads, kind, gpu, torch.__version__)))

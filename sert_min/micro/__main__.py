@@ -23,7 +23,7 @@ def main(args=None):
         given = {"world_seed": args.world_seed, "steps": args.steps}
         folder = Path(args.out or MICRO)
         build.build(folder, **{k: v for k, v in given.items() if v is not None})
-        measure.write_readme(folder, args.questions)
+        measure.report(folder, args.questions)
     else:
         measure.report(Path(args.model or MICRO), args.questions, args.world_seed)
 

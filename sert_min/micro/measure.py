@@ -16,7 +16,7 @@ from sert_min import filters, patterns, prompts
 from sert_min.finetune import TrainSettings, encode_example, fit
 from sert_min.generate import SampleSettings, sample_paths
 from sert_min.io.hub import read_sert
-from sert_min.metrics import greedy, score
+from sert_min.metrics import grade, greedy
 from sert_min.micro import program, world
 from sert_min.models import load_model
 from sert_min.questions import Question
@@ -68,7 +68,7 @@ def finetuned(model, tokenizer, pairs, epochs):
 def accuracy(model, tokenizer, questions, by="correct"):
     """Shares right of yes/no and five-choice questions, greedy, read strictly or leniently."""
     outputs = greedy(model, tokenizer, questions, "", SETTINGS.max_new_tokens)
-    records = [score(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
+    records = [grade(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
     right = [r["correct"] if by == "correct" else r["extracted_lenient"] == r["answer"]
              for r in records]  # fmt: skip
     parts = [[ok for ok, q in zip(right, questions) if bool(q.choices) == form] for form in (0, 1)]
@@ -121,40 +121,6 @@ def report(folder, n=200, world_seed=None, epochs=(5, 15), log=print):
     line("selected", questions=len(selected) / len(test), reasoning=len(true) / len(selected))
     line("  selected paths, right", **path_checks(by_id, selected))
     return out
-
-
-def write_readme(folder, n=200):
-    """README.md beside the weights: the recipe, and the table as measured now."""
-    lines = []
-
-    def log(text):
-        print(text, flush=True)
-        lines.append(text)
-
-    report(folder, n, log=log)
-    recipe = "\n".join(f"- {k}: {v}" for k, v in read_sert(folder)["settings"].items())
-    table = "\n".join(lines)
-    (folder / "README.md").write_text(README.format(recipe=recipe, table=table))
-
-
-README = """# The micro-world's student
-
-A small model of GPT-2 architecture, trained from nothing on a generated world (`sert_min/micro/world.py`)
-by `python -m sert_min.micro build`, which also wrote this file. It opens in `transformers`.
-
-## Recipe
-{recipe}
-- tokenizer: byte-level BPE trained on the same corpus, until every word of it is one token
-- optimiser: Muon (0.02) for the blocks' matrices, AdamW (3e-3) for the rest; 100 steps of warm-up,
-  then constant, over the last three quarters linearly down
-
-## Measured behaviour
-Printed by `python -m sert_min.micro report`:
-
-```
-{table}
-```
-"""
 
 
 def shares(kinds):

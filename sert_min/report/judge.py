@@ -1,27 +1,25 @@
 """The judge: how good is the reasoning in a response? Four scores of 0 to 10 [SERT Table I].
 
-The prompt says what the paper's says, in our words, and asks for the same score lines. Any
-OpenAI-compatible endpoint judges, at temperature 0 and through the teacher's client, so no reply is
-paid for twice: the same response to the same question is asked once, whoever gave it. In the
-micro-world a program judges (`micro.judge`). A score that can't be read is missing, never 0.
+The prompt says what the paper's says, in our words, and asks for the same score lines. The judge is
+a model at any OpenAI-compatible endpoint, asked at temperature 0 through the teacher's client: the
+same response to the same question is asked once, whoever gave it, so no reply is paid for twice. In
+the micro-world a program judges (tasks.Task.judge). A score that cannot be read is missing, never 0.
 """
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-from tqdm import tqdm
-
-from sert_min.io.endpoint import Ask, Collection, Endpoint, collect, stored_replies
-from sert_min.io.errors import SertError
-from sert_min.io.files import lock_folder
+from sert_min.io import endpoint
+from sert_min.io.endpoint import Ask, Endpoint, Readable
+from sert_min.io.files import clean_name, read_jsonl, to_line, write_atomic
 from sert_min.metrics import mean_interval
 
-# Each is asked for by a question, as in the paper's Table I. A fifth one also changes the words
-# "four" below, micro.judge and the panels of plots.plot_ablation; and as the prompt is another one
-# then, all replies are asked for, and paid, anew.
+# Each is asked for by a question, as in the paper's Table I. A fifth one needs changes in the words
+# "four" below, in micro/program.judge and in the panels of figures.plot_ablation; and because it
+# changes the prompt, all replies are asked for, and paid, anew.
 CRITERIA = {
     "Coherence": "Do its sentences connect, so that it reads as one clear line of thought?",
     "Relevance": "Does it deal with what the question asks, without straying from it?",
@@ -47,7 +45,7 @@ Assess the response by four criteria. Give each a score between 0 and 10, where 
 
 At the end, give a brief summary of your assessment."""
 
-# Markdown, `(0-10)` and the colon between the criterion and its number
+# What stands between a criterion and its number: Markdown, `(0-10)` and a colon.
 _FORM = r"[ \t*_`\"']*(?:\((?:out of|0\s*[-–]|0 to)\s*10\))?[ \t*_`\"']*(?::|=|is\b)"
 _SCORES = {
     name.lower(): re.compile(
@@ -56,7 +54,7 @@ _SCORES = {
     )
     for name in CRITERIA
 }
-_NUMBER = re.compile(  # a range (7-8), another scale (7/5) and 8th are no score
+_NUMBER = re.compile(  # not a score: a range (7-8), another scale (7/5), 8th
     r"[\s*_`\[({<\"']*(?P<n>[+-]?[0-9]+(?:[.,][0-9]+)?)(?![\w])"
     r"(?:[\s\])}>(*_`]*(?:/|out\s+of)\s*(?P<of>[0-9]+(?:[.,][0-9]+)?))?"
     r"(?!\s*(?:-|–|—|to\b|or\b)\s*[0-9])(?![.,]?[0-9])",
@@ -70,8 +68,8 @@ def judge_prompt(question: str, response: str) -> str:
 
 
 def parse_scores(reply: str) -> dict[str, float | None]:
-    """{criterion: score or None} of any text. The last line for a criterion that holds more than
-    the form itself counts; what is no single number from 0 to 10 is missing.
+    """{criterion: score or None} of any text. Of several lines for a criterion the last one counts,
+    unless it only repeats the form; anything but one number from 0 to 10 is a missing score.
 
     >>> parse_scores("**Score for Coherence:** 7/10\\nScore for Relevance: 11")["coherence"]
     7.0
@@ -84,7 +82,7 @@ def parse_scores(reply: str) -> dict[str, float | None]:
 
 
 def read_number(text: str) -> float | None:
-    """The score that `text` begins with: 7, 7.5, 7,5, **7**, [7], 7/10, 7 out of 10."""
+    """The score at the beginning of `text`: 7, 7.5, 7,5, **7**, [7], 7/10, 7 out of 10."""
     m = _NUMBER.match(text)
     if not m or (m["of"] and float(m["of"].replace(",", ".")) != 10):
         return None
@@ -98,17 +96,75 @@ def mean_score(scores: dict) -> float | None:
     return None if None in values else math.fsum(values) / len(values)
 
 
-SCORED = {  # the form of a line of scores-NAME.jsonl
-    "id": str,
-    "scores": {key: (float, None) for key in KEYS},
-    "mean": (float, None),
-}
+# --- who judges -----------------------------------------------------------------------------------
+
+
+class Judge(NamedTuple):
+    """A model at an endpoint, or a program that knows a task's facts."""
+
+    name: str  # of its scores-NAME.jsonl
+    program: Callable | None  # (question, text) -> {criterion: score}
+    endpoint: Endpoint | None = None
+    folder: Path = Path()  # of the model's replies, which all runs of a task share
+
+
+def choose(args, program: Callable | None) -> Judge | None:
+    """The judge model that the flags name, else the task's own `program`, if it has one."""
+    if not args.judge_model:
+        return Judge("program", program) if program else None
+    e, name = endpoint.from_flags(args, "judge"), clean_name(args.judge_model)
+    return Judge(name, None, e, Path(f"out/{args.task}/judge-{name}"))
+
+
+def make_ask(record: dict) -> Ask:
+    """The request for a record's text. Paths of one question that read alike share it."""
+    text = judge_prompt(record["question"], record["text"])
+    return Ask(record["task"], record["id"], 0, ({"role": "user", "content": text},))
+
+
+def print_plan(records: list[dict], judge: Judge | None, what: str) -> None:
+    """Print what judging would ask and cost at most; a program costs nothing."""
+    if judge and judge.endpoint:
+        endpoint.print_plan(what, judge.folder, map(make_ask, records), judge.endpoint)
+
 
 # --- scores of records ----------------------------------------------------------------------------
 
 
+def write_scores(records: list[dict], questions: dict, judge: Judge | None, out: Path) -> list[str]:
+    """Write scores-NAME.jsonl for records that have replies (`questions` by id, for a program);
+    returns why other replies are missing."""
+    if judge is None:
+        return []
+    if judge.endpoint:
+        scored, failures = ask_judge(records, judge)
+    else:
+        scored, failures = program_scores(records, questions, judge.program), []
+    write_atomic(out / f"scores-{judge.name}.jsonl", map(to_line, scored))
+    return failures
+
+
+def ask_judge(records: list[dict], judge: Judge) -> tuple[list[dict], list[str]]:
+    """(a score record per record that has a reply, why other replies are missing). Collecting stops
+    early if most of the first replies cannot be read."""
+    readable = Readable(
+        lambda ask, replies: mean_score(parse_scores(replies[0]["text"])) is not None,
+        "hold all four scores",
+        "Look at responses.jsonl, and choose another --judge-model or a larger --judge-max-tokens",
+    )
+    e = judge.endpoint
+    collection, failures = endpoint.ask_all(judge.folder, map(make_ask, records), e, readable)
+    told = ((r, collection.replies.get(make_ask(r).key(e))) for r in records)
+    return [score_record(r, parse_scores(reply["text"])) for r, reply in told if reply], failures
+
+
+def program_scores(records: Iterable[dict], questions: dict, program: Callable) -> list[dict]:
+    """Scores by a program that knows the facts (tasks.Task.judge); `questions` by id."""
+    return [score_record(r, program(questions[r["id"]], r["text"])) for r in records]
+
+
 def score_record(record: dict, scores: dict) -> dict:
-    """One line of scores-NAME.jsonl; branch and sample are those of a path, else missing."""
+    """One line of scores-NAME.jsonl. The scores of a path also name its branch and sample."""
     names = ("task", "id", "branch", "sample", "verdict")
     rounded = {k: None if scores[k] is None else round(float(scores[k]), 4) for k in KEYS}
     mean = mean_score(rounded)
@@ -119,105 +175,14 @@ def score_record(record: dict, scores: dict) -> dict:
     }
 
 
-def make_ask(record: dict) -> Ask:
-    """The request for a record's text. Paths of one question that read alike share it."""
-    text = judge_prompt(record["question"], record["text"])
-    return Ask(record["task"], record["id"], 0, ({"role": "user", "content": text},))
-
-
-def asks_of(records: Iterable[dict], e: Endpoint) -> dict[str, Ask]:
-    """The different requests for records, by key, in order."""
-    asks: dict[str, Ask] = {}
-    for record in records:
-        ask = make_ask(record)
-        asks.setdefault(ask.key(e), ask)
-    return asks
-
-
-def ask_judge(
-    records: list[dict],
-    e: Endpoint,
-    folder: Path,
-    max_requests: int | None = None,
-    max_cost: float | None = None,
-) -> tuple[list[dict], list[str]]:
-    """(a score record per record that has a reply, why replies are missing); replies are kept in
-    `folder`, which all runs of a task share. Stops early if most replies can't be read."""
-
-    with lock_folder(folder, ".lock-responses"):
-        collection = Collection(folder / "responses.jsonl").load()
-        asks = asks_of(records, e)
-        todo = [ask for key, ask in asks.items() if key not in collection.replies]
-        if todo:
-            print(f"{len(asks) - len(todo):,} responses are judged already, {len(todo):,} to ask")
-
-        checked = False
-
-        def check() -> None:
-            nonlocal checked
-            there = [collection.replies[key]["text"] for key in asks if key in collection.replies]
-            if not checked and len(there) >= 20:
-                checked = True
-                check_readable(there)
-
-        try:
-            with tqdm(total=len(todo), unit="reply", disable=not todo) as bar:
-
-                def progress(n: int, note: str) -> None:
-                    bar.set_postfix_str(note, refresh=bool(note))
-                    bar.update(n)
-
-                failures = collect(collection, todo, e, max_requests, max_cost, check, progress)
-        except SertError as error:  # the client's advice names the teacher's flags
-            advice = str(error).replace(
-                "leave --teacher-temperature out", "give --judge-temperature none"
-            )
-            raise SertError(advice.replace("--teacher-max", "--judge-max")) from None
-        finally:
-            print(f"judge {collection.summary(e)}")
-    told = ((r, collection.replies.get(make_ask(r).key(e))) for r in records)
-    return [score_record(r, parse_scores(reply["text"])) for r, reply in told if reply], failures
-
-
-def check_readable(replies: list[str]) -> None:
-    """Stop if fewer than half of the first replies hold all four scores: each one costs."""
-    n = sum(mean_score(parse_scores(reply)) is not None for reply in replies)
-    if n < len(replies) / 2:
-        raise SertError(
-            f"only {n} of the first {len(replies)} replies hold all four scores; they are kept. "
-            "Look at responses.jsonl, choose another --judge-model or a larger --judge-max-tokens"
-        )
-
-
-def program_scores(records: Iterable[dict], questions: dict, judge: Callable) -> list[dict]:
-    """Scores by a program that knows the facts (tasks.Task.judge); `questions` by id."""
-    return [score_record(r, judge(questions[r["id"]], r["text"])) for r in records]
-
-
-def plan(records: list[dict], e: Endpoint, folder: Path) -> tuple[int, int, int, int]:
-    """(requests, replies that are there, tokens in and out at most) of judging records. Sends and
-    writes nothing."""
-    asks, there = asks_of(records, e), stored_replies(folder / "responses.jsonl")
-    bounds = [ask.most_tokens(e) for key, ask in asks.items() if key not in there]
-    n_in, n_out = (sum(b[i] for b in bounds) for i in (0, 1))
-    return len(bounds), len(asks) - len(bounds), n_in, n_out
-
-
-def count_missing(scored: Iterable[dict]) -> Counter:
-    """Records and missing scores: `records`, `parsed` (all four) and each criterion's misses."""
-    counts: Counter = Counter()
-    for r in scored:
-        counts["records"] += 1
-        counts["parsed"] += r["mean"] is not None
-        counts.update(key for key in KEYS if r["scores"][key] is None)
-    return counts
-
-
 def summary(scored: list[dict], total: int) -> dict:
     """Mean and interval of each criterion, and how many of `total` responses have all scores."""
     values = {k: [r["scores"][k] for r in scored if r["scores"][k] is not None] for k in KEYS}
-    return {
-        **{k: mean_interval(v) for k, v in values.items()},
-        "parsed": count_missing(scored)["parsed"],
-        "total": total,
-    }
+    parsed = sum(r["mean"] is not None for r in scored)
+    return {k: mean_interval(v) for k, v in values.items()} | {"parsed": parsed, "total": total}
+
+
+def summaries(folder: Path, total: int) -> dict[str, dict]:
+    """judge -> summary, of every scores-NAME.jsonl in a folder."""
+    files = sorted(folder.glob("scores-*.jsonl"))
+    return {f.stem.removeprefix("scores-"): summary(list(read_jsonl(f)), total) for f in files}

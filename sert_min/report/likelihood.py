@@ -1,11 +1,11 @@
 """Answer likelihood: which answer does a student believe after its own reasoning?
 
-For every possible answer a, the log-prob of the sentence ` So the answer is {a}.` behind the prompt
-and the student's own greedy reasoning (its closing answer sentence taken off); the most likely
-sentence is the answer. Nothing has to be parsed, so no output is unreadable.
+For every possible answer a, we take the log-prob of the sentence ` So the answer is {a}.` behind the
+prompt and the student's own greedy reasoning, whose closing answer sentence is taken off. The most
+likely sentence is the answer. Nothing has to be parsed, so no output is unreadable.
 
-The options of a question share its context, so each question is one row: the context once, then the
-options one after another, each of which sees the context and itself.
+The options of a question share its context, so each question is one row of the batch: the context
+once, then the options one after another. An option sees the context and itself.
 
     context  c0 c1 c2 | So is yes . | So is no .        positions 0 1 2 | 3 4 5 6 | 3 4 5 6
 """
@@ -37,14 +37,14 @@ class Tree(NamedTuple):
     start: int
 
 
-def make_tree(tokenizer, question: Question, text: str, suffix: str, room: int) -> Tree:
-    """The row of an output `text`. What does not fit into `room` tokens is cut off the end of the
-    reasoning. Context and options are tokenised apart: ` So` starts a word, so nothing merges."""
+def make_tree(tokenizer, question: Question, text: str, suffix: str, most: int) -> Tree:
+    """The row of an output `text`. The end of the reasoning is cut off so that no option ends behind
+    `most` tokens. Context and options are tokenised apart: ` So` starts a word, so nothing merges."""
     prompt = tokenizer.encode(question_prompt(question, suffix))
     reasoning = strip_answer_sentence(text)[0]
     path = tokenizer.encode(" " + reasoning) if reasoning else []
     options = [tokenizer.encode(f" {answer_sentence(question, a)}") for a in question.answers]
-    path = path[: max(0, room - len(prompt) - max(map(len, options)))]
+    path = path[: max(0, most - len(prompt) - max(map(len, options)))]
     ids, positions = prompt + path, list(range(len(prompt) + len(path)))
     option, start = [-1] * len(ids), len(ids)
     for i, tokens in enumerate(options):
@@ -73,11 +73,11 @@ def answer_logprobs(
 ) -> list[dict[str, float]]:
     """Per question the log-prob of each answer's sentence behind its output `text`, 4 decimals."""
     device, n_vocab = model.wte.weight.device, min(tokenizer.n_vocab, model.config.vocab_size)
-    room, weight = model.config.n_positions, model.head_weight[:n_vocab]
+    most, weight = model.config.n_positions, model.head_weight[:n_vocab]
     out = []
     for i in range(0, len(questions), ROWS):
         some = list(zip(questions[i : i + ROWS], texts[i : i + ROWS]))
-        trees = [make_tree(tokenizer, q, text, suffix, room) for q, text in some]
+        trees = [make_tree(tokenizer, q, text, suffix, most) for q, text in some]
         T = max(len(tree.ids) for tree in trees)
         ids, positions = torch.zeros(2, len(trees), T, dtype=torch.long)
         for row, tree in enumerate(trees):
@@ -91,31 +91,30 @@ def answer_logprobs(
             return F.scaled_dot_product_attention(q, k, v, mask, **given).transpose(1, 2)
 
         hidden = model(ids.to(device), positions.to(device), attend)  # [B, T, C]
-        wanted = [place for row, tree in enumerate(trees) for place in predictions(row, tree)]
-        rows, places, targets = torch.tensor(wanted, device=device).T[:3]
-        logprobs = score(hidden[rows, places], weight, targets).tolist()
+        told = [t for row, tree in enumerate(trees) for t in option_tokens(row, tree)]
+        rows, at, targets = torch.tensor(told, device=device).T[:3]
+        logprobs = score(hidden[rows, at], weight, targets).tolist()
         sums = [[0.0] * len(q.answers) for q, _ in some]
-        for (row, _, _, option), logprob in zip(wanted, logprobs):
+        for (row, _, _, option), logprob in zip(told, logprobs):
             sums[row][option] += logprob
-        for row, ((q, _), values) in enumerate(zip(some, sums)):
+        for tree, (q, _), values in zip(trees, some, sums):
             if not all(map(math.isfinite, values)):
+                why = first_broken(model, tree.ids[: tree.start])
                 raise SertError(
-                    f"question {q.id}: an answer's log-prob is NaN or infinite "
-                    f"({first_broken(model, trees[row].ids[: trees[row].start])}); check the "
+                    f"question {q.id}: an answer's log-prob is NaN or infinite ({why}); check the "
                     "model's weights, or use --dtype fp32"
                 )
             out.append({a: round(v, 4) for a, v in zip(q.answers, values)})
     return out
 
 
-def predictions(row: int, tree: Tree) -> list[tuple[int, int, int, int]]:
-    """(row, place that predicts, token, option) of every token of the options; the first token of
-    each is predicted by the context's last."""
+def option_tokens(row: int, tree: Tree) -> list[tuple[int, int, int, int]]:
+    """(row, index of the token that predicts it, token, option) of every token of the options. The
+    first token of each option is predicted by the last one of the context."""
     found = []
-    for place in range(tree.start, len(tree.ids)):
-        first = tree.positions[place] == tree.start
-        at = tree.start - 1 if first else place - 1
-        found.append((row, at, tree.ids[place], tree.option[place]))
+    for i in range(tree.start, len(tree.ids)):
+        first = tree.positions[i] == tree.start
+        found.append((row, tree.start - 1 if first else i - 1, tree.ids[i], tree.option[i]))
     return found
 
 

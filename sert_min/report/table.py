@@ -1,8 +1,9 @@
 """Table II: the paper's numbers beside ours.
 
 Ours come from the metrics.json of every evaluated checkpoint; several seeds of a cell are averaged.
-Their interval keeps the mean width of one seed's: the seeds share the test questions, so more seeds
-do not make the questions more. `in` and `out` say whether the paper's number lies in our interval.
+The average's interval keeps the mean width of one seed's interval: the seeds share the test
+questions, so more seeds do not make more questions. `in` and `out` say whether the paper's number
+lies in our interval.
 """
 
 import math
@@ -10,8 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from sert_min.io.errors import SertError
-from sert_min.io.files import fits, read_json
+from sert_min.io.errors import need, printable_lines
+from sert_min.io.files import read_json, write_atomic
 
 METHODS = ("finetune", "sert", "sert-rd", "rd")  # in the paper's order
 METRICS = ("acc", "fmt", "len", "rep")
@@ -58,13 +59,6 @@ PAPER = {
         ("gpt2-large", "rd"): (22.93, 0.93, 96.15, 0.51),
     },
 }
-DIGITS = {"acc": 2, "fmt": 2, "len": 2, "rep": 2}
-
-
-TRIPLE = ([(float, None)], ...)  # mean, low, high
-FORM = {"task": str, "model": str, "n": range(2**53), "majority": list} | dict.fromkeys(
-    (*METRICS, "acc_likelihood"), TRIPLE
-)
 
 
 class Value(NamedTuple):
@@ -92,12 +86,8 @@ def find_metrics(folder: Path) -> list[dict]:
         m = read_json(path)
         if m.get("split") != "test" or m.get("variant") or str(m.get("method")) not in NAMES:
             continue
-        triples = [m[k] for k in (*METRICS, "acc_likelihood") if k in m]
-        majority = m.get("majority")
-        majority = dict(enumerate(majority)) if isinstance(majority, list) else None
-        whole = fits(m, FORM) and fits(majority, {0: str, 1: float})
-        if not whole or any(len(v) != 3 for v in triples):
-            raise SertError(f"{path} is not what evaluate.py writes; evaluate that model again")
+        whole = {"task", "model", "n", "majority"} <= m.keys()
+        need(whole, f"{path} is not what evaluate.py writes; evaluate that model again")
         found.append(m)
     return found
 
@@ -134,17 +124,9 @@ def table_rows(metrics: list[dict], task: str) -> list[Row]:
             if method == "finetune":  # answers only: the paper prints accuracy alone
                 ours |= {k: None for k in ("fmt", "len", "rep")}
             n = min((m["n"] for m in some), default=0)
-            theirs = dict(zip(METRICS, printed or ()))
-            rows.append(
-                Row(
-                    model,
-                    method,
-                    n,
-                    len(some),
-                    {k: v for k, v in ours.items() if v},
-                    {k: v for k, v in theirs.items() if v is not None},
-                )
-            )
+            ours = {k: v for k, v in ours.items() if v}
+            theirs = {k: v for k, v in zip(METRICS, printed or ()) if v is not None}
+            rows.append(Row(model, method, n, len(some), ours, theirs))
     return rows
 
 
@@ -156,7 +138,7 @@ def mark(ours: Value | None, paper: float | None) -> str:
 
 
 def head_lines(metrics: list[dict], task: str) -> list[str]:
-    """Which questions, and what always saying the same thing scores."""
+    """Which questions were asked, and the accuracy of always giving the same answer."""
     sets = {(m["n"], *m["majority"]) for m in metrics if m["task"] == task}
     return [
         f"{task} test, {n:,} questions; always saying {answer} scores {100 * share:.2f} %"
@@ -165,19 +147,17 @@ def head_lines(metrics: list[dict], task: str) -> list[str]:
 
 
 def cells(row: Row) -> list[str]:
-    """The cells of one row as text, empty where there is nothing."""
-    name = f"{row.model} {NAMES[row.method]}"
-    acc, out = row.ours.get("acc"), [name]
-    out.append(f"{acc.mean:.2f}" if acc else "")
-    out.append(f"{acc.low:.1f} to {acc.high:.1f}" if acc else "")
-    paper = row.paper.get("acc")
-    out += ["" if paper is None else f"{paper:.2f}", mark(acc, paper)]
-    likelihood = row.ours.get("acc_likelihood")
-    out.append(f"{likelihood.mean:.2f}" if likelihood else "")
-    for k in ("fmt", "len", "rep"):
+    """The cells of one row as text, empty where there is nothing; in the order of HEADER."""
+    acc, likelihood = row.ours.get("acc"), row.ours.get("acc_likelihood")
+    out = [f"{row.model} {NAMES[row.method]}"]
+    for k in METRICS:
         ours, paper = row.ours.get(k), row.paper.get(k)
-        out.append(f"{ours.mean:.{DIGITS[k]}f}" if ours else "")
-        out += ["" if paper is None else f"{paper:.{DIGITS[k]}f}", mark(ours, paper)]
+        out.append(f"{ours.mean:.2f}" if ours else "")
+        if k == "acc":
+            out.append(f"{acc.low:.1f} to {acc.high:.1f}" if acc else "")
+        out += ["" if paper is None else f"{paper:.2f}", mark(ours, paper)]
+        if k == "acc":
+            out.append(f"{likelihood.mean:.2f}" if likelihood else "")
     out.append(f"{row.n:,}" + (f" x {row.seeds}" if row.seeds > 1 else "") if row.n else "")
     return out
 
@@ -202,13 +182,13 @@ def as_text(rows: list[Row]) -> list[str]:
 
 def as_markdown(rows: list[Row]) -> list[str]:
     """The same for a README: ours, the interval, the paper's number and its mark in one cell."""
-    names = ["Acc % [95 %]", "Fmt", "Len", "Rep"]
-    likelihood = any("acc_likelihood" in row.ours for row in rows)
-    header = ["", names[0], *(["by likelihood"] if likelihood else []), *names[1:], "n"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    likely = ["acc_likelihood"] if any("acc_likelihood" in row.ours for row in rows) else []
+    columns = {"acc": "Acc % [95 %]", **dict.fromkeys(likely, "by likelihood"), "fmt": "Fmt",
+               "len": "Len", "rep": "Rep"}  # fmt: skip
+    lines = [["", *columns.values(), "n"], ["---"] * (len(columns) + 2)]
     for row in rows:
-        out = [f"{row.model} {NAMES[row.method]}"]
-        for k in METRICS:
+        line = [f"{row.model} {NAMES[row.method]}"]
+        for k in columns:
             ours, paper = row.ours.get(k), row.paper.get(k)
             text = f"{ours.mean:.2f}" if ours else ""
             if ours and k == "acc":
@@ -216,13 +196,12 @@ def as_markdown(rows: list[Row]) -> list[str]:
             if paper is not None:
                 inside = mark(ours, paper)
                 text += f" (paper {paper:.2f}{', ' + inside if inside else ''})"
-            out.append(text.strip())
-            if k == "acc" and likelihood:
-                by = row.ours.get("acc_likelihood")
-                out.append(f"{by.mean:.2f}" if by else "")
-        out.append(f"{row.n:,}" if row.n else "")
-        lines.append("| " + " | ".join(out) + " |")
-    return lines
+            line.append(text.strip())
+        lines.append([*line, f"{row.n:,}" if row.n else ""])
+    return [
+        "|" + "|".join(line) + "|" if line[0] == "---" else f"| {' | '.join(line)} |"
+        for line in lines
+    ]
 
 
 def tables(metrics: list[dict]) -> tuple[str, str]:
@@ -237,3 +216,13 @@ def tables(metrics: list[dict]) -> tuple[str, str]:
         text.append(note)
         markdown.append(note)
     return "\n".join(text).rstrip() + "\n", "\n".join(markdown).rstrip() + "\n"
+
+
+def print_table(folder: Path) -> None:
+    """Table II of everything under `folder`, printed and kept there."""
+    metrics = find_metrics(folder)
+    need(metrics, f"no metrics.json under {folder}; run evaluate.py on some checkpoints first")
+    text, markdown = tables(metrics)
+    print(printable_lines(f"{text}\n{markdown}"), end="")
+    write_atomic(folder / "table.txt", text)
+    write_atomic(folder / "table.md", markdown)

@@ -1,15 +1,38 @@
-"""Texts that exist already: which question they belong to."""
+"""Results for texts that exist already: metrics of anybody's outputs, judge scores of paths."""
 
+import json
 import re
+from collections.abc import Callable
+from pathlib import Path
 
+from sert_min.io.endpoint import end_if_missing
+from sert_min.io.errors import SertError, need
+from sert_min.io.files import read_jsonl, to_line, write_atomic
+from sert_min.metrics import grade, summarize, without_nan
 from sert_min.questions import CHOICES, LETTERS, Question, stem
+from sert_min.report import judge
+from sert_min.report.console import print_metrics
+from sert_min.report.judge import Judge
 
-# --- texts from elsewhere -------------------------------------------------------------------------
+JUDGED = dict.fromkeys(("task", "id", "question", "answer", "text"), str)  # keys of a path
+
+# --- which question a text belongs to -------------------------------------------------------------
+
+
+def questions_by_key(rows: list[dict], load: Callable[[str], list[Question]]) -> dict:
+    """The questions of `load(split)` by id and by text without options; {} if no row needs them,
+    because all five-choice questions show their options."""
+    if all(
+        CHOICES in str(r.get("question", CHOICES)) for r in rows if r.get("answer") in [*LETTERS]
+    ):
+        return {}
+    questions = [q for split in ("test", "train") for q in load(split)]
+    return {stem(q.text): q for q in questions} | {q.id: q for q in questions}
 
 
 def question_of(row: dict, task: str, by_key: dict) -> Question:
     """The question of a record: from its own text if that shows the options, else from `by_key`
-    (questions by id and by text without options). Letters alone do where nothing is known."""
+    (`questions_by_key`). Without any text the options are nothing but letters."""
     answer, text = row.get("answer"), row.get("question")
     if answer not in (*LETTERS, "yes", "no"):
         raise ValueError(f"answer {answer!r} is not one of A to E, yes, no")
@@ -37,3 +60,69 @@ def text_of(row: dict) -> str:
     if isinstance(row.get("rationale"), str) and isinstance(row.get("teacher_completion"), str):
         return f"{row['rationale']} So the answer is {row['teacher_completion']}"
     raise ValueError("it has neither text nor rationale and teacher_completion")
+
+
+# --- what evaluate.py does with them --------------------------------------------------------------
+
+
+def evaluate_texts(file: str, about: dict, load: Callable, to: Judge | None, limit: int | None,
+                   out_dir: str | None, dry_run: bool) -> None:  # fmt: skip
+    """evaluate.py --predictions FILE: the metrics of existing texts, and their scores by the judge
+    `to`. `about` holds task and split; `load(split)` gives the task's questions."""
+    rows = list(read_jsonl(file))[:limit]
+    need(rows, f"{file} is empty; check the path")
+    by_key, records, questions = questions_by_key(rows, load), [], []
+    for number, row in enumerate(rows, 1):
+        try:
+            questions.append(question_of(row, about["task"], by_key))
+            records.append(grade(questions[-1], text_of(row), row.get("finish")))
+        except ValueError as e:
+            raise SertError(f"{file} line {number}: {e}") from None
+    if dry_run:
+        return judge.print_plan(records, to, file)
+    out, failures = Path(out_dir or Path(file).parent), []
+    need(
+        not (out_dir and any(out.glob("outputs-*"))),
+        f"{out} holds a model's evaluation; choose another --out-dir",
+    )
+    if out_dir:
+        out.mkdir(parents=True, exist_ok=True)
+    if to:
+        own = Path(file).name == "predictions.jsonl"
+        need(out_dir or own, "give --out-dir for the scores of these texts")
+        failures = judge.write_scores(records, {}, to, out)
+    judges = judge.summaries(out, len(records)) if to else None
+    about = {**about, "model": Path(file).stem, "method": "predictions"}
+    metrics = without_nan(about | summarize(records, questions, judges=judges))
+    print_metrics(file, metrics)
+    if out_dir:
+        write_atomic(out / "predictions.jsonl", map(to_line, records))
+        write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+        print(f"wrote {out}/predictions.jsonl and metrics.json")
+    return end_if_missing(failures, "judge", to.folder if to else out)
+
+
+def judge_paths(paths: list[str], task: str, limit: int | None, to: Judge, dry_run: bool) -> None:
+    """evaluate.py --paths: score the paths of sample.py's runs, for Figures 1 and 4."""
+    for name in paths:
+        path = Path(name) / "paths.jsonl" if Path(name).is_dir() else Path(name)
+        records = first_questions(list(read_jsonl(path, JUDGED)), limit)
+        need(records, f"{path} holds no paths; run sample.py first")
+        if dry_run:
+            judge.print_plan(records, to, str(path))
+            continue
+        try:
+            questions = {r["id"]: question_of(r, task, {}) for r in records}
+        except ValueError as e:
+            raise SertError(f"{path}: {e}; sample it again") from None
+        failures = judge.write_scores(records, questions, to, path.parent)
+        found = judge.summaries(path.parent, len(records))[to.name]
+        means = ", ".join(f"{k} {found[k][0]:.2f}" for k in judge.KEYS)
+        print(f"{path}: {found['parsed']:,} of {len(records):,} paths judged; {means}")
+        end_if_missing(failures, "judge", to.folder)
+
+
+def first_questions(records: list[dict], limit: int | None) -> list[dict]:
+    """The records of the first `limit` questions."""
+    ids = list(dict.fromkeys(r["id"] for r in records))[:limit]
+    return [r for r in records if r["id"] in set(ids)]

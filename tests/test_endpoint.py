@@ -1,5 +1,6 @@
-"""The teacher client against a local server that misbehaves in every way we know of."""
+"""The client of teachers and judges, against a local server that misbehaves in every way we know."""
 
+import argparse
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import pytest
 from fake_server import (
     USAGE,
     FakeServer,
+    by_body,
     dribble,
     drop,
     error,
@@ -22,7 +24,7 @@ from fake_server import (
 )
 
 from sert_min.io import endpoint
-from sert_min.io.endpoint import Ask, Collection, Endpoint, collect
+from sert_min.io.endpoint import Ask, Collection, Endpoint, Readable, ask_all
 from sert_min.io.errors import SertError
 
 KEY = "sk-test-0123456789abcdefKEY"
@@ -45,96 +47,36 @@ def at(server, **more):
 
 
 def run(folder, server, n=1, e=None, **more):
-    """(collection, why others are missing) of one collect call on what is in `folder`."""
-    collection = Collection(folder / "responses.jsonl").load()
-    return collection, collect(collection, asks(n), e or at(server), **more)
+    """(collection, why others are missing) of asking for what is missing in `folder`."""
+    names = ("readable", "follow_up")
+    how = {k: more.pop(k) for k in names if k in more}
+    return ask_all(folder, asks(n), replace(e or at(server), **more), **how)
 
 
-def in_two_seconds():
-    return formatdate(time.time() + 2, usegmt=True)
+def stored(folder, e=None) -> Collection:
+    return Collection(folder, e or Endpoint("m")).load()
 
 
 # what the server does -> requests it gets -> outcome -> a word that record or message must hold
 #   reply    a record with text            missing  tries are used up, the row is reported
 #   final    a record without text         stop     SertError; with 5 questions and concurrency 4
 HTML = raw(200, b"<html>hi</html>", content_type="text/html")
-OLD_NAME = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
-NEW_NAME = "Unrecognized request argument supplied: max_completion_tokens"
+OLD_NAME = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+UPSTREAM = json_reply(200, {"error": {"message": "upstream died"}})
+# fmt: off
 TABLE = [
-    # fmt: off
     ("ok", [ok()], 1, "reply", "So the answer is yes"),
-    ("429, Retry-After 1", [error(429, "slow", retry_after="1"), ok()], 2, "reply", "stop"),
-    (
-        "429, Retry-After-Ms 900",
-        [error(429, "slow", retry_after_ms="900"), ok()],
-        2,
-        "reply",
-        "stop",
-    ),
-    (
-        "429, Retry-After as a date",
-        [lambda h: error(429, "slow", retry_after=in_two_seconds())(h), ok()],
-        2,
-        "reply",
-        "stop",
-    ),
+    ("429, Retry-After", [error(429, "slow", retry_after="0.3"), ok()], 2, "reply", "stop"),
     ("429 without Retry-After", [error(429, "slow")] * 6 + [ok()], 7, "reply", "stop"),
-    (
-        "429, Retry-After 1000",
-        [error(429, "slow", retry_after="1000")],
-        1,
-        "stop",
-        "asks to wait 1000 s",
-    ),
-    (
-        "429 insufficient_quota",
-        [error(429, "You exceeded your quota", "insufficient_quota")],
-        1,
-        "stop",
-        "add credit",
-    ),
+    ("429, Retry-After 1000", [error(429, "slow", retry_after="1000")], 1, "stop", "asks to wait 1000 s"),
+    ("429 quota", [error(429, "exceeded", "insufficient_quota")], 1, "stop", "add credit"),
     ("402", [error(402, "Insufficient Balance")], 1, "stop", "add credit"),
     ("401", [error(401, "Incorrect API key")], 1, "stop", "OPENAI_API_KEY"),
     ("403", [error(403, "Country not supported")], 1, "stop", "OPENAI_API_KEY"),
-    (
-        "404 model_not_found",
-        [error(404, "no such model", "model_not_found")],
-        1,
-        "stop",
-        "--teacher-model",
-    ),
+    ("404", [error(404, "no such model", "model_not_found")], 1, "stop", "--teacher-model"),
     ("404 HTML", [raw(404, b"<h1>404</h1>")], 1, "stop", "/v1"),
-    (
-        "400 old token name",
-        [error(400, OLD_NAME, "unsupported_parameter", "max_tokens")],
-        1,
-        "stop",
-        "--token-parameter max_completion_tokens",
-    ),
-    ("400 new token name", [error(400, NEW_NAME)], 1, "stop", "--token-parameter max_tokens"),
-    (
-        "400 temperature",
-        [error(400, "'temperature' does not support 0.7", "unsupported_value", "temperature")],
-        1,
-        "stop",
-        "--teacher-temperature",
-    ),
-    (
-        "400 context",
-        [error(400, "This model's maximum context length is 2048 tokens")],
-        1,
-        "stop",
-        "smaller --teacher-max-tokens",
-    ),
-    (
-        "400 max_tokens too large",
-        [error(400, "max_tokens is too large: 4096")],
-        1,
-        "stop",
-        "smaller --teacher-max-tokens",
-    ),
-    ("422 anything", [error(422, "nope")], 1, "stop", "check the model"),
-    ("400, body is a list", [json_reply(400, [{"error": "x"}])], 1, "stop", "check the model"),
+    ("400", [error(400, OLD_NAME, "unsupported_parameter", "max_tokens")], 1, "stop", "--token-parameter"),
+    ("400, body is a list", [json_reply(400, [{"error": "x"}])], 1, "stop", "--teacher-temperature"),
     ("500 twice", [error(500, "oops"), error(500, "oops"), ok()], 3, "reply", "stop"),
     ("503 for ever", [error(503, "loading")], 6, "missing", "HTTP 503"),
     ("hang once", [hang(0.6), ok()], 2, "reply", "stop"),
@@ -148,13 +90,7 @@ TABLE = [
     ("empty body", [raw(200, b""), ok()], 2, "reply", "stop"),
     ("200 HTML", [HTML, ok()], 2, "reply", "stop"),
     ("200 HTML for ever", [HTML], 6, "missing", "not JSON"),
-    (
-        "200 with an error inside",
-        [json_reply(200, {"error": {"message": "upstream died"}}), ok()],
-        2,
-        "reply",
-        "stop",
-    ),
+    ("200 with an error inside", [UPSTREAM, ok()], 2, "reply", "stop"),
     ("choices null", [json_reply(200, {"choices": None}), ok()], 2, "reply", "stop"),
     ("choices []", [json_reply(200, {"choices": []}), ok()], 2, "reply", "stop"),
     ("choices [null]", [json_reply(200, {"choices": [None]}), ok()], 2, "reply", "stop"),
@@ -166,35 +102,19 @@ TABLE = [
     ("null, length", [ok(None, "length")], 1, "final", "length"),
     ("empty, content_filter", [ok("", "content_filter")], 1, "final", "content_filter"),
     ("refusal", [ok(message={"content": None, "refusal": "I can't"})], 1, "final", "refusal"),
-    (
-        "redirect to another host",
-        [raw(307, b"", location="http://localhost:9/v1")],
-        1,
-        "stop",
-        "give it as --base-url",
-    ),
+    ("redirect", [raw(307, b"", location="http://localhost:9/v1")], 1, "stop", "give it as --base-url"),
     ("huge body", [ok("x " * 2_000_000)], 1, "reply", "length"),
     ("lone surrogate", [ok("a \ud800 b")], 1, "reply", "a ? b"),
-    (
-        "strange usage",
-        [ok(usage={"prompt_tokens": "many", "completion_tokens": -1})],
-        1,
-        "reply",
-        "null",
-    ),
+    ("strange usage", [ok(usage={"prompt_tokens": "many", "completion_tokens": -1})], 1, "reply", "null"),
     ("usage null, finish a number", [ok(finish=3, usage=None, model=7)], 1, "reply", "null"),
-    # fmt: on
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("steps, requests, outcome, word", [r[1:] for r in TABLE], ids=[r[0] for r in TABLE])  # fmt: skip
 def test_what_the_server_does(steps, requests, outcome, word, tmp_path):
     with FakeServer(*steps) as server:
-        e = replace(at(server, concurrency=4), timeout=0.3 if "hang" in repr(steps) else 5.0)
-        if "400 new" in word or "max_tokens" in word:
-            e = replace(e, token_parameter="max_tokens")
-        if word.endswith("--token-parameter max_tokens"):
-            e = replace(e, token_parameter="max_completion_tokens")
+        e = at(server, concurrency=4, timeout=0.3 if "hang" in repr(steps) else 5.0)
         if outcome == "stop":
             with pytest.raises(SertError) as stopped:
                 run(tmp_path, server, 5, e)
@@ -214,6 +134,13 @@ def test_what_the_server_does(steps, requests, outcome, word, tmp_path):
         assert len(server.bodies) == requests
 
 
+def test_advice_names_the_flags_of_who_asks(tmp_path):
+    """The judge's users were told to change --teacher-temperature."""
+    with FakeServer(error(400, "temperature?")) as server:
+        with pytest.raises(SertError, match="--judge-model .*--judge-temperature"):
+            run(tmp_path, server, who="judge")
+
+
 # --- times, caps, stopping ------------------------------------------------------------------------
 
 
@@ -230,8 +157,11 @@ def test_a_date_to_wait_for_is_read_by_the_servers_clock():
     """With this machine's clock an hour slow, five seconds became an hour, and the run stopped."""
     then = {"retry-after": "Wed, 01 Jan 2020 00:00:05 GMT", "date": "Wed, 01 Jan 2020 00:00:00 GMT"}
     assert endpoint.retry_after(then) == 5
-    assert 1 < endpoint.retry_after({"retry-after": in_two_seconds()}) <= 2
-    assert endpoint.retry_after({"retry-after": in_two_seconds(), "date": "nonsense"}) is None
+    assert endpoint.retry_after({"retry-after-ms": "900", "retry-after": "1"}) == 0.9
+    assert endpoint.retry_after({"retry-after": "soon"}) is None
+    soon = formatdate(time.time() + 2, usegmt=True)
+    for clock in ({}, {"date": "nonsense"}):
+        assert 0 < endpoint.retry_after({"retry-after": soon, **clock}) <= 2
 
 
 @pytest.mark.parametrize("steps, replies", [([ok()], 3), ([error(500, "x"), ok()], 2)])
@@ -251,34 +181,32 @@ def test_max_cost_holds_over_runs_and_lost_replies(tmp_path):
     e = dict(price_in=1e6, price_out=1e6, max_tokens=5, concurrency=4)
     bound = sum(asks()[0].most_tokens(Endpoint("m", max_tokens=5)))
     with FakeServer(ok(), hang(0.5), ok()) as server:
-        endpoint = replace(at(server, **e), timeout=0.2)
         for _ in range(3):
-            collection, failures = run(tmp_path, server, 30, endpoint, max_cost=300.0)
+            here = at(server, timeout=0.2, max_cost=300.0, **e)
+            collection, failures = run(tmp_path, server, 30, here)
         assert len(server.bodies) * 15 <= 300 and failures
         assert collection.tokens_in + collection.tokens_out == 15 * len(collection.replies)
-        assert collection.most_usd(endpoint) <= 300 and len(collection.open_bills()) == 1
-        assert 300 - collection.most_usd(endpoint) < max(bound, 15)  # and it is used up
+        assert collection.most_usd() <= 300 and len(collection.open_bills()) == 1
+        assert 300 - collection.most_usd() < max(bound, 15)  # and it is used up
 
 
 def test_refusals_are_not_billed(tmp_path):
     with FakeServer(error(503, "busy"), error(429, "slow"), ok()) as server:
         collection, _ = run(tmp_path, server)
     assert collection.open_bills() == []
-    assert Collection(tmp_path / "responses.jsonl").load().open_bills() == []
+    assert stored(tmp_path).open_bills() == []
 
 
 def test_a_reply_without_usage_counts_in_full(tmp_path):
     with FakeServer(ok(usage=None)) as server:
         run(tmp_path, server, 2, at(server, max_tokens=7))
-    bills = Collection(tmp_path / "responses.jsonl").load().open_bills()
+    bills = stored(tmp_path).open_bills()
     assert len(bills) == 2 and bills[0][1] == 7
 
 
-def test_max_cost_needs_prices(tmp_path):
-    with FakeServer(ok()) as server:
-        with pytest.raises(SertError, match="--price-in"):
-            run(tmp_path, server, max_cost=1.0)
-        assert server.bodies == []
+def test_max_cost_needs_prices():
+    with pytest.raises(SertError, match="--price-in"):
+        Endpoint("m", max_cost=1.0, price_in=1.0)
 
 
 def test_most_of_the_last_failing_stops(tmp_path):
@@ -287,12 +215,10 @@ def test_most_of_the_last_failing_stops(tmp_path):
         with pytest.raises(SertError, match="got no reply .*HTTP 500.*repeat the command"):
             run(tmp_path, server, 200, at(server, concurrency=4))
         assert len(server.bodies) <= 20 + 6 * (11 + 4)
-    assert len(Collection(tmp_path / "responses.jsonl").load().replies) == 20
+    assert len(stored(tmp_path).replies) == 20
 
 
 def test_one_poisonous_question_does_not_stop_the_rest(tmp_path):
-    from fake_server import by_body
-
     @by_body
     def step(body):
         return ok("") if body["messages"][0]["content"] == "q0" else ok()
@@ -310,16 +236,15 @@ def test_dead_server(tmp_path):
         e = at(server)
     with pytest.raises(SertError, match="is the server running"):
         run(tmp_path, None, 50, e)
-    assert Collection(tmp_path / "responses.jsonl").load().open_bills() == []
+    assert stored(tmp_path).open_bills() == []
 
 
 def test_deadline_ends_a_reply_that_never_ends(tmp_path):
     """A byte every tenth of a second never runs into the timeout."""
     with FakeServer(dribble) as server:
-        start = time.monotonic()
         _, failures = run(tmp_path, server, 1, at(server, deadline=0.5))
         assert "no complete reply within 0.5 s" in failures[0]
-        assert time.monotonic() - start < 2
+        assert server.served == 0  # it is still sending
 
 
 def test_deadline_ends_retries(tmp_path, monkeypatch):
@@ -329,19 +254,14 @@ def test_deadline_ends_retries(tmp_path, monkeypatch):
         assert "HTTP 429" in failures[0] and len(server.bodies) < 10
 
 
-def test_an_early_stop_keeps_what_is_in_flight(tmp_path):
+def test_an_early_stop_keeps_what_is_in_flight(tmp_path, monkeypatch):
     """Paid replies were dropped because another request had failed for good."""
-    seen = []
-
-    def check():
-        seen.append(1)
-        if len(seen) == 4:  # before the first request and after three replies
-            raise SertError("enough")
-
+    monkeypatch.setattr(endpoint, "FIRST", 3)
+    nothing = Readable(lambda ask, replies: False, "rhyme", "Ask a poet.")
     with FakeServer(ok(), delay=0.1) as server:
-        with pytest.raises(SertError, match="enough"):
-            run(tmp_path, server, 20, at(server, concurrency=4), check=check)
-        assert len(server.bodies) == len(Collection(tmp_path / "responses.jsonl").load().replies)
+        with pytest.raises(SertError, match="only 0 of the first 3 replies rhyme.*Ask a poet"):
+            run(tmp_path, server, 20, at(server, concurrency=4), readable=nothing)
+        assert 3 < len(server.bodies) == len(stored(tmp_path).replies)
 
 
 def test_follow_up_requests(tmp_path):
@@ -379,6 +299,28 @@ def test_key_of_a_reply_depends_on_everything():
     assert ask.key(replace(e, base_url="http://a/v1/", concurrency=1, timeout=1.0)) == keys[0]
 
 
+@pytest.mark.parametrize(
+    "who, more, key",
+    [
+        ("teacher", [], "e678dbf9e2b9382c52832a652c441ddee725c0ef9adb54daa83bf330378e0a65"),
+        (
+            "teacher",
+            ["--teacher-temperature", "0.7", "--completions"],
+            "1d207c1ab5b17c4448a3d0cf08d3986fd6729d62e5176e6ace8ab907f6ac3f52",
+        ),
+        ("judge", [], "e88ab58802c4d882d071e050b1cae92e9bad98ed6c785665d2038bd8db19a6fe"),
+    ],
+)
+def test_keys_stay_what_they_were(who, more, key):
+    """Replies that were bought before a change of this program must not be bought again."""
+    parser = argparse.ArgumentParser()
+    endpoint.add_flags(parser, who)
+    flags = [f"--{who}-model", "gpt-x", "--base-url", "https://api.example.com/v1"]
+    e = endpoint.from_flags(parser.parse_args([*flags, *more]), who)
+    message = {"role": "user", "content": "Question: Is it é?\nAnswer:"}
+    assert Ask("strategy_qa", "7", 0, (message,)).key(e) == key
+
+
 def test_what_is_sent(tmp_path):
     with FakeServer(ok()) as server:
         run(tmp_path, server)
@@ -401,7 +343,7 @@ def test_torn_last_line_is_set_aside(tmp_path, capsys):
         path.write_bytes(whole[:-10])
         collection, _ = run(tmp_path, server, 2)
         assert len(server.bodies) == 3 and len(collection.replies) == 2
-    assert "set aside" in capsys.readouterr().out
+    assert "a torn last line" in capsys.readouterr().out
     assert path.with_name("responses.jsonl.torn").exists()
     assert all(json.loads(line)["text"] for line in path.read_text().splitlines())
 
@@ -459,9 +401,9 @@ def test_an_unusable_key_is_refused_unseen(tmp_path, monkeypatch):
         ("http://a:99999/v1", "no http"),
     ],
 )
-def test_addresses_that_are_refused(url, message, tmp_path):
+def test_addresses_that_are_refused(url, message):
     with pytest.raises(SertError, match=message) as stopped:
-        run(tmp_path, None, e=Endpoint("m", url))
+        endpoint.make_client(Endpoint("m", url))
     assert "pw" not in str(stopped.value)
 
 
@@ -517,30 +459,31 @@ def test_a_signal_keeps_what_is_in_flight(number, tmp_path):
         os.kill(pid, number)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         assert status == 128 + number
-        stored = Collection(tmp_path / "responses.jsonl").load()
-        assert len(stored.replies) == len(server.bodies) >= 5 and stored.open_bills() == []
+        there = stored(tmp_path)
+        assert len(there.replies) == len(server.bodies) >= 5 and there.open_bills() == []
     assert len(server.bodies) <= 9
 
 
-def test_a_signal_at_the_last_reply_stops_as_well(tmp_path):
+def test_a_signal_at_the_last_reply_stops_as_well(tmp_path, monkeypatch):
     """It was swallowed, and distill.py went on to train."""
+    monkeypatch.setattr(endpoint, "FIRST", 1)
+    signal_me = Readable(lambda ask, replies: not os.kill(os.getpid(), 15), "", "")
     with FakeServer(ok()) as server:
         with pytest.raises(SystemExit) as stopped:
-            run(tmp_path, server, 1, check=lambda: len(server.bodies) and os.kill(os.getpid(), 15))
+            run(tmp_path, server, 1, readable=signal_me)
         assert stopped.value.code == 143 and len(server.bodies) == 1
 
 
 def test_a_hanging_request_does_not_hold_up_a_signal(tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint, "DRAIN", 0.3)
-    with FakeServer(ok(), hang(9)) as server:
+    with FakeServer(ok(), hang(20)) as server:
         pid = in_child(tmp_path, server, 5, at(server, concurrency=2))
         while len(server.bodies) < 2:
             time.sleep(0.01)
-        start = time.monotonic()
         os.kill(pid, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
-        assert time.monotonic() - start < 3
-        assert len(Collection(tmp_path / "responses.jsonl").load().open_bills()) in (1, 2)
+        assert server.served <= 1  # the second request still hangs
+        assert len(stored(tmp_path).open_bills()) in (1, 2)
 
 
 def test_kills_lose_no_reply_and_buy_none_twice(tmp_path):
@@ -551,7 +494,7 @@ def test_kills_lose_no_reply_and_buy_none_twice(tmp_path):
     recorded_at_kill: list[tuple[set, dict]] = []
     with FakeServer(ok(), delay=0.02) as server:
         e = at(server, concurrency=4)
-        while kills < 15:
+        while kills < 8:
             before = len(server.bodies)
             pid = in_child(tmp_path, server, n, e)
             time.sleep(rng.uniform(0.02, 0.25))

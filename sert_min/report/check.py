@@ -1,0 +1,51 @@
+"""The loaded model alone, without a task: compare it with the real gpt2, or let it continue a text."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sert_min.generate import SampleSettings, sample_block
+from sert_min.gpt2 import GPT2
+from sert_min.io.errors import need, printable_lines
+from sert_min.io.files import read_json
+
+KNOWN = Path(__file__).with_name("gpt2_known_outputs.json")
+LIMIT = 0.05  # of the difference of two log-probs
+
+
+def check_known_outputs(model: GPT2, tokenizer) -> None:
+    """Compare next-token log-probs of gpt2 124M with known ones of the real weights."""
+    errors = []
+    for row in read_json(KNOWN)["prompts"]:
+        ids = tokenizer.encode(row["prompt"])
+        need(
+            ids == row["token_ids"],
+            f"token ids of {row['prompt']!r} differ; is this gpt2's tokenizer?",
+        )
+        with torch.inference_mode():
+            logits = model.logits(model(torch.tensor([ids], device=model.wte.weight.device))[0, -1])
+        logprobs = logits.log_softmax(-1).cpu()  # [V]
+        error = (logprobs[row["ids"]] - torch.tensor(row["logprobs"])).abs().max().item()
+        errors.append(error)
+        best = logprobs.topk(len(row["ids"])).indices.tolist()
+        same = sum(a == b for a, b in zip(best, row["ids"]))
+        print(
+            f"{row['prompt'][:50]:50}  {same}/{len(best)} of the top in place, off by {error:.4f}"
+        )
+    need(
+        all(error < LIMIT for error in errors),  # False for NaN
+        f"log-probs are off by up to {torch.tensor(errors).max():.3f} (limit {LIMIT}): these are "
+        "not gpt2's 124M weights (use --model gpt2 --dtype fp32)",
+    )
+    print(f"the weights are gpt2's: all log-probs within {LIMIT} of the known ones")
+
+
+def print_prompt_samples(model: GPT2, tokenizer, text: str, settings: SampleSettings) -> None:
+    """Print `settings.samples` plain samples that continue `text`."""
+    settings = replace(settings, raw=True, branches=1)
+    for row in sample_block(model, tokenizer, [tokenizer.encode(text)], ["the prompt"], settings):
+        mean = sum(row.logprobs) / max(1, len(row.logprobs))
+        said = printable_lines(tokenizer.decode(row.token_ids))
+        print(f"--- sample {row.sample}: {len(row.token_ids)} tokens, mean log-prob {mean:.2f}")
+        print(text + said)

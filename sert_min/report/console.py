@@ -1,0 +1,96 @@
+"""What the scripts print about their results: the funnel, paths, metrics, before and after."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from sert_min.filters import RULES, reasons, words
+from sert_min.io.errors import printable
+from sert_min.io.files import read_jsonl
+from sert_min.metrics import summarize
+from sert_min.patterns import PATTERN_KINDS
+
+
+def print_funnel(funnel: Mapping) -> None:
+    """How many paths each rule saw and dropped; `funnel` is what funnel.json holds."""
+    c, limits = funnel["counts"], funnel["rules"]
+    print(f"\n{'rule':<22}{'saw':>9}{'dropped':>9}{'share':>8}   limit")
+    for rule in RULES:
+        saw, dropped = c["seen"][rule.name], c["dropped"][rule.name]
+        text = f"{rule.name:<22}{saw:>9,}{dropped:>9,}{dropped / max(saw, 1):>8.1%}"
+        print(f"{text}   {words(rule, limits[rule.flag])}")
+        for kind in PATTERN_KINDS if rule.name == "pattern" else ():
+            print(f"  {kind:<20}{'':>9}{c['dropped'][f'pattern:{kind}']:>9,}")
+    print(
+        f"{c['passed']:,} of {c['paths']:,} paths passed; {c['selected']:,} of {c['questions']:,} "
+        f"questions have a selected path, {c['without_path']:,} have none"
+    )
+
+
+def print_paths(folder: Path) -> None:
+    """Three selected paths of paths.jsonl, and rejected ones of three different verdicts."""
+    selected: list[dict] = []
+    rejected: dict[str, dict] = {}  # one of each verdict
+    for r in read_jsonl(folder / "paths.jsonl"):
+        if r["verdict"] == "selected":
+            selected.append(r)
+        elif r["verdict"] != "kept":
+            rejected.setdefault(r["verdict"], r)
+        if len(selected) >= 3 and len(rejected) >= 3:
+            break
+    for title, some in (("selected", selected), ("rejected", list(rejected.values()))):
+        print(f"\n{title}:")
+        for r in some[:3]:
+            p = r["perplexity"]
+            facts = "no tokens" if p is None else f"perplexity {p:.2f}, rep-2 {r['rep2']:.2f}"
+            print(f"  Q: {printable(r['question'])[:200]}")
+            print(f"     {printable(r['text'])[:300] or '(empty)'}")
+            print(f"     -> {r['verdict']} ({facts}, branch {r['branch']})")
+
+
+def print_before_after(questions, before, after, tokenizer, limits) -> None:
+    """The table of what training changed in greedy decoding, and three outputs side by side."""
+    print(f"\ngreedy decoding, {len(questions)} test questions{'before':>14}{'after':>10}")
+    rows = []
+    for records in (before, after):
+        m = summarize(records, questions)
+        shown = [reasons(q, r["text"], tokenizer, limits) for q, r in zip(questions, records)]
+        rows.append((sum(shown) / len(shown), m["acc"], m["acc_lenient"][0], m["unparseable"]))
+    (r0, a0, l0, u0), (r1, a1, l1, u1) = rows
+    print(f"{'reasoning outputs':<40}{r0:>10.1%}{r1:>10.1%}")
+    print(f"{'accuracy (lenient: any answer word)':<40}{l0:>10.1%}{l1:>10.1%}")
+    print(
+        f"{'accuracy (strict)':<40}{a0[0]:>10.1%}{a1[0]:>10.1%}   95 % {a1[1]:.1%} to {a1[2]:.1%}"
+    )
+    print(f"{'no readable answer':<40}{u0:>10}{u1:>10}")
+    for q, b, a in list(zip(questions, before, after))[:3]:
+        print(f"\n  Q: {printable(q.text)[:160]}  [{q.answer}]")
+        print(f"     before: {printable(b['text'])[:160]}")
+        print(f"     after:  {printable(a['text'])[:240]}")
+
+
+def print_metrics(title: str, m: dict) -> None:
+    """Print one model's metrics; `judges` (name -> report.judge.summary) is optional in them."""
+    answer, share = m["majority"]
+    print(f"\n{title}: {m['n']:,} questions")
+
+    def line(name: str, value, scale: float = 1, unit: str = "", digits: int = 2, note="") -> None:
+        mean, low, high = (None if v is None else scale * v for v in value)
+        text = f"{'-':>8}" if mean is None else f"{mean:>8.{digits}f}{unit:<7}"
+        if low is not None:
+            text += f"95 %: {low:.{digits}f} to {high:.{digits}f}"
+        print(f"  {name:<27}{text}{note}")
+
+    right = f"   {round(m['acc'][0] * m['n']):,} right; always {answer}: {100 * share:.2f} %"
+    line("Acc, strict", m["acc"], 100, " %", note=right)
+    line("Acc, lenient", m["acc_lenient"], 100, " %")
+    if "acc_likelihood" in m:
+        line("Acc, by likelihood", m["acc_likelihood"], 100, " %")
+    line("Fmt", m["fmt"], digits=3)
+    line("Len", m["len"], unit=" words")
+    line("Rep", m["rep"], digits=3)
+    for name, j in m.get("judges", {}).items():
+        for key in [k for k in j if k not in ("parsed", "total")]:
+            line(f"judge: {key}", j[key])
+        print(f"  judge {name}: all four scores of {j['parsed']:,} of {j['total']:,} responses")
+    print(f"  no readable answer in {m['unparseable']:,} of {m['n']:,} outputs")
+    print("  " + ", ".join(f"{reason} {n:,}" for reason, n in m["reasons"].items()))
