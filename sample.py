@@ -130,7 +130,8 @@ def main(args) -> None:
     if args.prompt is not None or args.check:
         return without_task(args)
     run = prepare(args)
-    prompts = [run.tokenizer.encode(question_prompt(q, run.student.suffix)) for q in run.questions]
+    encode, suffix = run.tokenizer.encode_prompt, run.student.suffix
+    prompts = [encode(question_prompt(q, suffix)) for q in run.questions]
     names = [f"question {q.id}" for q in run.questions]
     check_lengths(prompts, names, run.model, run.s.max_new_tokens)
     if RANK == 0:

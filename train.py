@@ -248,6 +248,7 @@ def prepare(
         "method": method,
         "root": label,
         "parents": [*student.sert.get("parents", []), student.name],
+        "commit": student.commit,
         **{k: settings[k] for k in ("task", "prompt_suffix", "data", "seed")},
         "source": source,
         "settings": settings,

@@ -51,7 +51,7 @@ def encode_example(tokenizer, prompt: str, completion: str, loss_on: str = "answ
     Prompt ids [5, 6], completion ids [7, 8] and end-of-text 9 give the ids [5, 6, 7, 8] and the
     targets [IGNORE, 7, 8, 9], or [6, 7, 8, 9] with loss_on="all".
     """
-    p, c = tokenizer.encode(prompt), tokenizer.encode(completion) + [tokenizer.eot]
+    p, c = tokenizer.encode_prompt(prompt), tokenizer.encode(completion) + [tokenizer.eot]
     targets = (p if loss_on == "all" else [IGNORE] * len(p)) + c
     return (p + c)[:-1], targets[1:]
 

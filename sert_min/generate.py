@@ -88,7 +88,7 @@ def sample_paths(
     """The paths of a block of questions as records, without any verdict (filters.py adds it): in
     the order (question, branch, sample). `suffix` stands behind the prompts; a row stops as soon as
     it breaks one of the pattern rules `early_reject`; `progress` and `kept` as in `sample_block`."""
-    prompts = [tokenizer.encode(question_prompt(q, suffix)) for q in questions]
+    prompts = [tokenizer.encode_prompt(question_prompt(q, suffix)) for q in questions]
     names = [f"{q.task}/{q.id}" for q in questions]
 
     def reject(question: int, ids: list[int]) -> bool:

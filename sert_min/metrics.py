@@ -38,7 +38,7 @@ def greedy(
     outputs, kept = [], {}
     for i in range(0, len(questions), rows):
         block = questions[i : i + rows]
-        prompts = [tokenizer.encode(question_prompt(q, suffix)) for q in block]
+        prompts = [tokenizer.encode_prompt(question_prompt(q, suffix)) for q in block]
         room = model.config.n_positions - max(map(len, prompts))
         if room < 1:
             raise SertError(

@@ -1,22 +1,34 @@
-"""Byte-level BPE of GPT-2, built from the model folder's own files with tiktoken as the engine.
+"""Byte-level BPE, built from the model folder's own files with tiktoken as the engine.
 
-Weights and tokenizer come from one folder: merges.txt and vocab.json, or tokenizer.json (which newer
-versions of transformers write alone). tiktoken's own GPT-2 loader is not used: it needs the network, and
-it caches by path, so a model that was rebuilt at the same path would get the old tokenizer.
+Weights and tokenizer come from one folder: tokenizer.json, or GPT-2's older merges.txt and vocab.json.
+tiktoken's own GPT-2 loader is not used: it needs the network, and it caches by path, so a model that was
+rebuilt at the same path would get the old tokenizer.
+
+Tokens that merges can't make are *special* (end-of-text, or a chat's `<|im_start|>`). Text from outside
+never becomes one of them, whatever tokenizer.json says, and a path ends where one is drawn.
 """
 
 import json
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 
-from sert_min.io.errors import SertError
+from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_json
 
 END = "<|endoftext|>"
-# GPT-2's pre-tokeniser: contractions, words, numbers, other runs, white space
-# (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
+# How a text is split into words, inside which tokens are merged. GPT-2's way: contractions, words,
+# numbers, other runs, white space (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# SmolLM2's: each digit apart, then GPT-2's way, for which a digit ends the text before it.
+DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"""
+# Qwen2's and Llama 3's, as they stand in their tokenizer.json; numbers of one digit, or up to three.
+QWEN2 = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+OFF = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")  # in tokenizer.json
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -30,62 +42,143 @@ def byte_alphabet() -> dict[str, int]:
 class Tokenizer:
     """Encoding and decoding for one model. Text from outside never becomes a special token."""
 
-    def __init__(self, ranks: dict[bytes, int], ids: dict[bytes, int], eot: int):
-        """`ranks` hold the merge priority of each token, `ids` the model's id (usually the same)."""
-        self.eot = eot
-        self.n_vocab = max(*ids.values(), eot) + 1
-        self.to_bytes = {i: token for token, i in ids.items()} | {eot: END.encode()}
+    def __init__(
+        self,
+        ranks: dict[bytes, int],
+        ids: dict[bytes, int],
+        special: dict[str, int],
+        eot: list[int],
+        pattern: str = PATTERN,
+        nfc: bool = False,
+        start: Sequence[int] = (),
+    ):
+        """`ranks` hold the merge priority of each token, `ids` the model's id (usually the same; single
+        bytes may have none). `eot` are the ids of end-of-text among the `special` ones; the first is
+        what training writes. With `nfc` texts are brought into Unicode's composed form. `start` are
+        the ids that stand before every prompt (Llama 3 has one)."""
+        self.eot, self.nfc, self.start = eot[0], nfc, list(start)
+        # How a path ends at a special token (the records' `finish`).
+        self.ends = dict.fromkeys(special.values(), "special") | dict.fromkeys(eot, "eos")
+        self.n_vocab = max(*ids.values(), *self.ends) + 1
+        self.to_bytes = {i: token for token, i in ids.items()}
+        self.to_bytes |= {i: token.encode("utf-8", "replace") for token, i in special.items()}
         # tiktoken uses ranks as ids. Where the vocabulary numbers tokens otherwise, we translate.
-        self._id_of_rank = {rank: ids[token] for token, rank in ranks.items()}
-        if all(rank == i for rank, i in self._id_of_rank.items()):
+        self._id_of_rank = {rank: ids[token] for token, rank in ranks.items() if token in ids}
+        if list(self._id_of_rank.items()) == [(rank, rank) for rank in range(len(ranks))]:
             self._id_of_rank = None
         self._bpe = tiktoken.Encoding(
-            name="gpt2-folder", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}
+            name="folder", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; `<|endoftext|>` inside it stays ordinary text."""
-        ranks = self._bpe.encode_ordinary(text)
-        return ranks if self._id_of_rank is None else [self._id_of_rank[r] for r in ranks]
+        """Token ids of `text`; `<|endoftext|>` inside it stays ordinary text, and bytes without a
+        token are left out."""
+        ranks = self._bpe.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
+        known = self._id_of_rank
+        return ranks if known is None else [known[r] for r in ranks if r in known]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of the beginning of a text."""
+        return self.start + self.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids without a token nothing."""
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, special tokens their names, and ids
+        without a token nothing."""
         return b"".join(self.to_bytes.get(i, b"") for i in ids).decode("utf-8", errors="replace")
 
 
-def read_tokenizer_files(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """Vocabulary {token: id} and merge lines "a b" from the files that `folder` has."""
-    if (folder / "merges.txt").exists() and (folder / "vocab.json").exists():
-        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        return vocab, [m for m in lines if m and not m.startswith("#version")]
-    if not (folder / "tokenizer.json").exists():
+# --- files ----------------------------------------------------------------------------------------
+
+
+class Vocabulary(NamedTuple):
+    """What the files say."""
+
+    ids: dict[str, int]  # of all tokens
+    merged: list[str]  # the tokens that merges make, in order of priority
+    pattern: str = PATTERN
+    nfc: bool = False
+    start: tuple[str, ...] = ()
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary from the files that `folder` has."""
+    if (folder / "tokenizer.json").exists():
+        return read_tokenizer_json(folder)
+    if not ((folder / "merges.txt").exists() and (folder / "vocab.json").exists()):
         raise SertError(
-            f"{folder} has neither merges.txt + vocab.json nor tokenizer.json; add them"
+            f"{folder} has neither tokenizer.json nor merges.txt + vocab.json; add them"
         )
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    if not byte_alphabet().keys() <= vocab.keys():
+        raise ValueError("a byte has no token")
+    return Vocabulary(vocab, joined([m for m in lines if m and not m.startswith("#version")]))
+
+
+def read_tokenizer_json(folder: Path) -> Vocabulary:
+    """The vocabulary in tokenizer.json; what we do not compute is refused by name."""
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    model, pre = raw["model"], raw.get("pre_tokenizer") or {}
-    if pre.get("type") == "Sequence" and len(pre["pretokenizers"]) == 1:
-        pre = pre["pretokenizers"][0]
-    options = {  # what GPT-2's tokenizer leaves at these values
-        "model.type": (model.get("type"), "BPE"),
-        "model.ignore_merges": (model.get("ignore_merges") or False, False),
-        "model.continuing_subword_prefix": (model.get("continuing_subword_prefix") or "", ""),
-        "model.end_of_word_suffix": (model.get("end_of_word_suffix") or "", ""),
-        "normalizer": (raw.get("normalizer"), None),
-        "pre_tokenizer.type": (pre.get("type"), "ByteLevel"),
-        "pre_tokenizer.use_regex": (pre.get("use_regex", True), True),
-        "pre_tokenizer.add_prefix_space": (pre.get("add_prefix_space", False), False),
-    }
-    for name, (value, wanted) in options.items():
-        if value != wanted:
-            raise SertError(
-                f"{folder}/tokenizer.json: {name} is {str(value)[:60]!r}, GPT-2's byte-level BPE has "
-                f"{wanted!r}; choose a GPT-2 model"
-            )
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    model, normalizer = raw["model"], (raw.get("normalizer") or {}).get("type")
+    pattern = split_pattern(raw.get("pre_tokenizer") or {})
+    start = start_tokens(raw.get("post_processor"))
+    for name, value, fine in (
+        ("model.type", model.get("type"), model.get("type") == "BPE"),
+        ("normalizer", normalizer, normalizer in (None, "NFC")),
+        ("pre_tokenizer", raw.get("pre_tokenizer"), pattern),
+        ("post_processor", raw.get("post_processor"), start is not None),
+        *((f"model.{name}", model.get(name), not model.get(name)) for name in OFF),
+    ):
+        need(
+            fine,
+            f"{folder}/tokenizer.json: {name} {str(value)[:60]!r} is not supported; choose a model "
+            "with the byte-level BPE of GPT-2, SmolLM2, Qwen2 or Llama 3",
+        )
     added = {t["content"]: t["id"] for t in raw.get("added_tokens", [])}
-    return {**model["vocab"], **added}, merges
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    if not model.get("ignore_merges"):
+        merged = joined(merges)
+    else:  # as Llama 3: a token's id is its priority
+        by_id = sorted(model["vocab"].keys() - added.keys(), key=model["vocab"].__getitem__)
+        merged = [token for token in by_id if len(token) > 1]
+        made = [model["vocab"][m.replace(" ", "")] for m in merges]
+        if made != sorted(made):
+            raise ValueError("the merges are not in the order of the ids")
+    return Vocabulary({**model["vocab"], **added}, merged, pattern, normalizer == "NFC", start)
+
+
+def split_pattern(pre: dict) -> str:
+    """The regular expression for tokenizer.json's pre_tokenizer; "" if that is none of ours."""
+    match pre.get("pretokenizers", [pre]):
+        case [*first, {"type": "ByteLevel"} as last] if not last.get("add_prefix_space"):
+            match first, last.get("use_regex", True):
+                case [], True:
+                    return PATTERN
+                case [{"type": "Digits", "individual_digits": True}], True:
+                    return DIGITS
+                case [
+                    {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} as split
+                ], False:
+                    return regex if regex in (QWEN2, LLAMA3) and not split.get("invert") else ""
+    return ""
+
+
+def start_tokens(post: dict | None) -> tuple[str, ...] | None:
+    """The tokens that tokenizer.json's post_processor sets before a text; None if it does more."""
+    start: tuple[str, ...] = ()
+    for step in (post or {}).get("processors", [post] if post else []):
+        if step["type"] == "TemplateProcessing" and "Sequence" in step["single"][-1]:
+            start += tuple(piece["SpecialToken"]["id"] for piece in step["single"][:-1])
+        elif step["type"] != "ByteLevel":
+            return None
+    return start
+
+
+def joined(merges: list[str]) -> list[str]:
+    """The tokens that merge lines "a b" make."""
+    if any(m.count(" ") != 1 for m in merges):
+        raise ValueError("a merge line is not a pair")
+    check_merges(merges)
+    return [m.replace(" ", "") for m in merges]
 
 
 def check_merges(merges: list[str]) -> None:
@@ -108,24 +201,33 @@ def check_merges(merges: list[str]) -> None:
             raise ValueError(f"the other merges never lead to the merge {left} {right}")
 
 
+def end_ids(folder: Path, special: dict[str, int]) -> list[int]:
+    """The ids of end-of-text: config.json's, if they are special tokens, else <|endoftext|>'s."""
+    path = folder / "config.json"
+    found = read_json(path).get("eos_token_id") if path.exists() else None
+    found = [i for i in (found if isinstance(found, list) else [found]) if i in special.values()]
+    return found or [special[END]]
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a model folder. All but byte-level BPE with <|endoftext|> is refused."""
+    """The tokenizer of a model folder. All but byte-level BPE is refused."""
     try:
-        vocab, merges = read_tokenizer_files(folder)
+        vocab, merged, pattern, nfc, start = read_vocabulary(folder)
         alphabet = byte_alphabet()
-        # Merge priority: single bytes in the alphabet's order, then one rank per merge line.
-        if any(m.count(" ") != 1 for m in merges):
-            raise ValueError("a merge line is not a pair")
-        check_merges(merges)
-        tokens = list(alphabet) + [m.replace(" ", "") for m in merges]
-        as_bytes = [bytes(alphabet[c] for c in token) for token in tokens]
         if not all(type(i) is int and 0 <= i < 2**24 for i in vocab.values()):
             raise ValueError("an id is not a small whole number")
         if len(set(vocab.values())) < len(vocab):
             raise ValueError("two tokens have one id")
-        ids = {b: vocab[token] for b, token in zip(as_bytes, tokens)}
-        ranks = {token: rank for rank, token in enumerate(as_bytes)}
-        tokenizer = Tokenizer(ranks, ids, vocab[END])
+        # Merge priority: single bytes in the alphabet's order, then what merges make.
+        ranks = {
+            bytes(alphabet[c] for c in token): i for i, token in enumerate([*alphabet, *merged])
+        }
+        ids = {bytes([byte]): vocab[c] for c, byte in alphabet.items() if c in vocab}
+        ids |= {bytes(alphabet[c] for c in token): vocab[token] for token in merged}
+        ordinary = set(ids.values())
+        special = {t: i for t, i in vocab.items() if i not in ordinary}
+        eot, start = end_ids(folder, special), [vocab[token] for token in start]
+        tokenizer = Tokenizer(ranks, ids, special, eot, pattern, nfc, start)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise SertError(
             f"{folder}: the tokenizer files are damaged or not byte-level BPE "

@@ -105,7 +105,7 @@ def test_check_refuses_nan(monkeypatch):
     ids = {row["prompt"]: row["token_ids"] for row in known["prompts"]}
 
     class Tokenizer:
-        encode = staticmethod(ids.get)
+        encode = encode_prompt = staticmethod(ids.get)
 
     class Model(torch.nn.Module):
         def __init__(self):

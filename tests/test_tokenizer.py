@@ -228,7 +228,7 @@ SEQUENCE = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "
     [
         {"model__type": "WordPiece"},
         {"model__type": "Unigram", "model__vocab": [["a", 0.5]]},
-        {"model__ignore_merges": True},
+        {"model__byte_fallback": True},
         {"model__end_of_word_suffix": "</w>"},
         {"model__continuing_subword_prefix": "##"},
         {"normalizer": {"type": "Lowercase"}},

@@ -14,13 +14,17 @@ from torch import Tensor
 from sert_min.io.errors import SertError
 from sert_min.io.files import atomic_folder, read_json
 
-# Named students: hub id and the commit that the weights are pinned to.
+# Named students: hub id and the commit that they are pinned to (None: whatever `main` is).
 HUB = {
     "gpt2": ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
     "gpt2-medium": ("openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"),
     "gpt2-large": ("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519"),
     "gpt2-xl": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
     "distilgpt2": ("distilbert/distilgpt2", "2290a62682d06624634c1f46a6ad5be0f47f38aa"),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", None),
+    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M", None),
+    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B", None),
+    "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B", None),
 }
 MICRO = Path(__file__).parents[1] / "micro" / "student"  # embedded
 ARCHITECTURES = ("gpt2", "llama", "qwen2")  # values of model_type in config.json
@@ -47,10 +51,10 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
     """Fetch config, weights and tokenizer files of a hub repository; returns their folder."""
     from huggingface_hub import errors, hf_hub_download  # late: it takes half a second
 
-    def fetch(*files: str) -> Path | None:
-        """The first of `files` that the repository has. Files of a known commit never change, so the
-        cache is asked first. Offline, a file that is not cached may be one that the repository lacks,
-        so all files are tried before that is an error."""
+    def fetch(*files: str, optional: bool = False) -> Path | None:
+        """The first of `files` that the repository has; None if it has none. Files of a known commit
+        never change, so the cache is asked first. Offline, a file that is not cached may be one that
+        the repository lacks, so all files are tried before that is an error."""
         unreachable = None
         tries = [(file, True) for file in files if revision] + [(file, False) for file in files]
         for file, only_cached in tries:
@@ -74,7 +78,7 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
                 raise SertError(
                     f"model {name}: download of {file} failed ({why}); try again"
                 ) from None
-        if unreachable:
+        if unreachable and not optional:
             raise SertError(
                 f"model {name}: {unreachable} is not in the local cache and the hub can't be "
                 "reached; check the network and HF_ENDPOINT, unset HF_HUB_OFFLINE, or give --model "
@@ -86,7 +90,7 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
     if config is None:
         raise SertError(f"model {name}: the hub repository has no config.json; is it a model?")
     revision = config.parent.name  # the commit: all other files come from the same one
-    read_raw_config(config.parent)  # refuses another architecture before the large download
+    raw = read_raw_config(config.parent)  # refuses another architecture before the large download
     weights = fetch("model.safetensors", "model.safetensors.index.json")
     if weights is None:
         raise SertError(
@@ -97,10 +101,17 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
         for shard in shard_names(weights):
             if fetch(shard) is None:
                 raise SertError(f"model {name}: {shard} is missing on the hub; choose another")
-    tokenizer = fetch("merges.txt", "tokenizer.json")
+    tokenizer = fetch("tokenizer.json", "merges.txt")
     if tokenizer is not None and tokenizer.name == "merges.txt":
-        fetch("vocab.json", "tokenizer.json")
+        fetch("vocab.json")
+    elif raw["model_type"] != "gpt2":
+        fetch("tokenizer_config.json", optional=True)  # transformers opens trained students by it
     return config.parent
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder in the Hugging Face cache was downloaded from."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def read_raw_config(folder: Path) -> dict:

@@ -40,7 +40,7 @@ class Tree(NamedTuple):
 def make_tree(tokenizer, question: Question, text: str, suffix: str, most: int) -> Tree:
     """The row of an output `text`. The end of the reasoning is cut off so that no option ends behind
     `most` tokens. Context and options are tokenised apart: ` So` starts a word, so nothing merges."""
-    prompt = tokenizer.encode(question_prompt(question, suffix))
+    prompt = tokenizer.encode_prompt(question_prompt(question, suffix))
     reasoning = strip_answer_sentence(text)[0]
     path = tokenizer.encode(" " + reasoning) if reasoning else []
     options = [tokenizer.encode(f" {answer_sentence(question, a)}") for a in question.answers]
