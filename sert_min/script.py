@@ -17,7 +17,9 @@ from sert_min.io.hub import commit_of, find_model, model_label, read_sert
 FLAGS: dict[str, dict] = {
     "--task": dict(choices=tasks.TASKS, default=tasks.DEFAULT, help="default: %(default)s"),
     "--data-dir": dict(help="read the datasets here instead of downloading them"),
-    "--model": dict(help="student: a name (gpt2, ..), folder or hub id (default: the task's)"),
+    "--model": dict(
+        help="student: a name (gpt2, smollm2, ..), folder or hub id (default: the task's)"
+    ),
     "--out-dir": dict(help="where results go"),
     "--limit": dict(type=int, help="only the first N questions (default: all)"),
     "--seed": dict(type=int, default=0, help="default: %(default)s"),

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sert_min.io import smollm2
 from sert_min.io.errors import SertError
 from sert_min.io.files import atomic_folder, read_json
 
@@ -34,11 +35,13 @@ ARCHITECTURES = ("gpt2", "llama", "qwen2")  # values of model_type in config.jso
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: `micro`, a local folder, a named student or a hub id.
+    """The folder of a model: `micro`, `smollm2`, a local folder, a named student or a hub id.
     Hub files are downloaded once into the Hugging Face cache (HF_HUB_OFFLINE, HF_ENDPOINT hold).
     """
     if name == "micro":
         return MICRO
+    if name == smollm2.NAME:
+        return smollm2.smollm2_folder()
     if Path(name).is_dir():  # a model folder, or a run of train.py / distill.py
         return Path(name) / "last" if (Path(name) / "last").is_dir() else Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -168,6 +171,8 @@ def read_sert(folder: Path) -> dict:
 def model_label(name: str, folder: Path) -> str:
     """The MODEL part of output folders: the root parent's name, with 8 hex digits of the weights'
     hash for local folders."""
+    if name == smollm2.NAME:
+        return smollm2.LABEL
     if name == "micro" or (name in HUB and not Path(name).is_dir()):
         return name
     if root := read_sert(folder).get("root"):
