@@ -42,7 +42,9 @@ SHAPES = {  # layers, heads, width
     "355M": (24, 16, 1024),
     "774M": (36, 20, 1280),
 }
-NEVER = SimpleNamespace(n_vocab=50257, eot=-1)  # in place of a tokenizer: no row ends early
+NEVER = SimpleNamespace(
+    n_vocab=50257, eot=-1, ends={}
+)  # in place of a tokenizer: no row ends early
 
 
 def parse_args(argv=None) -> argparse.Namespace:

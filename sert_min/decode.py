@@ -6,7 +6,7 @@ softmax. When a row ends, the next one that waits takes its place. The decoder d
 row is drawn or when it is ended early: generate.py does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +76,7 @@ class Decoder:
     The block has R = Q J rows, J of each prompt in order; a row takes at most `cap` tokens. Slot i
     of n holds row `row[i]` (R: no row), of which t[i] tokens are known and ids[i] is the last. The
     own key of token t stands in keys[layer, t // CHUNK, slot, :, t % CHUNK] (`own_memory`); what
-    lies behind a row's tokens is stale, but finite, and masked away.
+    lies behind a row's tokens is stale, but finite, and masked away. A row ends at any of `ends`.
     `draw(hidden [n, C], streams [n], t [n])` gives tokens and log-probs [n]."""
 
     def __init__(
@@ -87,11 +87,11 @@ class Decoder:
         draw: Callable,
         J: int,
         cap: int,
-        eot: int,
+        ends: Iterable[int],
     ):
         device = prompts.lengths.device
         self.model, self.prompts, self.draw = model, prompts, draw
-        self.J, self.cap, self.eot = J, cap, eot
+        self.J, self.cap, self.ends = J, cap, torch.tensor([*ends], dtype=torch.long, device=device)
         self.keys, self.values = own
         R, N = self.R, self.n_slots = len(prompts.lengths) * J, self.keys.shape[2]
         self.gpu = on_gpu(prompts.lengths)
@@ -227,7 +227,7 @@ class Decoder:
 
         hidden = self.model(self.ids[:n], places, attend)  # [n, C]
         tokens, logprobs = self.draw(hidden, self.stream[row], t)
-        self.ended[:n] = (tokens == self.eot) | (t + 1 >= self.cap)
+        self.ended[:n] = (tokens[:, None] == self.ends).any(1) | (t + 1 >= self.cap)
         self.ids[:n] = tokens.clamp(min=0)  # -1: the logits were NaN; the host will see it
         drawn = row.clone(), tokens, logprobs
         t += 1
@@ -266,7 +266,7 @@ def find_decoder(kept: dict, model: GPT2, shared: Prompts, s, tokenizer) -> Deco
 
     def make(own: tuple[Tensor, Tensor]) -> Decoder:
         draw = make_draw(model, shared, s, n_vocab, n_slots)
-        return Decoder(model, shared, own, draw, J, s.max_new_tokens, tokenizer.eot)
+        return Decoder(model, shared, own, draw, J, s.max_new_tokens, tokenizer.ends)
 
     L, _, K, P, D = shared.keys.shape
     key = (shared.keys.dtype, L, K, D, n_slots, s.max_new_tokens)

@@ -153,8 +153,11 @@ def verdict(
     `limits` those of `limits()`. A path that passes every rule is `kept`. The result depends on
     the stored, rounded log-probs alone, so filtering anew gives the same."""
     start, finish = record["path_start"], record["finish"]
-    breaks = broken_kinds(token_bytes[start:], question, final=finish != "rejected")
-    end = trim_to_sentence(token_bytes, start) if finish == "length" else len(token_bytes)
+    drawn = token_bytes[: len(token_bytes) - (finish == "special")]
+    breaks = broken_kinds(drawn[start:], question, final=finish != "rejected")
+    if finish == "special":  # a turn of a chat begins: this imitates, too
+        breaks.setdefault("imitative", len(drawn) - start)
+    end = trim_to_sentence(drawn, start) if finish == "length" else len(drawn)
     ids, logprobs = record["token_ids"][start:end], record["logprobs"][:end]
     path = Path(ids, logprobs, decode(token_bytes[start:end]), breaks, question)
     found = "kept"

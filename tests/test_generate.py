@@ -29,7 +29,7 @@ class Words:
     """All that sample_block asks of a tokenizer."""
 
     def __init__(self, n_vocab: int = 61, eot: int = 60):
-        self.n_vocab, self.eot = n_vocab, eot
+        self.n_vocab, self.eot, self.ends = n_vocab, eot, {eot: "eos"}
 
 
 def loud_model(**config) -> GPT2:
@@ -248,24 +248,24 @@ def test_streams_are_sha256():
 
 def test_ending_does_not_depend_on_how_tokens_arrive():
     """Guards a row that ends elsewhere when the host sees eight tokens at once: every list of up to
-    five tokens, with every room, in one piece and one by one (its docstring has the four cases)."""
-    eot = 9
+    four tokens, with every room, in one piece and one by one (its docstring has the five cases)."""
+    ends = {9: "eos", 8: "special"}
 
     def reject(new: list[int]) -> bool:
         return 7 in new
 
-    for n in range(1, 6):
-        for tokens in itertools.product((6, 7, eot), repeat=n):
-            for room in range(1, 7):
+    for n in range(1, 5):
+        for tokens in itertools.product((6, 7, 8, 9), repeat=n):
+            for room in range(1, 6):
                 taken, finish = 0, ""
                 for token in tokens:
-                    k, finish = ending([token], room - taken, eot, reject)
+                    k, finish = ending([token], room - taken, ends, reject)
                     taken += k
                     if finish:
                         break
-                assert ending(list(tokens), room, eot, reject) == (taken, finish)
-    assert ending([6, 6, 7], 3, eot, reject) == (3, "rejected")  # not length
-    assert ending([6, -1], 1, eot) == (1, "length")  # a NaN behind the end does no harm
+                assert ending(list(tokens), room, ends, reject) == (taken, finish)
+    assert ending([6, 6, 7], 3, ends, reject) == (3, "rejected")  # not length
+    assert ending([6, -1], 1, ends) == (1, "length")  # a NaN behind the end does no harm
 
 
 def test_end_of_text_as_a_branch():
@@ -282,6 +282,30 @@ def test_end_of_text_as_a_branch():
         assert eot not in row.token_ids[1:]
         assert len(row.token_ids) == len(row.logprobs) <= 24
         assert (row.finish == "length") == (len(row.token_ids) == 24)
+    assert logprob_error(model, prompts, got).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_special_tokens_end_paths_and_begin_none(raw):
+    """Guards a path that goes on behind a chat's `<|im_start|>`, that hides it, or that begins with
+    it: branches are the best of the ordinary tokens and end-of-text."""
+    model, (prompts, names) = loud_model(), make_prompts(4)
+    best = [plain_logits(model, prompt, [])[-1].topk(3).indices.tolist() for prompt in prompts]
+    words = Words(eot=best[0][1])
+    special = {best[0][0], best[1][1], 7, 8, 9} - {words.eot}
+    words.ends |= dict.fromkeys(special, "special")
+    got = sample_block(model, words, prompts, names, replace(PAPER, raw=raw))
+    assert {row.finish for row in got} == {"eos", "special", "length"}
+    for row in got:
+        assert not special & set(row.token_ids[:-1])
+        assert (row.finish == "special") == (
+            row.token_ids[-1:] != [] and row.token_ids[-1] in special
+        )
+        assert len(row.token_ids) == len(row.logprobs) <= 24
+    if not raw:
+        assert got[0].token_ids[0] == words.eot and not any(
+            row.token_ids[0] in special for row in got
+        )
     assert logprob_error(model, prompts, got).abs().max() < 1e-4
 
 
