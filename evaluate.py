@@ -118,8 +118,6 @@ def default_models(task: str) -> list[str]:
 
 # --- one checkpoint -------------------------------------------------------------------------------
 
-Blocks = dict[Path, list[Question]]  # the file of each block, and its questions
-
 
 class Job(NamedTuple):
     """What one command asks of every checkpoint."""
@@ -137,10 +135,9 @@ def evaluate(cell: Cell, job: Job) -> dict:
     out, questions = cell.out, job.questions
     with files.lock_folder(out, ".lock-evaluate"):
         settings, device = settle(cell, job)
-        blocks = block_files(out, settings, questions)
-        store = next(iter(blocks)).parent
-        store.mkdir(exist_ok=True)
-        files.check_settings(store / "evaluation.json", settings, "choose another --out-dir")
+        blocks = outputs_of(out, settings, questions)
+        blocks.folder.mkdir(exist_ok=True)
+        files.check_settings(blocks.folder / "evaluation.json", settings, "use another --out-dir")
 
         @cache
         def load():
@@ -155,7 +152,7 @@ def evaluate(cell: Cell, job: Job) -> dict:
             outputs = greedy(*load(), block, cell.suffix, cap, rows=n, progress=progress)
             return [{"text": text, "finish": finish} for text, finish in outputs]
 
-        if missing(blocks):
+        if blocks.missing():
             remove_derived(out)
         outputs = complete(blocks, decode, cell.title)
         records = [grade(q, r["text"], r["finish"]) for q, r in zip(questions, outputs)]
@@ -171,9 +168,9 @@ def evaluate(cell: Cell, job: Job) -> dict:
             found = answer_logprobs(*load(), block, [said[q.id] for q in block], cell.suffix)
             return [{"logprobs": logprobs} for logprobs in found]
 
-        blocks = {p.with_suffix(".likelihood.jsonl"): block for p, block in blocks.items()}
+        blocks = blocks._replace(ending=".likelihood.jsonl")
         weighed: list[dict] = []
-        if job.likelihood or not missing(blocks):
+        if job.likelihood or not blocks.missing():
             found = complete(blocks, weigh, "answer likelihood")
             weighed = [likelihood_record(q, r["logprobs"]) for q, r in zip(questions, found)]
             write_atomic(out / "likelihood.jsonl", map(to_line, weighed))
@@ -213,39 +210,24 @@ def settle(cell: Cell, job: Job) -> tuple[dict, torch.device]:
     return settings, device
 
 
-def block_files(out: Path, settings: dict, questions: list[Question]) -> Blocks:
-    """The files for the outputs of `questions`. They lie in a folder that is named by a hash of the
-    settings, so outputs of other settings or other weights are neither lost nor mixed in."""
+def outputs_of(out: Path, settings: dict, questions: list[Question]) -> script.Blocks:
+    """The block files for the outputs of `questions`. They lie in a folder that is named by a hash of
+    the settings, so outputs of other settings or other weights are neither lost nor mixed in."""
     folder = out / f"outputs-{short_hash(json.dumps(settings, sort_keys=True))}"
-    n = settings["block_questions"]
-    blocks = [questions[i : i + n] for i in range(0, len(questions), n)]
-    return {files.block_path(folder, i, len(block)): block for i, block in enumerate(blocks)}
+    return script.Blocks(folder, questions, settings["block_questions"])
 
 
-def stored_block(path: Path, block: list[Question]) -> list[dict] | None:
-    """The records of one block; None if they are still to be made."""
-    return files.read_block(path, [(q.id, q.text) for q in block])
-
-
-def missing(blocks: Blocks) -> int:
-    """How many questions are in blocks that have no whole file yet."""
-    return sum(len(block) for path, block in blocks.items() if not stored_block(path, block))
-
-
-def complete(blocks: Blocks, make: Callable, what: str) -> list[dict]:
+def complete(blocks: script.Blocks, make: Callable, what: str) -> list[dict]:
     """The records of all blocks, in order. `make(questions, progress)` computes those of a missing
     block, which is written before the next one begins."""
-    records: list[dict] = []
-    with script.TokenBar(missing(blocks), disable=not missing(blocks), desc=what) as bar:
-        for path, block in blocks.items():
-            found = stored_block(path, block)
-            if not found:
-                made = make(block, bar.count)
-                found = [{"id": q.id, "question": q.text, **r} for q, r in zip(block, made)]
-                write_atomic(path, map(to_line, found))
-                bar.update(len(block))
-            records += found
-    return records
+    n = sum(len(blocks.block(i)) for i in blocks.missing())
+    with script.TokenBar(n, disable=not n, desc=what) as bar:
+        for i in blocks.missing():
+            block = blocks.block(i)
+            made = make(block, bar.count)
+            blocks.write(i, [{"id": q.id, "question": q.text, **r} for q, r in zip(block, made)])
+            bar.update(len(block))
+    return [r for i in blocks.numbers() for r in blocks.read(i)]
 
 
 def remove_derived(out: Path) -> None:
@@ -257,8 +239,8 @@ def remove_derived(out: Path) -> None:
 
 def print_plan(cell: Cell, job: Job) -> None:
     """--dry-run: how much there is to decode and to judge."""
-    blocks = block_files(cell.out, settle(cell, job)[0], job.questions)
-    n, cap = missing(blocks), job.settings["max_new_tokens"]
+    blocks = outputs_of(cell.out, settle(cell, job)[0], job.questions)
+    n, cap = sum(len(blocks.block(i)) for i in blocks.missing()), job.settings["max_new_tokens"]
     print(
         f"{cell.title}: {n:,} of {len(job.questions):,} outputs to decode, at most {n * cap:,} "
         f"tokens, to {cell.out}"
@@ -266,7 +248,7 @@ def print_plan(cell: Cell, job: Job) -> None:
     prompt = printable_lines(prompts.question_prompt(job.questions[0], cell.suffix))
     print("  prompt: " + prompt.replace("\n", "\n          "))
     longest = {"text": "x" * 5 * cap}  # what judging an output can cost at most
-    stored = (stored_block(path, block) or [longest] * len(block) for path, block in blocks.items())
+    stored = (blocks.read(i) or [longest] * len(blocks.block(i)) for i in blocks.numbers())
     said = [r["text"] for records in stored for r in records]
     records = [grade(q, text, None) for q, text in zip(job.questions, said)]
     judge.print_plan(records, job.judge, "  judge")

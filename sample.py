@@ -29,10 +29,8 @@ from sert_min.gpt2 import GPT2
 from sert_min.io.errors import SertError, need, printable, printable_lines, run_script
 from sert_min.io.files import (
     append_durable,
-    block_path,
     check_settings,
     lock_folder,
-    read_block,
     read_json,
     read_jsonl,
     stored_settings,
@@ -47,7 +45,16 @@ from sert_min.patterns import EARLY_KINDS
 from sert_min.prompts import question_prompt
 from sert_min.questions import Question, data_hash, describe
 from sert_min.report import console
-from sert_min.script import Student, TokenBar, add_flags, check_counts, given, open_student, parser
+from sert_min.script import (
+    Blocks,
+    Student,
+    TokenBar,
+    add_flags,
+    check_counts,
+    given,
+    open_student,
+    parser,
+)
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
 BLOCK = 32  # questions per block
@@ -113,14 +120,10 @@ class Run(NamedTuple):
     def per_question(self) -> int:
         return self.s.branches * self.s.samples
 
-    def blocks(self) -> list[list[Question]]:
+    @property
+    def blocks(self) -> Blocks:
         size = self.settings["block_questions"]
-        return [self.questions[i : i + size] for i in range(0, len(self.questions), size)]
-
-    def stored(self, i: int, block: list[Question]) -> list[dict] | None:
-        """The samples of block i; None if they are still to be made."""
-        wanted = [(q.id, q.text) for q in block for _ in range(self.per_question)]
-        return read_block(block_path(self.out / "blocks", i, len(block)), wanted)
+        return Blocks(self.out / "blocks", self.questions, size, self.per_question)
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -237,24 +240,22 @@ def early_kinds(flag: bool | None, preset: dict, limits: dict, stored: dict) -> 
 def sample_missing(run: Run) -> None:
     """Make the block files that are missing (every WORLD-th one of them) and wait, as process 0, for
     those of the other processes. A finished block is never made again."""
-    (run.out / "blocks").mkdir(exist_ok=True)
-    blocks = run.blocks()
-    missing = [i for i, block in enumerate(blocks) if run.stored(i, block) is None]
+    blocks, memory = run.blocks, {}  # the decoder's memory, from block to block
+    missing = blocks.missing()
     todo = [i for i in missing if i % WORLD == RANK]
     if RANK == 0 and missing:
         for name in DERIVED:  # train.py must not take a part for all
             (run.out / name).unlink(missing_ok=True)
-        if len(missing) < len(blocks):
-            print(f"{len(blocks) - len(missing)} of {len(blocks)} blocks are there already")
-    memory: dict = {}  # of the decoder, from block to block
-    bar = TokenBar(sum(len(blocks[i]) for i in todo), disable=RANK > 0 or not todo)
+        if there := len(blocks.numbers()) - len(missing):
+            print(f"{there} of {len(blocks.numbers())} blocks are there already")
+    bar = TokenBar(sum(len(blocks.block(i)) for i in todo), disable=RANK > 0 or not todo)
     kept, model, early = 0, (run.model, run.tokenizer), run.settings["early_reject"]
     for i in todo:
-        block = blocks[i]
+        block = blocks.block(i)
         sampled = sample_paths(*model, block, run.s, run.student.suffix, early, bar.count, memory)
-        write_atomic(block_path(run.out / "blocks", i, len(block)), map(to_line, sampled))
+        blocks.write(i, sampled)
         records = filters.path_records(sampled, block, run.tokenizer, run.limits)
-        kept += filters.Funnel(records).passed
+        kept += sum(r["verdict"] in ("kept", "selected") for r in records)
         bar.note = f", {kept:,} paths kept"
         bar.update(len(block))
     bar.close()
@@ -264,30 +265,31 @@ def sample_missing(run: Run) -> None:
     if others:
         print("waiting for the blocks of the other processes")
     for i in others:
-        while run.stored(i, blocks[i]) is None:
+        while blocks.read(i) is None:
             time.sleep(0.05)
 
 
 def write_derived(run: Run, whole: bool = True) -> None:
     """paths.jsonl, selected.jsonl and funnel.json from the block files, by today's rules. Blocks are
     read one by one, so memory stays flat. Without `whole`, missing blocks may be left out."""
-    funnel, paths, blocks, missing = filters.Funnel(), run.out / "paths.jsonl", run.blocks(), 0
+    funnel, paths, blocks, there = filters.Funnel(), run.out / "paths.jsonl", run.blocks, 0
 
     def lines():
-        nonlocal missing
-        for i, block in enumerate(blocks):
-            sampled = run.stored(i, block)
+        nonlocal there
+        for i in blocks.numbers():
+            sampled = blocks.read(i)
             need(sampled or not whole, f"block {i} of {run.out} is damaged; repeat the command")
-            missing += not sampled
+            there += bool(sampled)
+            block = blocks.block(i)
             for r in filters.path_records(sampled or [], block, run.tokenizer, run.limits):
                 yield to_line(funnel.add(r))
-        need(funnel.paths, f"{run.out} holds no samples; run without --refilter first")
+        need(funnel.verdicts, f"{run.out} holds no samples; run without --refilter first")
 
     write_atomic(paths, lines())  # an error in `lines` leaves the old file as it is
-    if missing:
+    if there < len(blocks.numbers()):
         print(
-            f"{len(blocks) - missing} of {len(blocks)} blocks are there, the others are left out; a "
-            "short last block is found with the --limit that it was made with"
+            f"{there} of {len(blocks.numbers())} blocks are there, the others are left out; a short "
+            "last block is found with the --limit that it was made with"
         )
     selected = (r for r in read_jsonl(paths) if r["verdict"] == "selected")
     write_atomic(run.out / "selected.jsonl", map(to_line, selected))
@@ -299,31 +301,23 @@ def convert(run: Run) -> None:
     """Bring a folder of an earlier version into today's form. Its samples stand in paths.jsonl, those
     of the last finished blocks perhaps still in blocks/, and its settings.json also holds the limits
     of the rules. What is torn is sampled anew."""
-    path, folder, size = (
-        run.out / "settings.json",
-        run.out / "blocks",
-        run.settings["block_questions"],
-    )
-    stored, keys = stored_settings(path), [rule.flag for rule in filters.RULES]
-    if not any(key in stored for key in keys):
+    path, old = run.out / "settings.json", run.out / "paths.jsonl"
+    if not {rule.flag for rule in filters.RULES} & stored_settings(path).keys():
         return
     need(WORLD == 1, f"{run.out} is of an earlier version; run once without torchrun to convert it")
-    folder.mkdir(exist_ok=True)
     keys = ("id", "question", "branch", "sample", "token_ids", "logprobs", "path_start", "finish")
-    records = (
-        read_jsonl(run.out / "paths.jsonl") if (run.out / "paths.jsonl").exists() else iter(())
-    )
-    for i in range(0, len(run.split), size):
+    records = read_jsonl(old) if old.exists() else iter(())
+    size, each = run.settings["block_questions"], run.per_question
+    for i in range(-(-len(run.split) // size)):
         part: list[dict] = []
         with contextlib.suppress(SertError, KeyError):  # a torn line
-            for r in itertools.islice(records, size * run.per_question):
+            for r in itertools.islice(records, size * each):
                 part.append({k: r[k] for k in keys})
-        block = run.split[i : i + size][: len(part) // run.per_question]  # --limit may have cut it
-        wanted = [(q.id, q.text) for q in block for _ in range(run.per_question)]
-        part = part[: len(wanted)]
-        if not part or [(r["id"], r["question"]) for r in part] != wanted:
+        block = run.split[i * size : (i + 1) * size][: len(part) // each]  # --limit may have cut it
+        part = part[: len(block) * each]
+        if not part or [r["question"] for r in part[::each]] != [q.text for q in block]:
             break
-        write_atomic(block_path(folder, i // size, len(block)), map(to_line, part))
+        Blocks(run.out / "blocks", run.split[: i * size + len(block)], size, each).write(i, part)
     write_atomic(path, json.dumps(run.settings, indent=1) + "\n")
 
 
@@ -362,7 +356,7 @@ def print_plan(run: Run, prompt_tokens: int) -> None:
     q, most = run.questions[0], len(run.questions) * run.per_question * run.s.max_new_tokens
     print(f"\nprompt of question {printable(q.id)} ({prompt_tokens} tokens):")
     print(printable_lines(question_prompt(q, run.student.suffix)))
-    n, size = len(run.blocks()), run.settings["block_questions"]
+    n, size = len(run.blocks.numbers()), run.settings["block_questions"]
     print(f"\nplan: {n} blocks of {size} questions, at most {most:,} tokens, to {run.out}")
 
 

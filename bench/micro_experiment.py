@@ -8,8 +8,7 @@ SERT+RD took in both stages. Intervals: paired bootstrap over seeds and test que
 
     python bench/micro_experiment.py --out out/experiment        # repeat to continue
 
-Writes results-seedN.jsonl (a line per trained student, with every test answer), summary.json and
-curve.png.
+Writes results-seedN.jsonl (a line per trained student, with every test answer) and summary.json.
 """
 
 import argparse
@@ -19,19 +18,20 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
 import numpy as np
 import torch
 
-import sample
 from bench.common import machine
-from sert_min import answers, filters, prompts, tasks
-from sert_min.finetune import TrainSettings, encode_example, epoch_order, make_optimizer, train_step
-from sert_min.generate import SampleSettings
-from sert_min.io.errors import SertError, run_script
+from sert_min import prompts, tasks
+from sert_min.answers import strip_answer_sentence
+from sert_min.finetune import TrainSettings, encode_example, fit
+from sert_min.io.errors import need, run_script
 from sert_min.io.files import (
     append_durable,
     check_settings,
@@ -43,7 +43,7 @@ from sert_min.io.files import (
 )
 from sert_min.io.hub import find_model, weights_hash
 from sert_min.metrics import grade, greedy
-from sert_min.micro import program, world
+from sert_min.micro import measure, program, world
 from sert_min.models import load_model
 from sert_min.tokenizer import load_tokenizer
 
@@ -77,17 +77,14 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def trained(model, pairs: list, tokenizer, epochs: int, seed: int, steps: int | None = None):
     """A copy of `model` fine-tuned on (prompt, completion) pairs; (student, steps taken)."""
-    student = copy.deepcopy(model).train()
-    s = TrainSettings(epochs=epochs, seed=seed)
+    student = copy.deepcopy(model)
     examples = [encode_example(tokenizer, *pair) for pair in pairs]
-    optimizer = make_optimizer(student, s.lr)
-    per_epoch = -(-len(examples) // s.batch_size)
-    steps = steps or epochs * per_epoch
-    for step in range(steps):
-        epoch, at = divmod(step, per_epoch)
-        order = epoch_order(len(examples), seed, epoch)[at * s.batch_size :][: s.batch_size]
-        train_step(student, optimizer, [examples[i] for i in order], step)
-    return student.eval(), steps
+    if steps:  # as many epochs as these take
+        epochs = steps // TrainSettings(epochs=1).steps(len(pairs)) + 1
+    s = TrainSettings(epochs=epochs, seed=seed, max_steps=steps)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(student, examples, [str(i) for i in range(len(pairs))], Path(folder), s)
+    return student, s.steps(len(pairs))
 
 
 def tested(student, tokenizer, questions: list, suffix: str) -> dict:
@@ -104,30 +101,15 @@ def tested(student, tokenizer, questions: list, suffix: str) -> dict:
 
 def selected_pairs(model, tokenizer, questions: list, seed: int) -> tuple[list, dict]:
     """SERT's training pairs from this seed's own samples, and how good the paths are."""
-    preset = world.PRESET
-    rules = filters.FilterSettings(
-        **{k: preset[k] for k in ("min_tokens", "max_rep2", "min_perplexity")}
-    )
-    s = SampleSettings(max_new_tokens=preset["max_new_tokens"], seed=seed)
-    pairs, right, contradict = [], 0, 0
-    by_id = {q.id: q for q in questions}
-    run = sample.Run(
-        Path(), "", model, tokenizer, questions, "", s, rules, {"early_reject": []}, {}
-    )
-    for i in range(0, len(questions), sample.BLOCK):
-        for r in sample.block_records(run, questions[i : i + sample.BLOCK]):
-            if r["verdict"] != "selected":
-                continue
-            q = by_id[r["id"]]
-            text, _ = answers.strip_answer_sentence(r["text"])
-            if not text:  # train.py leaves these out as well
-                continue
+    pairs, right, contradict, by_id = [], 0, 0, {q.id: q for q in questions}
+    for r in measure.sampled(model, tokenizer, questions, replace(measure.SETTINGS, seed=seed)):
+        q, (text, _) = by_id[r["id"]], strip_answer_sentence(r["text"])
+        if r["verdict"] == "selected" and text:  # train.py leaves empty ones out as well
             seen = program.check_path(q, text)
             right += seen["facts"] and seen["relation"] and seen["verdict"]
             contradict += bool(seen["stated"] and not seen["gold"])
             pairs.append(prompts.sert_pair(q, text))
-    quality = {"selected": len(pairs), "right": right, "contradict_gold": contradict}
-    return pairs, quality
+    return pairs, {"selected": len(pairs), "right": right, "contradict_gold": contradict}
 
 
 def rationale(q, wording: str) -> str:
@@ -139,7 +121,7 @@ def rationale(q, wording: str) -> str:
     v = asked.world.value[asked.relation, t]
     rng = random.Random(q.id)
     text = world.latent_reasoning(rng, asked.relation, asked.person, t, v, asked.value)
-    return answers.strip_answer_sentence(text)[0]
+    return strip_answer_sentence(text)[0]
 
 
 # --- one seed -------------------------------------------------------------------------------------
@@ -278,54 +260,29 @@ def summarize(args, results: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def plot(summary: dict, png: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    styles = {"RD": "o-", "SERT+RD": "s-", "Finetune+RD": "^--", "RD, steps of SERT+RD": "v:"}
-    x = range(len(summary["numbers"]))
-    for method, values in summary["curve"].items():
-        ax.plot(x, [100 * v for v in values], styles[method], label=method, linewidth=1.8)
-    ax.set_xticks(list(x), [str(n) for n in summary["numbers"]])
-    ax.axhline(35, color="#888888", linewidth=0.8)
-    ax.text(0, 35.8, "chance (half yes/no, half five choices)", color="#666666", fontsize=8)
-    ax.set(xlabel="teacher rationales", ylabel="test accuracy (%)", ylim=(0, 101),
-           title="Micro-world: what self-training adds to distillation")  # fmt: skip
-    ax.legend(frameon=False)
-    fig.savefig(png, dpi=130)
-    plt.close(fig)
-
-
 def main(args) -> None:
     out = Path(args.out)
     if args.worker is not None:
         return work(args, out)
-    if str(args.n) not in args.curve.split(","):
-        raise SertError(f"--n {args.n} must be one of --curve {args.curve}")
+    need(str(args.n) in args.curve.split(","), f"--n {args.n} must be one of --curve {args.curve}")
     start = time.perf_counter()
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     with lock_folder(out):
-        fixed = {
-            k: getattr(args, k) for k in ("curve", "epochs", "test", "train", "model", "teacher")
-        }
+        names = ("curve", "epochs", "test", "train", "model", "teacher")
+        fixed = {k: getattr(args, k) for k in names}
         fixed["weights"] = weights_hash(find_model(args.model))
         check_settings(out / "settings.json", fixed, "choose another --out")
         command = [sys.executable, __file__, *sys.argv[1:], "--workers", str(args.workers)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        workers = [
-            subprocess.Popen([*command, "--worker", str(i)], env=env) for i in range(args.workers)
-        ]
-        if any([p.wait() for p in workers]):
-            raise SertError("a worker failed, see above; repeat the command to continue")
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        numbers = range(args.workers)
+        workers = [subprocess.Popen([*command, "--worker", str(i)], env=env) for i in numbers]
+        failed = any([p.wait() for p in workers])
+        need(not failed, "a worker failed, see above; repeat the command to continue")
         results = [r for n in seeds for r in read_jsonl(out / f"results-seed{n}.jsonl")]
         summary = summarize(args, results)
         summary["minutes"] = round((time.perf_counter() - start) / 60, 1)
         write_atomic(out / "summary.json", json.dumps(summary, indent=1) + "\n")
-        plot(summary, out / "curve.png")
-    print(f"\nwrote {out}/summary.json and {out}/curve.png; {summary['minutes']} minutes")
+    print(f"\nwrote {out}/summary.json; {summary['minutes']} minutes")
     return None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels import attention, cpu, reference
 
 # Timed on an H100 at V = 50,257: in bf16 the fused head takes 1.04 to 1.15 times as long as a padded
-# product and the one-pass kernel at 25 rows, 1.5 to 2.2 times at 250 and 1,000. In fp32 it is 1.1
+# product and the one-pass kernel at 25 rows, 1.3 to 1.7 times at 250 and 1,000. In fp32 it is 1.1
 # times as slow at 25 and 1.04 to 1.08 times as fast at more. It needs no memory for logits.
 FUSE_ROWS = 16  # in bf16 and fp16
 BACKENDS = (None, "reference", "triton")  # None: Triton on CUDA, the reference elsewhere

@@ -9,7 +9,7 @@ The examples of a batch stand one after another in one row of N tokens, so linea
 on padding. Only attention puts them into a padded [B, T] grid and takes them out again, so that no
 example sees another. The head runs on the M tokens that have a loss.
 
-The loop can be killed at any moment. Its state (weights, optimiser, step, random numbers) is saved all
+The loop can be killed at any moment. Its state (weights, optimiser, step) is saved all
 or nothing, and the order of examples follows from (seed, epoch) alone, so a resumed run takes the very
 steps that the uninterrupted run would have taken. The learning rate is constant, so a finished run can
 also be continued with more epochs.
@@ -32,14 +32,13 @@ from kernels.cpu import linear
 from sert_min.gpt2 import GPT2, causal_attention
 from sert_min.io import parallel
 from sert_min.io.errors import SertError, need, this_command
-from sert_min.io.files import append_durable, read_jsonl, set_torn_tail_aside, to_line, write_atomic
+from sert_min.io.files import read_jsonl, set_torn_tail_aside, to_line, write_atomic
 from sert_min.io.machine import keep_freed_memory, stop_signals
 from sert_min.io.state import load_state, save_state
 from sert_min.models import first_broken
 
 IGNORE = -100  # target of a position that has no loss
 CLIP = 1.0  # largest gradient norm (paper silent)
-METRICS = {"step": int}  # keys of a line that every reader needs
 Example = tuple[list[int], list[int]]  # ids and targets, equally long
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -142,20 +141,12 @@ def n_supervised(examples: list[Example]) -> int:
 
 
 @torch.no_grad()
-def mean_loss(
-    model: GPT2,
-    examples: list[Example],
-    bf16: bool = False,
-    poll: Callable[[], None] = lambda: None,
-) -> float:
-    """Mean loss (nats) per token that has one, 32 examples at a time; `poll()` is called before each
-    32."""
-    total = 0.0
-    for i in range(0, len(examples), 32):
-        poll()
-        total += loss_sum(model, pack(examples[i : i + 32], model.wte.weight.device), bf16).item()
-    if not math.isfinite(total):
-        raise SertError(f"the loss on the validation examples is {total}; lower --lr")
+def mean_loss(model: GPT2, examples: list[Example], bf16: bool = False) -> float:
+    """Mean loss (nats) per token that has one, 32 examples at a time."""
+    device = model.wte.weight.device
+    parts = (pack(examples[i : i + 32], device) for i in range(0, len(examples), 32))
+    total = sum(loss_sum(model, part, bf16).item() for part in parts)
+    need(math.isfinite(total), f"the loss on the validation examples is {total}; lower --lr")
     return total / n_supervised(examples)
 
 
@@ -188,17 +179,16 @@ def train_step(
     step: int,
     accumulate: int = 1,
     bf16: bool = False,
-    loss_of: Callable = loss_sum,
 ) -> float:
     """Take one optimiser step on the mean loss (nats) per token that has one; returns that loss.
     `accumulate` runs the examples in so many parts, with the same result and less memory. A loss or
-    gradient that is not finite is an error before the update. `loss_of` may be a compiled `loss_sum`.
-    Under torchrun each process takes its part of the examples, with the same result."""
+    gradient that is not finite is an error before the update. Under torchrun each process takes its
+    part of the examples, with the same result."""
     n, device = n_supervised(examples), model.wte.weight.device
     mine, total = examples[parallel.RANK :: parallel.WORLD], torch.zeros((), device=device)
     size = -(-len(mine) // accumulate) or 1
     for i in range(0, len(mine), size):
-        loss = loss_of(model, pack(mine[i : i + size], device), bf16) / n
+        loss = loss_sum(model, pack(mine[i : i + size], device), bf16) / n
         loss.backward()
         total += loss.detach()
     parameters = list(model.parameters())
@@ -258,19 +248,19 @@ def fit(
     out: Path,
     s: TrainSettings,
     bf16: bool = False,
-    validate: Callable[[Callable], dict] | None = None,
+    validate: Callable[[], dict] | None = None,
     save_seconds: float = 300,
 ) -> None:
     """Train `model` in place for s.steps(len(examples)) steps, from the state in `out`/state if there
     is one. `names` are the examples' question ids, for errors.
 
-    metrics.jsonl in `out` gets the loss of each step and, after each epoch, what `validate(poll)`
-    returns (it calls poll() now and then). The state is saved every `save_seconds`, at the end, and
-    when SIGINT or SIGTERM asks to stop; the process then exits."""
+    metrics.jsonl in `out` gets the loss of each step and, after each epoch, what `validate()` returns.
+    The state is saved every `save_seconds`, at the end, and when SIGINT or SIGTERM asks to stop; the
+    process then exits."""
     steps, per_epoch = s.steps(len(examples)), -(-len(examples) // s.batch_size)
     keep_freed_memory()
     optimizer = make_optimizer(model, s.lr)
-    first = step = parallel.process_0_first(lambda: load_state(model, optimizer, out))
+    step = parallel.process_0_first(lambda: load_state(model, optimizer, out / "state"))
     need(
         step <= steps,
         f"{out} has gone {step:,} steps already, asked are {steps:,}; raise --epochs or "
@@ -279,7 +269,8 @@ def fit(
     log = out / "metrics.jsonl" if parallel.RANK == 0 else Path(os.devnull)
     validated = keep_metrics_before(log, step) if parallel.RANK == 0 else 0
     model.wte.sparse = sparse_embedding(model)
-    tokens, seconds, saved = 0, 0.0, time.perf_counter()
+    tokens, saved = 0, time.perf_counter()
+    start, order = saved, epoch_order(len(examples), s.seed, step // per_epoch)
 
     def note(**record) -> None:
         metrics.write(to_line({"step": step, "epoch": (step - 1) // per_epoch + 1, **record}))
@@ -290,20 +281,8 @@ def fit(
         if parallel.RANK > 0:
             return
         os.fsync(metrics.fileno())
-        save_state(model, optimizer, out, step)
+        save_state(model, optimizer, out / "state", step)
         saved = time.perf_counter()
-        spent = {"from": first, "step": step, "tokens": tokens, "seconds": round(seconds, 3)}
-        append_durable(out / "timings.jsonl", to_line(spent))
-
-    def poll(*_) -> None:
-        if stopped:
-            raise Stop
-
-    def stop_if_asked() -> None:
-        if number := parallel.largest(stopped[0] if stopped else 0):
-            save()
-            print(f"\nsaved at step {step}; continue with: {this_command()}", flush=True)
-            raise SystemExit(128 + number)
 
     with (
         open(log, "a", encoding="utf-8") as metrics,
@@ -314,31 +293,28 @@ def fit(
             epoch, at = divmod(step, per_epoch)
             due = validate and step > validated and (at == 0 or step == steps)
             if due and parallel.RANK == 0:
-                with contextlib.suppress(Stop):
-                    note(**validate(poll))
-            stop_if_asked()
+                note(**validate())
+            if number := parallel.largest(stopped[0] if stopped else 0):
+                save()
+                print(f"\nsaved at step {step}; continue with: {this_command()}", flush=True)
+                raise SystemExit(128 + number)
             if step == steps:
                 break
-            if at == 0 or step == first:
+            if at == 0:
                 order = epoch_order(len(examples), s.seed, epoch)
             chosen = order[at * s.batch_size : (at + 1) * s.batch_size]
-            batch, start = [examples[i] for i in chosen], time.perf_counter()
+            batch = [examples[i] for i in chosen]
             with told_where(f"epoch {epoch + 1}, questions {', '.join(names[i] for i in chosen)}"):
                 loss = train_step(model, optimizer, batch, step + 1, s.accumulate, bf16)
             step += 1
             note(loss=round(loss, 6))
             tokens += sum(len(ids) for ids, _ in batch)
-            seconds += time.perf_counter() - start  # of the steps: not of validation and saving
-            told = f"epoch {epoch + 1}, loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s"
-            bar.set_postfix_str(told, refresh=False)
+            rate = tokens / (time.perf_counter() - start)
+            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, {rate:,.0f} tokens/s", False)
             bar.update()
             if time.perf_counter() - saved > save_seconds:
                 save()
         save()
-
-
-class Stop(Exception):
-    """Ends a validation early, because a signal asked the run to stop."""
 
 
 @contextlib.contextmanager
@@ -358,7 +334,7 @@ def keep_metrics_before(metrics: Path, step: int) -> int:
     """Drop what metrics.jsonl holds of steps after `step`, the saved one: they are taken again.
     Returns the last step that was validated."""
     set_torn_tail_aside(metrics)
-    there = read_jsonl(metrics, METRICS) if metrics.exists() else ()
+    there = read_jsonl(metrics, {"step": int}) if metrics.exists() else ()
     kept = [r for r in there if r["step"] <= step]
     write_atomic(metrics, map(to_line, kept))
     return max((r["step"] for r in kept if "validation_loss" in r), default=0)

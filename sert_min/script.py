@@ -4,6 +4,7 @@ Each script turns its flags into settings and a student once, in `main`; `args` 
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,9 @@ from tqdm import tqdm
 
 from sert_min import tasks
 from sert_min.io.errors import need
+from sert_min.io.files import to_line, write_atomic
 from sert_min.io.hub import commit_of, find_model, model_label, read_sert
+from sert_min.questions import Question
 
 FLAGS: dict[str, dict] = {
     "--task": dict(choices=tasks.TASKS, default=tasks.DEFAULT, help="default: %(default)s"),
@@ -69,6 +72,45 @@ class TokenBar(tqdm):
 
     def spent(self) -> dict:
         return {"tokens": self.tokens, "seconds": round(time.perf_counter() - self.start, 2)}
+
+
+class Blocks(NamedTuple):
+    """The block files of a run: each holds the records of `size` consecutive questions, `each` of
+    them per question. They are the only store: everything else is derived from them."""
+
+    folder: Path
+    questions: list[Question]
+    size: int
+    each: int = 1
+    ending: str = ".jsonl"
+
+    def numbers(self) -> range:
+        return range(-(-len(self.questions) // self.size))
+
+    def block(self, i: int) -> list[Question]:
+        """The questions of block i."""
+        return self.questions[i * self.size : (i + 1) * self.size]
+
+    def path(self, i: int) -> Path:
+        """The file of block i. A block of fewer questions (--limit) is another file."""
+        return self.folder / f"{i:06d}-{len(self.block(i))}{self.ending}"
+
+    def read(self, i: int) -> list[dict] | None:
+        """The records of block i; None if its file is missing, damaged, or of other questions."""
+        wanted = [(q.id, q.text) for q in self.block(i) for _ in range(self.each)]
+        try:
+            records = [json.loads(line) for line in self.path(i).read_bytes().splitlines()]
+            found = [(r["id"], r["question"]) for r in records]
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return records if found == wanted else None
+
+    def missing(self) -> list[int]:
+        return [i for i in self.numbers() if self.read(i) is None]
+
+    def write(self, i: int, records: list[dict]) -> None:
+        self.folder.mkdir(exist_ok=True)
+        write_atomic(self.path(i), map(to_line, records))
 
 
 class Student(NamedTuple):

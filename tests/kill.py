@@ -75,7 +75,7 @@ SAMPLING = {
     "files.check_settings": "settings",
     "sample.sample_missing": "block file",
     "sample.write_derived": "derived files",
-    "sample.print_summary": "summary",
+    "console.print_paths": "summary",
 }
 WEIGHTS = "last/model.safetensors", "metrics.jsonl"
 COMMANDS = {

@@ -232,7 +232,7 @@ def test_long_reasoning_is_cut_to_the_context(model):
             "commonsense_qa.train.palm-540b",
             "commonsense_qa",
             9741,
-            (7377,),
+            (7377, 7377),
             182,
             marks=pytest.mark.slow,
         ),  # fmt: skip
@@ -278,7 +278,6 @@ def test_bad_records_are_named_by_line(row, message):
     "words, message",
     [
         (["--limit", "0"], "--limit must be at least 1"),
-        (["--max-cost", "1"], None),
         (["--judge-model", "m", "--max-cost", "1"], "--max-cost needs --price-in"),
         (["--judge-model", "m", "--judge-temperature", "warm"], "--judge-temperature"),
         (["--judge-model", "m", "--base-url", "ftp://x"], "no http"),
@@ -286,13 +285,13 @@ def test_bad_records_are_named_by_line(row, message):
         (["--table", "."], "no metrics.json under"),
         (["--model", "./nowhere"], "no such folder"),
         (["--model", "micro", "micro", "--out-dir", "o"], "--out-dir takes"),
+        (["--task", "strategy_qa", "--paths", "x"], "--paths needs --judge-model"),
     ],
 )
 def test_bad_input_is_one_line(words, message):
-    if message:
-        with pytest.raises(SertError, match=message):
-            run(*words)
-        assert not Path("o").exists()
+    with pytest.raises(SertError, match=message):
+        run(*words)
+    assert not Path("o").exists()
 
 
 def test_dry_run_writes_nothing(model, capsys):
@@ -357,15 +356,18 @@ def test_table_of_another_world_has_no_paper_columns():
 
 
 def test_table_reads_folders(tmp_path, capsys):
+    """Guards other splits and variants in the table, and a traceback for a foreign metrics.json."""
     for name, m in (("sert/seed0", metrics()), ("sert/seed0/eval-train", {**metrics(), "split": "train"}),
                     ("best", {**metrics(), "variant": "best"})):  # fmt: skip
         folder = tmp_path / "t/strategy_qa/gpt2" / name
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps(m))
     run("--table", tmp_path / "t")
-    assert (
-        "687\n" in capsys.readouterr().out and " x " not in (tmp_path / "t/table.txt").read_text()
-    )
+    assert "687\n" in capsys.readouterr().out
+    assert " x " not in (tmp_path / "t/table.txt").read_text()
+    (folder / "metrics.json").write_text('{"split": "test", "method": "rd"}')
+    with pytest.raises(SertError, match="metrics.json is not what evaluate.py writes"):
+        run("--table", tmp_path / "t")
 
 
 # --- runs/ ----------------------------------------------------------------------------------------
@@ -391,16 +393,13 @@ def paper(folder: Path, model: Path, *words, **variables) -> subprocess.Popen:
 
 
 def test_dry_run_of_the_matrix(tmp_path, model):
-    """Guards the plan of paper.sh: 24 cells, parts, tokens that scale with the limit."""
+    """Guards the plan of paper.sh: 24 cells, tokens that scale with the limit."""
     said, _ = paper(tmp_path / "a", model, "--dry-run", TASKS="strategy_qa commonsense_qa",
-                    MODELS="gpt2 gpt2-medium gpt2-large", LIMIT="").communicate(timeout=60)  # fmt: skip
+                    MODELS="gpt2 gpt2-medium gpt2-large", LIMIT="").communicate()  # fmt: skip
     assert len(re.findall(r"^(?:strategy|commonsense)_qa ", said, re.MULTILINE)) == 24
     assert f"{9741 * 25 * 85:,}" in said and "in all about" in said and "17,172 requests" in said
-    p = paper(tmp_path / "b", model, "--dry-run", METHODS="sert rd", MODELS="gpt2")
-    said, _ = p.communicate(timeout=60)
-    assert said.count("strategy_qa ") == 2 and p.returncode == 0
     p = paper(tmp_path / "c", model, "--limit", "3")
-    assert "takes --dry-run only" in p.communicate(timeout=60)[0] and p.returncode == 2
+    assert "takes --dry-run only" in p.communicate()[0] and p.returncode == 2
 
 
 @pytest.mark.slow
@@ -408,13 +407,13 @@ def test_the_matrix_survives_kills(tmp_path):
     """Guards paper.sh: killed at random moments and repeated, it ends with the same table and the
     same bytes; once done, it does nothing again; a failed cell does not stop the others."""
     folder = make_tiny_model(tmp_path / "tiny", n_positions=1024)
-    said, _ = paper(tmp_path / "whole", folder).communicate(timeout=300)
+    said, _ = paper(tmp_path / "whole", folder).communicate()
     assert said.count(" questions\n") >= 4 and "failed" not in said, said
     rng, kills = random.Random(3), 0
     while True:
         p = paper(tmp_path / "killed", folder)
         try:
-            p.communicate(timeout=rng.uniform(3, 15) if kills < 6 else 300)
+            p.communicate(timeout=rng.uniform(3, 15) if kills < 6 else None)
             break
         except subprocess.TimeoutExpired:
             os.killpg(p.pid, signal.SIGKILL)
@@ -427,9 +426,9 @@ def test_the_matrix_survives_kills(tmp_path):
     for f in files:
         other = tmp_path / "killed" / f.relative_to(tmp_path / "whole")
         assert f.read_bytes() == other.read_bytes(), f
-    said, _ = paper(tmp_path / "killed", folder).communicate(timeout=300)
+    said, _ = paper(tmp_path / "killed", folder).communicate()
     assert said.count("done before") == 4
     p = paper(tmp_path / "other", folder, METHODS="rd finetune", TEACHER_FILE_STRATEGY_QA="nowhere")
-    said, _ = p.communicate(timeout=300)
+    said, _ = p.communicate()
     assert "failed: error: --teacher-file nowhere does not exist" in said and p.returncode == 1
     assert re.search(r"finetune +\d+ s +Acc", said)

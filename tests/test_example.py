@@ -4,6 +4,7 @@ Guards against a page that went stale. Texts, ids and verdicts have to be equal,
 a CPU other than the one named at the page's end a draw may flip, so a few lines may differ there.
 """
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -61,3 +62,18 @@ def test_the_comparison_sees_a_change(pages, old, new):
     assert old in page
     assert differing(page, page.replace(old, new))
     assert not differing(page, page.replace("-2.959", "-2.957"))
+
+
+def test_the_functions_that_the_page_names_exist(pages):
+    """Guards a page that leads its reader to functions which have moved."""
+    named = {m[1] for m in re.finditer(r"`((?:[A-Za-z_0-9]+\.)+[A-Za-z_0-9]+)`", pages[0])}
+    named = {n for n in named if n.rpartition(".")[2] not in ("jsonl", "json", "md", "py")}
+    assert len(named) > 15
+    for name in named:
+        module, *attributes = name.split(".")
+        for place in ("", "sert_min.", "sert_min.micro."):
+            if importlib.util.find_spec(place + module):
+                found = importlib.import_module(place + module)
+                break
+        for attribute in attributes:
+            found = getattr(found, attribute)

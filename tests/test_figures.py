@@ -96,22 +96,14 @@ def test_a_failed_picture_loses_no_result_and_more_rules_have_styles(tmp_path, m
     assert (tmp_path / "f/figures.json").read_bytes() == numbers
 
 
-def test_early_rejected_runs_are_refused(tmp_path):
-    """Guards a figure of texts that were cut short."""
-    make_runs(tmp_path / "m", early=["direct"])
-    with pytest.raises(SertError, match="--no-early-reject"):
-        figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
-
-
-def test_two_judges_are_not_mixed(tmp_path):
-    make_runs(tmp_path / "m")
-    write_atomic(tmp_path / "m/paths-test/seed0/scores-other.jsonl", "")
-    with pytest.raises(SertError, match="--judge-model"):
-        figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
-    figures.draw_figures(tmp_path, tmp_path / "f", "test", "program")
-
-
-def test_nothing_judged_is_one_line(tmp_path):
-    (tmp_path / "m/sert").mkdir(parents=True)
-    with pytest.raises(SertError, match="nothing under .* is judged"):
-        figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
+def test_what_cannot_be_drawn_is_one_line(tmp_path):
+    """Guards a figure of texts that were cut short, and of two judges' scores in one."""
+    (tmp_path / "none/sert").mkdir(parents=True)
+    make_runs(tmp_path / "early", early=["direct"])
+    make_runs(tmp_path / "two")
+    write_atomic(tmp_path / "two/paths-test/seed0/scores-other.jsonl", "")
+    for name, message in (("none", "nothing under .* is judged"), ("early", "--no-early-reject"),
+                          ("two", "--judge-model")):  # fmt: skip
+        with pytest.raises(SertError, match=message):
+            figures.draw_figures(tmp_path / name, tmp_path / "f", "test", None)
+    figures.draw_figures(tmp_path / "two", tmp_path / "f", "test", "program")

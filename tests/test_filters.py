@@ -12,6 +12,7 @@ from sert_min import answers, filters, patterns
 from sert_min.io.errors import SertError
 from sert_min.patterns import broken_kinds, earliest, pattern_break, pattern_breaks
 from sert_min.questions import Question
+from sert_min.report import console
 from sert_min.tokenizer import load_tokenizer
 
 CHOICES = ("bank", "library", "department store", "mall", "new york")
@@ -422,12 +423,12 @@ def test_the_funnel_adds_up(capsys):
     assert c["dropped"]["pattern"] == 2 and c["dropped"]["pattern:options"] == 1
     assert c["seen"]["perplexity"] - c["dropped"]["perplexity"] == c["passed"]
     assert (c["questions"], c["without_path"]) == (3, 2)
-    filters.print_funnel(c, filters.limits({}))
+    console.print_funnel({"rules": filters.limits({}), "counts": c})
     shown = capsys.readouterr().out
     assert "7        2   28.6%   drop imitative, options, direct" in shown
     assert "2 of 7 paths passed; 1 of 3 questions have a selected path, 2 have none" in shown
     with pytest.raises(SertError, match="no verdict 'rude'"):
-        filters.Funnel([record("1", 0, 0, 0.0, "rude")])
+        filters.Funnel([record("1", 0, 0, 0.0, "rude")]).counts()
 
 
 def test_reasoning_is_told_from_answers_and_loops(tiny_model_folder):

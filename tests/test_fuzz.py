@@ -33,7 +33,7 @@ import train
 from sert_min import answers, metrics, patterns, rationales, tasks, teacher_files
 from sert_min.io import endpoint
 from sert_min.io.errors import SertError
-from sert_min.io.files import check_settings, read_block, sha256_file, stored_settings
+from sert_min.io.files import check_settings, sha256_file, stored_settings
 from sert_min.io.hub import model_label, read_sert
 from sert_min.io.machine import resolve_machine
 from sert_min.io.state import read_state
@@ -274,7 +274,6 @@ FILES = {  # name -> (bytes, what reads them)
     "train_CoT_0.json": (json_file(OUTPUTS), read_taught),
     "responses.jsonl": (jsonl_file([REPLY]), read_collection),
     "sent.jsonl": (jsonl_file(SENT), read_collection),
-    "block.jsonl": (jsonl_file(PATHS), lambda path: read_block(path, [(q.id, q.text) for q in QUESTIONS])),
     "selected.jsonl": (jsonl_file(PATHS), lambda path: train.sert_pairs(path, QUESTIONS)),
     "texts.jsonl": (jsonl_file(TEXTS), judge_texts),
     "sampled.jsonl": (jsonl_file(PATHS), judge_paths),
@@ -318,8 +317,8 @@ def copy_with(model: Path, folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
 
 
-MODEL_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json", "sert.json",
-               "model.safetensors", "model.safetensors.index.json")  # fmt: skip
+MODEL_FILES = ("config.json", "vocab.json", "sert.json", "tokenizer.json",
+               "model.safetensors.index.json", "merges.txt", "model.safetensors")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)
@@ -327,20 +326,17 @@ MODEL_FILES = ("config.json", "vocab.json", "merges.txt", "tokenizer.json", "ser
 @given(data=st.data())
 def test_model_files_of_any_content(model, name, data):
     """Guards tracebacks and huge allocations from a model of others."""
-    if name == "tokenizer.json":
-        vocab = json.loads((model / "vocab.json").read_text())
-        merges = (model / "merges.txt").read_text().split("\n")[1:]
-        small = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, "added_tokens": [],
-                 "normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}}  # fmt: skip
-        content = data.draw(json_file(small))
-    elif name == "model.safetensors.index.json":
-        content = data.draw(json_file({"weight_map": {"wte.weight": "a.safetensors"}}))
-    elif name == "model.safetensors":
-        content = data.draw(weights_file((model / name).read_bytes()))
-    elif name == "merges.txt":
-        content = data.draw(garbled((model / name).read_bytes()))
-    else:
-        content = data.draw(json_file(json.loads((model / name).read_text())))
+    merges = (model / "merges.txt").read_bytes()
+    config, vocab, sert = (json.loads((model / n).read_text()) for n in MODEL_FILES[:3])
+    small = {"model": {"type": "BPE", "vocab": vocab, "merges": merges.decode().split("\n")[1:]},
+             "added_tokens": [], "normalizer": None, "pre_tokenizer": {"type": "ByteLevel"}}  # fmt: skip
+    index = {"weight_map": {"wte.weight": "a.safetensors"}}
+    contents = {
+        **dict(zip(MODEL_FILES, map(json_file, (config, vocab, sert, small, index)))),
+        "merges.txt": garbled(merges),
+        "model.safetensors": weights_file((model / "model.safetensors").read_bytes()),
+    }
+    content = data.draw(contents[name])
 
     def work():
         folder = Path.cwd()

@@ -24,7 +24,7 @@ from sert_min.tokenizer import load_tokenizer
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     questions = [Question("strategy_qa", f"q{i}", f"Is {i} even?", "yes") for i in range(3)]
-    monkeypatch.setattr(tasks, "load", lambda *_: questions)
+    monkeypatch.setattr(tasks, "load", lambda *_, **__: questions)
 
 
 def broken_model(folder, name="h.1.mlp.c_fc.weight", value=1e38):
@@ -74,20 +74,16 @@ COMMANDS = {
 def test_overflow_is_an_error_that_names_the_question(name, tmp_path):
     """Weights are finite, so loading can't see it; nothing may be drawn or saved."""
     script, flags, message = COMMANDS[name]
-    words = [
-        "--task",
-        "strategy_qa",
-        "--model",
-        str(broken_model(tmp_path / "m")),
-        "--out-dir",
-        "o",
-    ]
+    words = ["--task", "strategy_qa", "--model", str(broken_model(tmp_path / "m"))]
     with pytest.raises(SertError, match=message) as e:
-        script.main(script.parse_args([*words, "--device", "cpu", *flags.split()]))
+        script.main(
+            script.parse_args([*words, "--out-dir", "o", "--device", "cpu", *flags.split()])
+        )
     assert "weights" in str(e.value) and "\n" not in str(e.value)
     for file in ("paths.jsonl", "predictions.jsonl", "metrics.jsonl", "last"):
         path = tmp_path / "o" / file
         assert not path.exists() or path.read_bytes() == b""
+    assert not list((tmp_path / "o").rglob("*-*.jsonl"))  # block files
 
 
 def test_likelihood_names_question_and_layer(tmp_path):

@@ -124,7 +124,7 @@ def test_limit_keeps_the_chart_whole(tmp_path, tokenizer):
     assert all(0 < p[10] < len(p[2]) for p in lists)  # the token that broke the rule is known
 
 
-def test_rules_come_from_the_table_and_old_folders_are_read(tmp_path, tokenizer, monkeypatch):
+def test_rules_come_from_the_table_and_old_folders_are_read(tmp_path, tokenizer):
     """Guards a new rule that the page does not know, and a folder without funnel.json."""
     run = write_run(tmp_path / "run", tokenizer, {"q": "Is it?"}, plain)
     page.write_page(run, tmp_path / "new.html", tokenizer)
@@ -157,22 +157,19 @@ def test_wrong_inputs_are_one_line(tmp_path, tokenizer):
 class Browser:
     """The few WebDriver commands that the tests need, over plain HTTP to chromedriver."""
 
-    def __init__(self, folder: Path, width=1280, height=900, dark=False, options=()):
+    def __init__(self, folder: Path):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.driver = subprocess.Popen(
-            [shutil.which("chromedriver"), f"--port={port}"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "HOME": str(folder)},
-        )
+            [shutil.which("chromedriver"), f"--port={port}"], env={**os.environ, "HOME": str(folder)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
         flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-sync"
         flags += " disable-background-networking disable-component-update disable-dev-shm-usage"
         args = [f"--{flag}" for flag in flags.split()]
-        args += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{height}"]
-        args += options
+        args += [f"--user-data-dir={folder / 'profile'}", "--window-size=1280,900"]
         wanted = {
             "browserName": "chrome",
             "goog:chromeOptions": {"args": args, "binary": shutil.which("chromium")},
@@ -185,7 +182,8 @@ class Browser:
         except BaseException:
             self.driver.kill()
             raise
-        self.emulate("dark" if dark else "light")
+        light = {"name": "prefers-color-scheme", "value": "light"}
+        self.cdp("Emulation.setEmulatedMedia", features=[light])
 
     def wait_until_ready(self):
         for _ in range(200):
@@ -212,10 +210,6 @@ class Browser:
 
     def cdp(self, cmd, **params):
         return self.post("/goog/cdp/execute", cmd=cmd, params=params)
-
-    def emulate(self, scheme):
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        self.cdp("Emulation.setEmulatedMedia", features=[feature])
 
     def open(self, path: Path, hash=""):
         self.post("/url", url="about:blank")  # a new hash alone would not load the page anew
@@ -348,18 +342,8 @@ def test_keyboard(browser, pages):
     for key in ("j", "\ue014", "k", "\ue012", "4", "4", "4", "s", "1", "n"):  # arrows: right, left
         browser.press(key)
         seen.append(current(browser))
-    assert seen == [
-        "q1/17",
-        "q2/17",
-        "q1/17",
-        "q0/17",
-        "q0/18",
-        "q0/19",
-        "q0/20",
-        "q0/17",
-        "q0/1",
-        "q0/2",
-    ]
+    numbers = "q1/17 q2/17 q1/17 q0/17 q0/18 q0/19 q0/20 q0/17 q0/1 q0/2"
+    assert seen == numbers.split()
     browser.js("document.activeElement.blur()")
     assert open_verdict(browser) == "✕ lists the options"
     browser.press("\ue007")  # Enter

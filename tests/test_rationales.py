@@ -222,6 +222,7 @@ def test_outputs_in_another_order_are_refused(tmp_path):
         ("a.jsonl", '{"question": "Is water wet?", "rationale": ["x"]}', "none of the known forms"),
         ("a.jsonl", '{"question": "Is earth flat?", "rationale": "x"}', "no output for any"),
         ("a.jsonl", "no json", "not JSON"),
+        ("a.jsonl", None, "does not exist"),
         ("a.jsonl", "", "no output for any"),
         ("a.log", "nothing", "no output for any"),
         ("a_0.json", '{"a": 1}', "none of the known forms"),
@@ -231,14 +232,10 @@ def test_outputs_in_another_order_are_refused(tmp_path):
     ],
 )
 def test_files_of_another_kind_are_refused(name, content, message, tmp_path):
-    (tmp_path / name).write_text(content)
+    if content is not None:
+        (tmp_path / name).write_text(content)
     with pytest.raises(SertError, match=message):
         read_teacher_file(str(tmp_path / name), [YES])
-
-
-def test_a_missing_file(tmp_path):
-    with pytest.raises(SertError, match="does not exist"):
-        read_teacher_file(str(tmp_path / "none.jsonl"), [YES])
 
 
 # --- the real files -------------------------------------------------------------------------------
@@ -265,6 +262,7 @@ def test_davinci_counts():
     assert counts["lost a half sentence at the end"] == 414
 
 
+@pytest.mark.slow
 def test_palm_counts():
     """Theirs: 7,377 right, 182 without an answer. Ours reads "(b) x or (d) y" as no answer where
     they take the first; it never reads another one."""

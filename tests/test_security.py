@@ -110,7 +110,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
     monkeypatch.setattr(endpoint, "DRAIN", 0.1)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(tasks, "load", lambda *_: QUESTIONS)
+    monkeypatch.setattr(tasks, "load", lambda *_, **__: QUESTIONS)
 
 
 def said_by(script, words, capfd) -> str:
@@ -214,7 +214,7 @@ def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
     listed = ", ".join(f"({a}) {c}" for a, c in zip("ABCDE", choices))
     text = f"{EVIL}? Answer choices: {listed}"
     evil = [Question("commonsense_qa", f"{EVIL}{i}", text, "C", choices) for i in range(2)]
-    monkeypatch.setattr(tasks, "load", lambda *_: evil)
+    monkeypatch.setattr(tasks, "load", lambda *_, **__: evil)
     student = evil_model(model, tmp_path / "evil")
     said, inside = "", Path("out/commonsense_qa")  # where results go without --out-dir
 

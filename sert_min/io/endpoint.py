@@ -140,7 +140,10 @@ class Endpoint:
 
 
 def number(text: str) -> float | None:
-    return None if text == "none" else float(text)
+    """A number, None for "none", or NaN (which is refused later) for any other text."""
+    with contextlib.suppress(ValueError):
+        return None if text == "none" else float(text)
+    return math.nan
 
 
 FLAGS = {  # by field of Endpoint

@@ -158,13 +158,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     A folder that is there already is replaced whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The temporary names are fixed, so what a killed process left is found here. If it died between
-    # the two renames below, the old folder is put back.
+    recover_folder(path)
     part, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        os.rename(old, path)
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:
         yield part
@@ -186,6 +181,16 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def recover_folder(path: Path) -> None:
+    """Clear up what a killed `atomic_folder` left beside `path`. If the process died between its two
+    renames, the old folder is put back."""
+    part, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.rename(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path | str, name: str = ".lock", wait: bool = False) -> Iterator[None]:
     """Hold `folder` (made if missing) for this process; a second process is refused, or waits. The
@@ -205,22 +210,6 @@ def lock_folder(folder: Path | str, name: str = ".lock", wait: bool = False) -> 
 def clean_name(text: str) -> str:
     """`text` as a part of a path: at most 80 letters, digits and `_.-`."""
     return re.sub(r"[^\w.-]", "-", text)[:80]
-
-
-def block_path(folder: Path, i: int, n: int) -> Path:
-    """The file of block i, which holds n questions; a block of another size is another file."""
-    return folder / f"{i:06d}-{n}.jsonl"
-
-
-def read_block(path: Path, wanted: list[tuple[str, str]]) -> list[dict] | None:
-    """The records of a block file, if they belong to the `wanted` (id, question text) pairs in this
-    order; None if the file is missing, damaged, or holds other questions."""
-    try:
-        records = [json.loads(line) for line in path.read_bytes().splitlines()]
-        found = [(r["id"], r["question"]) for r in records]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return records if found == wanted else None
 
 
 def stored_settings(path: Path) -> dict:
