@@ -146,6 +146,17 @@ def trim_to_sentence(token_bytes: Sequence[bytes], path_start: int) -> int:
     return path_start + bisect_right(characters_complete(path), ends[-1] - 1) + 1
 
 
+def path_breaks(
+    record: Mapping, token_bytes: Sequence[bytes], question: Question
+) -> dict[str, int]:
+    """For each pattern kind that a sampled record breaks, the index in its path of the token that
+    breaks it. A special token that ended the path, such as `<|im_start|>`, is imitative."""
+    special, final = record["finish"] == "special", record["finish"] != "rejected"
+    drawn = token_bytes[record["path_start"] : len(token_bytes) - special]
+    breaks = broken_kinds(drawn, question, final)
+    return {"imitative": len(drawn), **breaks} if special else breaks
+
+
 def verdict(
     record: Mapping, token_bytes: Sequence[bytes], question: Question, limits: Mapping
 ) -> dict:
@@ -154,11 +165,9 @@ def verdict(
     `limits` those of `limits()`. A path that passes every rule is `kept`. The result depends on
     the stored, rounded log-probs alone, so filtering anew gives the same."""
     start, finish = record["path_start"], record["finish"]
-    drawn = token_bytes[: len(token_bytes) - (finish == "special")]
-    breaks = broken_kinds(drawn[start:], question, final=finish != "rejected")
-    if finish == "special":  # a turn of a chat begins: this imitates, too
-        breaks.setdefault("imitative", len(drawn) - start)
-    end = trim_to_sentence(drawn, start) if finish == "length" else len(drawn)
+    breaks = path_breaks(record, token_bytes, question)
+    end = len(token_bytes) - (finish == "special")  # the token that ended it stands behind the path
+    end = trim_to_sentence(token_bytes, start) if finish == "length" else end
     ids, logprobs = record["token_ids"][start:end], record["logprobs"][:end]
     path = Path(ids, logprobs, decode(token_bytes[start:end]), breaks, question)
     found = "kept"
