@@ -58,7 +58,6 @@ from sert_min.script import (
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
 BLOCK = 32  # questions per block
-MOST = 10_000  # paths of a question
 DERIVED = ("paths.jsonl", "selected.jsonl", "funnel.json")  # made anew from blocks/ at every end
 
 
@@ -95,7 +94,6 @@ def parse_args(argv=None):
     g.add_argument("--rows", type=int, help="decoded together; 200 (GPU: by memory)")
     g = p.add_argument_group("a page to look at the paths (all of them: --no-early-reject)")
     g.add_argument("--html", help="write this one-file page when the run is done")
-    g.add_argument("--html-questions", type=int, default=200, help="default: %(default)s")
     g = p.add_argument_group("instead of sampling the task")
     g.add_argument("--prompt", help="continue this text, --samples times")
     g.add_argument("--check", action="store_true", help="compare gpt2 with known real outputs")
@@ -157,18 +155,18 @@ def main(args) -> None:
             if args.html:
                 from sert_min.report import page
 
-                n = page.write_page(run.out, args.html, run.tokenizer, limit=args.html_questions)
+                n = page.write_page(run.out, args.html, run.tokenizer)
                 print(f"wrote {args.html} ({n:,} questions); open it in a browser")
     return None
 
 
 def prepare(args) -> Run:
     """Resolve the flags: student, questions, settings, machine, folder."""
-    check_counts(args, "limit", "block_questions", "html_questions")
+    check_counts(args, "limit", "block_questions")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise SertError(f"--html {args.html}: its folder does not exist; make it first")
-    preset, s = tasks.get(args.task).preset, sample_settings(args)
-    limits = filters.limits(preset, vars(args))
+    preset = tasks.get(args.task).preset
+    s, limits = sample_settings(args, preset["max_new_tokens"]), filters.limits(preset, vars(args))
     student = open_student(args.model, args.task)
     tokenizer, model = load_tokenizer(student.folder), load_model(student.folder)
     questions = tasks.load(args.task, args.split, args.data_dir)
@@ -204,15 +202,11 @@ def prepare(args) -> Run:
     return Run(out, student, model, tokenizer, questions, some, s, limits, settings)
 
 
-def sample_settings(args) -> SampleSettings:
+def sample_settings(args, max_new_tokens: int) -> SampleSettings:
     chosen = {f.name: getattr(args, f.name) for f in fields(SampleSettings)}
-    default = tasks.get(args.task).preset["max_new_tokens"]
-    chosen["max_new_tokens"] = given(args.max_new_tokens, default)
+    chosen["max_new_tokens"] = given(args.max_new_tokens, max_new_tokens)
     chosen["rows"] = given(args.rows, SampleSettings.rows)
-    s = SampleSettings(**chosen).check()
-    n = s.branches * s.samples
-    need(n <= MOST, f"--branches times --samples is {n}, more than {MOST}")
-    return s
+    return SampleSettings(**chosen).check()
 
 
 def default_folder(task: str, split: str, student: Student, s: SampleSettings) -> Path:
@@ -332,8 +326,7 @@ def without_task(args) -> None:
     if args.check:  # in fp32, where the right weights are far inside the limit
         return check.check_known_outputs(model, tokenizer)
     model.cast_(pick_dtype(args.dtype, device, model.n_params()))
-    s = replace(sample_settings(args), max_new_tokens=given(args.max_new_tokens, 128))
-    return check.print_prompt_samples(model, tokenizer, args.prompt, s)
+    return check.print_prompt_samples(model, tokenizer, args.prompt, sample_settings(args, 128))
 
 
 # --- what the user sees ---------------------------------------------------------------------------
