@@ -487,7 +487,7 @@ def test_a_hanging_request_does_not_hold_up_a_signal(tmp_path, monkeypatch):
 
 
 def test_kills_lose_no_reply_and_buy_none_twice(tmp_path):
-    """SIGKILL at random moments: what was recorded is never asked for again; what the server was
+    """SIGKILL behind a random number of requests: what was recorded is never asked for again; what the server was
     asked for twice was in flight at a kill, and sent.jsonl has counted it."""
     rng, n, kills = random.Random(0), 120, 0
     path = tmp_path / "responses.jsonl"
@@ -497,7 +497,10 @@ def test_kills_lose_no_reply_and_buy_none_twice(tmp_path):
         while kills < 8:
             before = len(server.bodies)
             pid = in_child(tmp_path, server, n, e)
-            time.sleep(rng.uniform(0.02, 0.25))
+            wanted, ended = before + rng.randrange(1, 12), os.WEXITED | os.WNOHANG | os.WNOWAIT
+            while len(server.bodies) < wanted and not os.waitid(os.P_PID, pid, ended):
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.03))
             os.kill(pid, signal.SIGKILL)
             killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
             time.sleep(0.1)  # what is still on its way reaches the server

@@ -74,6 +74,7 @@ LABELLED = [
     (FIVE, " The bank, the bank, the bank.", None),
     (FIVE, " They like the bank. Library. Library.", None),
     (FIVE, " A riverbank, library or mallard.", None),
+    (FIVE, " bank, library, mall-goers: all of them", None),
     (YES_NO, " Yes or no", "options"),
     (YES_NO, " Yes/No. It floats.", "options"),
     (YES_NO, ' It is a simple "yes" or "no" thing.', "options"),
@@ -311,6 +312,7 @@ def test_end_of_text_branch_counts_in_perplexity_only():
     assert got["perplexity"] == pytest.approx(math.exp(3.0))
     assert verdict(["<|endoftext|>", " a", " b"], **path, min_tokens=3)["verdict"] == "length"
     assert verdict([" x", " x", " x"], start=1)["rep2"] == 0.0
+    assert verdict([" a", "b", " a", "b"])["rep2"] == pytest.approx(1 / 3)  # of tokens, not words
 
 
 def test_a_cut_path_is_trimmed_but_patterns_see_all_of_it():

@@ -270,10 +270,16 @@ def test_ending_does_not_depend_on_how_tokens_arrive():
 
 def test_end_of_text_as_a_branch():
     """Guards against a branch token that is end-of-text ending its path at once: sampling goes on
-    behind it, and only the path starts later [Fig. 2, Top-5]."""
+    behind it, and only the path starts later [Fig. 2, Top-5], also for a rule that may reject it."""
     model, (prompts, names) = loud_model(), make_prompts(4)
     eot = plain_logits(model, prompts[2], [])[-1].topk(3).indices[2].item()
-    got = sample_block(model, Words(eot=eot), prompts, names, PAPER)
+    seen = []
+
+    def reject(question, ids) -> bool:
+        return seen.extend(ids)
+
+    got = sample_block(model, Words(eot=eot), prompts, names, PAPER, reject)
+    assert seen and eot not in seen
     behind = [row for row in got if row.token_ids[0] == eot]
     assert {row.branch for row in behind if row.question == 2} == {2}
     assert any(len(row.token_ids) > 3 for row in behind)
