@@ -15,8 +15,8 @@ import torch
 
 from kernels import cpu
 from sert_min.gpt2 import GPT2, GPT2Config
+from sert_min.io.vocabulary import END, byte_alphabet
 from sert_min.models import save_model
-from sert_min.tokenizer import END, byte_alphabet
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # real data; not part of the repository

@@ -16,9 +16,10 @@ from sert_min import tasks
 from sert_min.generate import SampleSettings, sample_block
 from sert_min.io import gguf, hub, smollm2
 from sert_min.io.errors import SertError
+from sert_min.io.vocabulary import byte_alphabet
 from sert_min.models import load_model, save_model
 from sert_min.prompts import question_prompt
-from sert_min.tokenizer import byte_alphabet, load_tokenizer
+from sert_min.tokenizer import load_tokenizer
 
 C, F, H, K, D, LAYERS = 64, 96, 4, 2, 16, 2
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "Ġt", "he"]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from sert_min import tasks
 from sert_min.io.errors import SertError
-from sert_min.tokenizer import END, Tokenizer, load_tokenizer
+from sert_min.io.vocabulary import END
+from sert_min.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB, MERGES_FILE = (  # the names that tiktoken's cache gives to GPT-2's two files
     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",

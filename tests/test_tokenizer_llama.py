@@ -11,7 +11,8 @@ from test_tokenizer import AWKWARD, refused
 from tokenizers import Regex, pre_tokenizers, processors
 
 from sert_min import tasks
-from sert_min.tokenizer import END, LLAMA3, QWEN2, byte_alphabet, load_tokenizer
+from sert_min.io.vocabulary import END, LLAMA3, QWEN2, byte_alphabet
+from sert_min.tokenizer import load_tokenizer
 
 TEXTS = ["the man's 1234 cats, isn't it? It's 15% of 20,000!", "a  b\n\n c 7.5\r\n 日本 ½"] * 3
 MORE = [
