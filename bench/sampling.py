@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.common import ROOT, TOP_K, TOP_P, eager, finish, machine, replay_seconds
-from kernels import bf16_pieces, cpu, fp32_product
+from kernels import bf16_pieces, fp32_product
+from kernels.fast import cpu
 from kernels.reference import BLOCK
 from sert_min.generate import SampleSettings, sample_block
 from sert_min.gpt2 import GPT2, GPT2Config, product

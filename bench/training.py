@@ -38,7 +38,7 @@ from torch import Tensor
 
 from bench.common import ROOT, finish, machine, replay_seconds
 from bench.sampling import SHAPES, make_model
-from kernels import cpu
+from kernels.fast import cpu
 from sert_min.finetune import (
     IGNORE,
     Example,

@@ -1,19 +1,29 @@
 """Attention of rows that share prompts: its definition, in plain PyTorch.
 
 A row is one continuation of a prompt. Its query attends to the prompt's keys, of which there is one
-copy for all J rows of a question, and to the keys of its own tokens; both meet in one softmax.
+copy for all J rows, and to the keys of its own tokens; both meet in one softmax.
 
 Letters: n rows, G prompts of J rows each, P prompt tokens (padded), H heads of width D. Keys and
 values may have fewer heads, K of them: each then serves H / K heads of queries, which stand side by
 side. The own keys of a row stand in pieces ("chunks") of CHUNK tokens: piece c of all rows is contiguous.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CHUNK = 32  # own tokens of a row in one piece
+
+
+class Keys(NamedTuple):
+    """What the rows attend to, keys and values. What lies behind their tokens must be finite."""
+
+    shared_k: Tensor  # [G, K, P, D], the prompts
+    shared_v: Tensor
+    lengths: Tensor  # [G], tokens of each prompt
+    own_k: Tensor  # [chunks, n, K, CHUNK, D], the rows' own tokens
+    own_v: Tensor
 
 
 def own_scores(q: Tensor, own_k: Tensor) -> Tensor:
@@ -29,29 +39,15 @@ def own_sum(w: Tensor, own_v: Tensor) -> Tensor:
 
 
 def shared_attention(
-    q: Tensor,
-    shared_k: Tensor,
-    shared_v: Tensor,
-    lengths: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
-    t: Tensor,
-    place: Tensor,
-    J: int,
-    own_scores: Callable[[Tensor, Tensor], Tensor] = own_scores,
-    own_sum: Callable[[Tensor, Tensor], Tensor] = own_sum,
+    q: Tensor, keys: Keys, t: Tensor, place: Tensor, J: int, own_scores=own_scores, own_sum=own_sum
 ) -> Tensor:
-    """out [n, H, D] of scaled queries q [n, H, D], all in one dtype (fp32 or bf16).
+    """out [n, H, D] of scaled queries q [n, H, D], all in one dtype (fp32 or bf16); sums are fp32.
 
-    shared_k, shared_v  [G, K, P, D], of which lengths [G] tokens are real
-    own_k, own_v        [chunks, n, K, CHUNK, D], of which each row's first t [n] tokens are real
-    place               int64 [n]: row j of prompt g stands at g * J + j, no two rows at one place;
-                        G * J for a slot without a row, whose output means nothing
-
-    What is not real must be finite. Sums and softmax are fp32. `own_scores` and `own_sum` may be
-    quicker ways (cpu.py)."""
-    (G, K, P, _), T = shared_k.shape, own_k.shape[0] * CHUNK
-    n, H, _ = q.shape
+    Of row i the first t[i] own tokens are real. place[i] is g * J + j for row j of prompt g, and G * J
+    for a slot without a row, whose output means nothing; no two rows have one place. `own_scores`
+    and `own_sum` may be quicker ways (fast/cpu.py)."""
+    shared_k, shared_v, lengths, own_k, own_v = keys
+    (n, H, _), (G, K, P, _), T = q.shape, shared_k.shape, own_k.shape[0] * CHUNK
     if n == 0:
         return q
     at, heads = place.clamp(max=G * J - 1), torch.arange(H, device=q.device)

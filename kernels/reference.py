@@ -2,21 +2,24 @@
 
 The idea. Keep the k best tokens of a row, of these the smallest set that holds the share p of
 their mass, and draw from it with one uniform number: walk the kept tokens in id order and stop
-where their cumulative probability passes it (inverse CDF). The uniform comes from Philox, a random
-function of (seed, stream, position) with no state: a row draws the same token in any batch, in any
-order, after any restart. Scoring is apart from drawing: the log-prob is that of the drawn token
-under the whole vocabulary at temperature 1, whatever was cut off for the draw.
+where their cumulative probability passes it (inverse CDF). The uniform number comes from Philox, a
+random function of (seed, stream, position) without state: a row draws the same token in any batch,
+in any order, after any restart. Scoring is apart from drawing: the log-prob is that of the drawn
+token under the whole vocabulary at temperature 1, whatever was cut off for the draw.
 
-Two steps, as in the Triton kernels: `summary` goes once through the vocabulary, block by block, and
-keeps the log-sum-exp and the k best entries; `draw` needs nothing else. Cost for B rows of V logits:
-one pass; with k off, a sort.
+There are two steps, as in the Triton kernels. `summary` goes once through the vocabulary, block by
+block, and keeps the log-sum-exp and the k best entries; `draw` needs nothing else. B rows of V
+logits cost one pass; with k off, a sort.
 """
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.fast.largest import largest
 
 # Philox4x32-10: multipliers and key increments (Salmon et al., SC 2011, "Parallel random numbers:
 # as easy as 1, 2, 3", table 2).
@@ -25,14 +28,18 @@ PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 BLOCK = 8192  # token ids at a time: a block of logits should stay in the cache
 MAX_ID = 2**62  # above every token id
-GROUP = 16  # logits of which only the largest is looked at first
 
 
-def mul_hi_lo(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * m for 32-bit values in int64: the product wraps around at 2^64
-    into the sign, which keeps all of its bits."""
-    product = a * m
-    return (product >> 32) & WORD, product & WORD
+class Settings(NamedTuple):
+    """How B rows are drawn. All but the seed are numbers or tensors [B]; `checked` makes tensors of
+    them."""
+
+    temperature: float | Tensor = 1.0  # 0 is argmax
+    top_k: int | Tensor = 0  # comes first; 0 is off
+    top_p: float | Tensor = 1.0  # acts on the rest, tempered and renormalised; 1 is off
+    seed: int = 0
+    streams: Tensor | None = None  # int64 [B], the names of the rows; 0 to B - 1 if not given
+    position: int | Tensor = 0  # how many tokens a row has drawn or been given already
 
 
 def philox(seed: int, stream: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -42,9 +49,9 @@ def philox(seed: int, stream: Tensor, position: Tensor) -> tuple[Tensor, Tensor,
     c0, c1 = position & WORD, torch.zeros_like(stream)
     c2, c3 = stream & WORD, (stream >> 32) & WORD
     for _ in range(10):
-        hi0, lo0 = mul_hi_lo(c0, PHILOX_M[0])
-        hi1, lo1 = mul_hi_lo(c2, PHILOX_M[1])
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        x, y = c0 * PHILOX_M[0], c2 * PHILOX_M[1]  # may wrap into the sign, which keeps all bits
+        c0, c1 = ((y >> 32) & WORD) ^ c1 ^ k0, y & WORD
+        c2, c3 = ((x >> 32) & WORD) ^ c3 ^ k1, x & WORD
         k0, k1 = (k0 + PHILOX_W[0]) & WORD, (k1 + PHILOX_W[1]) & WORD
     return c0, c1, c2, c3
 
@@ -54,36 +61,17 @@ def uniform(seed: int, stream: Tensor, position: Tensor) -> Tensor:
     return (philox(seed, stream, position)[0] >> 8).double() * 2.0**-24
 
 
-def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """x.topk(k) of x [B, V], quicker where V is large: the k best of a row stand in those k columns
-    of a table [GROUP, V / GROUP] of its entries that have the best maxima."""
-    B, V = x.shape
-    width = V // GROUP
-    if width <= 2 * k:
-        return x.topk(k)
-    columns = x[:, : GROUP * width].unflatten(1, (GROUP, width)).amax(1).topk(k).indices  # [B, k]
-    first = torch.arange(0, GROUP * width, width, device=x.device)  # of each line
-    rest = torch.arange(GROUP * width, V, device=x.device).expand(B, -1)
-    ids = torch.cat([(columns[:, None] + first[:, None]).flatten(1), rest], 1)
-    values, order = x.gather(1, ids).topk(k)
-    return values, ids.gather(1, order)
-
-
 def best_first(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest logits of each row, descending, ties by lowest id: values and ids [B, k]."""
-    V = logits.shape[-1]
-    if k < V:
-        values, ids = largest(logits, k + 1)  # one more, to see whether a tie crosses the border
-        values, border = values[:, :k], values[:, k]
-        tied = (values[:, 1:] == values[:, :-1]).any(1) | (values[:, -1] == border)
-        ids = ids[:, :k]
-        if not tied.any():
-            return values, ids
-        # topk promises no order among equals: sort the tied rows, stably.
+    if k >= logits.shape[-1]:
+        return logits.sort(descending=True, stable=True)
+    values, ids = largest(logits, k + 1)  # topk; one more shows a tie that crosses the border
+    tied = (values[:, 1:] == values[:, :-1]).any(1)
+    values, ids = values[:, :k], ids[:, :k]
+    if tied.any():  # topk promises no order among equals, a stable sort does
         v, i = logits[tied].sort(descending=True, stable=True)
         values[tied], ids[tied] = v[:, :k], i[:, :k]
-        return values, ids
-    return logits.sort(descending=True, stable=True)
+    return values, ids
 
 
 @lru_cache(256)
@@ -93,80 +81,57 @@ def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def per_row(name: str, value, like: Tensor, dtype, low, high) -> Tensor:
-    """A setting given as a number or [B] tensor -> [B] tensor; numbers are checked for range."""
+    """A setting as a tensor [B]. A number out of range or another shape is a ValueError."""
     if not isinstance(value, Tensor):
         if not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, not {value}")
         value = constant(value, dtype, like.device)
     value = value.to(like.device, dtype)
-    if value.dim() > 1 or value.numel() not in (1, like.shape[0]):
+    if value.dim() > 1 or value.numel() not in (1, len(like)):
         raise ValueError(f"{name} must be a number or have one value per row")
-    return value.expand(like.shape[0])
+    return value.expand(len(like))
 
 
-def checked(
-    x: Tensor, V: int, temperature, top_k, top_p, streams: Tensor | None, position
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The settings of a step on rows x [B, ..] over V tokens as [B] tensors: temperature, top_k from
-    1 to V (off: V; greedy: 1), top_p, streams, position. What can't be meant is a ValueError."""
-    B = x.shape[0]
-    numbers = not isinstance(top_k, Tensor) and not isinstance(temperature, Tensor)
-    if numbers:  # settled here, they cost no launch on a GPU
-        per_row("top_k", top_k, x, torch.int64, 0, 2**31)
-        top_k = 1 if temperature == 0 else V if not 0 < top_k <= V else top_k
-    temperature = per_row("temperature", temperature, x, torch.float32, 0.0, 1e30)
-    top_k = per_row("top_k", top_k, x, torch.int64, 0, 2**31)
-    top_p = per_row("top_p", top_p, x, torch.float64, 0.0, 1.0)
-    position = per_row("position", position, x, torch.int64, 0, 2**31)
-    if streams is None:
-        streams = torch.arange(B, device=x.device)
-    if streams.shape != (B,) or streams.dtype != torch.int64:
-        raise ValueError(f"streams must be int64 [{B}], not {streams.dtype} {list(streams.shape)}")
-    if not numbers:
+def checked(x: Tensor, V: int, s: Settings) -> tuple[Settings, int]:
+    """Settings of a step on rows x [B, ..] over V tokens, with tensors [B] in place of numbers and
+    top_k from 1 to V (off: V; greedy: 1); and the largest top_k. Reading that from a tensor waits
+    for the device, so a step that is captured in a CUDA graph needs a number. What is out of range
+    or of a wrong shape is a ValueError."""
+    if x.dim() != 2 or not x.is_floating_point() or V < 1:
+        raise ValueError(f"rows must be float [B, V], not {x.dtype} {list(x.shape)}")
+    temperature = per_row("temperature", s.temperature, x, torch.float32, 0.0, 1e30)
+    top_k = per_row("top_k", s.top_k, x, torch.int64, 0, 2**31)
+    most = None if isinstance(s.top_k, Tensor) else min(s.top_k or V, V)
+    if most and not isinstance(s.temperature, Tensor):  # settled on the host: no launch on a GPU
+        most = 1 if s.temperature == 0 else most
+        top_k = constant(most, torch.int64, x.device).expand(len(x))
+    else:
         top_k = torch.where((top_k <= 0) | (top_k > V), V, top_k)
         top_k = torch.where(temperature == 0, 1, top_k)
-    return temperature, top_k, top_p, streams.to(x.device).contiguous(), position
+    top_p = per_row("top_p", s.top_p, x, torch.float64, 0.0, 1.0)
+    position = per_row("position", s.position, x, torch.int64, 0, 2**31)
+    streams = torch.arange(len(x), device=x.device) if s.streams is None else s.streams
+    if streams.shape != (len(x),) or streams.dtype != torch.int64:
+        raise ValueError(f"streams must be int64 [{len(x)}], not {streams.dtype} {streams.shape}")
+    streams = streams.to(x.device).contiguous()
+    s = Settings(temperature, top_k, top_p, s.seed, streams, position)
+    return s, most or max(top_k.tolist(), default=1)
 
 
-def sample_and_score(
-    logits: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    top_k: int | Tensor = 0,
-    top_p: float | Tensor = 1.0,
-    seed: int = 0,
-    streams: Tensor | None = None,
-    position: int | Tensor = 0,
-) -> tuple[Tensor, Tensor]:
-    """Draw one token per row and score it.
+def sample_and_score(logits: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+    """Draw one token per row of logits [B, V] and score it: tokens int64 [B], and logprobs fp32 [B],
+    the log-prob of each drawn token under softmax(logits), temperature 1, full vocabulary.
 
-    logits [B, V] float -> tokens int64 [B], logprobs fp32 [B]: the log-prob of each drawn token
-    under softmax(logits), temperature 1, full vocabulary. temperature 0 is argmax; top_k 0 and
-    top_p 1 are off; top-k comes first, top-p acts on the rest, tempered and renormalised (the
-    result of Hugging Face's order). Ties go to the lowest id. The draw is a function of (row,
-    settings, seed, stream, position) alone. `streams` int64 [B] defaults to 0..B-1; `position` is
-    how many tokens the row has drawn or been given already. It, temperature, top_k and top_p are
-    numbers or [B] tensors. A row with NaN, +inf or nothing but -inf gives token -1 and log-prob
-    NaN; no exception, so that nobody has to wait for the device. Wrong shapes and numbers out of
-    range are a ValueError.
-    """
-    if logits.dim() != 2 or not logits.is_floating_point() or logits.shape[1] == 0:
-        raise ValueError(f"logits must be float [B, V], not {logits.dtype} {list(logits.shape)}")
+    Equal logits go by the lowest id; the draw is a function of (row, settings, seed, stream,
+    position) alone. A row with NaN, +inf or nothing but -inf gives token -1 and log-prob NaN; it
+    raises no exception, so that nobody has to wait for the device. Wrong shapes and numbers out of
+    range are a ValueError."""
     home = logits.device
     if home.type == "mps":  # no float64 there
-        logits, streams = logits.cpu(), streams if streams is None else streams.cpu()
-    V = logits.shape[1]
-    temperature, k, top_p, streams, position = checked(
-        logits, V, temperature, top_k, top_p, streams, position
-    )
-    if len(logits) == 0:
-        return streams.to(home), logits.float().sum(1).to(home)
-
-    def block(i: int, j: int) -> Tensor:
-        return logits[:, i:j].float()
-
-    found = summary(block, V, int(k.max()))
-    tokens, logprobs = draw(*found, temperature, k, top_p, uniform(seed, streams, position))
+        logits = logits.cpu()
+    V = logits.shape[-1]
+    s, max_k = checked(logits, V, s)
+    tokens, logprobs = draw(*summary(lambda i, j: logits[:, i:j].float(), V, max_k), s)
     return tokens.to(home), logprobs.to(home)
 
 
@@ -179,9 +144,7 @@ def summary(block: Callable[[int, int], Tensor], V: int, k: int):
     for i in range(0, V, BLOCK):
         x = block(i, min(i + BLOCK, V))
         v, at = best_first(x, min(k, x.shape[1]))
-        lse = -x.log_softmax(1).gather(1, at[:, :1])[
-            :, 0
-        ]  # relative to the best: log-softmax is 0 - lse
+        lse = -x.log_softmax(1).gather(1, at[:, :1])[:, 0]  # of the best, relative to it
         empty = v[:, 0] == float("-inf")  # no mass in this block
         sums.append(lse.masked_fill(empty, float("-inf")))
         tops.append(v[:, 0].masked_fill(empty, 0.0))
@@ -195,27 +158,30 @@ def summary(block: Callable[[int, int], Tensor], V: int, k: int):
     return v[:, 0], lse, v, at
 
 
-def draw(best, lse, values, ids, temperature, k, top_p, u) -> tuple[Tensor, Tensor]:
-    """Token int64 [B] and its log-prob fp32 [B] from a `summary` with K candidates [B, K] and one
-    uniform number per row; temperature, k, top_p [B]."""
+def draw(
+    best: Tensor, lse: Tensor, values: Tensor, ids: Tensor, s: Settings
+) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [B] and log-probs fp32 [B] from a `summary` with K candidates [B, K] and settings
+    that `checked` returned."""
     usable = lse.isfinite()
     if not usable.all():
         values = torch.where(usable[:, None], values, 0.0)
 
     # Top-k: each row keeps its own first k candidates.
     K = values.shape[1]
-    keep = torch.arange(K, device=values.device) < k[:, None]
+    keep = torch.arange(K, device=values.device) < s.top_k[:, None]
 
     # Top-p on the renormalised rest: a token stays while the mass before it is below p.
     # A logit of -inf has no mass: kept or not, it is never drawn.
-    heat = torch.where(temperature == 0, 1.0, temperature).double()
+    heat = torch.where(s.temperature == 0, 1.0, s.temperature).double()
     mass = ((values.double() - values[:, :1]) / heat[:, None]).exp() * keep  # [B, K]
     share = mass / mass.sum(1, keepdim=True)
     before = share.cumsum(1) - share
-    keep &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    keep &= (before < s.top_p[:, None]) | (s.top_p[:, None] >= 1)
     keep[:, 0] = True  # the best token always stays
 
     # Inverse CDF over the kept tokens in id order.
+    u = uniform(s.seed, s.streams, s.position)
     by_id = torch.where(keep, ids, MAX_ID).argsort(1)  # dropped ones go last
     cdf = (mass * keep).gather(1, by_id).cumsum(1)
     drawn = (cdf <= (u * cdf[:, -1])[:, None]).sum(1, keepdim=True)  # u < 1: it is a kept one
@@ -225,12 +191,9 @@ def draw(best, lse, values, ids, temperature, k, top_p, u) -> tuple[Tensor, Tens
     return tokens, torch.where(usable, logprobs, float("nan"))
 
 
-def score(hidden: Tensor, weight: Tensor, targets: Tensor, block: int = 8192) -> Tensor:
-    """Log-prob fp32 [B] of given tokens: hidden [B, C] against weight [V, C], the vocabulary in
-    blocks, so that only B x block logits exist at a time."""
+def score(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log-prob fp32 [B] of given tokens [B]: hidden [B, C] against weight [V, C], the vocabulary in
+    blocks, so that only B x BLOCK logits exist at a time."""
     hidden = hidden.float()
-    parts = [
-        (hidden @ weight[i : i + block].float().T).logsumexp(-1)
-        for i in range(0, len(weight), block)
-    ]
+    parts = [(hidden @ rows.float().T).logsumexp(-1) for rows in weight.split(BLOCK)]
     return (hidden * weight[targets].float()).sum(-1) - torch.stack(parts).logsumexp(0)

@@ -9,15 +9,11 @@ its k best entries. Both can be kept while the row streams by in blocks, so each
     no sort.
   * The draw then looks at K numbers only: pairwise comparisons give each its mass before it (top-p)
     and its cumulative probability in id order (inverse CDF).
-With few rows a GPU would idle, so a row can be cut into parts, one program each; `merge_kernel` runs
-the same code over the parts' candidates.
+With few rows most of a GPU would be idle, so a row can be cut into parts, one program each;
+`merge_kernel` runs the same code over the parts' candidates. Larger top_k: fast/search.py.
 
-With top_k off or above 64 there is no small candidate set. `search_kernel` finds the value of the
-last kept logit by bisection on its 32 bits, reading the row up to 38 times, or 71 with top-p too; after the first
-read it comes from the L2 cache.
-
-Cost for B rows in fp32: 4 B V bytes read once and some 8 operations a logit (top_k <= 64). At
-V = 50,257 and 4.8 TB/s that is 42 us for 1,000 rows (computed, not measured): memory is the limit.
+The limit is memory: B rows in fp32 are 4 B V bytes, read once, with some 8 operations a logit. On an
+H100 1,000 rows of V = 50,257 take 110 us, at 61 % of the bandwidth of a copy.
 """
 
 import torch
@@ -25,32 +21,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.reference import Settings
+
 MAX_K = 64  # candidate slots of the one-pass kernel
 FUSION = {"enable_fp_fusion": True}  # x * y + z in one step, also where Triton's default changes
 BIG = tl.constexpr(2**30)  # above every token id
 
 
-# --- pieces that run inside the kernels -----------------------------------------------------------
-
-
 @triton.jit
 def keep_best(x, cols, best, ids):
-    """Merge a block into the K best so far. x, cols [N] (ids rising from call to call where values
-    tie); best, ids [K] unordered, empty slots hold (-inf, BIG + slot)."""
-    top = tl.max(x, 0)
-    worst = tl.min(best, 0)
+    """Merge a block into the K best so far: x, cols [N], ids rising from call to call where values
+    tie; best, ids [K] without an order, empty slots hold (-inf, BIG + slot)."""
+    top, worst = tl.max(x, 0), tl.min(best, 0)
     while top > worst:
-        # the lowest id among equals enters ..
+        # The lowest id among equals enters, and of the worst ones the highest id leaves.
         at = tl.min(tl.where(x == top, cols, 2147483647), 0)
-        # .. and of the worst ones the highest id leaves: ties go to the lowest id
         out = tl.max(tl.where(best == worst, ids, -1), 0)
         leaves = (best == worst) & (ids == out)
         best = tl.where(leaves, top, best)
         ids = tl.where(leaves, at, ids)
         x = tl.where(cols == at, float("-inf"), x)
-        top = tl.max(x, 0)
-        worst = tl.min(best, 0)
+        top, worst = tl.max(x, 0), tl.min(best, 0)
     return best, ids
+
+
+@triton.jit
+def add_block(x, m, sums):
+    """Online log-sum-exp: a block of logits joins the maximum m and the sums relative to it."""
+    higher = tl.maximum(m, tl.max(x, 0))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
+    return higher, sums * tl.exp(m - shift) + tl.exp(x - shift)
 
 
 @triton.jit
@@ -95,9 +95,6 @@ def store_result(tokens, logprobs, row, token, logit, m, s):
     tl.store(logprobs + row, tl.where(usable, logit - m - lse, float("nan")))
 
 
-# --- kernels --------------------------------------------------------------------------------------
-
-
 @triton.jit
 def stream_kernel(
     logits, row_stride, V, span, temperature, t_stride, top_k, k_stride, top_p, p_stride,
@@ -119,10 +116,7 @@ def stream_kernel(
         cols = at + tl.arange(0, BLOCK)
         x = tl.load(logits + row * row_stride + cols, mask=cols < end, other=float("-inf"))
         x = x.to(tl.float32) + 0.0  # -0.0 ties with 0.0
-        higher = tl.maximum(m, tl.max(x, 0))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf would be NaN
-        sums = sums * tl.exp(m - shift) + tl.exp(x - shift)
-        m = higher
+        m, sums = add_block(x, m, sums)
         best, ids = keep_best(x, cols, best, ids)
     s = tl.sum(sums, 0)
     best = tl.where(slots < k, best, float("-inf"))
@@ -170,171 +164,49 @@ def merge_kernel(
     store_result(tokens, logprobs, row, token, logit, m, s)
 
 
-@triton.jit
-def ordered_bits(x):
-    """fp32 -> int32 in the same order, so that bisection on integers is bisection on floats."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+def step_arguments(s: Settings) -> tuple[Tensor, Tensor, tuple]:
+    """Empty tokens and logprobs [B], and what every kernel is given of a step: settings of
+    reference.checked with their strides (0 for a number), and the two."""
+    tokens = torch.empty_like(s.streams)
+    logprobs = torch.empty(len(tokens), dtype=torch.float32, device=tokens.device)
+    given = (
+        s.temperature, s.temperature.stride(0), s.top_k, s.top_k.stride(0), s.top_p,
+        s.top_p.stride(0), s.seed, s.streams, s.position, s.position.stride(0), tokens, logprobs,
+    )  # fmt: skip
+    return tokens, logprobs, given
 
 
-@triton.jit
-def mass_from(row_ptr, V, bits, top, heat, floor, ties, BLOCK: tl.constexpr):
-    """Count and mass exp((x - top) / heat) of the logits with ordered bits >= `bits`, and how many
-    equal it. Logits below `floor` are out; of those equal to it only the first `ties` are in."""
-    count, equal = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
-    at_floor = tl.zeros([], tl.int32)
-    mass = tl.zeros([], tl.float64)
-    for at in range(0, V, BLOCK):
-        cols = at + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
-        b = ordered_bits(x)
-        is_floor = (b == floor) & (x > float("-inf"))
-        nth = at_floor + tl.cumsum(is_floor.to(tl.int32), 0)
-        at_floor += tl.sum(is_floor.to(tl.int32), 0)
-        inside = (x > float("-inf")) & ((b > floor) | (is_floor & (nth <= ties))) & (b >= bits)
-        count += tl.sum(inside.to(tl.int32), 0)
-        equal += tl.sum((inside & (b == bits)).to(tl.int32), 0)
-        share = tl.exp((x - top).to(tl.float64) / heat)
-        mass += tl.sum(tl.where(inside, share, 0.0), 0)
-    return count, mass, equal
-
-
-@triton.jit
-def search_kernel(
-    logits, row_stride, V, temperature, t_stride, top_k, k_stride, top_p, p_stride,
-    seed, streams, position, pos_stride, tokens, logprobs, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Program (row): any top_k and top_p. The kept set is `bits > floor, and the first `ties` of
-    those equal to it`; one bisection finds it for top-k, a second one, inside it, for top-p."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits + row * row_stride
-    heat = tl.load(temperature + row * t_stride)
-    k = tl.load(top_k + row * k_stride).to(tl.int32)
-    heat = tl.where(heat == 0.0, 1.0, heat).to(tl.float64)
-    p = tl.load(top_p + row * p_stride)
-    # 1. Log-sum-exp.
-    m = float("-inf")
-    sums = tl.zeros([BLOCK], tl.float32)
-    for at in range(0, V, BLOCK):
-        cols = at + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(m, tl.max(x, 0))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        sums = sums * tl.exp(m - shift) + tl.exp(x - shift)
-        m = higher
-    s = tl.sum(sums, 0)
-    # 2. Top-k: the largest floor with at least k logits from it on.
-    floor, ties = tl.full([], -2147483648, tl.int32), tl.full([], 2147483647, tl.int32)
-    if k < V:
-        low, high = tl.full([], -2147483648, tl.int64), ordered_bits(m).to(tl.int64) + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            count, mass, equal = mass_from(
-                row_ptr, V, middle.to(tl.int32), m, heat, floor, ties, BLOCK
-            )
-            enough = count >= k
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
-        count, mass, equal = mass_from(row_ptr, V, low.to(tl.int32), m, heat, floor, ties, BLOCK)
-        floor = low.to(tl.int32)
-        ties = equal - tl.maximum(count - k, 0)
-    # 3. Top-p inside it: the largest threshold whose mass reaches p; of its equals so many that the
-    # mass before each is below p.
-    _, total, _ = mass_from(row_ptr, V, -2147483648, m, heat, floor, ties, BLOCK)
-    if p < 1.0:
-        low, high = floor.to(tl.int64), ordered_bits(m).to(tl.int64) + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            _, mass, _ = mass_from(row_ptr, V, middle.to(tl.int32), m, heat, floor, ties, BLOCK)
-            enough = mass >= p * total
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
-        _, mass, equal = mass_from(row_ptr, V, low.to(tl.int32), m, heat, floor, ties, BLOCK)
-        _, above, _ = mass_from(row_ptr, V, (low + 1).to(tl.int32), m, heat, floor, ties, BLOCK)
-        each = (mass - above) / tl.maximum(equal, 1)
-        needed = tl.where(equal > 0, tl.ceil((p * total - above) / each), 1.0)
-        ties = tl.minimum(tl.maximum(needed, 1.0), equal.to(tl.float64)).to(tl.int32)
-        floor = low.to(tl.int32)
-        _, total, _ = mass_from(row_ptr, V, -2147483648, m, heat, floor, ties, BLOCK)
-    # 4. Inverse CDF in id order: the first kept logit whose cumulative mass passes u * total.
-    u = uniform(seed, tl.load(streams + row), tl.load(position + row * pos_stride))
-    target = u * total
-    done = tl.zeros([], tl.float64)
-    at_floor = tl.zeros([], tl.int32)
-    token, last = tl.full([], 1073741824, tl.int32), tl.full([], -1, tl.int32)
-    for at in range(0, V, BLOCK):
-        cols = at + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
-        b = ordered_bits(x)
-        is_floor = (b == floor) & (x > float("-inf"))
-        nth = at_floor + tl.cumsum(is_floor.to(tl.int32), 0)
-        at_floor += tl.sum(is_floor.to(tl.int32), 0)
-        keep = (x > float("-inf")) & ((b > floor) | (is_floor & (nth <= ties)))
-        share = tl.where(keep, tl.exp((x - m).to(tl.float64) / heat), 0.0)
-        upto = done + tl.cumsum(share, 0)
-        token = tl.minimum(token, tl.min(tl.where(keep & (upto > target), cols, 1073741824), 0))
-        last = tl.maximum(last, tl.max(tl.where(keep, cols, -1), 0))
-        done += tl.sum(share, 0)
-    token = tl.where(token == 1073741824, last, token)
-    logit = tl.load(row_ptr + tl.maximum(token, 0)).to(tl.float32)
-    store_result(tokens, logprobs, row, token, logit, m, s)
-
-
-# --- launch ---------------------------------------------------------------------------------------
+def part_memory(n: int, K: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Maxima, sums, and values and ids of K candidates of n parts of rows."""
+    part = torch.empty(n * (2 + K), dtype=torch.float32, device=device)
+    return *part.split([n, n, n * K]), torch.empty(n * K, dtype=torch.int32, device=device)
 
 
 def launch(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    max_k: int,
-    seed: int,
-    streams: Tensor,
-    position: Tensor,
-    block: int = 1024,
-    parts: int | None = None,
+    logits: Tensor, s: Settings, max_k: int, block: int = 1024, parts: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Settings from reference.checked -> tokens, logprobs. They are [B] tensors, which may be
-    expanded numbers (stride 0); top_k is 1 (greedy) to V (off); `max_k` is at least its maximum.
-    Other sizes of blocks, or warps: bench/compile_kernels.py has a copy of them."""
+    """Settings and max_k <= MAX_K of reference.checked -> tokens, logprobs. Sizes of blocks and
+    numbers of warps are also in bench/compile_kernels.py."""
     B, V = logits.shape
-    device = logits.device
-    tokens = torch.empty(B, dtype=torch.int64, device=device)
-    logprobs = torch.empty(B, dtype=torch.float32, device=device)
-    settings = (
-        temperature, temperature.stride(0), top_k, top_k.stride(0), top_p, top_p.stride(0),
-    )  # fmt: skip
-    random = (seed, streams, position, position.stride(0))
-    if max_k > MAX_K:
-        search_kernel[(B,)](
-            logits, logits.stride(0), V, *settings, *random, tokens, logprobs,
-            BLOCK=min(block, 1024, triton.next_power_of_2(V)), num_warps=8, **FUSION,
-        )  # fmt: skip
-        return tokens, logprobs
-    K = max(16, triton.next_power_of_2(max_k))
-    block = min(block, triton.next_power_of_2(V))
+    tokens, logprobs, given = step_arguments(s)
+    K, block = max(16, triton.next_power_of_2(max_k)), min(block, triton.next_power_of_2(V))
     if parts is None:  # enough programs for every multiprocessor (timed on an H100), whole blocks
         parts = max(1, min(1024 // B, triton.cdiv(V, block), 32))
     span = triton.cdiv(triton.cdiv(V, parts), block) * block
     parts = triton.cdiv(V, span)
-    part = torch.empty(B * parts * (2 + K), dtype=torch.float32, device=device)
-    part_max, part_sum, part_best = part.split([B * parts, B * parts, B * parts * K])
-    part_ids = torch.empty(B * parts * K if parts > 1 else 0, dtype=torch.int32, device=device)
+    memory = part_memory(B * parts if parts > 1 else 0, K, logits.device)
     stream_kernel[(B, parts)](
-        logits, logits.stride(0), V, span, *settings, *random, tokens, logprobs,
-        part_max, part_sum, part_best, part_ids, K=K, BLOCK=block, PARTS=parts,
+        logits, logits.stride(0), V, span, *given, *memory, K=K, BLOCK=block, PARTS=parts,
         num_warps=2 if K == 16 else 4, **FUSION,
     )  # fmt: skip
     if parts > 1:
-        merge(part_max, part_sum, part_best, part_ids, parts, K, settings, random, tokens, logprobs)
+        merge(memory, parts, K, given)
     return tokens, logprobs
 
 
-def merge(part_max, part_sum, part_best, part_ids, parts, K, settings, random, tokens, logprobs):
+def merge(memory: tuple, parts: int, K: int, given: tuple) -> None:
     """Launch merge_kernel, one program per row."""
-    merge_kernel[(len(tokens),)](
-        part_max, part_sum, part_best, part_ids, parts, *settings, *random, tokens, logprobs,
-        K=K, PARTS=triton.next_power_of_2(parts),
+    merge_kernel[(len(given[-1]),)](
+        *memory, parts, *given, K=K, PARTS=triton.next_power_of_2(parts),
         BLOCK=min(1024, triton.next_power_of_2(parts * K)), num_warps=4, **FUSION,
     )  # fmt: skip

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import bf16_pieces, cpu, head_sample_and_score, shared_attention
-from kernels.attention import CHUNK
-from kernels.graph import capture
+from kernels import bf16_pieces, head_sample_and_score, shared_attention
+from kernels.attention import CHUNK, Keys
+from kernels.fast import cpu
+from kernels.fast.graph import capture
 from sert_min.gpt2 import GPT2, causal_attention
 
 
@@ -61,7 +62,7 @@ def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
 
 def own_memory(prompts: Prompts, n_slots: int, cap: int) -> tuple[Tensor, Tensor]:
     """Own keys and values of n_slots rows, each [L, chunks, n_slots, K, CHUNK, D], finite; on a CPU
-    the keys lie in memory as kernels/cpu.py wants them."""
+    the keys lie in memory as kernels/fast/cpu.py wants them."""
     L, _, K, _, D = prompts.keys.shape
     size = (L, -(-cap // CHUNK), n_slots, K)
     values = prompts.keys.new_zeros(*size, CHUNK, D)
@@ -222,8 +223,8 @@ class Decoder:
             prompt_k, prompt_v = (
                 x[layer, first:last] for x in (self.prompts.keys, self.prompts.values)
             )
-            keys = (prompt_k, prompt_v, lengths, own_k, own_v)
-            return shared_attention(q, *keys, t, place, J)
+            keys = Keys(prompt_k, prompt_v, lengths, own_k, own_v)
+            return shared_attention(q, keys, t, place, J)
 
         hidden = self.model(self.ids[:n], places, attend)  # [n, C]
         tokens, logprobs = self.draw(hidden, self.stream[row], t)

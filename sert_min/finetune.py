@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels.cpu import linear
+from kernels.fast.cpu import linear
 from sert_min.gpt2 import GPT2, causal_attention
 from sert_min.io import parallel
 from sert_min.io.errors import SertError, need, this_command

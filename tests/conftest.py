@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 
-from kernels import cpu
+from kernels.fast import cpu
 from sert_min.gpt2 import GPT2, GPT2Config
 from sert_min.io.vocabulary import END, byte_alphabet
 from sert_min.models import save_model

@@ -23,6 +23,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -101,7 +102,7 @@ COMMANDS = {
             "endpoint.note": "note of a request or a refusal",
             "endpoint.add": "reply",
             "endpoint.receive": "waiting",
-            "endpoint.send_what_is_due": "sending",
+            "endpoint.leave": "sending",
             "rationales.rationale_records": "cleaning",
             "distill.save_records": "rationales",
             "train.prepare": "start",
@@ -209,7 +210,9 @@ def kill_itself(command: Command, seen: Counter, kill_at, number: int, report: i
         return real_write(fd, data)
 
     os.write = torn_write
-    sys.settrace(lambda frame, *_: on_line if is_ours(frame.f_code) else None)
+    trace = lambda frame, *_: on_line if is_ours(frame.f_code) else None  # noqa: E731
+    sys.settrace(trace)
+    threading.settrace(trace)  # a request is noted in a thread of its own
 
 
 # --- the teacher ----------------------------------------------------------------------------------

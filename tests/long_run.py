@@ -8,9 +8,10 @@ memory grew by more than 100 MB after the second.
 """
 
 import argparse
+import contextlib
 import gc
+import io
 import os
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -39,18 +40,18 @@ def memory() -> float:
 
 
 class Watch:
-    """Counts what `owner.name` gets through and prints a line per thousand."""
+    """Counts what `owner.name` gets through (its third argument) and prints a line per thousand."""
 
-    def __init__(self, stage: str, owner, name: str, count):
+    def __init__(self, stage: str, owner, name: str):
         self.stage, self.done, self.lines = stage, 0, []
-        self.owner, self.name, self.real, self.count = owner, name, getattr(owner, name), count
+        self.owner, self.name, self.real = owner, name, getattr(owner, name)
 
     def __enter__(self):
         self.start = time.perf_counter()
 
         def watched(*args, **kwargs):
             result = self.real(*args, **kwargs)
-            before, self.done = self.done, self.done + self.count(*args)
+            before, self.done = self.done, self.done + len(args[2])
             if self.done // 1000 > before // 1000:
                 now = time.perf_counter()
                 gc.collect()
@@ -79,32 +80,21 @@ def main() -> None:
     torch.set_num_threads(1)
     real = tasks.load
     tasks.load = lambda task, split, data_dir=None: many(real(task, split, data_dir), n)
-    said = sys.stderr
-    with tempfile.TemporaryDirectory() as place, open(os.devnull, "w") as quiet:
+
+    def go(script, flags: str) -> None:
+        script.main(script.parse_args(f"--device cpu {flags}".split()))
+
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()):
         os.chdir(place)
-        sys.stderr = quiet  # progress bars
-        model = make_tiny_model(Path("m"), n_embd=32, n_layer=1, n_head=2, n_positions=512)
-        words = ["--model", str(model), "--device", "cpu"]
-        loose = [
-            "--patterns",
-            "none",
-            "--min-tokens",
-            "1",
-            "--max-rep2",
-            "1",
-            "--min-perplexity",
-            "0",
-        ]
-        few = ["--branches", "2", "--samples", "2", "--max-new-tokens", "12", "--out-dir", "s"]
-        with Watch("sample", sample, "block_records", lambda run, questions, *_: len(questions)):
-            sample.main(sample.parse_args([*words, *few, *loose]))
-        flags = ["--paths", "s/selected.jsonl", "--epochs", "1", "--report", "0", "--out-dir", "t"]
-        with Watch("train", finetune, "train_step", lambda m, o, examples, *_: len(examples)):
-            train.main(train.parse_args([*words, *flags]))
-        flags = ["--model", "t", "--device", "cpu", "--max-new-tokens", "12", "--out-dir", "e"]
-        with Watch("evaluate", evaluate, "greedy", lambda m, t, questions, *_: len(questions)):
-            evaluate.main(evaluate.parse_args(flags))
-        sys.stderr = said
+        make_tiny_model(Path("m"), n_embd=32, n_layer=1, n_head=2, n_positions=512)
+        few = "--branches 2 --samples 2 --max-new-tokens 12"
+        loose = "--patterns none --min-tokens 1 --max-rep2 1 --min-perplexity 0"
+        with Watch("sample", sample, "sample_paths"):
+            go(sample, f"--model m --out-dir s {few} {loose}")
+        with Watch("train", finetune, "train_step"):
+            go(train, "--model m --out-dir t --paths s/selected.jsonl --epochs 1 --report 0")
+        with Watch("evaluate", evaluate, "greedy"):
+            go(evaluate, "--model t --out-dir e --max-new-tokens 12")
         os.chdir("/")
     print("memory is flat, no stage became slower")
 

@@ -17,8 +17,9 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import kernels
-from kernels import attention, attention_triton
-from kernels.attention import CHUNK
+from kernels import attention
+from kernels.attention import CHUNK, Keys
+from kernels.fast import attention_triton
 
 GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
@@ -75,12 +76,18 @@ def make(G, J, P, chunks, D, dtype, H=2, K=None, absent=0, empty=0, loud=3.0) ->
     own.mul_(1 + 1e4 * stale[:, :, None, :, None])
     q = random(n, 3, H, D, scale=loud * D**-0.5)[:, 1]
     q, shared, own = (x.to(dtype) for x in (q, shared, own))
-    names = ("q", "shared_k", "shared_v", "lengths", "own_k", "own_v", "t", "place", "J")
-    return dict(zip(names, (q, *shared, lengths, *own, t, place, J)))
+    return {"q": q, "keys": Keys(*shared, lengths, *own), "t": t, "place": place, "J": J}
 
 
-def exact(q, shared_k, shared_v, lengths, own_k, own_v, t, place, J) -> torch.Tensor:
+def moved(given: dict, f) -> dict:
+    """The same arguments with f of each tensor."""
+    new = {k: f(v) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    return {**new, "keys": Keys(*map(f, given["keys"]))}
+
+
+def exact(q, keys, t, place, J) -> torch.Tensor:
     """float64 [n, H, D], one row at a time; 0 for slots without a row."""
+    shared_k, shared_v, lengths, own_k, own_v = keys
     out = torch.zeros(q.shape, dtype=torch.float64)
     for i, at in enumerate(place.tolist()):
         if at == len(lengths) * J:
@@ -97,8 +104,8 @@ def exact(q, shared_k, shared_v, lengths, own_k, own_v, t, place, J) -> torch.Te
 
 
 def kernel(given: dict) -> torch.Tensor:
-    on_device = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    return kernels.shared_attention(**on_device, backend="triton").cpu()
+    q, *rest = moved(given, lambda x: x.to(DEVICE)).values()
+    return kernels.shared_attention(q, *rest, backend="triton").cpu()
 
 
 CASES = {
@@ -106,27 +113,30 @@ CASES = {
     "greedy": {"G": 9, "J": 1, "P": 40, "chunks": 2, "D": 32},
     "holes": {"G": 3, "J": 25, "P": 64, "chunks": 2, "D": 16, "absent": 30, "empty": 5},
     "two tiles of rows": {"G": 1, "J": 70, "P": 33, "chunks": 1, "D": 16, "absent": 3, "H": 3},
-    "40": {"G": 2, "J": 40, "P": 9, "chunks": 1, "D": 32, "H": 1, "empty": 1},
     "long": {"G": 2, "J": 2, "P": 300, "chunks": 7, "D": 16},
     "heads in threes": {"G": 2, "J": 5, "P": 40, "chunks": 2, "D": 16, "H": 6, "K": 2, "absent": 2},
     "one head of keys": {"G": 2, "J": 3, "P": 33, "chunks": 2, "D": 32, "H": 4, "K": 1, "empty": 1},
     "D 24": {"G": 2, "J": 5, "P": 40, "chunks": 2, "D": 24, "absent": 1, "empty": 2},
     "D 8": {"G": 2, "J": 5, "P": 1, "chunks": 1, "D": 8},
-    "D 128": {"G": 1, "J": 3, "P": 70, "chunks": 2, "D": 128},
+    "D 128": {"G": 1, "J": 3, "P": 70, "chunks": 2, "D": 128, "H": 1},
     "one of 25": {"G": 2, "J": 25, "P": 70, "chunks": 2, "D": 16, "absent": 49, "empty": 3},
     "loud": {"G": 2, "J": 5, "P": 70, "chunks": 3, "D": 16, "loud": 100.0},
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_equals_float64(case, dtype):
+@pytest.mark.parametrize(
+    "name, dtype",
+    [(name, torch.float32) for name in CASES]
+    + [(name, torch.bfloat16) for name in ("paper", "holes", "long", "D 8")],
+)
+def test_equals_float64(name, dtype):
     """Guards every offset, mask and rescaling: a row of another prompt, slot, layer or head, a
     token too many or too few, stale numbers, places without a row, slots without one, memory that
     nobody wrote. In bf16 the weights and the result are rounded (2^-9 each)."""
+    case = CASES[name]
     given = make(**case, dtype=dtype)
     wanted, found = exact(**given), kernel(given)
-    live = given["place"] < len(given["lengths"]) * given["J"]
+    live = given["place"] < case["G"] * case["J"]
     assert found.dtype is dtype and found.shape == given["q"].shape
     assert found.isfinite().all()
     tolerance = 2e-5 if dtype is torch.float32 else 2e-2
@@ -137,11 +147,10 @@ def test_equals_float64(case, dtype):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has an order of its own")
-@pytest.mark.parametrize("J", [25, 40])
-def test_order_of_programs_does_not_matter(J, monkeypatch):
+def test_order_of_programs_does_not_matter(monkeypatch):
     """Guards rows that two programs write: the interpreter runs programs in order, so the right one
     could hide a wrong one before it. Backwards, the wrong one is the last."""
-    given = make(G=3, J=J, P=20, chunks=1, D=16, H=1, absent=8, empty=2, dtype=torch.float32)
+    given = make(G=3, J=40, P=20, chunks=1, D=16, H=1, absent=8, empty=2, dtype=torch.float32)
     forwards, plain = kernel(given), interpreter.InterpreterBuilder.set_grid_idx
 
     def set_grid_idx(self, *at):
@@ -168,7 +177,8 @@ def test_a_row_does_not_depend_on_the_others():
     whole = kernel(given)
     some = torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20]
     part = {name: given[name][some] for name in ("q", "t", "place")}
-    part |= {name: given[name][:, some] for name in ("own_k", "own_v")}
+    *prompts, own_k, own_v = given["keys"]
+    part["keys"] = Keys(*prompts, own_k[:, some], own_v[:, some])
     assert torch.equal(kernel({**given, **part}), whole[some])
 
 
@@ -184,13 +194,17 @@ def test_offsets_above_2_to_the_31(monkeypatch):
     memory = torch.UntypedStorage(6 * 2**30 + 2**21, device=DEVICE)
     memory = torch.zeros(0, dtype=torch.bfloat16, device=DEVICE).set_(memory)
     given = make(G=4, J=1, P=20, chunks=2, D=16, dtype=torch.bfloat16, H=1)
-    for i, name in enumerate(("shared_k", "shared_v", "q", "own_k", "own_v")):
-        x = given[name].to(DEVICE)
-        rows = (2**30, 16, 1) if name == "q" else (2**30, 2**12, 16, 1)
+    at = iter(range(5))
+
+    def spread(x):
+        if x.dtype is not torch.bfloat16:
+            return x.to(DEVICE)
+        rows = (2**30, 2**12, 16, 1)[-4:] if x.dim() > 3 else (2**30, 16, 1)
         strides = (2**12, *rows) if x.dim() == 5 else rows
-        given[name] = memory.as_strided(x.shape, strides, i * 2**16).copy_(x)
-    on_cpu = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    assert (kernel(given).double() - exact(**on_cpu)).abs().max() < 2e-2
+        return memory.as_strided(x.shape, strides, next(at) * 2**16).copy_(x)
+
+    far = moved(given, spread)
+    assert (kernel(far).double() - exact(**given)).abs().max() < 2e-2
 
 
 def test_what_no_kernel_takes():
@@ -198,22 +212,22 @@ def test_what_no_kernel_takes():
     otherwise than keys, numbers of a head apart. The definition takes over, or an error names it."""
     fits = make(G=1, J=2, P=5, chunks=1, D=16, dtype=torch.float32)
     wide = make(G=1, J=2, P=5, chunks=1, D=130, dtype=torch.float32)
-    other = {**fits, "shared_v": fits["shared_v"].mT.contiguous().mT}
+    keys, none = fits["keys"], slice(0)
+    other = {**fits, "keys": keys._replace(shared_v=keys.shared_v.mT.contiguous().mT)}
     apart = {**fits, "q": fits["q"].mT.contiguous().mT}
-    names = ("q", "shared_k", "shared_v", "own_k", "own_v")
-    assert attention_triton.supported(*map(fits.get, names))
+    assert attention_triton.supported(fits["q"], keys)
     for given in (wide, other, apart):
-        assert not attention_triton.supported(*map(given.get, names))
-        wanted = attention.shared_attention(**given)
+        assert not attention_triton.supported(given["q"], given["keys"])
         with pytest.raises(ValueError, match="attention"):
-            kernels.shared_attention(**given, backend="triton")
-        assert torch.equal(kernels.shared_attention(**given, backend="reference"), wanted)
+            kernel(given)
+        found = kernels.shared_attention(*given.values(), backend="reference")
+        assert torch.equal(found, attention.shared_attention(**given))
     with pytest.raises(ValueError, match="abacus"):
-        kernels.shared_attention(**fits, backend="abacus")
-    none = {name: fits[name][:0] for name in ("q", "t", "place")}
-    none |= {name: fits[name][:, :0] for name in ("own_k", "own_v")}
+        kernels.shared_attention(*fits.values(), backend="abacus")
+    keys = keys._replace(own_k=keys.own_k[:, none], own_v=keys.own_v[:, none])
+    empty = fits["q"][none], keys, fits["t"][none], fits["place"][none], 2
     for backend in (None, "triton", "reference"):
-        assert kernels.shared_attention(**{**fits, **none}, backend=backend).shape == (0, 2, 16)
+        assert kernels.shared_attention(*empty, backend=backend).shape == (0, 2, 16)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -226,11 +240,11 @@ def test_real_shapes(G, J, chunks, dtype):
     """Guards what small shapes do not show (races, a grid too small): 12 heads of 64, prompts of up
     to 130 tokens, up to 1,600 rows; against the definition in fp32 on the same numbers."""
     given = make(G, J, 130, chunks, 64, dtype, H=12, absent=7, empty=7)
-    given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    wide = {k: v.float() if k in ("q", "shared_k", "shared_v", "own_k", "own_v") else v
-            for k, v in given.items()}  # fmt: skip
+    given = moved(given, torch.Tensor.cuda)
+    wide = moved(given, lambda x: x.float() if x.is_floating_point() else x)
     live = given["place"] < G * J
-    error = (kernels.shared_attention(**given) - attention.shared_attention(**wide))[live].abs()
+    found = kernels.shared_attention(*given.values())
+    error = (found - attention.shared_attention(**wide))[live].abs()
     assert error.max() < (1e-4 if dtype is torch.float32 else 3e-2)
 
 
@@ -239,12 +253,12 @@ def test_cuda_graph_replays_see_new_numbers():
     """Guards a graph that keeps what it was captured with: rows that grew, ended and moved between
     two replays."""
     given = make(G=3, J=25, P=130, chunks=3, D=64, dtype=torch.float32, absent=20, empty=5)
-    given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    kernels.shared_attention(**given)
+    given = moved(given, torch.Tensor.cuda)
+    kernels.shared_attention(*given.values())
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = kernels.shared_attention(**given)
+        out = kernels.shared_attention(*given.values())
     for _ in range(3):
         graph.replay()
         live = given["place"] < 75

@@ -44,7 +44,13 @@ def test_records_come_back(tmp_path_factory, records):
 @pytest.mark.parametrize(
     "line",
     [b"[1]", b"3", b'"x"', b"null", b"", b"{", b'{"a":1}{"b":2}', b"\xff", b"[" * 200_000]
-    + [b'{"a":' * 200_000, b'{"a":' + b"1" * 5000 + b"}", b'{"a":"\x01"}', b"\xef\xbb\xbf{}"],
+    + [
+        b'{"a":' * 200_000,
+        b'{"a":' + b"1" * 5000 + b"}",
+        b'{"a":"\x01"}',
+        b"\xef\xbb\xbf{}",
+        b'{"a":NaN}',
+    ],
 )
 def test_damaged_lines_are_named(tmp_path, line):
     """Guards deep nesting (RecursionError), non-objects, bytes that are no UTF-8, blank lines."""

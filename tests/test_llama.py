@@ -11,7 +11,8 @@ from test_gpt2 import logit_difference, one_line
 from transformers import LlamaConfig as HFLlama
 from transformers import Qwen2Config as HFQwen2
 
-from kernels import attention, cpu, shared_attention
+from kernels import attention, shared_attention
+from kernels.fast import cpu
 from sert_min.finetune import loss_sum, pack
 from sert_min.generate import SampleSettings, sample_block
 from sert_min.io.errors import SertError
@@ -147,11 +148,12 @@ def test_attention_of_grouped_heads_is_that_of_repeated_ones(group):
     rest = torch.tensor([5, 3]), torch.tensor([1, 40, 64, 33, 7]), torch.tensor([5, 0, 3, 1, 2])
     lengths, t, place = rest
     assert cpu.in_rows(own_k.mT)
-    quick = shared_attention(q, shared_k, shared_v, lengths, own_k, own_v, t, place, J)
-    plain = attention.shared_attention(q, shared_k, shared_v, lengths, own_k, own_v, t, place, J)
+    keys = attention.Keys(shared_k, shared_v, lengths, own_k, own_v)
+    quick = shared_attention(q, keys, t, place, J)
+    plain = attention.shared_attention(q, keys, t, place, J)
     shared = [x.repeat_interleave(group, 1) for x in (shared_k, shared_v)]
     own = [x.repeat_interleave(group, 2) for x in (own_k, own_v)]
-    wanted = attention.shared_attention(q, *shared, lengths, *own, t, place, J)
+    wanted = attention.shared_attention(q, attention.Keys(*shared, lengths, *own), t, place, J)
     assert (plain - wanted).abs().max() < 1e-5 and (quick - wanted).abs().max() < 1e-5
 
 

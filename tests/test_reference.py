@@ -48,14 +48,14 @@ def kept_set(row: np.ndarray, temperature: float, k: int, p: float) -> tuple:
     return ids, mass / mass.sum(), border
 
 
-def oracle(row, temperature, k, p, u) -> tuple[int, float, bool]:
+def oracle(row, temperature, k, p, u, near=NEAR) -> tuple[int, float, bool]:
     """Token, its log-prob, and whether rounding could decide it (a border is near)."""
     ids, probs, border = kept_set(row, temperature, k, p)
     cdf = np.cumsum(probs)
     token = ids[min(int((cdf <= u).sum()), len(ids) - 1)]
-    near = min(np.abs(cdf[:-1] - u).min(initial=1.0), border) < NEAR
+    close = min(np.abs(cdf[:-1] - u).min(initial=1.0), border) < near
     top = row.max()
-    return int(token), row[token] - top - np.log(np.exp(row - top).sum()), bool(near)
+    return int(token), row[token] - top - np.log(np.exp(row - top).sum()), bool(close)
 
 
 def chi_square_p(counts: np.ndarray, probs: np.ndarray) -> float:
@@ -145,13 +145,11 @@ def make_logits(case: dict, g: torch.Generator) -> torch.Tensor:
     """Logits near -100 as GPT-2's are, in the asked dtype and memory layout."""
     B, V = case["B"], case["V"]
     x = (torch.randn(B, V, generator=g) * 3 - 100).to(case["dtype"])
-    if case["layout"] == "columns":
-        return x.t().contiguous().t()
     if case["layout"] == "rows":
         wide = torch.full((2 * B, V + 5), 3e4, dtype=case["dtype"])
         wide[::2, 2 : V + 2] = x
         return wide[::2, 2 : V + 2]
-    return x
+    return x.t().contiguous().t() if case["layout"] == "columns" else x
 
 
 def test_tokens_equal_oracle():
@@ -201,18 +199,17 @@ def test_tokens_equal_oracle():
     assert worst < 1e-5
 
 
-BATCHES = [12, pytest.param(100, marks=pytest.mark.slow)]  # of 2,000 draws
-
-
-@pytest.mark.parametrize("batches", BATCHES)
+@pytest.mark.parametrize("batches", [12, pytest.param(100, marks=pytest.mark.slow)])  # of 2,000
 def test_draws_have_the_right_frequencies(batches):
-    """Guards against a bias that single draws do not show, in five settings. p > 0.001, so a right
-    sampler fails with odds of 1 in 200; nothing outside the kept set."""
+    """Guards against a bias that single draws do not show: five settings of a made-up row, and the
+    1,000 best tokens of a real one. p > 0.001, so a right sampler fails with odds of 1 in 160;
+    nothing outside the kept set."""
     row = torch.randn(200, generator=torch.Generator().manual_seed(3)) * 2 - 100
     row[50:90] = float("-inf")
     settings = [(10, 0.95, 1.0), (0, 0.9, 0.7), (0, 1.0, 1.0), (50, 1.0, 2.0), (3, 0.5, 1.0)]
     for seed, (k, p, t) in enumerate(settings):
         check_frequencies(row, k, p, t, seed, batches)
+    check_frequencies(golden_rows()[2].topk(1000).values, 10, 0.95, 1.0, 11, batches)
 
 
 def check_frequencies(row: torch.Tensor, k: int, p: float, t: float, seed: int, batches: int):
@@ -229,23 +226,6 @@ def check_frequencies(row: torch.Tensor, k: int, p: float, t: float, seed: int, 
     ids, probs, _ = kept_set(row.double().numpy(), t, k, p)
     assert counts[ids].sum() == 2000 * batches, "a draw outside the kept set"
     assert chi_square_p(counts[ids], probs) > 0.001, (k, p, t)
-
-
-@pytest.mark.parametrize("batches", BATCHES)
-def test_real_rows_have_the_right_frequencies(batches):
-    """Guards against code that only works on made-up logits: real GPT-2 rows (best logits -89 to
-    -136). The 1,000 best tokens are drawn (odds of failing by luck 1 in 1,000); the whole row must
-    give the same draws as they do, which top_k 10 makes exact."""
-    rows = golden_rows()
-    best = rows[2].topk(1000).indices.sort().values
-    check_frequencies(rows[2][best], 10, 0.95, 1.0, 11, batches)
-    n = 10 * batches
-    settings = {"top_k": 10, "top_p": 0.95, "seed": 11, "streams": torch.arange(n) * -977}
-    for row in rows:
-        best = row.topk(1000).indices.sort().values
-        cut, _ = sample_and_score(row[best].expand(n, -1), **settings)
-        whole, _ = sample_and_score(row.expand(n, -1), **settings)
-        assert torch.equal(best[cut], whole)
 
 
 def test_real_rows_logprobs():
@@ -300,7 +280,7 @@ def test_order_of_ids_decides_not_order_of_logits(monkeypatch):
     for logits, k, u, want in cases:
         fixed = torch.tensor([u], dtype=torch.float64)
         monkeypatch.setattr(reference, "uniform", lambda *_, fixed=fixed: fixed)
-        tokens, _ = reference.sample_and_score(torch.tensor([logits]), top_k=k)
+        tokens, _ = sample_and_score(torch.tensor([logits]), top_k=k)
         assert tokens.item() == want, (k, u)
 
 

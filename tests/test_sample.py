@@ -208,6 +208,7 @@ def test_early_rejection_is_a_setting_of_the_samples(tmp_path):
     with pytest.raises(SertError, match=r"early_reject: \[\] there, \['imitative'\] now"):
         run("micro", tmp_path / "full", *MICRO, "imitative", "--early-reject")
     assert sum(r["finish"] == "rejected" for r in early) > 20
+    assert run("micro", tmp_path / "full", *MICRO, "imitative,options,direct") == full
     # No row is stopped for a direct answer: that rule may come and go.
     again = run("micro", tmp_path / "early", *MICRO, "imitative,options,direct")
     assert [r["verdict"] for r in again] == [r["verdict"] for r in full]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels import cpu
+from kernels.fast import cpu
 from sert_min.io.errors import SertError, need
 
 

@@ -1,20 +1,18 @@
 """From hidden states to (token, log-prob): the LM-head product and the sampler in one kernel.
 
-The idea. The logits are needed once, to be summed and compared; so they never go to memory. A
-program takes a tile of rows and a strip of the vocabulary. It computes the strip's logits block by
-block in registers (tensor cores, fp32 sums) and keeps, per row, what sample_score.py keeps of a
-stream: a running log-sum-exp and the best K. The strips' results are merged by the same small
-kernel. Scoring given tokens is the same without the best K: the log-sum-exp, and one dot product
-for the token itself.
+The idea. The logits are needed once, to be summed and compared, so they never go to memory. A program
+takes a tile of rows and a strip of the vocabulary. It computes the strip's logits block by block in
+registers (tensor cores, fp32 sums) and keeps, per row, what sample_score.py keeps of a stream: a
+running log-sum-exp and the best K. The same small kernel merges the strips. Scoring given tokens is
+the same without the best K: the log-sum-exp, and one dot product for the token itself.
 
 Precision. GPT-2's logits lie near -100, where bf16 numbers are 0.5 apart: sums are fp32. Inputs in
 bf16 would still cost up to some hundredths, so an fp32 matrix can be handed over as bf16 pieces
-(`kernels.bf16_pieces`): x = hi + lo, and x w = hi hi + lo hi + hi lo, side by side as one product of three
-times the depth, with an error near 2^-16 of the terms.
+(`kernels.bf16_pieces`): x = hi + lo, and x w = hi hi + lo hi + hi lo, side by side as one product of
+three times the depth, with an error near 2^-16 of the terms.
 
-Cost for B rows, width C, V tokens, at 2 bytes a number: 2 V C bytes of weights (77 MB for GPT-2:
-16 us at 4.8 TB/s) and 2 B V C operations (77 MFLOP a row: 0.1 ms for 1,000 rows at 800 TFLOP/s). The
-logits that stay on chip would cost another 8 B V bytes (400 MB for 1,000 rows: 84 us).
+B rows of width C and V tokens at 2 bytes a number cost 2 V C bytes of weights and 2 B V C operations.
+What is saved is the memory of the logits, not time: README.md has the figures.
 """
 
 import torch
@@ -22,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sample_score import BIG, FUSION, merge
+from kernels.reference import Settings
+from kernels.sample_score import BIG, FUSION, merge, part_memory, step_arguments
 
 
 @triton.jit
@@ -93,9 +92,7 @@ def head_kernel(
         tl.store(part_ids + at_slot, ids, mask=row_ok[:, None])
 
 
-def tiles(
-    B: int, V: int, dtype: torch.dtype, processors: int = 132
-) -> tuple[int, int, int, int, int]:
+def tiles(B: int, V: int, dtype: torch.dtype, processors: int = 132) -> tuple:
     """BLOCK_B, BLOCK_V, BLOCK_C, span, strips: as many programs as run at a time on a GPU of so many
     multiprocessors, strips of whole blocks. Of the sizes that hardly spill on any GPU these were
     among the quickest on an H100 at 25, 250 and 1,000 rows."""
@@ -110,64 +107,41 @@ def tiles(
     return block_b, block_v, block_c, span, triton.cdiv(V, span)
 
 
-def multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":  # the interpreter
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def run_head(hidden, weight, top_k, K: int, blocks=None):
-    """Launch head_kernel; returns part_max, part_sum [B, strips], candidates and strips."""
-    B, C = hidden.shape
-    V = weight.shape[0]
-    block_b, block_v, block_c, span, strips = blocks or tiles(
-        B, V, hidden.dtype, multiprocessors(hidden.device)
-    )
-    part = torch.empty(B * strips * (2 + K), dtype=torch.float32, device=hidden.device)
-    part_max, part_sum, part_best = part.split([B * strips, B * strips, B * strips * K])
-    part_ids = torch.empty(B * strips * K, dtype=torch.int32, device=hidden.device)
+def run_head(
+    hidden: Tensor, weight: Tensor, top_k: Tensor, K: int, blocks: tuple | None
+) -> tuple[tuple, int]:
+    """Launch head_kernel; the memory of B * strips parts (sample_score.part_memory), and strips."""
+    hidden, weight = hidden.contiguous(), weight.contiguous()
+    (B, C), V, device = hidden.shape, len(weight), hidden.device
+    if not blocks:
+        gpu = torch.cuda.get_device_properties(device) if hidden.is_cuda else None
+        blocks = tiles(B, V, hidden.dtype, gpu.multi_processor_count if gpu else 132)
+    block_b, block_v, block_c, span, strips = blocks
+    memory = part_memory(B * strips, K, device)
     head_kernel[(triton.cdiv(B, block_b), strips)](
-        hidden, hidden.stride(0), weight, weight.stride(0), B, V, C, span,
-        top_k, top_k.stride(0),
-        part_max, part_sum, part_best, part_ids, strips,
-        K=K, BLOCK_B=block_b, BLOCK_V=block_v, BLOCK_C=block_c,
+        hidden, hidden.stride(0), weight, weight.stride(0), B, V, C, span, top_k, top_k.stride(0),
+        *memory, strips, K=K, BLOCK_B=block_b, BLOCK_V=block_v, BLOCK_C=block_c,
         PRECISION="tf32x3" if hidden.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=3, **FUSION,
     )  # fmt: skip
-    return part_max, part_sum, part_best, part_ids, strips
+    return memory, strips
 
 
 def launch(
-    hidden: Tensor,
-    weight: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    max_k: int,
-    seed: int,
-    streams: Tensor,
-    position: Tensor,
-    blocks=None,
+    hidden: Tensor, weight: Tensor, s: Settings, max_k: int, blocks: tuple | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Settings from reference.checked, max_k <= 64 -> tokens, logprobs."""
-    B = hidden.shape[0]
+    """Settings and max_k <= 64 of reference.checked -> tokens, logprobs."""
     K = max(16, triton.next_power_of_2(max_k))
-    *parts, strips = run_head(hidden, weight, top_k, K, blocks)
-    tokens = torch.empty(B, dtype=torch.int64, device=hidden.device)
-    logprobs = torch.empty(B, dtype=torch.float32, device=hidden.device)
-    settings = (
-        temperature, temperature.stride(0), top_k, top_k.stride(0), top_p, top_p.stride(0),
-    )  # fmt: skip
-    random = (seed, streams, position, position.stride(0))
-    merge(*parts, strips, K, settings, random, tokens, logprobs)
+    tokens, logprobs, given = step_arguments(s)
+    merge(*run_head(hidden, weight, s.top_k, K, blocks), K, given)
     return tokens, logprobs
 
 
-def launch_score(hidden: Tensor, weight: Tensor, targets: Tensor, blocks=None) -> Tensor:
+def launch_score(
+    hidden: Tensor, weight: Tensor, targets: Tensor, blocks: tuple | None = None
+) -> Tensor:
     """Log-prob fp32 [B] of the given tokens int64 [B]; no logits in memory."""
-    B = hidden.shape[0]
-    unused = torch.zeros(1, device=hidden.device).expand(B)
-    part_max, part_sum, _, _, strips = run_head(hidden, weight, unused, 0, blocks)
-    lse = (part_max + part_sum.log()).view(B, strips).logsumexp(-1)
-    logit = (hidden.float() * weight[targets].float()).sum(-1)
-    return logit - lse
+    unused = torch.zeros(1, device=hidden.device).expand(len(hidden))
+    (part_max, part_sum, _, _), strips = run_head(hidden, weight, unused, 0, blocks)
+    lse = (part_max + part_sum.log()).view(-1, strips).logsumexp(-1)
+    return (hidden.float() * weight[targets].float()).sum(-1) - lse

@@ -1,15 +1,12 @@
 """What makes one step quick on a CPU: the products, and a bf16 head that is as good as fp32.
 
-`linear` picks the library of a product, of training too (`Linear`). fp32 goes to oneDNN, which
-PyTorch otherwise keeps for bf16, where that was seen to be quicker than MKL on an AMD EPYC: with
-AVX-512 1.1 to 2.2 times, with AVX2 only where the output is wide. bf16 on a CPU without instructions
-for it is multiplied as fp32, some eight times as fast as PyTorch does it there: products of bf16
-numbers are exact in fp32. PyTorch keeps its operator for oneDNN's product private, so
-`onednn_is_right` tries it once before `linear` relies on it.
+`linear` picks the library of a product, in training too (`Linear`). fp32 goes to oneDNN, which was
+1.1 to 2.2 times as quick as MKL on an AMD EPYC with AVX-512 (with AVX2 only where the output is wide).
+On a CPU without instructions for bf16, bf16 is multiplied as fp32: products of bf16 numbers are exact
+there, and PyTorch's own way is some eight times as slow.
 
 `screen` reads the vocabulary once in bf16 and then computes exactly what decides the draw. GPT-2's
-logits lie near -100, where bf16 numbers are 0.5 apart, so the rounded product is of no use as it
-stands. Two things mend it:
+logits lie near -100, where bf16 numbers are 0.5 apart, so rounded logits alone are of no use.
     1. Centre. What all tokens share (the mean row of the weight) and what all hidden states share
        (their mean) make up nearly all of the -100. Both are taken out before rounding and added
        exactly afterwards; what is rounded is the small rest.
@@ -17,7 +14,11 @@ stands. Two things mend it:
        use these. The others enter the log-sum-exp only, where their errors average out.
 A row whose k-th best exact logit does not stand clear of the 32nd rough one is computed in full.
 
-`own_scores` and `own_sum` are a row's attention to its own tokens, read as embedding bags.
+`own_scores` and `own_sum` are a row's attention to its own tokens. Each row has its own keys and
+values, so these are thousands of products of one vector with a small matrix, bound by memory. An
+embedding bag is the sum of some rows of a table, each with its weight, and PyTorch reads its rows
+faster than it multiplies. Keys must be laid out for it: for each number of a head, those of all CHUNK
+tokens side by side.
 """
 
 import platform
@@ -30,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import attention
-from kernels.reference import BLOCK, GROUP, best_first, summary
+from kernels.fast.largest import GROUP
+from kernels.reference import BLOCK, best_first, summary
 
 X86_BF16 = ("amx_tile", "avx512_bf16")  # of torch.cpu's private tests, which may go away
 CANDIDATES = 32  # tokens of a row that are computed again in fp32
@@ -48,9 +50,8 @@ def has_bf16() -> bool:
 
 @lru_cache(1)
 def onednn_is_right() -> bool:
-    """Try the private operator once, in each dtype that uses it, on a small product [3, 40] x
-    [40, 24] of a transposed weight, with a bias and a GELU. If it fails, or if it differs from
-    F.linear by more than rounding, `linear` uses F.linear instead."""
+    """Try PyTorch's private operator for oneDNN once, in each dtype that uses it, on a small product
+    with a bias and a GELU. Where it fails or differs from F.linear, `linear` uses F.linear."""
     x, w, b = (torch.arange(n) for n in (120, 960, 24))
     x, w, b = x.sin().view(3, 40), w.cos().view(40, 24).t(), b.sin()
     wanted = F.gelu(F.linear(x, w, b), approximate="tanh")
@@ -76,7 +77,7 @@ def linear(
     quick = (
         x.device.type == "cpu"
         and weight.numel() > 2**16
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and (bf16 or x.dtype is torch.float32)
         and all(t is None or t.dtype is x.dtype for t in (weight, bias))
         and not torch.is_autocast_enabled("cpu")
     )
@@ -90,8 +91,8 @@ def linear(
     wide = len(weight) >= 4096 or torch.backends.cpu.get_cpu_capability() == "AVX512"
     if not (torch.backends.mkldnn.is_available() and (bf16 or wide) and onednn_is_right()):
         return act(F.linear(x, weight, bias))
+    bias = None if bias is None else bias.contiguous()  # oneDNN does not look at its strides
     given = ("gelu", [], "tanh") if gelu_tanh else ("none", [], "")
-    bias = None if bias is None else bias.contiguous()  # strides are not looked at
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *given)
 
 
@@ -184,20 +185,13 @@ def screen(hidden: Tensor, head: Head, k: Tensor) -> tuple[Tensor, Tensor, Tenso
     return found
 
 
-# --- attention of rows to their own tokens ---------------------------------------------------------
-# Each row has keys and values of its own, so these products are of one vector with a small matrix:
-# thousands of them, bound by memory. The sum of some rows of a table, each with its weight, is what
-# an embedding bag is, and PyTorch reads its rows faster than it multiplies. Keys
-# must be laid out for it: for each number of a head, those of all CHUNK tokens side by side.
-
-
 def own_scores(q: Tensor, own_k: Tensor) -> Tensor:
     """attention.own_scores: the keys' numbers of all tokens, summed with the query as weights."""
     pieces = own_k.mT  # [chunks, n, H, D, CHUNK]
     if not in_rows(pieces):
         return attention.own_scores(q, own_k)
     group = q.shape[1] // own_k.shape[2]
-    rows = row_numbers(pieces.shape[:-1], row_strides(pieces), group)  # [n, H, chunks, D]
+    rows = row_numbers(pieces.shape, pieces.stride(), group)  # [n, H, chunks, D]
     sums = bags(rows.flatten(0, 2), q[:, :, None].expand(rows.shape), pieces)
     return sums.view(*q.shape[:2], -1)  # [n, H, chunks * CHUNK]
 
@@ -207,7 +201,7 @@ def own_sum(w: Tensor, own_v: Tensor) -> Tensor:
     if not in_rows(own_v):
         return attention.own_sum(w, own_v)
     group = w.shape[1] // own_v.shape[2]
-    rows = row_numbers(own_v.shape[:-1], row_strides(own_v), group)  # [n, H, chunks, CHUNK]
+    rows = row_numbers(own_v.shape, own_v.stride(), group)  # [n, H, chunks, CHUNK]
     return bags(rows.flatten(2).flatten(0, 1), w, own_v).view(*w.shape[:2], -1)
 
 
@@ -219,17 +213,13 @@ def in_rows(pieces: Tensor) -> bool:
     return pieces.numel() > 0 and whole and end // pieces.shape[-1] < 2**31  # rows are int32
 
 
-def row_strides(pieces: Tensor) -> tuple[int, ...]:
-    return tuple(s // pieces.shape[-1] for s in pieces.stride()[:-1])
-
-
 @lru_cache(4)
 @torch.inference_mode(False)  # what is kept serves any later caller
-def row_numbers(sizes: tuple[int, ...], strides: tuple[int, ...], group: int) -> Tensor:
-    """Where the R rows of a piece stand in the table: int32 [n, H, chunks, R]; `group` heads of
-    queries share a head of keys."""
+def row_numbers(shape: tuple[int, ...], strides: tuple[int, ...], group: int) -> Tensor:
+    """Where the rows of pieces [chunks, n, K, R, X] stand in the table: int32 [n, H, chunks, R];
+    `group` heads of queries share a head of keys."""
     chunk, slot, head, row = (
-        torch.arange(n, dtype=torch.int32) * stride for n, stride in zip(sizes, strides)
+        torch.arange(n, dtype=torch.int32) * (s // shape[-1]) for n, s in zip(shape[:-1], strides)
     )
     head = head.repeat_interleave(group)  # [H]
     return (slot[:, None] + head)[..., None, None] + chunk[:, None] + row
