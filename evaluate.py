@@ -215,7 +215,7 @@ def complete(blocks: script.Blocks, make: Callable, what: str) -> list[dict]:
     """The records of all blocks, in order. `make(questions, progress)` computes those of a missing
     block, which is written before the next one begins."""
     n = sum(len(blocks.block(i)) for i in blocks.missing())
-    with script.TokenBar(n, disable=not n, desc=what) as bar:
+    with console.TokenBar(n, disable=not n, desc=what) as bar:
         for i in blocks.missing():
             block = blocks.block(i)
             made = make(block, bar.count)

@@ -67,13 +67,11 @@ def sampling_step(size: str, rows: int, prompt: int, own: float, m: Machine, sha
     L, C = SIZES[size]
     body, kv = 12 * L * C * C, 2 * C * L * m.wide  # parameters; bytes of a token's key and value
     pieces, wide = (m.head_pieces, 2) if m.wide == 2 else (1, 4)
+    keys = (rows / share * prompt + rows * own) * kv  # bytes: a prompt's are read once for its rows
     return {
         "body": (2 * rows * body, m.wide * body),
         "head": (pieces * 2 * rows * V * C, pieces * wide * V * C),
-        "attention": (
-            4 * rows * C * L * (prompt + own),
-            (rows / share * prompt + rows * own) * kv,
-        ),
+        "attention": (4 * rows * C * L * (prompt + own), keys),
     }
 
 
@@ -177,10 +175,7 @@ def print_matrix(args, m: Machine, name: str) -> None:
 
 
 def main(argv=None) -> dict:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--quick", action="store_true", help="no difference here")
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--out", help="write the floors as JSON")
     p.add_argument("--matrix", action="store_true", help="only the cells of Table II")
     p.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)

@@ -22,26 +22,16 @@ import torch
 
 from bench.common import ROOT, finish, machine
 
-SECONDS = {  # of each part, in order of use
-    "start": 120,
-    "decoder": 120,
-    "tests": 240,
-    "kernels": 300,
-    "sampling": 300,
-    "training": 300,
-}
+SECONDS = {  # time limit of each part, in order of use
+    "start": 120, "decoder": 120, "tests": 240, "kernels": 300, "sampling": 300, "training": 300,
+}  # fmt: skip
 PYTEST = ["-m", "pytest", "-vv", "-rfEsP", "-p", "no:cacheprovider", "--durations=3"]
 TESTS = {
     "decoder": ["tests/test_gpu.py"],
-    # without those that only compile, read the launcher's arguments or need the interpreter
-    "tests": [
-        "tests/test_kernels.py",
-        "tests/test_attention_triton.py",
-        "-k",
-        "not compiles and not pieces and not order_of_programs",
-        "-n4",
-    ],
-}
+    # without those that do not touch the GPU
+    "tests": ["tests/test_kernels.py", "tests/test_attention_triton.py", "-n4",
+              "-k", "not compiles and not pieces and not order_of_programs"],
+}  # fmt: skip
 
 
 def run(command: list[str], seconds: float) -> tuple[list[str], dict]:
@@ -49,13 +39,9 @@ def run(command: list[str], seconds: float) -> tuple[list[str], dict]:
     went: seconds, and an error if it failed or ran out of time."""
     start, lines, late = time.perf_counter(), [], []
     p = subprocess.Popen(
-        [sys.executable, "-u", *command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+        [sys.executable, "-u", *command], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
     timer = threading.Timer(seconds, lambda: (late.append(1), p.kill()))
     timer.start()
     for line in p.stdout:
@@ -87,34 +73,30 @@ def run_part(name: str, part: Path, quick: bool, seconds: float) -> dict:
         flags = ["--quick"] if quick else []
         _, how = run([f"bench/{name}.py", "--out", str(part), *flags], seconds)
         figures = (json.loads(part.read_text()) if part.exists() else {}) | how
-    finish(figures, str(part), quiet=True)
+    finish(figures, str(part))
     return figures
 
 
 def run_start(seconds: float) -> dict:
-    """sample.py on the micro-world, on the CPU and on the GPU in both dtypes: what it selects."""
-    figures = {}
+    """sample.py on the micro-world, on the CPU and on the GPU in both dtypes: what it selects, and
+    how many paths differ from the CPU's."""
+    figures, tokens = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for device, dtype in (("cuda", "fp32"), ("cuda", "bf16"), ("cpu", "fp32")):
+        for device, dtype in (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "bf16")):
             name = f"{device}-{dtype}"
             flags = ["--device", device, "--dtype", dtype, "--out-dir", f"{folder}/{name}"]
             lines, how = run(["sample.py", *flags], seconds / 3)
-            told = [x for x in lines if "paths passed" in x]
-            figures[name] = how | {"paths": told[-1] if told else None}
+            figures[name] = how | {"paths": next((x for x in lines if "paths passed" in x), None)}
             path = Path(folder) / name / "paths.jsonl"
-            figures[name]["paths.jsonl"] = path.read_text().splitlines() if path.exists() else []
-    rows = {name: [json.loads(x) for x in f.pop("paths.jsonl")] for name, f in figures.items()}
-    for name, wanted in ((n, rows["cpu-fp32"]) for n in rows):
-        pairs = list(zip(rows[name], wanted))
-        figures[name]["rows_differ"] = sum(a["token_ids"] != b["token_ids"] for a, b in pairs)
-        figures[name]["rows"] = len(pairs)
+            found = path.read_text().splitlines() if path.exists() else []
+            tokens[name] = [json.loads(x)["token_ids"] for x in found]
+            pairs = list(zip(tokens[name], tokens["cpu-fp32"]))
+            figures[name] |= {"rows": len(pairs), "rows_differ": sum(a != b for a, b in pairs)}
     return figures
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--quick", action="store_true", help="fewer shapes and runs")
     p.add_argument("--only", default=",".join(SECONDS), help="NAME or NAME=SECONDS, by comma")
     p.add_argument("--out", default="bench/results/gpu.json")
@@ -142,16 +124,14 @@ def headlines(result: dict) -> list[str]:
         return row
 
     lines = [f"{name}: {result[name]}" for name in ("start", *TESTS) if name in result]
-    for row in of(result, "kernels", "rows") or ():
-        if row["from"] == "hidden":
-            lines.append(
-                f"hidden to token and log-prob, {row['B']} rows of {row['V']}: "
-                f"{row['ratio']} of the bare product, best chain {row['ratio_to_chain']}"
-            )
+    for r in of(result, "kernels", "rows") or ():
+        if r["from"] == "hidden":
+            lines.append(f"hidden to token and log-prob, {r['B']} rows of {r['V']}: {r['ratio']} of "
+                         f"the bare product, best chain {r['ratio_to_chain']}")  # fmt: skip
     sampling = of(result, "sampling", "bf16", "ratio") or {}
     peers = [r for name, r in sampling.items() if name.startswith("transformers")]
     lines.append(f"sampling, bf16: ratio to transformers' best: {min(peers, default=None)}")
-    best = of(result, "training", "bf16, paths", "ratio_to_best")
+    best = of(result, "training", "bf16, paths", "ratio")
     return [*lines, f"training, bf16: ratio to transformers' best: {best}"]
 
 

@@ -12,6 +12,7 @@ growth      tokens/s against rows, prompt length, new tokens and model size, as 
 import argparse
 import hashlib
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ it
 import torch
 
 from bench import sampling
-from bench.common import ROOT, finish, machine
+from bench.common import ROOT, finish, interleaved, machine
 from sert_min.io.files import read_jsonl
 
 BASE = {"shape": "124M", "rows": 200, "prompt": 64, "new": 16}
@@ -55,17 +56,15 @@ def run_sample(out: str, *flags: str, processes: int = 1) -> dict:
 
 def processes(quick: bool) -> dict:
     """Two processes against one, in turn, three times."""
-    limit = ["--limit", "128" if quick else "384"]
-    rates, hashes = {1: [], 2: []}, set()
+    limit, rates, hashes = ["--limit", "128" if quick else "384"], {1: [], 2: []}, set()
     with tempfile.TemporaryDirectory() as folder:
         for i in range(1 if quick else 3):
             for n in rates:
                 r = run_sample(f"{folder}/{n}-{i}", *limit, processes=n)
                 rates[n].append(round(r["tokens"] / r["seconds"]))
                 hashes.add(r["sha256"])
-    ratios = sorted(b / a for a, b in zip(rates[1], rates[2]))
-    ratio = round(ratios[len(ratios) // 2], 2)
-    return {"tokens_per_s": rates, "ratio": ratio, "same_bytes": len(hashes) == 1}
+    ratio = statistics.median(b / a for a, b in zip(rates[1], rates[2]))
+    return {"tokens_per_s": rates, "ratio": round(ratio, 2), "same_bytes": len(hashes) == 1}
 
 
 def rejection(quick: bool) -> dict:
@@ -94,7 +93,8 @@ def growth(quick: bool, plot: str | None) -> dict:
             for dtype, kind in sampling.DTYPES.items():
                 model = sampling.make_model(at["shape"]).cast_(kind)
                 prompts = torch.randint(0, 50257, (at["rows"] // 25, at["prompt"])).tolist()
-                spent = sampling.seconds(sampling.ours(model, prompts, at["new"]))
+                run = sampling.ours(model, prompts, at["new"])
+                spent = interleaved({"ours": run}, 1, warm_up=0)["ours"]
                 found[dtype][axis][str(value)] = round(at["rows"] * at["new"] / spent, 1)
             rates = ", ".join(f"{d} {found[d][axis][str(value)]:,}" for d in found)
             print(f"  {axis} {value}: {rates}", flush=True)
@@ -128,9 +128,7 @@ def draw(found: dict, base: dict, out: str) -> None:
 
 
 def main(argv=None) -> dict:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--quick", action="store_true", help="small model, few points")
     p.add_argument("--out", help="write the figures as JSON")
     p.add_argument("--plot", help="write the growth plot (PNG)")

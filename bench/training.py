@@ -1,13 +1,13 @@
 """Training: tokens per second, ours against transformers, and against what the hardware allows.
 
-Batches of 8 examples (and one large size) with the lengths of real CommonsenseQA examples and random
-ids, random weights of a GPT-2 shape, Adam at 3e-4, gradient norm clipped at 1, the loss on the
-completion alone: the same weights, batches, dtype and loss for both.
-    ours            sert_min/finetune.py, train_step; on a GPU also with the compiled loss
+Batches of 8 examples (--batch) with the lengths of real CommonsenseQA examples and random ids, random
+weights of a GPT-2 shape, Adam at 3e-4, gradient norm clipped at 1, the loss on the completion alone:
+the same weights, batches, dtype and loss for both.
+    ours            sert_min/finetune.py, train_step
     transformers    GPT2LMHeadModel and the step of its Trainer, without the Trainer's logging (it
                     needs `accelerate`): padded batch, labels -100 where there is no loss, autocast
-                    for bf16, clip_grad_norm_, fused Adam; on a GPU also compiled
-All start from the same weights and take the same batches in turn, so the timed steps are also a
+                    for bf16, clip_grad_norm_, fused Adam
+Both start from the same weights and take the same batches in turn, so the timed steps are also a
 loss curve: the largest difference is printed. Figures are medians over the steps.
 
 The limit is the time of what no training can leave out, measured in turn with the steps, on the same
@@ -20,7 +20,7 @@ softmax and casts are not in it.
 On a CPU with one thread all times are CPU seconds of this process, which other processes on the
 machine disturb little; else wall seconds.
 
-    python bench/training.py --out bench/results/training-cpu.json     # 124M on a CPU: 20 minutes
+    python bench/training.py --out bench/results/training-cpu.json     # 124M on a CPU: 15 minutes
     python bench/training.py --quick                                   # 1 minute, a smaller model
 """
 
@@ -42,7 +42,6 @@ from kernels.fast import cpu
 from sert_min.finetune import (
     IGNORE,
     Example,
-    loss_sum,
     make_optimizer,
     n_supervised,
     sparse_embedding,
@@ -67,28 +66,6 @@ LENGTHS = """
 53+32 54+35 54+29 47+43 50+41 48+40 48+32 61+33 44+35 44+31 46+36 62+31 57+31 51+34 58+35 44+32
 """
 LABEL = 8
-
-
-def parse_args(argv=None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--quick", action="store_true", help="small model, 3 steps, no large batch")
-    p.add_argument("--out", help="write the figures as JSON")
-    p.add_argument("--shape", choices=SHAPES, default="124M")
-    p.add_argument("--dtypes", default="fp32,bf16", help="default: %(default)s")
-    p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--large", type=int, help="the large batch; default: 32 on a CPU, 64 on a GPU")
-    p.add_argument("--steps", type=int, help="default: 7 on a CPU, 30 on a GPU")
-    p.add_argument("--kinds", default="paths,labels,large", help="default: %(default)s")
-    p.add_argument("--no-compiled", action="store_true", help="GPU: without torch.compile's minute")
-    args = p.parse_args(argv)
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.large = args.large or (64 if args.device == "cuda" else 32)
-    args.steps = args.steps or (30 if args.device == "cuda" else 7)
-    if args.quick:
-        args.shape, args.steps, args.large = "quick", 3, None
-    return args
 
 
 def clock(device: str) -> float:
@@ -117,21 +94,19 @@ def make_batches(n: int, size: int, paths: bool) -> list[list[Example]]:
 # --- the candidates: each is called with a batch, takes one step and returns its loss -------------
 
 
-def ours(folder: str, device: str, bf16: bool, compiled: bool = False) -> Callable:
+def ours(folder: str, device: str, bf16: bool) -> Callable:
     model = load_model(Path(folder), device)
-    model.wte.sparse = sparse_embedding(model) and not compiled  # as `fit` does
+    model.wte.sparse = sparse_embedding(model)  # as `fit` does
     optimizer = make_optimizer(model, LR)
-    loss_of = torch.compile(loss_sum, dynamic=True) if compiled else loss_sum
-    return lambda batch: train_step(model, optimizer, batch, 0, bf16=bf16, loss_of=loss_of)
+    return lambda batch: train_step(model, optimizer, batch, 0, bf16=bf16)
 
 
-def transformers_step(folder: str, device: str, bf16: bool, compiled: bool = False) -> Callable:
+def transformers_step(folder: str, device: str, bf16: bool) -> Callable:
     """One step as transformers' Trainer takes it."""
     from transformers import GPT2LMHeadModel
 
     model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
-    forward = torch.compile(model, dynamic=True) if compiled else model
 
     def step(batch: list[Example]) -> float:
         longest = max(len(ids) for ids, _ in batch) + 1
@@ -142,7 +117,7 @@ def transformers_step(folder: str, device: str, bf16: bool, compiled: bool = Fal
             rows.append((text + [0] * pad, [1] * len(text) + [0] * pad, labels + [IGNORE] * pad))
         ids, mask, labels = (torch.tensor(x, device=device) for x in zip(*rows))
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = forward(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -153,39 +128,6 @@ def transformers_step(folder: str, device: str, bf16: bool, compiled: bool = Fal
 
 
 # --- measuring ------------------------------------------------------------------------------------
-
-
-def race(args, folder: str, bf16: bool, batches: list) -> tuple[dict, dict, list, dict]:
-    """Seconds and losses of each candidate's steps, taken in turn with what they can't do without,
-    and what failed. The first batch warms up: its loss counts, its time does not."""
-    kinds = {"ours": (ours, False), "transformers": (transformers_step, False)}
-    if args.device == "cuda" and not args.no_compiled:
-        kinds |= {
-            "ours, compiled": (ours, True),
-            "transformers, compiled": (transformers_step, True),
-        }
-    steps, times, losses, failed, limits = {}, {}, {}, {}, []
-    plain = load_model(Path(folder), args.device)  # its weights for the products alone
-    for name, (make, compiled) in kinds.items():
-        steps[name] = make(folder, args.device, bf16, compiled)
-        times[name], losses[name] = [], []
-    for i, batch in enumerate(batches):
-        for name in list(steps):
-            start = clock(args.device)
-            try:
-                losses[name].append(steps[name](batch))
-            except Exception as e:
-                failed[name] = f"{type(e).__name__}: {str(e)[:200]}"
-                for d in (steps, times, losses):
-                    d.pop(name)
-                continue
-            if i > 0:
-                times[name].append(clock(args.device) - start)
-        if i > 0:
-            limits.append(limit_seconds(plain, batch, bf16))
-        last = {name: round(t[-1], 4) for name, t in times.items() if t}
-        print(f"  step {i}: seconds {last}, losses {[x[-1] for x in losses.values()]}", flush=True)
-    return times, losses, limits, failed
 
 
 @torch.no_grad()
@@ -208,11 +150,8 @@ def limit_seconds(model: GPT2, batch: list[Example], bf16: bool) -> dict[str, fl
         return clock(device) - start
 
     def three(x, w, g) -> list[Callable]:
-        return [
-            lambda: cpu.linear(x, w),
-            lambda: cpu.linear(g, w.t()),
-            lambda: cpu.linear(g.t(), x.t()),
-        ]
+        pairs = (x, w), (g, w.t()), (g.t(), x.t())
+        return [lambda a=a, b=b: cpu.linear(a, b) for a, b in pairs]
 
     q, p = random(B * c.n_head, T, D), random(B * c.n_head, T, T)
     sides = {n: random(N, n) for b in model.h[:1] for x in linears(b) for n in x.weight.shape}
@@ -232,84 +171,71 @@ def linears(block) -> list:
     return [block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
 
 
-def measure(args, folder: str, dtype: str, size: int, paths: bool, steps: int) -> dict:
-    """The figures of one dtype, batch size and kind of examples."""
-    batches = make_batches(steps + 1, size, paths)
-    times, losses, limits, failed = race(args, folder, dtype == "bf16", batches)
-    tokens = [sum(len(ids) for ids, _ in batch) for batch in batches[1:]]
-    rate = {
-        name: statistics.median(n / t for n, t in zip(tokens, ts)) for name, ts in times.items()
-    }
-    ratio = {  # seconds of each in units of ours, not compiled
-        name: statistics.median(t / o for t, o in zip(ts, times["ours"]))
-        for name, ts in times.items()
-    }
-    mine, peers = (
-        min((r for name, r in ratio.items() if name.startswith(who)), default=None)
-        for who in ("ours", "transformers")
-    )
-    best = min(times, key=lambda name: (not name.startswith("ours"), ratio[name]))
-    shares = [sum(parts.values()) / t for parts, t in zip(limits, times[best])]
-    limit = statistics.median(n / sum(parts.values()) for n, parts in zip(tokens, limits))
-    typical = {name: statistics.median(parts[name] for parts in limits) for name in limits[0]}
-    apart = [abs(a - b) for name in losses for a, b in zip(losses[name], losses["ours"])]
-    figures = {
-        "batch": size,
+def measure(folder: str, device: str, dtype: str, batches: list) -> dict:
+    """The figures of one dtype and kind of examples, both candidates in turn. The first batch warms
+    up: its loss counts, its time does not."""
+    bf16 = dtype == "bf16"
+    kinds = {"ours": ours, "transformers": transformers_step}
+    steps = {name: make(folder, device, bf16) for name, make in kinds.items()}
+    times, losses, limits = {n: [] for n in kinds}, {n: [] for n in kinds}, []
+    plain = load_model(Path(folder), device)  # its weights for the products alone
+    for batch in batches:
+        for name, step in steps.items():
+            start = clock(device)
+            losses[name].append(step(batch))
+            times[name].append(clock(device) - start)
+        limits.append(limit_seconds(plain, batch, bf16))
+        print(f"  { ({n: round(t[-1], 4) for n, t in times.items()}) } s", flush=True)
+    tokens = [sum(len(ids) for ids, _ in batch) for batch in batches]
+    floors = [sum(parts.values()) for parts in limits]
+
+    def typical(values: list, per: list) -> float:
+        return round(statistics.median(a / b for a, b in list(zip(values, per))[1:]), 3)
+
+    return {
         "tokens": statistics.median(tokens),
-        "supervised": statistics.median(map(n_supervised, batches[1:])),
-        "tokens_per_s": {name: round(r, 1) for name, r in rate.items()},
-        "ratio": {name: round(r, 3) for name, r in ratio.items()},
-        "ratio_to_best": peers and round(peers / mine, 3),
-        "limit_ms": {name: round(t * 1e3, 2) for name, t in typical.items()},
-        "limit_tokens_per_s": round(limit, 1),
-        "share_of_limit": round(statistics.median(shares), 3),
-        "largest_loss_difference": max(apart),
-        "failed": failed,
-        "losses": losses,
-        "seconds": {name: [round(t, 4) for t in ts] for name, ts in times.items()},
+        "supervised": statistics.median(map(n_supervised, batches)),
+        "tokens_per_s": {name: typical(tokens, t) for name, t in times.items()},
+        "ratio": typical(times["transformers"], times["ours"]),
+        "limit_ms": {k: round(statistics.median(x[k] for x in limits) * 1e3, 2) for k in limits[0]},
+        "share_of_limit": typical(floors, times["ours"]),
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses.values())),
+        "losses": losses["ours"],
     }
-    for key in list(figures)[:-2]:
-        print(f"  {key}: {figures[key]}")
-    return figures
 
 
 def main(argv=None) -> dict:
-    args = parse_args(argv)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--quick", action="store_true", help="small model, 3 steps")
+    p.add_argument("--out", help="write the figures as JSON")
+    p.add_argument("--shape", choices=SHAPES, default="124M")
+    p.add_argument("--dtypes", default="fp32,bf16", help="default: %(default)s")
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--steps", type=int, help="default: 7 on a CPU, 30 on a GPU")
+    args = p.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.steps = args.steps or (30 if device == "cuda" else 7)
+    if args.quick:
+        args.shape, args.steps = "quick", 3
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     keep_freed_memory()  # as `fit` does; it serves both
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "quick", "dtypes")}
-    cpu_clock = args.device == "cpu" and torch.get_num_threads() == 1
-    result = {
-        "machine": machine(),
-        "settings": settings,
-        "clock": "CPU seconds of one thread" if cpu_clock else "wall seconds",
-    }
-    print(f"{result['machine']}\n{settings}, {result['clock']}")
+    result: dict = {"machine": machine(), "settings": vars(args)}
+    print(result)
     with tempfile.TemporaryDirectory() as folder:
         save_model(make_model(args.shape), Path(folder) / "model", ROOT, {})
         for dtype in args.dtypes.split(","):
-            rows = {
-                "paths": (args.batch, True, args.steps),
-                "labels": (args.batch, False, args.steps),
-            }
-            if args.large:
-                rows["large"] = (args.large, True, max(2, args.steps // 3))
-            for name in [n for n in rows if n in args.kinds.split(",")]:
-                row, name = rows[name], name.replace("large", "paths, large")
-                print(f"{dtype}, {name}")
-                result[f"{dtype}, {name}"] = measure(args, f"{folder}/model", dtype, *row)
+            for kind in ("paths", "labels"):
+                batches = make_batches(args.steps + 1, args.batch, kind == "paths")
+                r = result[f"{dtype}, {kind}"] = measure(f"{folder}/model", device, dtype, batches)
+                print(f"{dtype}, {kind}", *(f"{k}: {v}" for k, v in r.items()), sep="\n  ")
                 finish(result, args.out)
     for dtype in args.dtypes.split(","):
-        r = result.get(f"{dtype}, paths")
-        if not r:
-            continue
-        print(
-            f"{dtype}: {r['share_of_limit']:.0%} of the limit, "
-            f"losses within {r['largest_loss_difference']:.1e} of transformers'"
-        )
-        print(f"{dtype}: ratio to transformers' best: {r['ratio_to_best']}")
+        r = result[f"{dtype}, paths"]
+        print(f"{dtype}: {r['share_of_limit']:.0%} of the limit, losses within "
+              f"{r['largest_loss_difference']:.1e} of transformers'")  # fmt: skip
+        print(f"{dtype}: ratio to transformers' best: {r['ratio']}")
     return result
 
 

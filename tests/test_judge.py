@@ -31,9 +31,11 @@ READ = {  # what stands behind `Score for Coherence` -> the score
     ": 7": 7, ":7.5": 7.5, ": 7,5": 7.5, ": 0": 0, ": 10.": 10, ":** 8": 8, "**: 8": 8, ": **8**": 8,
     ": [8]": 8, ": <8>": 8, ": 8/10": 8, ": **8**/10": 8, ": 8 out of 10.": 8, ": 8 (out of 10)": 8,
     " (0-10): 8": 8, " = 8": 8, " is 8": 8, ": 8 - it flows": 8, ": 8, because": 8,
+    "：8": 8, ": 8 -> good": 8,
 }  # fmt: skip
 MISSING = (  # out of range, another scale, a range, no number
-    ": 11", ": -3", ": 85", ": 4/5", ": 4 (out of 5)", ": 7-8", ": 7 to 8", ": 7 or 8", ": 8th",
+    ": 11", ": -3", ": 85", ": 4/5", ": 4 (out of 5)", ": 7-8", ": 7 to 8", ": 7 or 8", ": 6 -> 8",
+    ": **6** → **8**", ": 8th",
     ": 1e1", ": seven", ": N/A", ": <number>", ": " + "9" * 500, ":", "",
 )  # fmt: skip
 
@@ -41,6 +43,14 @@ MISSING = (  # out of range, another scale, a range, no number
 @pytest.mark.parametrize("said, score", [*READ.items(), *((said, None) for said in MISSING)])
 def test_forms_of_a_score(said, score):
     assert parse_scores(f"Well.\n- score for COHERENCE{said}\nmore")["coherence"] == score
+
+
+def test_thinking_is_no_score():
+    """Guards the draft scores of a reasoning judge, taken where its reply was cut in the thinking."""
+    draft = REPLY.replace("7", "1")
+    assert mean_score(parse_scores(f"<think>{draft}</think>{REPLY}")) == 6.5
+    for start in ("<think>", "[THINK]", "<|channel|>analysis<|message|>"):
+        assert set(parse_scores(start + draft).values()) == {None}
 
 
 def test_the_last_line_counts_and_a_missing_score_is_missing():

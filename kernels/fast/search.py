@@ -48,7 +48,7 @@ def mass_from(row_ptr, V, low, top, heat, floor, ties, BLOCK: tl.constexpr):
     count, equal, at_floor = tl.zeros([], tl.int32), tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     mass = tl.zeros([], tl.float64)
     for at in range(0, V, BLOCK):
-        _, x = load_block(row_ptr, at, V, BLOCK)
+        cols, x = load_block(row_ptr, at, V, BLOCK)
         keep, bits, at_floor = kept(x, floor, ties, at_floor)
         keep = keep & (bits >= low)
         count += tl.sum(keep.to(tl.int32), 0)
@@ -64,7 +64,7 @@ def highest_floor(row_ptr, V, low, m, heat, floor, ties, k, goal, BLOCK: tl.cons
     low, high = low.to(tl.int64), ordered_bits(m).to(tl.int64) + 1
     while high - low > 1:
         middle = (low + high) // 2
-        count, mass, _ = mass_from(row_ptr, V, middle.to(tl.int32), m, heat, floor, ties, BLOCK)
+        count, mass, equal = mass_from(row_ptr, V, middle.to(tl.int32), m, heat, floor, ties, BLOCK)
         enough = (count >= k) & (mass >= goal)
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
@@ -88,34 +88,36 @@ def search_kernel(
     # 1. Log-sum-exp.
     m, sums = float("-inf"), tl.zeros([BLOCK], tl.float32)
     for at in range(0, V, BLOCK):
-        _, x = load_block(row_ptr, at, V, BLOCK)
+        cols, x = load_block(row_ptr, at, V, BLOCK)
         m, sums = add_block(x, m, sums)
     s = tl.sum(sums, 0)
     # 2. Top-k: the largest floor with at least k logits from it on.
     floor, ties = tl.full([], LOWEST, tl.int32), tl.full([], 2147483647, tl.int32)
     if k < V:
-        low, count, _, equal = highest_floor(row_ptr, V, floor, m, heat, floor, ties, k, 0.0, BLOCK)
+        low, count, mass, equal = highest_floor(
+            row_ptr, V, floor, m, heat, floor, ties, k, 0.0, BLOCK
+        )
         floor, ties = low, equal - tl.maximum(count - k, 0)
     # 3. Top-p inside it: the largest threshold whose mass reaches p; of its equals so many that the
     # mass before each is below p.
-    _, total, _ = mass_from(row_ptr, V, LOWEST, m, heat, floor, ties, BLOCK)
+    count, total, equal = mass_from(row_ptr, V, LOWEST, m, heat, floor, ties, BLOCK)
     if p < 1.0:
-        low, _, mass, equal = highest_floor(
+        low, count, mass, equal = highest_floor(
             row_ptr, V, floor, m, heat, floor, ties, 0, p * total, BLOCK
         )
-        _, above, _ = mass_from(row_ptr, V, low + 1, m, heat, floor, ties, BLOCK)
+        count, above, other = mass_from(row_ptr, V, low + 1, m, heat, floor, ties, BLOCK)
         each = (mass - above) / tl.maximum(equal, 1)
         needed = tl.where(equal > 0, tl.ceil((p * total - above) / each), 1.0)
         ties = tl.minimum(tl.maximum(needed, 1.0), equal.to(tl.float64)).to(tl.int32)
         floor = low
-        _, total, _ = mass_from(row_ptr, V, LOWEST, m, heat, floor, ties, BLOCK)
+        count, total, equal = mass_from(row_ptr, V, LOWEST, m, heat, floor, ties, BLOCK)
     # 4. Inverse CDF in id order: the first kept logit whose cumulative mass passes u * total.
     u = uniform(seed, tl.load(streams + row), tl.load(position + row * pos_stride))
     done, at_floor = tl.zeros([], tl.float64), tl.zeros([], tl.int32)
     token, last = tl.full([], BIG, tl.int32), tl.full([], -1, tl.int32)
     for at in range(0, V, BLOCK):
         cols, x = load_block(row_ptr, at, V, BLOCK)
-        keep, _, at_floor = kept(x, floor, ties, at_floor)
+        keep, bits, at_floor = kept(x, floor, ties, at_floor)
         share = tl.where(keep, tl.exp((x - m).to(tl.float64) / heat), 0.0)
         hit = keep & (done + tl.cumsum(share, 0) > u * total)
         token = tl.minimum(token, tl.min(tl.where(hit, cols, BIG), 0))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from sert_min.answers import without_thinking
 from sert_min.io import endpoint
 from sert_min.io.endpoint import Ask, Endpoint, Readable
 from sert_min.io.files import clean_name, read_jsonl, to_line, write_atomic
@@ -46,15 +47,15 @@ Assess the response by four criteria. Give each a score between 0 and 10, where 
 At the end, give a brief summary of your assessment."""
 
 # What stands between a criterion and its number: Markdown, `(0-10)` and a colon.
-_FORM = r"[ \t*_`\"']*(?:\((?:out of|0\s*[-–]|0 to)\s*10\))?[ \t*_`\"']*(?::|=|is\b)"
+_FORM = r"[ \t*_`\"']*(?:\((?:out of|0\s*[-–]|0 to)\s*10\))?[ \t*_`\"']*(?:[:：=]|is\b)"
 _SCORES = {
     key: re.compile(r"score\s+for\s+" + key.replace(" ", r"[\s_-]+") + _FORM + r"([^\n]*)", re.I)
     for key in KEYS
 }
-_NUMBER = re.compile(  # not a score: a range (7-8), another scale (7/5), 8th
+_NUMBER = re.compile(  # not a score: a range (7-8), a change (6 -> 8), another scale (7/5), 8th
     r"[\s*_`\[({<\"']*(?P<n>[+-]?[0-9]+(?:[.,][0-9]+)?)(?![\w])"
     r"(?:[\s\])}>(*_`]*(?:/|out\s+of)\s*(?P<of>[0-9]+(?:[.,][0-9]+)?))?"
-    r"(?!\s*(?:-|–|—|to\b|or\b)\s*[0-9])(?![.,]?[0-9])",
+    r"(?![\s*_`]*(?:[-=]*>|-|–|—|→|to\b|or\b)[\s*_`]*[0-9])(?![.,]?[0-9])",
     re.IGNORECASE,
 )
 
@@ -72,6 +73,7 @@ def parse_scores(reply: str) -> dict[str, float | None]:
     7.0
     """
     scores: dict[str, float | None] = {}
+    reply = without_thinking(reply)  # a draft of the scores doesn't count
     for key, pattern in _SCORES.items():
         said = [rest for rest in pattern.findall(reply) if "<number>" not in rest.lower()]
         scores[key] = read_number(said[-1]) if said else None
