@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sert_min import prompts, tasks
-from sert_min.gpt2 import read_config
 from sert_min.io import endpoint, parallel
 from sert_min.io.endpoint import Ask, Endpoint
 from sert_min.io.errors import need, printable, printable_lines, run_script
 from sert_min.io.files import clean_name, read_jsonl, to_line, write_atomic
+from sert_min.models import read_config
 from sert_min.questions import Question, describe
 from sert_min.rationales import Output, rationale_records, teacher_answer
 from sert_min.report import console

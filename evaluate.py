@@ -21,13 +21,13 @@ from typing import NamedTuple
 import torch
 
 from sert_min import prompts, script, tasks
-from sert_min.gpt2 import load_model, read_config
 from sert_min.io import endpoint, files
 from sert_min.io.errors import need, printable_lines, run_script
 from sert_min.io.files import to_line, write_atomic
 from sert_min.io.hub import find_model, model_label, weights_hash
 from sert_min.io.machine import resolve_machine
 from sert_min.metrics import grade, greedy, summarize, without_nan
+from sert_min.models import load_model, read_config
 from sert_min.questions import Question, data_hash, describe
 from sert_min.report import console, judge, table, texts
 from sert_min.report.likelihood import answer_logprobs, likelihood_record

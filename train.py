@@ -22,12 +22,13 @@ from typing import NamedTuple
 from sert_min import filters, prompts, script, tasks
 from sert_min.answers import strip_answer_sentence
 from sert_min.finetune import Example, TrainSettings, encode_example, fit, mean_loss, n_supervised
-from sert_min.gpt2 import GPT2, load_model, save_model
+from sert_min.gpt2 import GPT2
 from sert_min.io import files, parallel
 from sert_min.io.errors import need, run_script
 from sert_min.io.hub import read_sert, weights_hash
 from sert_min.io.machine import resolve_machine
 from sert_min.metrics import grade, greedy
+from sert_min.models import load_model, save_model
 from sert_min.questions import Question, describe
 from sert_min.report import console
 from sert_min.script import Student, add_flags, open_student
@@ -172,7 +173,14 @@ def prepare(
     }
     parents = [*student.sert.get("parents", []), student.name]
     same = {k: settings[k] for k in ("task", "prompt_suffix", "data", "seed")}
-    sert = {"method": method, "root": label, "parents": parents, **same, "source": source}
+    sert = {
+        "method": method,
+        "root": label,
+        "parents": parents,
+        "commit": student.commit,
+        **same,
+        "source": source,
+    }
     sert["settings"] = settings
     examples = [encode_example(tokenizer, *texts, o.loss_on) for _, *texts in pairs + held]
     for (q, _, _), (ids, _) in zip(pairs + held, examples):

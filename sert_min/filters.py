@@ -139,6 +139,17 @@ def first_broken(path: Path, limits: Mapping, rules: Sequence[Rule]) -> str | No
     return None
 
 
+def path_breaks(
+    record: Mapping, token_bytes: Sequence[bytes], question: Question
+) -> dict[str, int]:
+    """For each pattern kind that a sampled record breaks, the index in its path of the token that
+    breaks it. A special token that ended the path, such as `<|im_start|>`, is imitative."""
+    special, final = record["finish"] == "special", record["finish"] != "rejected"
+    drawn = token_bytes[record["path_start"] : len(token_bytes) - special]
+    breaks = patterns.broken_kinds(drawn, question, final)
+    return {"imitative": len(drawn), **breaks} if special else breaks
+
+
 def verdict(
     record: Mapping, token_bytes: Sequence[bytes], question: Question, limits: Mapping
 ) -> dict:
@@ -146,8 +157,9 @@ def verdict(
     path_end, perplexity, rep2, verdict` (`kept` for a path that passes every rule). `token_bytes`
     are the bytes of each of its `token_ids`."""
     start, finish = record["path_start"], record["finish"]
-    breaks = patterns.broken_kinds(token_bytes[start:], question, final=finish != "rejected")
-    end = trim_to_sentence(token_bytes, start) if finish == "length" else len(token_bytes)
+    breaks = path_breaks(record, token_bytes, question)
+    end = len(token_bytes) - (finish == "special")  # the token that ended it stands behind the path
+    end = trim_to_sentence(token_bytes, start) if finish == "length" else end
     ids, logprobs = record["token_ids"][start:end], record["logprobs"][:end]
     path = Path(ids, logprobs, decode(token_bytes[start:end]), breaks, question)
     found = first_broken(path, limits, RULES) or "kept"

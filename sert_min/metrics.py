@@ -38,7 +38,7 @@ def greedy(
     outputs, kept = [], {}
     for i in range(0, len(questions), rows):
         block = questions[i : i + rows]
-        prompts = [tokenizer.encode(question_prompt(q, suffix)) for q in block]
+        prompts = [tokenizer.encode_prompt(question_prompt(q, suffix)) for q in block]
         room = model.config.n_positions - max(map(len, prompts))
         names, context = [f"question {q.id}" for q in block], model.config.n_positions
         some = f"a question from {block[0].id} to {block[-1].id}"

@@ -66,7 +66,7 @@ SAMPLED = (*sample.DERIVED, *(f"blocks/{i:06d}-2.jsonl" for i in range(3)))
 STUDENT = "--epochs 2 --batch-size 4 --report 0 --save-seconds 0"
 TRAINING = (
     "train.prepare finetune.train_step finetune.fit finetune.note state.save_state "
-    "state.load_state finetune.keep_metrics_before gpt2.save_model figures.plot_training "
+    "state.load_state finetune.keep_metrics_before models.save_model figures.plot_training "
 )
 TRAINED = "last/model.safetensors", "metrics.jsonl"
 COMMANDS = {

@@ -14,11 +14,11 @@ from conftest import make_tiny_model
 
 import train
 from sert_min import tasks
-from sert_min.gpt2 import load_model
 from sert_min.io import hub, machine
 from sert_min.io.errors import SertError
 from sert_min.io.files import read_json, read_jsonl, to_line
 from sert_min.io.hub import read_sert
+from sert_min.models import load_model
 from sert_min.prompts import answer_sentence
 
 

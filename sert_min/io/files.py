@@ -192,14 +192,14 @@ def recover_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path | str, name: str = ".lock") -> Iterator[None]:
-    """Hold `folder` (made if missing) for this process; a second process is refused. The lock dies
-    with its holder."""
+def lock_folder(folder: Path | str, name: str = ".lock", wait: bool = False) -> Iterator[None]:
+    """Hold `folder` (made if missing) for this process; a second process is refused, or waits. The
+    lock dies with its holder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "w") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise SertError(
                 f"another process is writing to {folder}; wait for it or choose another --out-dir"

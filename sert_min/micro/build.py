@@ -18,9 +18,11 @@ import regex
 import torch
 
 from sert_min.finetune import loss_sum, n_supervised, pack
-from sert_min.gpt2 import GPT2, GPT2Config, save_model
+from sert_min.gpt2 import GPT2, GPT2Config
+from sert_min.io.vocabulary import END, PATTERN, byte_alphabet
 from sert_min.micro import world
-from sert_min.tokenizer import END, PATTERN, byte_alphabet, load_tokenizer
+from sert_min.models import save_model
+from sert_min.tokenizer import load_tokenizer
 
 
 def train_bpe(texts: list[str], max_merges: int = 4000) -> list[tuple[str, str]]:

@@ -12,10 +12,10 @@ from pathlib import Path
 from sert_min import filters, prompts
 from sert_min.finetune import TrainSettings, encode_example, fit
 from sert_min.generate import SampleSettings, sample_paths
-from sert_min.gpt2 import load_model
 from sert_min.io.hub import read_sert
 from sert_min.metrics import grade, greedy
 from sert_min.micro import program, world
+from sert_min.models import load_model
 from sert_min.patterns import pattern_break
 from sert_min.questions import Question
 from sert_min.tokenizer import load_tokenizer
