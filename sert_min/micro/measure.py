@@ -22,6 +22,7 @@ from sert_min.tokenizer import load_tokenizer
 
 KINDS = ("direct", "imitative", "options", "reasoning", "other")
 SETTINGS = SampleSettings(max_new_tokens=world.PRESET["max_new_tokens"])
+FORMS = {"yes_no": False, "five": True}  # has it choices?
 CHECKS = ("facts", "relation", "verdict", "gold")
 
 
@@ -75,11 +76,9 @@ def report(folder, n=200):
         found = [program.check_path(by_id[r["id"]], r["text"]) for r in records]
         line(name, {k: [c[k] for c in found] for k in CHECKS})
 
-    def by_form(name, records, right):
-        forms = {"yes_no": [], "five": []}
-        for r in records:
-            forms["five" if by_id[r["id"]].choices else "yes_no"].append(right(r))
-        line(name, forms)
+    def by_form(name, records, key):
+        right = [(r[key] == r["answer"], bool(by_id[r["id"]].choices)) for r in records]
+        line(name, {k: [ok for ok, f in right if f == five] for k, five in FORMS.items()})
 
     print(f"world seed {seed}, {len(test)} test questions (never in the corpus)")
     outputs = answered(model, tokenizer, test)
@@ -88,20 +87,16 @@ def report(folder, n=200):
     asked = [(world.ASK_HOME.format(p=p), t) for p, t in facts.home.items()]
     asked += [(world.RELATIONS[name].ask.format(t=t), v) for (name, t), v in facts.value.items()]
     asked = [Question("micro", str(i), text, a) for i, (text, a) in enumerate(asked)]
-    known = answered(model, tokenizer, asked, 16)
-    line(
-        "facts known when asked",
-        {"all": [r["text"].rstrip(" .").endswith(r["answer"]) for r in known]},
-    )
-    by_form("direct answers right", outputs, lambda r: r["extracted_lenient"] == r["answer"])
+    known = [(r["text"].rstrip(" ."), r["answer"]) for r in answered(model, tokenizer, asked, 16)]
+    line("facts known when asked", {"all": [text.endswith(a) for text, a in known]})
+    by_form("direct answers right", outputs, "extracted_lenient")
     for epochs in (5, 15):
         tuned = answered(finetuned(model, tokenizer, train, epochs), tokenizer, test)
-        by_form(f"  after {epochs} epochs on 400 labels", tuned, lambda r: r["correct"])
+        by_form(f"  after {epochs} epochs on 400 labels", tuned, "extracted")
     paths = sampled(model, tokenizer, test, SETTINGS)
-    is_reasoning = kinds(paths)["reasoning"]
-    reasoning = [r for r, yes in zip(paths, is_reasoning) if yes]
+    shown = kinds(paths)["reasoning"]
+    reasoning = [r for r, ok in zip(paths, shown) if ok]
     some = {r["id"] for r in reasoning}
-    line("5 x 5 branched samples",
-         {"reasoning": is_reasoning, "questions": [q.id in some for q in test]})  # fmt: skip
+    line("5 x 5 branched samples", {"reasoning": shown, "questions": [i in some for i in by_id]})
     checks("  reasoning paths, right", reasoning)
     checks("selected paths, right", [r for r in paths if r["verdict"] == "selected"])
