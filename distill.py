@@ -26,7 +26,7 @@ from sert_min.io.files import clean_name, read_jsonl, to_line, write_atomic
 from sert_min.questions import Question, describe
 from sert_min.rationales import Output, rationale_records, teacher_answer
 from sert_min.script import Student, add_flags, open_student, parser
-from sert_min.teacher_files import PUBLIC, read_teacher_file
+from sert_min.teacher_files import read_teacher_file
 from sert_min.tokenizer import load_tokenizer
 from train import add_training_flags, options, train_student
 
@@ -38,11 +38,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("teacher")
     g.add_argument(
         "--teacher-file",
-        help="existing rationales instead of a model's: a public file by name "
-        f"({', '.join(PUBLIC)}), a rationales.jsonl of ours, a zero_shot_cot .log, a folder of "
-        "distilling-step-by-step's train_CoT_N.json, or .jsonl rows of your own with question, "
-        'rationale, teacher_completion ("(B)."; null: the rationale states it), and optionally id '
-        'and finish ("stop": the rationale is whole; else its last half sentence is cut off)',
+        help="existing rationales instead of a model's: davinci (a public log), a rationales.jsonl "
+        "of ours, a zero_shot_cot .log, a folder of distilling-step-by-step's train_CoT_N.json, or "
+        '.jsonl rows of your own with question, rationale, teacher_completion ("(B)."; null: the '
+        'rationale states it), and optionally id and finish ("stop": the rationale is whole; else '
+        "its last half sentence is cut off)",
     )
     endpoint.add_flags(g, "teacher")
     g.add_argument("--teacher-suffix", default="", help="text to add to the prompt, e.g. to ask "
@@ -69,7 +69,12 @@ def main(args) -> None:
     print(describe(questions, "train"))
     questions = questions[: args.limit]
     if teacher and args.dry_run:
-        return print_plan(teacher, questions)
+        asks = [teacher.ask(q) for q in questions]
+        print(f"\nprompt of question {printable(asks[0].id)}, to {teacher.endpoint.url()}:")
+        print("  " + printable_lines(asks[0].messages[0]["content"]).replace("\n", "\n  ") + "\n")
+        return endpoint.print_plan(
+            "plan", teacher.folder, asks, teacher.endpoint, teacher.ask_answer
+        )
     student, method = pick_student(args.model, args.task, args.seed, args.out_dir)
     out = Path(args.out_dir or f"out/{args.task}/{student.label}/{method}/seed{args.seed}")
 
@@ -94,8 +99,7 @@ def main(args) -> None:
         if args.dry_run:
             return None
         save_records(out, records)
-        if failures:
-            endpoint.end_if_missing(failures, "teacher", teacher.folder)
+        endpoint.end_if_missing(failures, "teacher", teacher.folder if teacher else out)
     if args.collect_only:
         return print(f"wrote {out}/rationales.jsonl")
     parallel.largest(0)  # the other processes wait here for the rationales
@@ -208,14 +212,6 @@ def teacher_from_flags(args) -> Teacher | None:
     return Teacher(e, Path(folder), args.teacher_suffix, args.two_step)
 
 
-def print_plan(teacher: Teacher, questions: list[Question]) -> None:
-    """--dry-run: a prompt, and what asking would cost at most."""
-    asks = [teacher.ask(q) for q in questions]
-    print(f"\nprompt of question {printable(asks[0].id)}, to {teacher.endpoint.url()}:")
-    print("  " + printable_lines(asks[0].messages[0]["content"]).replace("\n", "\n  ") + "\n")
-    endpoint.print_plan("plan", teacher.folder, asks, teacher.endpoint, teacher.ask_answer)
-
-
 def ask_teacher(
     teacher: Teacher, questions: list[Question], keep: str
 ) -> tuple[dict[str, Output], list[str]]:
@@ -227,15 +223,12 @@ def ask_teacher(
         "Ask for it with --teacher-suffix ' End with: So the answer is ..', or use --two-step, or "
         "raise --teacher-max-tokens; --keep all goes on",
     )
-    where = teacher.folder, asks, teacher.endpoint
-    test = readable if keep == "right" else None
-    collection, failures = endpoint.ask_all(*where, test, teacher.ask_answer)
-    outputs = {}
-    for ask in asks:
-        replies, now = collection.walk(ask)
-        if not now:
-            outputs[ask.id] = teacher.output(replies)
-    return outputs, failures
+    collection, failures = endpoint.ask_all(
+        teacher.folder, asks, teacher.endpoint, readable if keep == "right" else None,
+        teacher.ask_answer,
+    )  # fmt: skip
+    walks = ((ask, *collection.walk(ask)) for ask in asks)
+    return {ask.id: teacher.output(replies) for ask, replies, now in walks if not now}, failures
 
 
 def program_outputs(questions: list[Question], teacher: Callable) -> dict[str, Output]:

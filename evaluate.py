@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +76,8 @@ class Cell(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"{self.student.label} {table.NAMES[self.method]}"
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return f"{self.student.label} {table.NAMES[self.method]}{seed}"
 
 
 def cell_of(name: str, task: str, split: str, suffix=None, out_dir=None) -> Cell:
@@ -85,8 +86,7 @@ def cell_of(name: str, task: str, split: str, suffix=None, out_dir=None) -> Cell
     student = script.open_student(name, task)
     sert, folder = student.sert, student.folder
     method = sert.get("method") if sert.get("method") in table.METHODS else "base"
-    suffix = given(suffix, student.suffix).strip()
-    suffix = f" {suffix}" if suffix else ""
+    suffix = f" {given(suffix, student.suffix).strip()}".rstrip()
     differs = {
         task: method != "base" and sert.get("task", task) != task,
         split: split != "test",
@@ -134,8 +134,7 @@ def evaluate(cell: Cell, job: Job) -> dict:
     """Decode what is missing, then derive, write and print the results; returns the metrics."""
     out, questions = cell.out, job.questions
     with files.lock_folder(out, ".lock-evaluate"):
-        settings, device = settle(cell, job)
-        blocks = outputs_of(out, settings, questions)
+        settings, device, blocks = settle(cell, job)
         blocks.folder.mkdir(exist_ok=True)
         files.check_settings(blocks.folder / "evaluation.json", settings, "use another --out-dir")
 
@@ -182,16 +181,16 @@ def evaluate(cell: Cell, job: Job) -> dict:
         right, judges = [r["correct"] for r in weighed], judge.summaries(out, len(records))
         metrics = without_nan(about | summarize(records, questions, right, judges))
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    console.print_metrics(
-        cell.title + ("" if cell.seed is None else f", seed {cell.seed}"), metrics
-    )
+    console.print_metrics(cell.title, metrics)
     print(f"wrote {out}/predictions.jsonl and metrics.json")
     endpoint.end_if_missing(failures, "judge", job.judge.folder if failures else out)
     return metrics
 
 
-def settle(cell: Cell, job: Job) -> tuple[dict, torch.device]:
-    """(everything that decides the bytes of the outputs, the device)."""
+def settle(cell: Cell, job: Job) -> tuple[dict, torch.device, script.Blocks]:
+    """(everything that decides the bytes of the outputs, the device, the block files). The blocks lie
+    in a folder that is named by a hash of the settings, so outputs of other settings or other weights
+    are neither lost nor mixed in."""
     need(
         not (cell.out / "evaluation.json").exists(),
         f"{cell.out} holds an evaluation by an earlier version; move its evaluation.json and "
@@ -206,22 +205,17 @@ def settle(cell: Cell, job: Job) -> tuple[dict, torch.device]:
     for path in sorted(cell.out.glob("outputs-*/evaluation.json")):
         stored = files.stored_settings(path)
         if stored | {"threads": 0} == settings | {"threads": 0}:
-            return stored, resolve_machine(job.device, job.dtype, stored, n_params)[0]
-    return settings, device
-
-
-def outputs_of(out: Path, settings: dict, questions: list[Question]) -> script.Blocks:
-    """The block files for the outputs of `questions`. They lie in a folder that is named by a hash of
-    the settings, so outputs of other settings or other weights are neither lost nor mixed in."""
-    folder = out / f"outputs-{short_hash(json.dumps(settings, sort_keys=True))}"
-    return script.Blocks(folder, questions, settings["block_questions"])
+            settings, device = stored, resolve_machine(job.device, job.dtype, stored, n_params)[0]
+            break
+    folder = cell.out / f"outputs-{short_hash(json.dumps(settings, sort_keys=True))}"
+    return settings, device, script.Blocks(folder, job.questions, settings["block_questions"])
 
 
 def complete(blocks: script.Blocks, make: Callable, what: str) -> list[dict]:
     """The records of all blocks, in order. `make(questions, progress)` computes those of a missing
     block, which is written before the next one begins."""
     n = sum(len(blocks.block(i)) for i in blocks.missing())
-    with script.TokenBar(n, disable=not n, desc=what) as bar:
+    with console.TokenBar(n, disable=not n, desc=what) as bar:
         for i in blocks.missing():
             block = blocks.block(i)
             made = make(block, bar.count)
@@ -239,8 +233,8 @@ def remove_derived(out: Path) -> None:
 
 def print_plan(cell: Cell, job: Job) -> None:
     """--dry-run: how much there is to decode and to judge."""
-    blocks = outputs_of(cell.out, settle(cell, job)[0], job.questions)
-    n, cap = sum(len(blocks.block(i)) for i in blocks.missing()), job.settings["max_new_tokens"]
+    blocks, cap = settle(cell, job)[2], job.settings["max_new_tokens"]
+    n = sum(len(blocks.block(i)) for i in blocks.missing())
     print(
         f"{cell.title}: {n:,} of {len(job.questions):,} outputs to decode, at most {n * cap:,} "
         f"tokens, to {cell.out}"
@@ -260,13 +254,9 @@ def print_plan(cell: Cell, job: Job) -> None:
 def main(args) -> None:
     script.check_counts(args, "limit", "block_questions", "max_new_tokens")
     task, split = args.task, args.split
-
-    def load(split: str) -> list[Question]:
-        return tasks.load(task, split, args.data_dir)
-
-    for flag in ("table", "figures"):
-        folder = getattr(args, flag)
-        need(not folder or Path(folder).is_dir(), f"--{flag} {folder}: no such folder")
+    load = partial(tasks.load, task, data_dir=args.data_dir)
+    for folder in (args.table, args.figures):
+        need(not folder or Path(folder).is_dir(), f"{folder}: no such folder")
     chosen = judge.choose(args, tasks.get(task).judge)  # bad flags end here, not hours later
     model_judge = chosen if args.judge_model else None
     if args.table:
@@ -280,9 +270,8 @@ def main(args) -> None:
         need(chosen, "--paths needs --judge-model (only the micro-world has a judge program)")
         return texts.judge_paths(args.paths, task, args.limit, chosen, args.dry_run)
     if args.predictions:
-        about = {"task": task, "split": split}
-        where = args.limit, args.out_dir, args.dry_run
-        return texts.evaluate_texts(args.predictions, about, load, model_judge, *where)
+        what = args.predictions, {"task": task, "split": split}, load, model_judge
+        return texts.evaluate_texts(*what, args.limit, args.out_dir, args.dry_run)
     names = args.model or default_models(task)
     need(not args.out_dir or len(names) == 1, "--out-dir takes the results of one --model only")
     everything = load(split)
@@ -294,16 +283,12 @@ def main(args) -> None:
         "max_new_tokens": given(args.max_new_tokens, tasks.get(task).greedy_cap),
         "block_questions": args.block_questions,
     }
-    some = everything[: args.limit]
-    job = Job(settings, some, args.by == "likelihood", args.device, args.dtype, chosen)
+    some, by_likelihood = everything[: args.limit], args.by == "likelihood"
+    job = Job(settings, some, by_likelihood, args.device, args.dtype, chosen)
     cells = [cell_of(name, task, split, args.prompt_suffix, args.out_dir) for name in names]
-    if args.dry_run:
-        for cell in cells:
-            print_plan(cell, job)
-        return None
-    metrics = [evaluate(cell, job) for cell in cells]
-    if len(metrics) > 1 and not any(m["variant"] for m in metrics):
-        print("\n" + table.tables(metrics)[0], end="")
+    done = [print_plan(cell, job) if args.dry_run else evaluate(cell, job) for cell in cells]
+    if len(done) > 1 and not args.dry_run and not any(cell.variant for cell in cells):
+        print("\n" + table.tables(done)[0], end="")
     return None
 
 

@@ -21,7 +21,6 @@ from typing import NamedTuple
 from sert_min import filters, prompts, tasks
 from sert_min.answers import strip_answer_sentence
 from sert_min.finetune import (
-    METRICS,
     Example,
     TrainSettings,
     encode_example,
@@ -290,10 +289,10 @@ def validate(run: Run):
     asked = tasks.load(run.o.task, "validation", run.o.data_dir)[:VALIDATE]
     metrics = run.out / "metrics.jsonl"
 
-    def measure(poll) -> dict:
-        loss = mean_loss(run.model, run.held, run.bf16, poll)
-        records = greedy_records(run, asked, run.sert["prompt_suffix"], poll)
-        logged = (r.get("validation_loss", math.inf) for r in read_jsonl(metrics, METRICS))
+    def measure() -> dict:
+        loss = mean_loss(run.model, run.held, run.bf16)
+        records = greedy_records(run, asked, run.sert["prompt_suffix"])
+        logged = (r.get("validation_loss", math.inf) for r in read_jsonl(metrics))
         if loss < min(logged, default=math.inf):
             sert = {**run.sert, "validation_loss": loss}
             save_model(run.model, run.out / "best", run.student.folder, sert)
@@ -309,10 +308,10 @@ def validate(run: Run):
 # --- before and after -----------------------------------------------------------------------------
 
 
-def greedy_records(run: Run, questions: list, suffix: str, progress=lambda _: None) -> list[dict]:
+def greedy_records(run: Run, questions: list, suffix: str) -> list[dict]:
     """Prediction records of greedy decoding with prompts that end in `suffix`."""
     cap = tasks.get(run.o.task).greedy_cap
-    outputs = greedy(run.model, run.tokenizer, questions, suffix, cap, progress=progress)
+    outputs = greedy(run.model, run.tokenizer, questions, suffix, cap)
     return [grade(q, text, finish) for q, (text, finish) in zip(questions, outputs)]
 
 

@@ -1,4 +1,4 @@
-"""How an answer is read out of a text, and how a closing answer sentence is taken off it."""
+"""How an answer is read out of a text, and how closing answer statements are taken off it."""
 
 import functools
 import re
@@ -6,75 +6,25 @@ from typing import NamedTuple
 
 from sert_min.questions import LETTERS, Question
 
-# --- sentences -------------------------------------------------------------------------------
-
 # `.`, `!` or `?` with closing quotes or brackets, before white space or the end of the text
 SENTENCE_END = re.compile(r"""[.!?]["'”’»)\]}]*(?=\s|\Z)""")
+_SENTENCE_START = re.compile(r"""(?:(?<!\b[A-Z])[.!?]["'”’»)\]}]*\s+|\n\s*)(?=\W{0,9}\w)""")
 
-_ANSWER_IS = re.compile(
-    r"""\b(?:the|your|my|our|its)\ (?:\w+\ ){0,2}answer     # the (most likely) answer
-        (?:\ (?:to|of|for|here)\b[^.!?\n]{0,160}?)?          # .. to your question
-        \ (?:is|was|would\ be|will\ be)\b""",
-    re.IGNORECASE | re.VERBOSE,
-)
-# ", so the answer is no, he could not" goes alone; the reasoning before it stays
-_CLAUSE = re.compile(r"[,;:]?\s+(?:[-–—]\s+)?(?:and\s+)?(?:so|thus|hence|therefore),?\s+\Z", re.I)
-_SENTENCE_START = re.compile(r"""(?<!\b[A-Z])[.!?]["'”’»)\]}]*\s+|\n\s*""")
-
-
-def strip_answer_sentence(text: str) -> tuple[str, bool]:
-    """(text without the answer sentences that close it, whether there was one).
-
-    Only the end is touched: an `the answer is` with reasoning after it stays. A clause goes
-    without the reasoning in front of it: `10 kg is less, so the answer is no.` -> `10 kg is less.`
-    """
-    text, had_one = text.strip(), False
-    starts = [0, *(m.end() for m in _SENTENCE_START.finditer(text))]
-    while text:
-        while starts[-1] >= len(text):  # of what is gone
-            starts.pop()
-        start = starts[-1]
-        statement = _ANSWER_IS.search(text, start)
-        if not statement:
-            break
-        had_one = True
-        before = text[start : statement.start()]
-        clause = _CLAUSE.search(before)
-        if clause and before[: clause.start()].strip():
-            text = text[: start + clause.start()].rstrip()
-            text += "" if text[-1] in ".!?" else "."
-        else:
-            text = text[:start].rstrip()
-    return text, had_one
-
-
-# --- reading an answer -----------------------------------------------------------------------
+# --- strict, the headline: what stands right after the LAST `the answer is` -------------------
 #
-# Strict, the headline: what stands right after the LAST `the answer is`.
-#
-#   text after `the answer is`            reads as   because
-#   yes. / Yes, it is / **NO** / ":\n\nNo" yes, no   case and punctuation do not matter
-#   probably yes / most likely (C)        yes, C     a hedge of the closed list HEDGES
-#   (C) / (c) mall / [C] / {C}            C          a letter in brackets, any case
-#   C. / c / C because / C is right       C          a letter before punctuation, the end or a
-#                                                    word of AFTER_LETTER, any case
-#   C mall / option C                     C          B-E in upper case before any word
-#   the mall / Mall. / to relax           C          an option's text as whole words, longest first
-#   (B) library, though that is (C)'s     B          a letter in brackets goes before a text
-#   a / A place / a place                 -          `a` before another word is an article
-#   the text of two options               -          not unique
-#   no one / no longer / no doubt         -          a word, not an answer (NOT_NO)
-#   (A) mall or (B) library / (A), (B)    A          the one that stands right after the words
-#   yes and no / yes or no / yes/no       -          two answers are none
-#   either (A) or (B)                     -          nothing stands right after
-#   not (C) / unknown / nothing at all    -          never guessed
-#
-# Lenient, shown beside it: strict where that reads something; else the first answer word after
-# the last `the answer is`; else the first one anywhere. Answer words are `yes` anywhere, `no`
-# before punctuation or the end (before a word it is a determiner: `no dog`), `(C)`, `option C`,
-# `C.`, the text of one option, and a bare letter that opens the text.
+#   yes. / Yes, it is / **NO** / ":\n\nNo"  yes, no  case and punctuation do not matter
+#   probably yes / most likely (C)          yes, C   a hedge of the closed list HEDGES
+#   (C) / (c) mall / [C] / option C / C     C        a letter in brackets, or before punctuation,
+#                                                    the end, AFTER_LETTER; B-E before any word
+#   the mall / Mall. / to relax             C        an option's text in whole words, longest first
+#   (C) library, though that is (B)'s       C        a letter in brackets goes before a text
+#   (C) mall or (B) library / (C), (B)      C        the one that stands right after the words
+#   a place / the text of two options       -        an article; not unique
+#   no one / no longer / no doubt           -        a word, not an answer (NOT_NO)
+#   yes or no / yes/no / either (A) or (B)  -        two answers are none
+#   not (C) / unknown / nothing at all      -        never guessed
 
-_THE_ANSWER_IS = re.compile(r"\bthe\s+answer\s+is\b", re.IGNORECASE)
+_THE_ANSWER_IS = re.compile(r"\bthe\s+answer\s+is\b", re.I)
 HEDGES = (
     "probably|most probably|likely|most likely|very likely|more likely|almost certainly|certainly"
     "|definitely|surely|clearly|obviously|simply|actually|usually|generally|typically|technically"
@@ -86,15 +36,13 @@ _HEDGE = HEDGES.replace(" ", r"\s+")
 _SKIP = re.compile(  # one step over what may stand between `the answer is` and the answer
     r"""[\s:;,…"'“”‘’«`*_#>=$(\[{–—-]|\.\.+|(?:the\s+)?(?:correct\s+)?(?:option|choice|letter)\b"""
     rf"|(?:{_HEDGE})\b",
-    re.IGNORECASE,
+    re.I,
 )
 _END_OF_WORD = r"(?!\w)(?!['’-]\w)"
 _YES_NO = re.compile(
     rf"(yes|no){_END_OF_WORD}(?!\s+(?:{NOT_NO})\b)(?!\s*(?:/|and\b|or\b)\s*(?:yes|no)\b)",
-    re.IGNORECASE,
+    re.I,
 )
-_SPACE = re.compile(r"""[\s:.,)*"'–-]{0,5}""")
-_LENIENT_YES_NO = re.compile(r"\b(?:(yes)\b|(no)\b(?=[\s]*(?:[^\w\s]|\Z|\n)))", re.IGNORECASE)
 
 
 def extract_answer(text: str, question: Question) -> str | None:
@@ -108,59 +56,26 @@ def stated_answers(text: str, question: Question) -> list[str | None]:
     return [_answer_right_after(text, m.end(), question) for m in _THE_ANSWER_IS.finditer(text)]
 
 
-def extract_lenient(text: str, question: Question) -> str | None:
-    """The canonical answer by the lenient rules above, or None."""
-    starts = [m.end() for m in _THE_ANSWER_IS.finditer(text)]
-    return (
-        extract_answer(text, question)
-        or (_first_answer(text[starts[-1] :], question) if starts else None)
-        or _first_answer(text, question)
-    )
-
-
 def _answer_right_after(text: str, at: int, question: Question) -> str | None:
     found = _answer_at(text, at, question)
-    while not found and (skip := _SKIP.match(text, at)):
+    while found is None and (skip := _SKIP.match(text, at)):
         at = skip.end()
         found = _answer_at(text, at, question)
-    return found[0] if found else None
+    return found or None
 
 
-def _answer_at(text: str, at: int, question: Question) -> tuple[str | None, int] | None:
-    """(answer, where it ends) if one stands exactly at `at`; the answer None if ambiguous."""
+def _answer_at(text: str, at: int, question: Question) -> str | None:
+    """The answer that stands exactly at `at`; "" for the text of two options; None for nothing."""
     if not question.choices:
         m = _YES_NO.match(text, at)
-        return (m[1].lower(), m.end()) if m else None
+        return m and m[1].lower()
     rules = _option_rules(question.choices)
     if m := rules.bracketed.match(text, at):
-        return m[1].upper(), _after_own_text(text, m.end(), m[1].upper(), rules)
+        return m[1].upper()
     if m := rules.text.match(text, at):
-        return rules.letter_of.get(_normal(m[1])), m.end()
-    if m := rules.bare.match(text, at):
-        return m[0].upper(), _after_own_text(text, m.end(), m[0].upper(), rules)
-    return None
-
-
-def _after_own_text(text: str, at: int, letter: str, rules: "_OptionRules") -> int:
-    """Where `(C) mall` ends: what follows a letter and is its option's text belongs to it."""
-    m = rules.text.match(text, _SPACE.match(text, at).end())
-    return m.end() if m and rules.letter_of.get(_normal(m[1]), letter) in (letter, None) else at
-
-
-def _first_answer(text: str, question: Question) -> str | None:
-    if not question.choices:
-        m = _LENIENT_YES_NO.search(text)
-        return m[0].lower() if m else None
-    rules = _option_rules(question.choices)
-    opening = rules.bare.match(text.lstrip())
-    if opening:
-        return opening[0][0].upper()
-    for m in rules.anywhere.finditer(text):
-        *letters, words = m.groups()
-        letter = next(filter(None, letters), None) or rules.letter_of.get(_normal(words))
-        if letter:
-            return letter.upper()
-    return None
+        return rules.letter_of.get(_normal(m[1]), "")
+    m = rules.bare.match(text, at)
+    return m and m[0].upper()
 
 
 def _normal(text: str) -> str:
@@ -177,30 +92,177 @@ class _OptionRules(NamedTuple):
     bracketed: re.Pattern  # (C)
     text: re.Pattern  # the text of an option, an article allowed
     bare: re.Pattern  # C.
-    anywhere: re.Pattern  # lenient: any of them, wherever
-    letter_of: dict[str, str | None]  # normalised text -> letter, None where two options share it
+    letter_of: dict[str, str]  # normalised text -> letter, "" where two options share it
 
 
 @functools.lru_cache(512)
 def _option_rules(choices: tuple[str, ...]) -> _OptionRules:
     letters, words = LETTERS[: len(choices)], words_pattern(choices)
     any_case = letters + letters.lower()
-    letter_of: dict[str, str | None] = {}
+    letter_of: dict[str, str] = {}
     for letter, choice in zip(letters, choices):
-        letter_of[_normal(choice)] = None if _normal(choice) in letter_of else letter
-    bracketed = rf"[(\[{{]\s*([{any_case}])\s*[)\]}}]"
+        letter_of[_normal(choice)] = "" if _normal(choice) in letter_of else letter
     stop = r"""[)\]}:]|[.,;!?"'”’*]+(?!\w)|\s*\Z|[^\S\n]*\n|\s+[(=–—-]"""
     bare = rf"[{any_case}](?={stop}|\s+(?i:{AFTER_LETTER})\b)"
     if letters[1:]:  # an upper-case A before a word may be an article, B to E may not
         bare += rf"|[{letters[1:]}](?![\w.'’-])"
-    anywhere = (
-        rf"{bracketed}|\b(?i:option|choice)\s+([{any_case}])\b|\b([{letters}])[.):](?!\w)"
-        rf"|\b((?i:{words})){_END_OF_WORD}"
-    )
     return _OptionRules(
-        re.compile(bracketed),
-        re.compile(rf"(?:(?:an?|the|to)\s+)?({words}){_END_OF_WORD}", re.IGNORECASE),
+        re.compile(rf"[(\[{{]\s*([{any_case}])\s*[)\]}}]"),
+        re.compile(rf"(?:(?:an?|the|to)\s+)?({words}){_END_OF_WORD}", re.I),
         re.compile(bare),
-        re.compile(anywhere),
         letter_of,
     )
+
+
+# --- answer statements: read from a teacher, by the lenient metric, and stripped ---------------
+#
+# The answer stands right behind what one of FORMS matches and is read by the strict rules, through
+# Markdown, LaTeX and full-width letters. The LAST statement of a text counts:
+#
+#   (A) has none. The correct choice would be **C**.       C   a first mention never counts
+#   So the answer is not (B) but (C).                      C   a correction; without `but`: -
+#   Yes, it can. / (C) fits. / (C) is correct.             -   discussions say so of any option
+#   I would say no. / It must be (C). / Not (A), so (B).   -   the same
+#   The answer can't be (A). / is unclear. / is (A)?       -   a statement of nothing
+#   Some say the answer is no. / If so, it would be no.    -   doubted or hypothetical
+#   The answer is yes. Wait, dogs can't fly.               -   taken back
+#   The answer is yes. Question: Can cats? Answer: no      -   it asks itself another question
+
+_GOOD = r"(?:(?:final|correct|right|best|closest|short|true|logical|likely|most \w+) )"
+_NOUN = rf"(?:{_GOOD}*answer(?: choice| option)?|{_GOOD}+(?:choice|option))"
+_OPENS = r"(?:(?<![^\W_])(?<!\w\s)|(?<=\bso\s)|(?<=\b(?:thus|then|that)\s)|(?<=fore\s))"  # a clause
+_NAME = rf"(?:(?:the|my|your|our|its) |{_OPENS}){_NOUN}(?: ?\([^)\n]{{0,40}}\))?"
+_ABOUT = (  # the answer `to your question` is; the answer`, then,` is
+    r"(?: (?:to|of|for|from|among|in|here|that|i|you)\b(?:(?!\b(?:depends|if|whether|that question)\b)"
+    r"[^.!?\n]|\?[\"'”’]){0,160}?|, \w+,)?"
+)
+_IS = r"(?:['’]s\b| (?:is|was|would be|will be)\b| (?:is|was|can|could|must)(?= ?(?:not|n?['’]t)))"
+_TEXT = r"(?:(?!\b(?:but|and|or|so|as|since|because|that|than|not|has)\b|n['’]t)[^.!?;\n()]){0,40}?"
+_LABEL = rf"\([a-e]\){_TEXT}|(?:(?<=\boption\s)|{_OPENS})(?:[A-E]|yes|no)\b\W{{0,3}}?"
+FORMS = {  # what stands before the answer; a space may also be Markdown
+    "So the most likely answer is (C)": _NAME + _ABOUT + _IS,
+    "**Final answer (A to E):** C": rf"(?<!/){_NAME}[\s*_`\"']{{0,4}}(?:[:：=]|-?>)",
+    "### Answer\n\n**C**": rf"^[#*_]{{0,6}}\x20?{_NOUN}[#*_]{{0,6}}(?=\n)",
+    r"$\boxed{\text{C}}$": r"\\f?boxed\s?\{",
+    "So, to answer your question, (C).": r"(?:to|in) answer (?:to )?(?:the|this|your|our) question"
+    r"[,:]? (?=\W{0,3}(?:yes|no)\b|\()",
+    "(C) mall is the right answer": rf"(?=(?:{_LABEL}) (?:is|would be)(?: (?!not|never)\w+)? the "
+    rf"(?:{_GOOD}*answer|{_GOOD}+(?:choice|option))\b)",  # nothing: the answer itself comes first
+}
+_STARTS = r"(?<![^\W_])(?=\w|\([a-e]\)|\\|^[#*_])"  # so most places are passed quickly
+_ANY_FORM = re.compile(
+    rf"{_STARTS}(?:{'|'.join(FORMS.values())})".replace(" ", r"(?:[\s*_`#]{1,8})"), re.I | re.M
+)
+_PLAIN = {i: chr(i - 0xFEE0) for i in range(0xFF01, 0xFF5F)}  # full-width letters
+_PLAIN |= str.maketrans("。【】", ".[]", "*_`#~\u200b")
+_LATEX = re.compile(r"\\(?:text|math)[a-z]*|\\[()\[\]]")
+_NOT_BUT = re.compile(r"\A\W*not (?!only)[^.;!?\n]{1,80}?,? but(?: rather)?\b", re.I)
+_DOUBT = re.compile(  # in `words before \0 the form \0 rest of the sentence`
+    r"""(?:\b(?:if|whether|unless|suppose|assum\w+|imagine|may|might|could|doubt|neither|nor|otherwise
+            |(?:which|that)\ case|says|said|thought|guess|initially|at\ first|wrong\ to|tempt\w+
+            |mistake)\b
+        |(?:\bnot|n['’]t)\ (?:\w+\ )?(?:mean|think|say|imply|sure|clear|certain|true)\b
+        |\b(?:some|others|people|many|one)\ (?:\w+\ )?(?:say|think|argue|believe)\b)
+        (?:(?!\b(?:so|thus|hence|therefore|then|but|because|since|and)\b)[^,;:\0])*\0
+    |\bif\b[^\0]*(?:\bthen\ \0|\0[^\0]*would\ be\0)|would\ be\0.*\bif\b|\?\Z
+    |\0[^\0]*\0[^,;:–—-]*\b(?:if|unless)\b
+    |\0[^\0]*\0\W*[a-e]\)?(?:\s+(?!as|since|because)\w+){0,3}?
+        \s+is(?:n['’]t|\ not|\ wrong|\ incorrect)""",
+    re.I | re.X,
+)
+_TAKEN_BACK = re.compile(  # behind the end of a sentence or a dash
+    r"[.!?\n(…–—-]\s*(?:but |or )?(?:wait|hmm|actually|correction|sorry|rather|on second)\b", re.I
+)
+_NEXT_QUESTION = re.compile(r"^\W{0,4}(?:Q|Question)(?: \d+)?\W{0,3}[:：]", re.I | re.M)
+
+
+def statements(text: str, question: Question) -> list[tuple[int, int, str | None]]:
+    """(where it starts, where its answer starts, the canonical answer or None) of each answer
+    statement in `text`."""
+    return [(m.start(), m.end(), _said(text, m, question)) for m in _ANY_FORM.finditer(text)]
+
+
+def stated_answer(text: str, question: Question) -> str | None:
+    """The canonical answer that `text` states last, or None."""
+    found = list(_ANY_FORM.finditer(text))
+    if not found or _TAKEN_BACK.search(text, found[-1].end()):
+        return None
+    again = _NEXT_QUESTION.search(text, found[0].end(), found[-1].start())
+    return None if again else _said(text, found[-1], question)
+
+
+def _said(text: str, form: re.Match, question: Question) -> str | None:
+    before = re.split(r"[.!?\n]", text[max(0, form.start() - 120) : form.start()])[-1]
+    after = _LATEX.sub("", text[form.end() : form.end() + 500].translate(_PLAIN)).lstrip()
+    rest = re.match(r"[^.!?\n]{0,120}[.!?]?", after)[0]
+    if _DOUBT.search(f"{before}\0{form[0]}\0{rest}"):
+        return None
+    return _answer_right_after(_NOT_BUT.sub("", after), 0, question)
+
+
+SHORT = 25  # words: less than the 25 tokens of reasoning; a longer text discusses first
+_NO = re.compile(r"\b(?:yes\b|no\b(?=\s*(?:[^\w\s]|\Z)))", re.I)  # `no dog` is a determiner
+
+
+def extract_lenient(text: str, question: Question) -> str | None:
+    """The strict answer; else the last statement of any form; else, only in an output of at most
+    SHORT words without a statement, the first mention of an answer."""
+    if (answer := extract_answer(text, question)) or _ANY_FORM.search(text):
+        return answer or stated_answer(text, question)
+    if len(text.split()) > SHORT:
+        return None
+    words = (_NO if not question.choices else re.compile(r"(?<![\w'’])[\w(\[]")).finditer(text)
+    return next(filter(None, (_answer_at(text, m.start(), question) for m in words)), None)
+
+
+_CLAUSE = re.compile(  # "10 kg is less, so the answer is no" keeps its reasoning
+    r"(?<=[\w.)\]\"'”’*%])(?:;|[,;:]?\s+(?:[-–—]\s+)?"
+    r"(?:(?:and\s+)?(?:so|thus|hence|therefore)|and|which\s+means),?)[\s*_`\"“]+(?:that\s+)?\Z",
+    re.I,
+)
+_TO_ANSWER = re.compile(rf"(?:{_SKIP.pattern})*", re.I)
+
+
+def strip_answer_sentence(text: str) -> tuple[str, bool]:
+    """(text without the answer statements that close it, whether there was one).
+
+    Only the end is touched: an `the answer is` with reasoning after it stays. A sentence goes
+    whole, a clause without the reasoning in front of it: `10 kg is less, so the answer is no.` ->
+    `10 kg is less.`
+    """
+    text, clause = text.strip(), None
+    end = len(text)
+    found = [(m.start(), _TO_ANSWER.match(text, m.end()).end()) for m in _ANY_FORM.finditer(text)]
+    starts = [0, *(m.end() for m in _SENTENCE_START.finditer(text))]
+    while found and starts and found[-1][1] >= starts[-1]:
+        first, _ = found.pop()
+        if first >= end:  # it went with another one
+            continue
+        while starts[-1] > first:
+            starts.pop()
+        near = max(starts[-1], first - 40)
+        clause = _CLAUSE.search(text[near:first])
+        end = near + clause.start() if clause else starts.pop()
+    rest = text[:end].rstrip()
+    return rest + ("." if clause and rest[-1] not in ".!?" else ""), end < len(text)
+
+
+# How models mark their thinking: <think>, [THINK], <|START_THINKING|>, the channels of Harmony (its
+# special tokens dropped: `analysis..assistantfinal..`). A group matches where the thinking is over.
+_THINKING = re.compile(
+    r"""[<\[◁]\|?(/|END_)?(?:START_|seed:)?(?:think(?:ing)?|thoughts?)\|?[>\]▷]
+    |<\|channel\|>\s*(final)\b[^\n]{0,40}?<\|message\|>|(assistantfinal)
+    |<\|(?:start|channel|end|return)\|>|\A\s*analysis(?=[A-Za-z])""",
+    re.I | re.X,
+)
+
+
+def without_thinking(text: str) -> str:
+    """What a reasoning model says behind its thinking. Thinking that was cut off leaves nothing."""
+    start, stop = 0, None
+    for m in _THINKING.finditer(text):
+        if m.lastindex:
+            start, stop = m.end(), None
+        elif stop is None:
+            stop = m.start()
+    return text[start:stop]

@@ -16,6 +16,7 @@ half sentence if the cap cut it.
 import math
 import operator
 from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -189,6 +190,11 @@ def reasons(question: Question, text: str, tokenizer, limits: Mapping) -> bool:
 
 # --- all paths ------------------------------------------------------------------------------------
 
+RECORD = (  # the keys of a record of paths.jsonl, in order
+    "task", "id", "question", "answer", "branch", "sample", "text", "token_ids", "logprobs",
+    "path_start", "path_end", "finish", "perplexity", "rep2", "verdict",
+)  # fmt: skip
+
 
 def path_records(
     sampled: Iterable[Mapping], questions: Sequence[Question], tokenizer, limits: Mapping
@@ -199,44 +205,22 @@ def path_records(
     for r in sampled:
         q = by_id[r["id"]]
         token_bytes = [tokenizer.to_bytes.get(i, b"") for i in r["token_ids"]]
-        made = verdict(r, token_bytes, q, limits)
-        records.append(
-            {
-                "task": q.task,
-                "id": q.id,
-                "question": q.text,
-                "answer": q.answer,
-                "branch": r["branch"],
-                "sample": r["sample"],
-                "text": made["text"],
-                "token_ids": r["token_ids"],
-                "logprobs": r["logprobs"],
-                "path_start": r["path_start"],
-                "path_end": made["path_end"],
-                "finish": r["finish"],
-                "perplexity": made["perplexity"],
-                "rep2": made["rep2"],
-                "verdict": made["verdict"],
-            }
-        )
+        whole = {"task": q.task, "answer": q.answer, **r, **verdict(r, token_bytes, q, limits)}
+        records.append({key: whole[key] for key in RECORD})
     return select(records)
 
 
 def select(records: Iterable[Mapping]) -> list[dict]:
-    """Copies of judged records in their order: of each question's passed paths the one with the
-    lowest rep-2 (then branch, then sample) is `selected`, the others `kept` [SERT §II-A-2]."""
-    records = [dict(r) for r in records]
-    best: dict[tuple, dict] = {}
+    """Copies of records with verdicts, in their order: of each question's passed paths the one with
+    the lowest rep-2 (then branch, then sample) is `selected`, the others are `kept` [SERT §II-A-2]."""
+    records, passed = [dict(r) for r in records], defaultdict(list)
     for r in records:
         if r["verdict"] in ("kept", "selected"):
             r["verdict"] = "kept"
-            key = r["task"], r["id"]
-            rank = r["rep2"], r["branch"], r["sample"]
-            held = best.get(key)
-            if held is None or rank < (held["rep2"], held["branch"], held["sample"]):
-                best[key] = r
-    for r in best.values():
-        r["verdict"] = "selected"
+            passed[r["task"], r["id"]].append(r)
+    for some in passed.values():
+        best = min(some, key=lambda r: (r["rep2"], r["branch"], r["sample"]))
+        best["verdict"] = "selected"
     return records
 
 
@@ -244,39 +228,36 @@ class Funnel:
     """What each rule saw and dropped, counted record by record."""
 
     def __init__(self, records: Iterable[Mapping] = ()):
-        self.paths = self.passed = self.selected = 0
-        names = [*(rule.name for rule in RULES), *(f"pattern:{kind}" for kind in PATTERN_KINDS)]
-        self.dropped = dict.fromkeys(names, 0)  # rule or `pattern:KIND` -> paths
-        self.by_question: dict[tuple, bool] = {}  # did any of its paths pass?
+        self.verdicts: Counter = Counter()
+        self.passed: dict[tuple, bool] = {}  # question -> did any of its paths pass?
         for r in records:
             self.add(r)
 
     def add(self, r: Mapping) -> Mapping:
         """Count a record with its verdict; returns the record."""
-        found, key = r["verdict"], (r["task"], r["id"])
-        passes = found in ("kept", "selected")
-        need(passes or found in self.dropped, f"{r['id']}: there is no verdict {found!r}")
-        self.paths += 1
-        self.passed += passes
-        self.selected += found == "selected"
-        self.by_question[key] = self.by_question.get(key, False) or passes
-        if not passes:
-            for name in {found, found.split(":")[0]}:
-                self.dropped[name] += 1
+        key, passes = (r["task"], r["id"]), r["verdict"] in ("kept", "selected")
+        self.verdicts[r["verdict"]] += 1
+        self.passed[key] = self.passed.get(key, False) or passes
         return r
 
     def counts(self) -> dict:
         """All counts as JSON has them; `seen` are the paths that reached each rule."""
-        seen, left = {}, self.paths
+        n, paths = self.verdicts, self.verdicts.total()
+        dropped = {rule.name: n[rule.name] for rule in RULES}
+        dropped |= {f"pattern:{kind}": n[f"pattern:{kind}"] for kind in PATTERN_KINDS}
+        dropped["pattern"] = sum(v for k, v in n.items() if k.startswith("pattern:"))
+        unknown = set(n) - {*dropped, "kept", "selected"}
+        need(not unknown, f"there is no verdict {', '.join(map(repr, unknown))}; sample again")
+        seen, left = {}, paths
         for rule in RULES:
             seen[rule.name] = left
-            left -= self.dropped[rule.name]
+            left -= dropped[rule.name]
         return {
-            "paths": self.paths,
+            "paths": paths,
             "seen": seen,
-            "dropped": self.dropped,
-            "passed": self.passed,
-            "selected": self.selected,
-            "questions": len(self.by_question),
-            "without_path": sum(not passes for passes in self.by_question.values()),
+            "dropped": dropped,
+            "passed": left,
+            "selected": n["selected"],
+            "questions": len(self.passed),
+            "without_path": sum(not passes for passes in self.passed.values()),
         }

@@ -1,25 +1,19 @@
 """Stages 2 and 3, the learning: tensors, loss, and the loop that every training here shares.
 
-An example is a prompt and a completion. They are tokenised apart, as in sampling (together they
-could merge over the seam and give other ids), and exactly one end-of-text closes the completion.
-The loss covers the completion only, or the whole text (`loss_on="all"`). It is masked by position and
-never by token id: GPT-2 has one special token, and masking by id would hide the real end.
+A prompt and its completion are tokenised apart, as in sampling (together they could merge over the
+seam and give other ids), and exactly one end-of-text closes the completion. The loss covers the
+completion, or the whole text (`loss_on="all"`). It is masked by position and never by token id:
+GPT-2 has one special token, and masking by id would hide the real end.
 
 The examples of a batch stand one after another in one row of N tokens, so linear layers waste nothing
 on padding. Only attention puts them into a padded [B, T] grid and takes them out again, so that no
 example sees another. The head runs on the M tokens that have a loss.
-
-The loop can be killed at any moment. Its state (weights, optimiser, step, random numbers) is saved all
-or nothing, and the order of examples follows from (seed, epoch) alone, so a resumed run takes the very
-steps that the uninterrupted run would have taken. The learning rate is constant, so a finished run can
-also be continued with more epochs.
 """
 
-import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,17 +22,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels.fast.cpu import linear
+from kernels.fast.head_loss import HeadLoss
 from sert_min.gpt2 import GPT2, causal_attention, first_broken
 from sert_min.io import parallel
 from sert_min.io.errors import SertError, need, this_command
-from sert_min.io.files import append_durable, read_jsonl, set_torn_tail_aside, to_line, write_atomic
+from sert_min.io.files import read_jsonl, set_torn_tail_aside, to_line, write_atomic
 from sert_min.io.machine import keep_freed_memory, stop_signals
 from sert_min.io.state import load_state, save_state
 
 IGNORE = -100  # target of a position that has no loss
 CLIP = 1.0  # largest gradient norm (paper silent)
-METRICS = {"step": int}  # keys of a line that every reader needs
 Example = tuple[list[int], list[int]]  # ids and targets, equally long
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -82,53 +75,27 @@ def pack(examples: list[Example], device="cpu") -> Batch:
 
 
 def packed_attention(batch: Batch) -> Callable:
-    """Causal attention inside each example, [N, H, D] to [N, H, D]. Padding stands on the right of
-    the grid, where no real token looks."""
+    """Causal attention inside each example, [N, H, D] to [N, H, D]. No token looks at the padding,
+    which stands on the right of the grid."""
     B, T = batch.grid
 
     def attend(layer, q, k, v):
-        if (
-            q.device.type == "cpu"
-        ):  # fp32 is quicker than bf16 there, above all in the backward pass
+        if q.device.type == "cpu":  # where fp32 is quicker than bf16, above all going back
             q, k, v = q.float(), k.float(), v.float()
-
-        def to_grid(x):  # [N, H, D] -> [B, T, H, D]
-            grid = x.new_zeros(B * T, *x.shape[1:])
-            return grid.index_copy(0, batch.place, x).view(B, T, *x.shape[1:])
-
+        grids = []  # [B, T, H, D] each
+        for x in (q, k, v):
+            grid = x.new_zeros(B * T, *x.shape[1:]).index_copy(0, batch.place, x)
+            grids.append(grid.view(B, T, *x.shape[1:]))
         with torch.autocast(q.device.type, enabled=False):
-            out = causal_attention(layer, to_grid(q), to_grid(k), to_grid(v))
+            out = causal_attention(layer, *grids)
         return out.reshape(B * T, *q.shape[1:]).index_select(0, batch.place)
 
     return attend
 
 
-class HeadLoss(torch.autograd.Function):
-    """F.cross_entropy(hidden @ weight.T, targets, reduction="sum"), with the gradient of the logits
-    (softmax - one-hot) made in the forward pass: this takes two [M, V] tensors instead of four, and
-    the backward pass is two products. It computes in fp32 under autocast, too."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = linear(hidden, weight)  # [M, V]
-        gradient, own = logits.softmax(1), logits.gather(1, targets[:, None])
-        # The log-sum-exp is taken from the most probable token, whose share never rounds to 0.
-        lse = logits.amax(1) - gradient.amax(1).log()  # [M]
-        gradient.scatter_add_(1, targets[:, None], -torch.ones_like(own))
-        ctx.save_for_backward(hidden, weight, gradient)
-        return (lse - own[:, 0]).sum()
-
-    @staticmethod
-    def backward(ctx, scale: Tensor):
-        hidden, weight, gradient = ctx.saved_tensors
-        of_hidden = linear(gradient, weight.t()) * scale
-        return of_hidden, linear(gradient.t(), hidden.t() * scale), None
-
-
 def loss_sum(model: GPT2, batch: Batch, bf16: bool = False) -> Tensor:
-    """Summed next-token cross-entropy (nats) over the tokens that have a loss. With `bf16` the blocks'
-    products are in bf16; residual stream, head and loss stay fp32."""
+    """Summed cross-entropy (nats) of the tokens that have a loss, as by F.cross_entropy. With `bf16`
+    the blocks' products are in bf16; residual stream, head and loss stay fp32."""
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
         hidden = model(batch.ids, batch.positions, packed_attention(batch))  # [N, C]
     hidden = hidden.index_select(0, batch.supervised).float()  # [M, C]
@@ -141,25 +108,17 @@ def n_supervised(examples: list[Example]) -> int:
 
 
 @torch.no_grad()
-def mean_loss(
-    model: GPT2,
-    examples: list[Example],
-    bf16: bool = False,
-    poll: Callable[[], None] = lambda: None,
-) -> float:
-    """Mean loss (nats) per token that has one, 32 examples at a time; `poll()` is called before each
-    32."""
-    total = 0.0
-    for i in range(0, len(examples), 32):
-        poll()
-        total += loss_sum(model, pack(examples[i : i + 32], model.wte.weight.device), bf16).item()
-    if not math.isfinite(total):
-        raise SertError(f"the loss on the validation examples is {total}; lower --lr")
+def mean_loss(model: GPT2, examples: list[Example], bf16: bool = False) -> float:
+    """Mean loss (nats) per token that has one, 32 examples at a time."""
+    device = model.wte.weight.device
+    parts = (pack(examples[i : i + 32], device) for i in range(0, len(examples), 32))
+    total = sum(loss_sum(model, part, bf16).item() for part in parts)
+    need(math.isfinite(total), f"the loss on the validation examples is {total}; lower --lr")
     return total / n_supervised(examples)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of n examples in an epoch, a function of (seed, epoch) alone."""
+    """The order of n examples, a function of (seed, epoch) alone: a resumed run finds it again."""
     g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n, generator=g).tolist()
 
@@ -168,36 +127,28 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def make_optimizer(model: GPT2, lr: float) -> torch.optim.Optimizer:
-    """Adam [SERT §III-A] with PyTorch's other defaults, fused into one pass where that is possible."""
+    """Adam [SERT §III-A] with PyTorch's other defaults, fused into one pass where possible."""
     fused = model.wte.weight.device.type in ("cpu", "cuda")
     return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
 
 
 def sparse_embedding(model: GPT2) -> bool:
-    """Whether the token embedding may give a sparse gradient. If it is tied to the head, the sparse
-    gradient is added to the head's dense one, which saves two passes over [V, C] (a tenth of a step of
-    gpt2 at batch 8 on a CPU). On a GPU the addition would not be deterministic."""
+    """Whether the token embedding may give a sparse gradient. Added to the dense one of a tied head,
+    it saves a tenth of gpt2's step on a CPU. On a GPU the addition would not be deterministic."""
     return model.lm_head is None and model.wte.weight.device.type == "cpu"
 
 
 def train_step(
-    model: GPT2,
-    optimizer: torch.optim.Optimizer,
-    examples: list[Example],
-    step: int,
-    accumulate: int = 1,
-    bf16: bool = False,
-    loss_of: Callable = loss_sum,
+    model: GPT2, optimizer, examples: list[Example], step: int, accumulate=1, bf16=False
 ) -> float:
     """Take one optimiser step on the mean loss (nats) per token that has one; returns that loss.
-    `accumulate` runs the examples in so many parts, with the same result and less memory. A loss or
-    gradient that is not finite is an error before the update. `loss_of` may be a compiled `loss_sum`.
-    Under torchrun each process takes its part of the examples, with the same result."""
+    `accumulate` runs the examples in so many parts, and torchrun gives each process its share: the
+    result is the same. A loss or gradient that is not finite is an error before the update."""
     n, device = n_supervised(examples), model.wte.weight.device
     mine, total = examples[parallel.RANK :: parallel.WORLD], torch.zeros((), device=device)
     size = -(-len(mine) // accumulate) or 1
     for i in range(0, len(mine), size):
-        loss = loss_of(model, pack(mine[i : i + size], device), bf16) / n
+        loss = loss_sum(model, pack(mine[i : i + size], device), bf16) / n
         loss.backward()
         total += loss.detach()
     parameters = list(model.parameters())
@@ -237,9 +188,8 @@ class TrainSettings:
     def check(self) -> "TrainSettings":
         """Refuse values that have no meaning; the error names the flag."""
         for name in ("epochs", "batch_size", "max_steps", "accumulate"):
-            value = getattr(self, name)
-            flag = f"--{name.replace('_', '-')}"
-            need(value is None or value >= 1, f"{flag} must be at least 1")
+            value, flag = getattr(self, name), name.replace("_", "-")
+            need(value is None or value >= 1, f"--{flag} must be at least 1")
         need(0 < self.lr < math.inf, "--lr must be above 0")
         need(0 <= self.seed < 2**40, "--seed must be from 0 to 2^40 - 1")
         return self
@@ -257,107 +207,78 @@ def fit(
     out: Path,
     s: TrainSettings,
     bf16: bool = False,
-    validate: Callable[[Callable], dict] | None = None,
+    validate: Callable[[], dict] | None = None,
     save_seconds: float = 300,
 ) -> None:
-    """Train `model` in place for s.steps(len(examples)) steps, from the state in `out`/state if there
-    is one. `names` are the examples' question ids, for errors.
-
-    metrics.jsonl in `out` gets the loss of each step and, after each epoch, what `validate(poll)`
-    returns (it calls poll() now and then). The state is saved every `save_seconds`, at the end, and
-    when SIGINT or SIGTERM asks to stop; the process then exits."""
+    """Train `model` in place for s.steps(len(examples)) steps, from the state (weights, optimiser,
+    step) in `out`/state if there is one. metrics.jsonl gets the loss of each step and, after each
+    epoch, what `validate()` returns. The state is saved every `save_seconds`, at the end, and when
+    SIGINT or SIGTERM asks to stop: the resumed run takes the very steps that the uninterrupted one
+    would have taken. `names` are the examples' question ids, for errors."""
     steps, per_epoch = s.steps(len(examples)), -(-len(examples) // s.batch_size)
     keep_freed_memory()
     optimizer = make_optimizer(model, s.lr)
-    first = step = parallel.process_0_first(lambda: load_state(model, optimizer, out / "state"))
+    step = parallel.process_0_first(lambda: load_state(model, optimizer, out / "state"))
     need(
         step <= steps,
-        f"{out} has gone {step:,} steps already, asked are {steps:,}; raise --epochs or "
-        "--max-steps, or choose another --out-dir",
+        f"{out} has gone {step:,} steps already, asked are {steps:,}; raise --epochs or --max-steps",
     )
-    log = out / "metrics.jsonl" if parallel.RANK == 0 else Path(os.devnull)
-    validated = keep_metrics_before(log, step) if parallel.RANK == 0 else 0
+    main, log = parallel.RANK == 0, out / "metrics.jsonl"
+    validated = keep_metrics_before(log, step) if main else 0
     model.wte.sparse = sparse_embedding(model)
-    tokens, seconds, saved = 0, 0.0, time.perf_counter()
+    tokens, start = 0, time.perf_counter()
+    saved = start  # when the state was written last
 
     def note(**record) -> None:
         metrics.write(to_line({"step": step, "epoch": (step - 1) // per_epoch + 1, **record}))
-        metrics.flush()
 
     def save() -> None:
-        nonlocal saved
-        if parallel.RANK > 0:
-            return
-        os.fsync(metrics.fileno())
-        save_state(model, optimizer, out / "state", step)
-        saved = time.perf_counter()
-        spent = {"from": first, "step": step, "tokens": tokens, "seconds": round(seconds, 3)}
-        append_durable(out / "timings.jsonl", to_line(spent))
-
-    def poll(*_) -> None:
-        if stopped:
-            raise Stop
-
-    def stop_if_asked() -> None:
-        if number := parallel.largest(stopped[0] if stopped else 0):
-            save()
-            print(f"\nsaved at step {step}; continue with: {this_command()}", flush=True)
-            raise SystemExit(128 + number)
+        if main:
+            os.fsync(metrics.fileno())
+            save_state(model, optimizer, out / "state", step)
 
     with (
-        open(log, "a", encoding="utf-8") as metrics,
+        open(log if main else os.devnull, "a", buffering=1) as metrics,  # line by line
         stop_signals() as stopped,
-        tqdm(total=steps, initial=step, unit="step", disable=parallel.RANK > 0) as bar,
+        tqdm(total=steps, initial=step, unit="step", disable=not main) as bar,
     ):
         while True:
             epoch, at = divmod(step, per_epoch)
-            due = validate and step > validated and (at == 0 or step == steps)
-            if due and parallel.RANK == 0:
-                with contextlib.suppress(Stop):
-                    note(**validate(poll))
-            stop_if_asked()
+            if main and validate and step > validated and (at == 0 or step == steps):
+                note(**validate())
+            if number := parallel.largest(stopped[0] if stopped else 0):
+                save()
+                print(f"\nsaved at step {step}; continue with: {this_command()}", flush=True)
+                raise SystemExit(128 + number)
             if step == steps:
-                break
-            if at == 0 or step == first:
-                order = epoch_order(len(examples), s.seed, epoch)
+                return save()
+            order = epoch_order(len(examples), s.seed, epoch)
             chosen = order[at * s.batch_size : (at + 1) * s.batch_size]
-            batch, start = [examples[i] for i in chosen], time.perf_counter()
-            with told_where(f"epoch {epoch + 1}, questions {', '.join(names[i] for i in chosen)}"):
+            batch = [examples[i] for i in chosen]
+            where = f"epoch {epoch + 1}, questions {', '.join(names[i] for i in chosen)}"
+            try:
                 loss = train_step(model, optimizer, batch, step + 1, s.accumulate, bf16)
+            except torch.OutOfMemoryError:
+                hint = "--accumulate N runs each batch in N parts (another --out-dir)"
+                raise SertError(f"{where}: out of memory; {hint}") from None
+            except SertError as e:
+                raise SertError(f"{where}: {e}") from None
             step += 1
             note(loss=round(loss, 6))
             tokens += sum(len(ids) for ids, _ in batch)
-            seconds += time.perf_counter() - start  # of the steps: not of validation and saving
-            told = f"epoch {epoch + 1}, loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s"
-            bar.set_postfix_str(told, refresh=False)
+            rate = tokens / (time.perf_counter() - start)
+            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, {rate:,.0f} tokens/s", False)
             bar.update()
             if time.perf_counter() - saved > save_seconds:
                 save()
-        save()
-
-
-class Stop(Exception):
-    """Ends a validation early, because a signal asked the run to stop."""
-
-
-@contextlib.contextmanager
-def told_where(where: str) -> Iterator[None]:
-    """Prefix a step's errors with epoch and question ids."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise SertError(
-            f"{where}: out of memory; --accumulate N runs each batch in N parts (another --out-dir)"
-        ) from None
-    except SertError as e:
-        raise SertError(f"{where}: {e}") from None
+                saved = time.perf_counter()
 
 
 def keep_metrics_before(metrics: Path, step: int) -> int:
     """Drop what metrics.jsonl holds of steps after `step`, the saved one: they are taken again.
     Returns the last step that was validated."""
     set_torn_tail_aside(metrics)
-    there = read_jsonl(metrics, METRICS) if metrics.exists() else ()
+    there = read_jsonl(metrics, {"step": int}) if metrics.exists() else ()
     kept = [r for r in there if r["step"] <= step]
     write_atomic(metrics, map(to_line, kept))
     return max((r["step"] for r in kept if "validation_loss" in r), default=0)

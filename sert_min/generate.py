@@ -46,6 +46,7 @@ class SampleSettings:
         """Refuse values that have no meaning; the error names the flag."""
         for name in ("branches", "samples", "max_new_tokens", "rows"):
             need(getattr(self, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+        need(self.branches * self.samples <= 10_000, "more than 10,000 --branches times --samples")
         need(0 <= self.temperature <= 1e30, "--temperature must be from 0 (greedy) to 1e30")
         need(0 < self.top_p <= 1, "--top-p must be above 0 and at most 1 (1 switches it off)")
         need(0 <= self.top_k <= 2**31, "--top-k must be from 0 (off) to 2^31")

@@ -6,6 +6,7 @@ takes) stands in tasks.py; what the program knows of one question stands here.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -44,6 +45,16 @@ class Question:
 def stem(text: str) -> str:
     """A question's text without its options: files of other people carry only that."""
     return text.partition(CHOICES.rstrip())[0].strip()
+
+
+def choices_of(question: str) -> tuple[str, ...]:
+    """The option texts in a question as it stands in the prompt; () for a yes/no question.
+
+    >>> choices_of("Where? Answer choices: (A) bank, (B) shop, mall")
+    ('bank', 'shop, mall')
+    """
+    _, found, listed = question.partition(CHOICES + "(A) ")
+    return tuple(re.split(rf", \([{LETTERS[1:]}]\) ", listed)) if found else ()
 
 
 def data_hash(questions: list[Question]) -> str:

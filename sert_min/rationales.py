@@ -6,12 +6,11 @@ and, if the teacher was cut off, its last half sentence. By default only rationa
 answer are kept, as in Fine-tune-CoT (arXiv 2212.10071), which the paper follows for generation.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sert_min.answers import SENTENCE_END, extract_answer, extract_lenient, strip_answer_sentence
+from sert_min.answers import SENTENCE_END, stated_answer, strip_answer_sentence, without_thinking
 from sert_min.io.errors import printable
 from sert_min.questions import Question
 
@@ -27,21 +26,12 @@ class Output(NamedTuple):
     source: str
 
 
-def without_thinking(text: str) -> str:
-    """What a reasoning model says after its <think> block, or nothing if it never closed the block:
-    its thoughts, with drafts and doubts, are no text for a student."""
-    _, closed, said = text.rpartition("</think>")
-    return said if closed or not text.lstrip().startswith("<think>") else ""
-
-
 def teacher_answer(output: Output, q: Question) -> str | None:
-    """The teacher's own answer in canonical form, read strictly; if that fails, an answer that did
-    not come apart is read leniently."""
+    """The teacher's own answer in canonical form: what its last answer statement says, or None."""
     text = without_thinking(output.rationale)
     if output.completion is not None:
-        return extract_answer(text + ANSWER_TRIGGER + output.completion, q)
-    plain = re.sub(r"[*_`#]+", "", text)  # Markdown
-    return extract_answer(plain, q) or extract_lenient(plain, q)
+        text += ANSWER_TRIGGER + without_thinking(output.completion)
+    return stated_answer(text, q)
 
 
 def clean(output: Output) -> tuple[str, bool, bool]:

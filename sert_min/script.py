@@ -1,15 +1,10 @@
-"""What the four scripts share: their common flags, and the student that they open.
-
-Each script turns its flags into settings and a student once, in `main`; `args` goes no further.
-"""
+"""What the four scripts share: common flags, the block files, and the student that they open."""
 
 import argparse
 import json
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
-
-from tqdm import tqdm
 
 from sert_min import tasks
 from sert_min.io.errors import need
@@ -32,9 +27,8 @@ FLAGS: dict[str, dict] = {
 
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose --help begins with the script's own docstring."""
-    return argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=raw)
 
 
 def add_flags(group, *names: str, **changes) -> None:
@@ -48,33 +42,20 @@ def given(value, otherwise):
     return otherwise if value is None else value
 
 
+def chosen(args, names: Iterable[str], **otherwise) -> dict:
+    """The values of the flags `names`; `otherwise` gives those of flags that were left out."""
+    return {name: given(getattr(args, name), otherwise.get(name)) for name in names}
+
+
 def check_counts(args, *names: str) -> None:
     """Refuse flags below 1 that count something."""
     for name in names:
         need(given(getattr(args, name), 1) >= 1, f"--{name.replace('_', '-')} must be at least 1")
 
 
-class TokenBar(tqdm):
-    """A progress bar over questions that also shows tokens per second, and moves inside a block."""
-
-    def __init__(self, total: int, disable: bool = False, **settings):
-        super().__init__(total=total, unit="question", miniters=0, disable=disable, **settings)
-        self.tokens, self.start, self.note = 0, time.perf_counter(), ""
-
-    def count(self, tokens: int) -> None:
-        """Hear of new tokens (the `progress` of generate.py)."""
-        self.tokens += tokens
-        rate = self.tokens / (time.perf_counter() - self.start)
-        self.set_postfix_str(f"{rate:,.0f} tokens/s{self.note}", refresh=False)
-        self.update(0)
-
-    def spent(self) -> dict:
-        return {"tokens": self.tokens, "seconds": round(time.perf_counter() - self.start, 2)}
-
-
 class Blocks(NamedTuple):
-    """The block files of a run: each holds the records of `size` consecutive questions, `each` of
-    them per question. They are the only store: everything else is derived from them."""
+    """The block files of a run, each with the records of `size` consecutive questions, `each` per
+    question. They are the only store: everything else is derived from them."""
 
     folder: Path
     questions: list[Question]

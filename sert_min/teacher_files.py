@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from sert_min.io.download import DATA_URL, cache, download, save_checked
 from sert_min.io.errors import SertError, need
@@ -14,43 +13,31 @@ from sert_min.io.files import read_jsonl
 from sert_min.questions import Question, stem
 from sert_min.rationales import Output
 
-
-class PublicLog(NamedTuple):
-    """A teacher's outputs at a pinned public commit."""
-
-    task: str
-    url: str
-    entries: int  # of the whole file; its SHA-256 is not published
+# The outputs of text-davinci-002, zero-shot CoT, greedy, for StrategyQA: the paper's own teacher, at a
+# pinned public commit. Its SHA-256 is not published; the number of its entries tells whether it is
+# whole.
+DAVINCI = f"{DATA_URL.rpartition('/')[0]}/log/strategyqa_zero_shot_cot.log"
+ENTRIES = 2290
 
 
-PUBLIC = {  # names that --teacher-file takes besides paths
-    "davinci": PublicLog(  # text-davinci-002, zero-shot CoT, greedy: the paper's own teacher
-        "strategy_qa", f"{DATA_URL.rpartition('/')[0]}/log/strategyqa_zero_shot_cot.log", 2290
-    ),
-}
-
-
-def public_log(name: str, task: str) -> Path:
-    """The cached file of PUBLIC[name], downloaded once. The commit in its address pins it, and the
-    number of its entries tells whether it is whole."""
-    public = PUBLIC[name]
-    wrong = f"--teacher-file {name} holds {public.task}; give --task {public.task}"
-    need(task == public.task, wrong)
-    path = cache() / "teacher" / public.url.rpartition("/")[2]
-    if not path.is_file() or len(log_entries(path.read_bytes())) != public.entries:
-        data = download(public.url)
+def davinci_log(task: str) -> Path:
+    """The cached file of DAVINCI, downloaded once."""
+    need(task == "strategy_qa", "--teacher-file davinci is for --task strategy_qa")
+    path = cache() / "teacher" / DAVINCI.rpartition("/")[2]
+    if not path.is_file() or len(log_entries(path.read_bytes())) != ENTRIES:
+        data = download(DAVINCI)
         need(
-            (found := len(log_entries(data))) == public.entries,
-            f"{public.url} has {found} entries instead of {public.entries}; repeat (a cut "
-            "download?), or get the file elsewhere and give its path",
+            (found := len(log_entries(data))) == ENTRIES,
+            f"{DAVINCI} has {found} entries instead of {ENTRIES}; repeat (a cut download?), or get "
+            "the file elsewhere and give its path",
         )
-        save_checked(path, data, hashlib.sha256(data).hexdigest(), public.url)
+        save_checked(path, data, hashlib.sha256(data).hexdigest(), DAVINCI)
     return path
 
 
 def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, Output], Counter]:
-    """(outputs by question id, counts of what was left out) from a name in PUBLIC or from a file of
-    a known form, which its ending tells:
+    """(outputs by question id, counts of what was left out) from "davinci" (DAVINCI) or a file of a
+    known form, which its ending tells:
 
     .jsonl  our own rationales.jsonl, or rows with question, rationale, teacher_completion, and
             optionally id (or index: the row number in the dataset)
@@ -59,8 +46,8 @@ def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, O
             a folder of them
     """
     path = Path(name)
-    if name in PUBLIC and not path.exists():
-        path = public_log(name, questions[0].task)
+    if name == "davinci" and not path.exists():
+        path = davinci_log(questions[0].task)
     need(path.exists(), f"--teacher-file {path} does not exist; check the path")
     try:
         if path.is_dir() or path.suffix == ".json":
@@ -119,54 +106,44 @@ LOG_TRIGGER = re.compile(
 def log_entries(log: bytes) -> list[dict]:
     """The entries of a zero_shot_cot log as rows. An entry has the question, the reasoning, the
     trigger of the second request on a line of its own (the last such line, because reasoning may say
-    "Therefore, the .. is" as well) and `pred_before`, the answer as the teacher gave it."""
-    blocks = re.split(r"^\*{20,}$", log.decode("utf-8", "replace"), flags=re.MULTILINE)
-    return [entry for entry in map(log_entry, blocks) if entry]
-
-
-def log_entry(block: str) -> dict | None:
-    """One entry as a row. It is read in steps, because a single regular expression would take hours
-    on a file that is no log."""
-    before, after = "\npred_before : ", "\npred_after :"
-    _, found, text = ("\n" + block).partition("\nQ: ")
-    question, told, text = text.partition("\nA: Let's think step by step.")
-    last = text.rfind(before, 0, max(0, text.rfind(after)))
-    triggers = [m for m in LOG_TRIGGER.finditer(text) if m.end() <= last]
-    if not (found and told and triggers):
-        return None
-    answer = text[text.find(before, triggers[-1].end()) + len(before) :]
-    return {
-        "question": question.split(" Answer Choices:")[0],
-        "rationale": text[: triggers[-1].start()].strip(),
-        "teacher_completion": answer.partition(after)[0].strip(),
-    }
+    "Therefore, the .. is" as well) and `pred_before`, the answer as the teacher gave it. It is read
+    in steps, because a single regular expression would take hours on a file that is no log."""
+    entries, before, after = [], "\npred_before : ", "\npred_after :"
+    for block in re.split(r"^\*{20,}$", log.decode("utf-8", "replace"), flags=re.MULTILINE):
+        _, found, text = ("\n" + block).partition("\nQ: ")
+        question, told, text = text.partition("\nA: Let's think step by step.")
+        last = text.rfind(before, 0, max(0, text.rfind(after)))
+        triggers = [m for m in LOG_TRIGGER.finditer(text) if m.end() <= last]
+        if found and told and triggers:
+            answer = text[text.find(before, triggers[-1].end()) + len(before) :]
+            entries.append({
+                "question": question.split(" Answer Choices:")[0],
+                "rationale": text[: triggers[-1].start()].strip(),
+                "teacher_completion": answer.partition(after)[0].strip(),
+            })  # fmt: skip
+    return entries
 
 
 def read_step_by_step(path: Path, questions: list[Question]) -> tuple[dict[str, Output], Counter]:
     """distilling-step-by-step: train_CoT_N.json holds the outputs from N * 1000 on, in the order of
-    the train set. An output may run on into a made-up next question."""
+    the train set. An output may run on into a made-up next question. Only the order ties outputs to
+    questions, so at least the options that answers name must be those of their questions."""
     found: dict[str, Output] = {}
     left: Counter = Counter()
+    named: list[bool] = []  # does an answer name an option of its question?
     for file in sorted(path.glob("train_CoT_*.json")) if path.is_dir() else [path]:
         number = re.search(r"_(\d+)\.json$", file.name)
-        if number is None:
-            raise ValueError(f"{file.name} does not end in _N.json")
-        first = int(number[1]) * 1000
         outputs = json.loads(file.read_bytes())
-        if not isinstance(outputs, list):
-            raise ValueError(f"{file.name} is no list")
-        belongs = questions[first : first + 1000]
+        if number is None or not isinstance(outputs, list):
+            raise ValueError(f"{file.name} does not end in _N.json or is no list")
+        belongs = questions[int(number[1]) * 1000 :][:1000]
         left["other questions"] += max(0, len(outputs) - len(belongs))
         for q, output in zip(belongs, outputs):
-            said = output.split("Q:")[0].strip()
-            rationale, trigger, completion = said.partition("So the answer is")
-            completion = completion.strip() if trigger else None
+            rationale, trigger, said = output.split("Q:")[0].partition("So the answer is")
+            completion = said.strip() if trigger else None
             found[q.id] = Output(rationale.strip(), completion, None, file.name)
-    # Only their order ties these outputs to the questions. At least the options that the answers
-    # name must be those of their questions.
-    pairs = [(q, found[q.id].completion) for q in questions if q.id in found and q.choices]
-    named = [(q, completion.lower()) for q, completion in pairs if completion]
-    wrong = sum(not any(choice.lower() in said for choice in q.choices) for q, said in named)
-    if wrong > len(named) / 2:
-        raise ValueError(f"{wrong} of {len(named)} answers name no option of their question")
+            if completion and q.choices:
+                named.append(any(choice.lower() in completion.lower() for choice in q.choices))
+    if named.count(False) > len(named) / 2:
+        raise ValueError(f"{named.count(False)} answers name no option of their question")
     return found, left

@@ -22,14 +22,13 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"  # real data; not part o
 MERGES = ["h e", "e s", "Ġ t", "Ġt he", "Ġ y", "Ġy es", "Ġ n", "Ġn o", "a n", "an s", "w e", "we r"]
 
 torch.set_num_threads(1)
-# A busy machine is no failure: no time limits per example. The same examples in every run, so that a
-# commit is green or not; FUZZ=10 (times as many, test_fuzz.py) draws new ones.
-slow = [hypothesis.HealthCheck.too_slow]
-same = "FUZZ" not in os.environ
+# No time limits, which a busy machine breaks. The same examples in every run, so that a commit is
+# green or not; FUZZ=10 (times as many, test_fuzz.py) draws new ones.
+slow, same = [hypothesis.HealthCheck.too_slow], "FUZZ" not in os.environ
 hypothesis.settings.register_profile(
-    "here", deadline=None, suppress_health_check=slow, derandomize=same
+    "x", deadline=None, suppress_health_check=slow, derandomize=same
 )
-hypothesis.settings.load_profile("here")
+hypothesis.settings.load_profile("x")
 
 
 def shared(*parts: str) -> Path:
@@ -41,8 +40,8 @@ def shared(*parts: str) -> Path:
 
 
 def pretend_bf16(monkeypatch, has: bool) -> None:
-    """From now on this CPU has instructions for bf16, or has none. Without them oneDNN refuses what
-    they would do, so the test is skipped."""
+    """From now on this CPU has instructions for bf16, or has none. The test is skipped where oneDNN
+    would refuse."""
     if has and not cpu.has_bf16():
         pytest.skip("this CPU has no instructions for bf16 (AVX-512 with bf16, or AMX)")
     monkeypatch.setattr(cpu, "has_bf16", lambda: has)

@@ -1,14 +1,16 @@
 """10,000 questions through sample, train and evaluate: flat memory, no slowdown.
 
-    PYTHONPATH=. python tests/long_run.py [--questions 10000]
+    PYTHONPATH=. python tests/long_run.py [10000]
 
 The micro-world's questions, over and over under new ids, and a tiny random model. Prints memory and
 time at each 1,000 questions and fails if the last thousand took half as long again as the second, or
 memory grew by more than 100 MB after the second.
 """
 
-import argparse
+import contextlib
 import gc
+import io
+import itertools
 import os
 import sys
 import tempfile
@@ -27,84 +29,56 @@ from sert_min import finetune, tasks
 
 def many(questions: list, n: int) -> list:
     """n questions with ids of their own."""
-    return [
-        replace(questions[i % len(questions)], id=f"{questions[i % len(questions)].id}-{i:05d}")
-        for i in range(n)
-    ]
+    cycle = enumerate(itertools.islice(itertools.cycle(questions), n))
+    return [replace(q, id=f"{q.id}-{i:05d}") for i, q in cycle]
 
 
-def memory() -> float:
-    """Resident MB of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+@contextlib.contextmanager
+def watch(stage: str, owner, name: str):
+    """Count what `owner.name` gets through (its third argument) and print a line per thousand."""
+    done, lines, start, real = 0, [], time.perf_counter(), getattr(owner, name)
 
+    def watched(*args, **kwargs):
+        nonlocal done, start
+        result = real(*args, **kwargs)
+        before, done = done, done + len(args[2])
+        if done // 1000 > before // 1000:
+            gc.collect()
+            pages = Path("/proc/self/statm").read_text().split()[1]  # resident
+            seconds = time.perf_counter() - start
+            lines.append((int(pages) * os.sysconf("SC_PAGESIZE") / 2**20, seconds))
+            print(f"{stage:<10}{done:>8,}{lines[-1][0]:>10.0f} MB{seconds:>9.1f} s")
+            start = time.perf_counter()
+        return result
 
-class Watch:
-    """Counts what `owner.name` gets through and prints a line per thousand."""
-
-    def __init__(self, stage: str, owner, name: str, count):
-        self.stage, self.done, self.lines = stage, 0, []
-        self.owner, self.name, self.real, self.count = owner, name, getattr(owner, name), count
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-        def watched(*args, **kwargs):
-            result = self.real(*args, **kwargs)
-            before, self.done = self.done, self.done + self.count(*args)
-            if self.done // 1000 > before // 1000:
-                now = time.perf_counter()
-                gc.collect()
-                self.lines.append((memory(), now - self.start))
-                print(
-                    f"{self.stage:<10}{self.done:>8,}{memory():>10.0f} MB{now - self.start:>9.1f} s"
-                )
-                self.start = time.perf_counter()
-            return result
-
-        setattr(self.owner, self.name, watched)
-        return self
-
-    def __exit__(self, *error):
-        setattr(self.owner, self.name, self.real)
-        if error[0] is None:
-            early, late = self.lines[1], self.lines[-1]  # the first thousand sets things up
-            assert late[0] < early[0] + 100, f"{self.stage}: memory grew from {early[0]:.0f} MB"
-            assert late[1] < 1.5 * early[1] + 1, f"{self.stage}: it became slower"
+    setattr(owner, name, watched)
+    yield
+    setattr(owner, name, real)
+    early, late = lines[1], lines[-1]  # the first thousand sets things up
+    assert late[0] < early[0] + 100, f"{stage}: memory grew from {early[0]:.0f} MB"
+    assert late[1] < 1.5 * early[1] + 1, f"{stage}: it became slower"
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--questions", type=int, default=10_000)
-    n = p.parse_args().questions
+    n = int((sys.argv[1:] or [10_000])[0])
     torch.set_num_threads(1)
     real = tasks.load
     tasks.load = lambda task, split, data_dir=None: many(real(task, split, data_dir), n)
-    said = sys.stderr
-    with tempfile.TemporaryDirectory() as place, open(os.devnull, "w") as quiet:
+
+    def go(script, flags: str) -> None:
+        script.main(script.parse_args(f"--device cpu {flags}".split()))
+
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()):
         os.chdir(place)
-        sys.stderr = quiet  # progress bars
-        model = make_tiny_model(Path("m"), n_embd=32, n_layer=1, n_head=2, n_positions=512)
-        words = ["--model", str(model), "--device", "cpu"]
-        loose = [
-            "--patterns",
-            "none",
-            "--min-tokens",
-            "1",
-            "--max-rep2",
-            "1",
-            "--min-perplexity",
-            "0",
-        ]
-        few = ["--branches", "2", "--samples", "2", "--max-new-tokens", "12", "--out-dir", "s"]
-        with Watch("sample", sample, "block_records", lambda run, questions, *_: len(questions)):
-            sample.main(sample.parse_args([*words, *few, *loose]))
-        flags = ["--paths", "s/selected.jsonl", "--epochs", "1", "--report", "0", "--out-dir", "t"]
-        with Watch("train", finetune, "train_step", lambda m, o, examples, *_: len(examples)):
-            train.main(train.parse_args([*words, *flags]))
-        flags = ["--model", "t", "--device", "cpu", "--max-new-tokens", "12", "--out-dir", "e"]
-        with Watch("evaluate", evaluate, "greedy", lambda m, t, questions, *_: len(questions)):
-            evaluate.main(evaluate.parse_args(flags))
-        sys.stderr = said
+        make_tiny_model(Path("m"), n_embd=32, n_layer=1, n_head=2, n_positions=512)
+        few = "--branches 2 --samples 2 --max-new-tokens 12"
+        loose = "--patterns none --min-tokens 1 --max-rep2 1 --min-perplexity 0"
+        with watch("sample", sample, "sample_paths"):
+            go(sample, f"--model m --out-dir s {few} {loose}")
+        with watch("train", finetune, "train_step"):
+            go(train, "--model m --out-dir t --paths s/selected.jsonl --epochs 1 --report 0")
+        with watch("evaluate", evaluate, "greedy"):
+            go(evaluate, "--model t --out-dir e --max-new-tokens 12")
         os.chdir("/")
     print("memory is flat, no stage became slower")
 

@@ -1,5 +1,7 @@
 """The quick CPU path (kernels/fast/cpu.py) against float64: products, the vocabulary in blocks, the bf16 head."""
 
+import platform
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,14 @@ def test_linear_is_a_product_with_fp32_sums(shape, bias, dtype, has_bf16, monkey
     for x, y in ((found, wanted), (active, gelu(wanted, approximate="tanh"))):
         assert x.shape == y.shape and x.dtype is dtype
         assert ((x - y).abs() <= 1e-6 * i + 2 * off * y.abs() + off).all()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 CPU")
+def test_bf16_needs_instructions(monkeypatch):
+    """Guards bf16 where oneDNN only emulates it, eight times as slow as fp32."""
+    for name in cpu.X86_BF16:
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: False, raising=False)
+    assert not cpu.has_bf16()
 
 
 def is_missing(*_):

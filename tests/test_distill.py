@@ -15,7 +15,7 @@ from fake_server import FakeServer, by_body, error, ok
 import distill
 from sert_min import tasks
 from sert_min.io import endpoint
-from sert_min.io.errors import SertError, run_script
+from sert_min.io.errors import SertError
 from sert_min.io.files import read_jsonl
 from sert_min.questions import Question
 
@@ -69,9 +69,8 @@ def records(folder="out"):
 def test_collect_clean_train_and_repeat(student, capsys):
     """The whole of it; the same command again asks nothing, trains nothing, changes no byte."""
     with FakeServer(ok(YES)) as server:
-        run(
-            student, server, "--out-dir", "run", "--max-steps", 2, "--price-in", 1, "--price-out", 2
-        )
+        prices = "--price-in", 1, "--price-out", 2
+        run(student, server, "--out-dir", "run", "--max-steps", 2, *prices)
         assert len(server.bodies) == 30
         said = capsys.readouterr()
         before = {p: p.read_bytes() for p in Path("run").rglob("*") if p.is_file()}
@@ -90,12 +89,14 @@ def test_collect_clean_train_and_repeat(student, capsys):
 
 
 def test_collect_only_shares_replies_between_students(student, tmp_path):
-    """Bought once for all students of a task."""
+    """Replies are bought once for all students of a task, but another prompt is another request."""
     other = str(make_tiny_model(tmp_path / "other", seed=1))
     with FakeServer(ok(YES)) as server:
         run(student, server, "--collect-only")
         run(other, server, "--collect-only", "--keep", "all")
         assert len(server.bodies) == 30
+        run(other, server, "--collect-only", "--limit", 3, "--teacher-suffix", " End well.")
+        assert server.bodies[30]["messages"][0]["content"].endswith("step by step. End well.")
     assert len(list(Path("out").rglob("rationales.jsonl"))) == 2
     assert not list(Path("out").rglob("last"))
     assert Path("out/strategy_qa/teacher-org-m/responses.jsonl").exists()
@@ -111,14 +112,16 @@ def test_dry_run_asks_nothing_and_writes_nothing(student, capsys, monkeypatch):
     assert "Question: Is 0 even?\n  Answer: Let's think step by step." in said
     assert "plan: 60 teacher requests (0 replies are there)" in said and "USD" in said
     assert f"{60 * 512:,} out" in said and not Path("out").exists()
-
-
-def test_dry_run_counts_what_is_there_and_touches_no_torn_line(student, capsys):
-    """Another process may be writing that line."""
+    line = {"question": "Is 0 even?", "rationale": "It is. So the answer is yes."}
+    Path("t.jsonl").write_text(json.dumps(line) + "\n")
+    run(student, None, "--teacher-file", "t.jsonl", "--dry-run")
+    assert "1 rationales for 30 questions" in capsys.readouterr().out
+    assert not Path("out").exists()
     path = Path("out/strategy_qa/teacher-org-m/responses.jsonl")
     with FakeServer(ok(YES)) as server:
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
         run(student, server, "--collect-only", "--limit", 5)
-        path.write_bytes(path.read_bytes() + b'{"torn')
+        path.write_bytes(path.read_bytes() + b'{"torn')  # another process may be writing that line
         run(student, server, "--dry-run")
     assert "plan: 25 teacher requests (5 replies are there)" in capsys.readouterr().out
     assert path.read_bytes().endswith(b'{"torn')
@@ -143,17 +146,6 @@ def test_missing_rows_end_with_status_2(student, capsys):
     assert not list(Path("out").rglob("last"))
 
 
-def test_a_cap_ends_with_status_2_and_the_next_run_goes_on(student, capsys):
-    with FakeServer(ok(YES)) as server:
-        for expected in (12, 24):
-            with pytest.raises(SystemExit) as end:
-                run(student, server, "--collect-only", "--max-requests", 12)
-            assert end.value.code == 2 and len(server.bodies) == expected
-        assert "--max-requests 12 is reached" in capsys.readouterr().err
-        run(student, server, "--collect-only", "--max-requests", 12)
-        assert len(server.bodies) == 30
-
-
 @by_body
 def answers_apart(body):
     last = body["messages"][-1]["content"]
@@ -169,6 +161,10 @@ def test_two_step(student):
         assert [m["role"] for m in second] == ["user", "assistant", "user"] and len(first) == 1
     assert {r["teacher_answer"] for r in records()} == {"no"}
     assert [r["kept"] for r in records()] == [q.answer == "no" for q in QUESTIONS]
+    with FakeServer(ok(None, "content_filter")) as server:  # no answer is asked to nothing
+        run(student, server, "--collect-only", "--two-step", "--limit", 5)
+        assert len(server.bodies) == 5
+    assert {r["reason"] for r in records()} == {"empty"}
 
 
 def test_two_step_by_completions(student):
@@ -180,13 +176,6 @@ def test_two_step_by_completions(student):
         run(student, server, "--collect-only", "--two-step", "--completions", "--limit", 2)
         prompts = sorted(body["prompt"] for body in server.bodies)
     assert prompts[1] == f"{prompts[0]} Reasoning.\n{distill.ASK_ANSWER}" and len(prompts) == 4
-
-
-def test_two_step_asks_no_answer_to_nothing(student):
-    with FakeServer(ok(None, "content_filter")) as server:
-        run(student, server, "--collect-only", "--two-step", "--limit", 5)
-        assert len(server.bodies) == 5
-    assert {r["reason"] for r in records()} == {"empty"}
 
 
 def test_unreadable_answers_stop_after_20(student):
@@ -202,14 +191,6 @@ def test_unreadable_answers_stop_after_20(student):
         assert len(server.bodies) == 30
         with pytest.raises(SertError, match="no rationale was kept"):
             run(student, server, "--max-steps", 2)
-
-
-def test_teacher_suffix_shapes_the_prompt(student):
-    with FakeServer(ok(YES)) as server:
-        run(student, server, "--collect-only", "--limit", 3)
-        run(student, server, "--collect-only", "--limit", 3, "--teacher-suffix", " End well.")
-        assert server.bodies[3]["messages"][0]["content"].endswith("step by step. End well.")
-        assert len(server.bodies) == 6
 
 
 CHILD = """
@@ -245,36 +226,26 @@ def test_a_second_process_is_refused_and_sigterm_says_how_to_go_on(student):
         assert f"{len(server.bodies)} replies" in out and "without a known bill" not in out
 
 
-def test_one_line_for_a_refused_key(student):
-    """No traceback, the message says what to do, and there was one request only."""
-    with FakeServer(error(401, f"Incorrect API key provided: {KEY}")) as server:
-        with pytest.raises(SystemExit) as end:
-            run_script(distill.main, distill.parse_args(flags(student, server)))
-        assert len(server.bodies) == 1
-    assert end.value.code.startswith("error: HTTP 401: the server refused OPENAI_API_KEY")
-    assert KEY not in end.value.code and "\n" not in end.value.code
-
-
 # --- flags ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        (["--teacher-file", "x"], "not both"),
-        (["--concurrency", "0"], "--concurrency must be above 0"),
-        (["--timeout", "nan"], "--timeout must be above 0"),
-        (["--max-cost", "1"], "needs --price-in"),
-        (["--max-cost", "nan", "--price-in", "1", "--price-out", "1"], "--max-cost must be"),
-        (["--price-in", "-1"], "--price-in must be"),
-        (["--teacher-temperature", "inf"], "--teacher-temperature must be"),
-        (["--base-url", "https://me:pw@host/v1"], "must not hold a password"),
-    ],
-)
+BAD_FLAGS = {
+    "--teacher-file x": "not both",
+    "--concurrency 0": "--concurrency must be above 0",
+    "--timeout nan": "--timeout must be above 0",
+    "--max-cost 1": "needs --price-in",
+    "--max-cost nan --price-in 1 --price-out 1": "--max-cost must be",
+    "--price-in -1": "--price-in must be",
+    "--teacher-temperature inf": "--teacher-temperature must be",
+    "--base-url https://me:pw@host/v1": "must not hold a password",
+}
+
+
+@pytest.mark.parametrize("more, message", BAD_FLAGS.items())
 def test_bad_flags_are_refused_before_anything_is_sent(more, message, student):
     with FakeServer(ok(YES)) as server:
         with pytest.raises(SertError, match=message):
-            run(student, server, *more)
+            run(student, server, *more.split())
         assert server.bodies == []
 
 
@@ -298,14 +269,6 @@ def test_teacher_file(student, capsys):
     again = records("run")
     assert [{**r, "source": ""} for r in live] == [{**r, "source": ""} for r in again]
     assert Path("run/last/model.safetensors").exists() and "kept" in capsys.readouterr().out
-
-
-def test_dry_run_of_a_file_writes_nothing(student, capsys):
-    Path("t.jsonl").write_text('{"question": "Is 0 even?", "rationale": "It is. So the answer is yes."}\n')  # fmt: skip
-    run(student, None, "--teacher-file", "t.jsonl", "--dry-run")
-    said = capsys.readouterr().out
-    assert "1 rationales for 30 questions" in said and not Path("out").exists()
-    assert "no output" in said
 
 
 def test_rationales_that_do_not_fit_the_student_are_counted(student, capsys):

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from sert_min.gpt2 import load_model
 from sert_min.io.hub import HUB, weights_hash
+from sert_min.tokenizer import load_tokenizer
 
 MAIN = "0123456789abcdef0123456789abcdef01234567"  # the commit of `main`
 SHORT = "model.safetensors"
@@ -36,7 +37,6 @@ from sert_min.gpt2 import load_model
 from sert_min.io.errors import SertError
 from sert_min.io.hub import find_model, weights_hash
 from sert_min.tokenizer import load_tokenizer
-assert not {"transformers", "huggingface_hub"} & sys.modules.keys()
 
 slept = []
 
@@ -48,8 +48,6 @@ def load(name):
         return {"folder": str(folder), "hash": weights_hash(folder), "ids": ids, "waits": sum(slept)}
     except SertError as e:
         return {"error": str(e)}
-    finally:
-        assert "transformers" not in sys.modules
 
 for line in sys.stdin:
     request = json.loads(line)
@@ -70,7 +68,6 @@ class Hub:
     def __init__(self):
         self.repos: dict[str, tuple[Path, str]] = {}  # repo -> its files, the only commit it has
         self.cut = None  # "short": GET announces and sends less; "broken": it stops half-way
-        self.status = 200
         self.asked: list[str] = []
         handler = type("Handler", (http.server.BaseHTTPRequestHandler,), {
             "protocol_version": "HTTP/1.1", "log_message": lambda *_: None,
@@ -94,9 +91,7 @@ class Hub:
         self.asked.append(f"{request.command} {revision}/{name}")
         folder, commit = self.repos.get(repo, (None, None))
         status, headers, body = 404, {"Content-Length": "0"}, b""
-        if self.status != 200:
-            status = self.status
-        elif commit is None:
+        if commit is None:
             headers["X-Error-Code"] = "RepoNotFound"
         elif revision not in ("main", commit):
             headers["X-Error-Code"] = "RevisionNotFound"
@@ -105,9 +100,6 @@ class Hub:
         else:
             status, body = 200, (folder / name).read_bytes()
             headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": commit}
-            start = int(request.headers.get("Range", "bytes=0-")[6:].rstrip("-"))
-            if start:  # older clients continue a file that was cut
-                status, body = 206, body[start:]
             announced = len(body)
             if request.command == "GET" and name == SHORT and self.cut:
                 body = body[: len(body) // 2]
@@ -131,32 +123,22 @@ def hub():
 
 @pytest.fixture(scope="module")
 def loader():
-    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("proxy")}
-    for name in ("HF_TOKEN", "HF_HUB_CACHE"):
-        env.pop(name, None)
+    mine = ("HF_TOKEN", "HF_HUB_CACHE")
+    env = {k: v for k, v in os.environ.items() if k not in mine and "proxy" not in k.lower()}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", LOADER], cwd=ROOT, env=env, **pipes)
-    yield process
-    process.stdin.close()
-    process.wait()
-    process.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", LOADER], cwd=ROOT, env=env, **pipes) as process:
+        yield process
+        process.stdin.close()
 
 
 @pytest.fixture
 def load(tmp_path, hub, loader):
     """load(name, **environment) -> what LOADER said, under its own empty Hugging Face cache."""
 
-    def run(name: str, home: str = "home", **environment) -> dict:
-        env = {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / home),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            **environment,
-        }
-        loader.stdin.write(json.dumps({"name": name, "env": env}) + "\n")
-        loader.stdin.flush()
+    def run(name: str, **environment) -> dict:
+        env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
+               "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment}  # fmt: skip
+        print(json.dumps({"name": name, "env": env}), file=loader.stdin, flush=True)
         result = json.loads(loader.stdout.readline())
         assert "crashed" not in result
         if "error" in result:
@@ -191,22 +173,16 @@ def sharded(whole, tmp_path_factory) -> Path:
     return folder
 
 
-def cached(tmp_path, home="home") -> list[str]:
-    """Names that a later run could take for files of a model."""
-    return sorted(p.name for p in (tmp_path / home).rglob("snapshots/*/*"))
-
-
 def test_named_model_comes_from_its_pinned_revision(hub, load, whole):
     """Guards the pinned commit, and the second start: no request, no network, no hub."""
     repo, commit = HUB["gpt2"]
     hub.add(repo, whole, commit)
     first = load("gpt2")
     assert first["hash"] == weights_hash(whole) and Path(first["folder"]).name == commit
-    asked = [a for a in hub.asked if "/api/" not in a and "main" in a.split(" ")[1]]
-    assert not asked, "asked for main instead of the pinned commit"
+    assert not [a for a in hub.asked if " main/" in a], "asked for main"
     hub.asked.clear()
     assert load("gpt2") == first
-    assert not [a for a in hub.asked if "resolve" in a or commit in a], "asked again"
+    assert not [a for a in hub.asked if commit in a], "asked again"
     hub.close()
     assert load("gpt2", HF_HUB_OFFLINE="1") == first
     assert load("gpt2") == first, "a cached model needs no hub"
@@ -218,25 +194,16 @@ def test_sharded_model_with_tokenizer_json_only(hub, load, sharded, whole):
     hub.add("someone/tiny", sharded)
     first = load("someone/tiny")
     assert Path(first["folder"]).name == MAIN
+    main = [a for a in hub.asked if " main/" in a]  # it may move: the rest comes from one commit
+    assert main == ["HEAD main/config.json", "GET main/config.json"]
     ours = load_model(Path(first["folder"])).state_dict()
     assert all((ours[k] == v).all() for k, v in load_model(whole).state_dict().items())
-    hub.add("someone/tiny", whole)
-    assert load("someone/tiny", home="other")["ids"] == first["ids"]
+    assert load_tokenizer(whole).encode("the yes") == first["ids"]
     hub.close()
     for offline in "10":
         again = load("someone/tiny", HF_HUB_OFFLINE=offline)
         assert again.pop("waits") < 15, "waits for files that were never there"
         assert again == {k: first[k] for k in again}
-
-
-def test_all_files_come_from_one_commit(hub, load, whole):
-    """Guards weights of one commit with the config of another: `main` may move in between."""
-    hub.add("someone/tiny", whole)
-    load("someone/tiny")
-    assert [a for a in hub.asked if "/" in a and " main/" in a] == [
-        "HEAD main/config.json",
-        "GET main/config.json",
-    ]
 
 
 def test_unknown_models_are_refused(hub, load, whole, tmp_path):
@@ -245,8 +212,6 @@ def test_unknown_models_are_refused(hub, load, whole, tmp_path):
     assert "is not on the hub" in load("someone/nothing")["error"]
     assert "is not on the hub" in load("gpt3")["error"]
     assert "neither a folder nor a hub id" in load("what is/this?")["error"]
-    hub.add(HUB["distilgpt2"][0], whole, MAIN)
-    assert "is not on the hub" in load("distilgpt2")["error"]
     other = tmp_path / "other"
     other.mkdir()
     hub.add("someone/other", other)
@@ -260,7 +225,7 @@ def test_unknown_models_are_refused(hub, load, whole, tmp_path):
     (other / SHORT).rename(other / "pytorch_model.bin")
     hub.add("someone/other", other, "e" * 40)
     assert "pickle files are refused" in load("someone/other")["error"]
-    assert SHORT not in cached(tmp_path)
+    assert not list(tmp_path.rglob(f"snapshots/*/{SHORT}"))
 
 
 def test_unreachable_hub_is_one_line(hub, load):
@@ -272,17 +237,6 @@ def test_unreachable_hub_is_one_line(hub, load):
         error = load("gpt2", **environment)["error"]
         assert "can't be reached" in error and "HF_ENDPOINT" in error and "HF_HUB_OFFLINE" in error
     assert not hub.asked
-    proxy = {"http_proxy": closed, "NO_PROXY": "", "no_proxy": ""}
-    assert "gpt2" in load("gpt2", **proxy)["error"]
-    hub.status = 503
-    assert "can't be reached" in load("gpt2")["error"]
-    hub.status = 200  # a server that is no hub: no commit, no ETag
-    hub.answer = lambda request: (
-        request.send_response(200),
-        request.send_header("Content-Length", "0"),
-        request.end_headers(),
-    )
-    assert "HF_ENDPOINT" in load("gpt2")["error"]
 
 
 @pytest.mark.parametrize("cut", ["short", "broken"])
@@ -292,7 +246,7 @@ def test_truncated_download_is_not_kept(cut, hub, load, whole, tmp_path):
     hub.cut = cut
     error = load("gpt2")["error"]
     assert "download of model.safetensors failed" in error and "try again" in error
-    assert cached(tmp_path) == ["config.json"]
+    assert [p.name for p in tmp_path.rglob("snapshots/*/*")] == ["config.json"]
     assert "is not in the local cache" in load("gpt2", HF_HUB_OFFLINE="1")["error"]
     hub.cut = None
     assert load("gpt2")["hash"] == weights_hash(whole)

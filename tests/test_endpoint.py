@@ -7,21 +7,9 @@ import random
 import signal
 import time
 from dataclasses import replace
-from email.utils import formatdate
 
 import pytest
-from fake_server import (
-    USAGE,
-    FakeServer,
-    by_body,
-    dribble,
-    drop,
-    error,
-    hang,
-    json_reply,
-    ok,
-    raw,
-)
+from fake_server import USAGE, FakeServer, by_body, dribble, drop, error, hang, json_reply, ok, raw
 
 from sert_min.io import endpoint
 from sert_min.io.endpoint import Ask, Collection, Endpoint, Readable, ask_all
@@ -69,6 +57,7 @@ TABLE = [
     ("429, Retry-After", [error(429, "slow", retry_after="0.3"), ok()], 2, "reply", "stop"),
     ("429 without Retry-After", [error(429, "slow")] * 6 + [ok()], 7, "reply", "stop"),
     ("429, Retry-After 1000", [error(429, "slow", retry_after="1000")], 1, "stop", "asks to wait 1000 s"),
+    ("429, Retry-After inf", [error(429, "slow", retry_after="inf")], 1, "stop", "asks to wait inf s"),
     ("429 quota", [error(429, "exceeded", "insufficient_quota")], 1, "stop", "add credit"),
     ("402", [error(402, "Insufficient Balance")], 1, "stop", "add credit"),
     ("401", [error(401, "Incorrect API key")], 1, "stop", "OPENAI_API_KEY"),
@@ -93,13 +82,10 @@ TABLE = [
     ("200 with an error inside", [UPSTREAM, ok()], 2, "reply", "stop"),
     ("choices null", [json_reply(200, {"choices": None}), ok()], 2, "reply", "stop"),
     ("choices []", [json_reply(200, {"choices": []}), ok()], 2, "reply", "stop"),
-    ("choices [null]", [json_reply(200, {"choices": [None]}), ok()], 2, "reply", "stop"),
     ("message null", [json_reply(200, {"choices": [{"message": None}]}), ok()], 2, "reply", "stop"),
     ("content null", [ok(None), ok()], 2, "reply", "stop"),
     ("content a list", [ok([{"type": "text"}]), ok()], 2, "reply", "stop"),
-    ("content white space", [ok(" \n"), ok()], 2, "reply", "stop"),
     ("empty, length", [ok("", "length")], 1, "final", "length"),
-    ("null, length", [ok(None, "length")], 1, "final", "length"),
     ("empty, content_filter", [ok("", "content_filter")], 1, "final", "content_filter"),
     ("refusal", [ok(message={"content": None, "refusal": "I can't"})], 1, "final", "refusal"),
     ("redirect", [raw(307, b"", location="http://localhost:9/v1")], 1, "stop", "give it as --base-url"),
@@ -153,17 +139,6 @@ def test_retry_after_is_waited_for_by_all(tmp_path):
     assert failures == [] and len(server.times) == 31 and meanwhile <= 4  # those in flight
 
 
-def test_a_date_to_wait_for_is_read_by_the_servers_clock():
-    """With this machine's clock an hour slow, five seconds became an hour, and the run stopped."""
-    then = {"retry-after": "Wed, 01 Jan 2020 00:00:05 GMT", "date": "Wed, 01 Jan 2020 00:00:00 GMT"}
-    assert endpoint.retry_after(then) == 5
-    assert endpoint.retry_after({"retry-after-ms": "900", "retry-after": "1"}) == 0.9
-    assert endpoint.retry_after({"retry-after": "soon"}) is None
-    soon = formatdate(time.time() + 2, usegmt=True)
-    for clock in ({}, {"date": "nonsense"}):
-        assert 0 < endpoint.retry_after({"retry-after": soon, **clock}) <= 2
-
-
 @pytest.mark.parametrize("steps, replies", [([ok()], 3), ([error(500, "x"), ok()], 2)])
 def test_max_requests_counts_every_request(steps, replies, tmp_path):
     """A cap that counts questions lets retries cost what they like."""
@@ -190,23 +165,14 @@ def test_max_cost_holds_over_runs_and_lost_replies(tmp_path):
         assert 300 - collection.most_usd() < max(bound, 15)  # and it is used up
 
 
-def test_refusals_are_not_billed(tmp_path):
-    with FakeServer(error(503, "busy"), error(429, "slow"), ok()) as server:
+def test_what_stays_without_a_known_bill(tmp_path):
+    """Refusals are not billed; a reply without usage counts in full, also when it is read again."""
+    with FakeServer(error(503, "busy"), error(429, "slow"), ok(), ok(usage=None)) as server:
         collection, _ = run(tmp_path, server)
-    assert collection.open_bills() == []
-    assert stored(tmp_path).open_bills() == []
-
-
-def test_a_reply_without_usage_counts_in_full(tmp_path):
-    with FakeServer(ok(usage=None)) as server:
-        run(tmp_path, server, 2, at(server, max_tokens=7))
+        assert collection.open_bills() == stored(tmp_path).open_bills() == []
+        run(tmp_path, server, 3, at(server, max_tokens=7))
     bills = stored(tmp_path).open_bills()
-    assert len(bills) == 2 and bills[0][1] == 7
-
-
-def test_max_cost_needs_prices():
-    with pytest.raises(SertError, match="--price-in"):
-        Endpoint("m", max_cost=1.0, price_in=1.0)
+    assert len(bills) == 3 and bills[0][1] == 7
 
 
 def test_most_of_the_last_failing_stops(tmp_path):
@@ -239,17 +205,14 @@ def test_dead_server(tmp_path):
     assert stored(tmp_path).open_bills() == []
 
 
-def test_deadline_ends_a_reply_that_never_ends(tmp_path):
-    """A byte every tenth of a second never runs into the timeout."""
+def test_the_deadline_ends_what_never_ends(tmp_path, monkeypatch):
+    """A byte every tenth of a second never runs into the timeout; nor do rate limits end."""
+    monkeypatch.setattr(endpoint, "BACKOFF", 0.1)
     with FakeServer(dribble) as server:
         _, failures = run(tmp_path, server, 1, at(server, deadline=0.5))
         assert "no complete reply within 0.5 s" in failures[0]
         assert server.served == 0  # it is still sending
-
-
-def test_deadline_ends_retries(tmp_path, monkeypatch):
     with FakeServer(error(429, "slow")) as server:
-        monkeypatch.setattr(endpoint, "BACKOFF", 0.1)
         _, failures = run(tmp_path, server, 1, at(server, deadline=1.0))
         assert "HTTP 429" in failures[0] and len(server.bodies) < 10
 
@@ -299,24 +262,21 @@ def test_key_of_a_reply_depends_on_everything():
     assert ask.key(replace(e, base_url="http://a/v1/", concurrency=1, timeout=1.0)) == keys[0]
 
 
-@pytest.mark.parametrize(
-    "who, more, key",
-    [
-        ("teacher", [], "e678dbf9e2b9382c52832a652c441ddee725c0ef9adb54daa83bf330378e0a65"),
-        (
-            "teacher",
-            ["--teacher-temperature", "0.7", "--completions"],
-            "1d207c1ab5b17c4448a3d0cf08d3986fd6729d62e5176e6ace8ab907f6ac3f52",
-        ),
-        ("judge", [], "e88ab58802c4d882d071e050b1cae92e9bad98ed6c785665d2038bd8db19a6fe"),
-    ],
-)
+BOUGHT = [
+    ("teacher", "", "e678dbf9e2b9382c52832a652c441ddee725c0ef9adb54daa83bf330378e0a65"),
+    ("teacher", "--teacher-temperature 0.7 --completions",
+     "1d207c1ab5b17c4448a3d0cf08d3986fd6729d62e5176e6ace8ab907f6ac3f52"),
+    ("judge", "", "e88ab58802c4d882d071e050b1cae92e9bad98ed6c785665d2038bd8db19a6fe"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("who, more, key", BOUGHT)
 def test_keys_stay_what_they_were(who, more, key):
     """Replies that were bought before a change of this program must not be bought again."""
     parser = argparse.ArgumentParser()
     endpoint.add_flags(parser, who)
     flags = [f"--{who}-model", "gpt-x", "--base-url", "https://api.example.com/v1"]
-    e = endpoint.from_flags(parser.parse_args([*flags, *more]), who)
+    e = endpoint.from_flags(parser.parse_args([*flags, *more.split()]), who)
     message = {"role": "user", "content": "Question: Is it é?\nAnswer:"}
     assert Ask("strategy_qa", "7", 0, (message,)).key(e) == key
 
@@ -348,34 +308,6 @@ def test_torn_last_line_is_set_aside(tmp_path, capsys):
     assert all(json.loads(line)["text"] for line in path.read_text().splitlines())
 
 
-def test_the_key_appears_nowhere(tmp_path, capsys):
-    """The worst server sends it back in every field that we store or print."""
-    evil = ok(f"It is {KEY}.", finish=KEY, model=KEY, id=KEY)
-    with FakeServer(error(500, KEY), evil) as server:
-        run(tmp_path, server, 2)
-        assert set(server.auths) == {f"Bearer {KEY}"}
-    messages = []
-    for step in (error(400, f"bad {KEY}"), error(401, KEY), raw(302, b"", location=f"/{KEY}")):
-        with FakeServer(step) as server:
-            with pytest.raises(SertError) as stopped:
-                run(tmp_path, server, 5)
-            messages.append(repr(stopped.value) + repr(stopped.value.__cause__))
-    with FakeServer(error(503, KEY)) as server:
-        messages += run(tmp_path, server, 1)[1]
-    assert "[key]" in messages[0] and "[key]" in messages[-1]
-    files = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
-    out = capsys.readouterr()
-    assert KEY.encode() not in files and b"[key]" in files
-    assert KEY not in "".join([*messages, out.out, out.err, repr(endpoint.Endpoint("m"))])
-
-
-def test_server_text_cannot_reach_the_terminal_as_control_codes(tmp_path):
-    with FakeServer(error(400, "\x1b[31mred\x07\r\n")) as server:
-        with pytest.raises(SertError) as stopped:
-            run(tmp_path, server)
-    assert "[31mred" in str(stopped.value) and str(stopped.value).isprintable()
-
-
 def test_an_unusable_key_is_refused_unseen(tmp_path, monkeypatch):
     """httpx puts a header it can't send into its message: "Illegal header value b'Bearer sk-..'"."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-a\nb-secret")
@@ -388,41 +320,32 @@ def test_an_unusable_key_is_refused_unseen(tmp_path, monkeypatch):
         assert server.auths == [f"Bearer {KEY}"]
 
 
-@pytest.mark.parametrize(
-    "url, message",
-    [
-        ("http://example.com/v1", "unencrypted"),
-        ("http://192.168.1.4:8000/v1", "--insecure"),
-        ("https://user:pw@example.com/v1", "must not hold a password"),
-        ("https://example.com/v1?key=pw", "must not hold a password"),
-        ("ftp://example.com", "no http"),
-        ("localhost:8000", "no http"),
-        ("http://[::1", "no http"),
-        ("http://a:99999/v1", "no http"),
-    ],
-)
+ADDRESSES = {
+    "http://example.com/v1": "unencrypted",
+    "http://192.168.1.4:8000/v1": "--insecure",
+    "https://user:pw@example.com/v1": "must not hold a password",
+    "https://example.com/v1?key=pw": "must not hold a password",
+    "ftp://example.com": "no http",
+    "localhost:8000": "no http",
+    "http://[::1": "no http",
+    "http://a:99999/v1": "no http",
+}
+
+
+@pytest.mark.parametrize("url, message", ADDRESSES.items())
 def test_addresses_that_are_refused(url, message):
     with pytest.raises(SertError, match=message) as stopped:
         endpoint.make_client(Endpoint("m", url))
     assert "pw" not in str(stopped.value)
 
 
-def test_no_key_for_openai(tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    with pytest.raises(SertError, match="OPENAI_API_KEY is not set"):
-        run(tmp_path, None, e=Endpoint("m"))
-    with FakeServer(ok()) as server:  # a local server needs none
-        assert run(tmp_path, server)[1] == []
-
-
-def test_insecure_allows_http(monkeypatch):
+def test_which_servers_need_a_key_and_a_proxy(tmp_path, monkeypatch):
+    """With HTTP_PROXY set, requests for 127.0.0.1 went to the proxy, which failed."""
     assert endpoint.make_client(Endpoint("m", "http://192.168.1.4/v1", insecure=True))
-    monkeypatch.setenv("OPENAI_API_KEY", "")
+    monkeypatch.delenv("OPENAI_API_KEY")
     assert endpoint.make_client(Endpoint("m", "http://192.168.1.4/v1"))
-
-
-def test_a_proxy_is_not_asked_for_this_machine(tmp_path, monkeypatch):
-    """With HTTP_PROXY set the client sends requests for 127.0.0.1 to the proxy, which fails."""
+    with pytest.raises(SertError, match="OPENAI_API_KEY is not set"):
+        endpoint.make_client(Endpoint("m"))
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with FakeServer(ok()) as server:
@@ -487,17 +410,20 @@ def test_a_hanging_request_does_not_hold_up_a_signal(tmp_path, monkeypatch):
 
 
 def test_kills_lose_no_reply_and_buy_none_twice(tmp_path):
-    """SIGKILL at random moments: what was recorded is never asked for again; what the server was
+    """SIGKILL behind a random number of requests: what was recorded is never asked for again; what the server was
     asked for twice was in flight at a kill, and sent.jsonl has counted it."""
     rng, n, kills = random.Random(0), 120, 0
     path = tmp_path / "responses.jsonl"
     recorded_at_kill: list[tuple[set, dict]] = []
     with FakeServer(ok(), delay=0.02) as server:
         e = at(server, concurrency=4)
-        while kills < 8:
+        while kills < 5:
             before = len(server.bodies)
             pid = in_child(tmp_path, server, n, e)
-            time.sleep(rng.uniform(0.02, 0.25))
+            wanted, ended = before + rng.randrange(1, 12), os.WEXITED | os.WNOHANG | os.WNOWAIT
+            while len(server.bodies) < wanted and not os.waitid(os.P_PID, pid, ended):
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.03))
             os.kill(pid, signal.SIGKILL)
             killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
             time.sleep(0.1)  # what is still on its way reaches the server

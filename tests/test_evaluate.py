@@ -4,7 +4,7 @@ import math
 
 import pytest
 from conftest import make_tiny_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sert_min import tasks
@@ -88,23 +88,6 @@ def test_summary_counts_by_hand():
     assert m["majority"] == ("yes", 0.75) and "acc_likelihood" not in m
     more = summarize(records, questions, [True, False, False, False], {"j": {"parsed": 4}})
     assert more["acc_likelihood"][0] == 0.25 and more["judges"]["j"]["parsed"] == 4
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.text(max_size=200)
-    | st.lists(
-        st.sampled_from(["the", "answer", "is", "yes", "no", "(B)", "B.", "mall", ",", ".", "\n"])
-    ).map(" ".join),
-    st.sampled_from(["eos", "length", None]),
-    st.sampled_from([YES_NO, CHOICE]),
-)
-def test_any_text_is_graded(text, finish, question):
-    """Guards an evaluation that dies on one odd output after hours."""
-    r = grade(question, text, finish)
-    assert r["format_ok"] in (True, False, None) and 0 <= r["rep1"] <= 1
-    assert not r["format_ok"] or r["extracted"] is not None
-    summarize([r], [question])
 
 
 def questions(*lengths: int) -> list[Question]:

@@ -7,7 +7,7 @@ import pytest
 from sert_min.io.errors import SertError
 from sert_min.io.files import to_line, write_atomic
 from sert_min.report import figures
-from sert_min.report.figures import ablation, bin_of, question_shares, score_shares, token_groups
+from sert_min.report.figures import ablation, bin_of, question_shares, token_groups
 from sert_min.report.judge import KEYS
 
 
@@ -41,8 +41,8 @@ def test_ablation_is_nested_and_follows_the_verdicts():
     assert list(curves) == list(("raw", "+ pattern", "+ length", "+ repetition", "+ perplexity"))
     assert [len(c) for c in curves.values()] == [7, 5, 4, 3, 2]
     assert [r["verdict"] for r in curves["+ perplexity"]] == ["kept", "selected"]
-    shares = score_shares(curves["raw"], "coherence")
-    assert shares == [2 / 7, 2 / 7, 2 / 7, 1 / 7, 0] and sum(shares) == pytest.approx(1)
+    shares = figures.ablation_numbers(curves)["coherence"]["raw"]["shares"]
+    assert shares == [0.2857, 0.2857, 0.2857, 0.1429, 0]
 
 
 def make_runs(folder, early=()):

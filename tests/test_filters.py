@@ -27,75 +27,44 @@ LABELLED = [
     (FIVE, " The answer is a library.", "direct"),
     (FIVE, " People carry money in and out, and the guards watch the door. So a bank.", None),
     # imitative
-    (FIVE, "Question: What?", "imitative"),
-    (FIVE, " Because it is safe.\nAnswer: bank", "imitative"),
     (YES_NO, " No.\n\nQuestion: Would a stone sink?", "imitative"),
     (YES_NO, " My Answer: no, since it floats.", "imitative"),
     (YES_NO, " The question is how dense it is. The answer depends on water.", None),
-    (YES_NO, " The question: is it dense? Its density is below one, so it floats.", None),
     (FIVE, " Questions: none. It keeps the heat in, which a bank wants.", None),
     # options by label
-    (FIVE, " (A) bank (B) library", "options"),
     (FIVE, " (B) or (C)", "options"),
     (FIVE, " (a) bank\n(b) library\n", "options"),
     (FIVE, " (A) a school, (B) a church, (C) a park. I would choose the church.", "options"),
-    (FIVE, " (A) bank. (B) library. (C) mall. All of them have doors.", "options"),
-    (FIVE, " (A) a busy bank. (B) a quiet library. I know both.", "options"),
     (FIVE, " A. bank\nB. library\nC. mall", "options"),
-    (FIVE, " A) bank B) library", "options"),
     (FIVE, " 1. bank 2. library", "options"),
-    (YES_NO, " (A) yes (B) no", "options"),
     (YES_NO, " (A) sinks, (B) floats", "options"),
-    (FIVE, " (B) is wrong because libraries are quiet, and so (A) is the one that fits.", None),
-    (FIVE, " I think (A) fits, as it keeps money safe and the guards can watch people.", None),
     (FIVE, " (B) library (B) library (B) library", None),
-    (FIVE, " (A) at the corner of the old street near the river, (B) by the park", None),
-    (FIVE, " A bank (A) has guards. They would not like two open doors. Thus (A).", None),
     (FIVE, " (A) is safe. People bring money there every day of the week. (B) is not.", None),
     # options by text
     (FIVE, " bank, library, department store, mall, new york", "options"),
     (FIVE, " bank library mall", "options"),
-    (FIVE, " Bank, library, or mall, they all have doors.", "options"),
     (FIVE, " It could be a bank, a library or a mall, and we must choose.", "options"),
-    (FIVE, " bank, library", "options"),
-    (FIVE, " A bank or a library.", "options"),
-    (FIVE, " bank\nlibrary\nmall\nnew york\n", "options"),
-    (FIVE, " - bank\n- library\n", "options"),
     (FIVE, " The options are bank and library. The first fits.", "options"),
-    (FIVE, " I think so: bank, library.", "options"),
     (FIVE, ' "bank", "library", "mall"', "options"),
     (FIVE, " Department  Store / New York / Mall", "options"),
     (FIVE, " Bank. Library. Mall. New York.", "options"),
     (FIVE, " There is a door in every bank or library where people come and go.", None),
-    (FIVE, " It has more use in the city, so a bank is more likely than a library.", None),
-    (FIVE, " Unlike a library, a bank needs guards who can see everybody come in.", None),
     (FIVE, " A library is quiet. A bank is not. A mall is too large for such a door.", None),
-    (FIVE, " Banks and libraries and malls have doors, and only one keeps money.", None),
     (FIVE, " The bank, the bank, the bank.", None),
-    (FIVE, " They like the bank. Library. Library.", None),
     (FIVE, " A riverbank, library or mallard.", None),
-    (YES_NO, " Yes or no", "options"),
     (YES_NO, " Yes/No. It floats.", "options"),
     (YES_NO, ' It is a simple "yes" or "no" thing.', "options"),
     (YES_NO, " Yes, no doubt, since it is light and a light thing floats.", None),
     # direct
     (YES_NO, " No", "direct"),
-    (YES_NO, " Yes!\n", "direct"),
-    (YES_NO, " The answer is no.", "direct"),
     (YES_NO, ' So the answer is probably "no".', "direct"),
     (FIVE, " (B)", "direct"),
-    (FIVE, " B.", "direct"),
-    (FIVE, " (D) mall.", "direct"),
     (FIVE, " D: mall", "direct"),
     (FIVE, " New York", "direct"),
-    (FIVE, " It is a bank.", "direct"),
     (FIVE, " The best answer is option C.", "direct"),
-    (FIVE, " Yes.", "direct"),
     (YES_NO, " No. It is less dense than water.", None),
-    (YES_NO, " No, it floats.", None),
     (FIVE, " A bank is a place where people keep money", None),
     (FIVE, " The answer is (B) because it is quiet there.", None),
-    (FIVE, " museum", None),
     (YES_NO, " North", None),
     (FIVE, "", None),
     # several kinds: the earliest decides
@@ -110,44 +79,28 @@ def test_labelled_strings(question, text, kind):
     assert pattern_break(text, question) == kind
 
 
-def test_a_kind_can_be_switched_off():
-    """Guards: a kind that is off still hides another behind it."""
-    text = " Question: bank, library, mall"
-    assert pattern_break(text, FIVE, ("options", "direct")) == "options"
-    assert pattern_break(text, FIVE, ("direct",)) is None
-    assert pattern_break(text, FIVE, ()) is None
-
-
 def test_a_text_at_the_end_is_not_yet_a_word():
-    """Guards early rejection of `mallard` at `mall`: only an ended text confirms the last word."""
+    """Guards early rejection of `mallard` at `mall`: only an ended text confirms the last word; and
+    U+FFFD at a cut inside a letter being taken for the end of `mall`."""
     text = " bank, library, mall"
     assert pattern_breaks(text, FIVE, final=False) == {}
     assert pattern_breaks(text, FIVE) == {"options": len(text)}
     assert pattern_breaks(text + " x", FIVE, final=False) == {"options": len(text) + 1}
     assert pattern_breaks(text + "ard", FIVE) == {}
     assert pattern_breaks(" No.", YES_NO, final=False) == {}  # a second sentence may come
-
-
-def first_kind(tokens: list[bytes], final: bool = True) -> str:
-    return earliest(broken_kinds(tokens, FIVE, final), patterns.PATTERN_KINDS)
+    half = [text.encode(), "é".encode()[:1], "é".encode()[1:]]
+    assert not broken_kinds(half[:2], FIVE, final=False) and not broken_kinds(half, FIVE)
 
 
 def test_ties_in_one_token_go_by_kind():
-    """Guards a verdict that depends on characters inside a token, which a sampler never sees."""
+    """Guards a verdict that depends on characters inside a token, which a sampler never sees, and a
+    kind that is off but still hides another behind it."""
     tokens = [b" bank,", b" library,", b" mall Question:"]
     assert broken_kinds(tokens, FIVE) == {"imitative": 2, "options": 2}
-    assert first_kind(tokens) == "imitative"
+    assert earliest(broken_kinds(tokens, FIVE), patterns.PATTERN_KINDS) == "imitative"
     assert pattern_break(patterns.decode(tokens), FIVE) == "options"
-    assert first_kind([b" bank, library, mall ", b"Question:"]) == "options"
-
-
-def test_half_a_letter_does_not_end_a_word():
-    """Guards U+FFFD at a cut inside a letter being taken for the end of `mall`."""
-    tokens = [b" bank, library, mall", "é".encode()[:1], "é".encode()[1:]]
-    assert not first_kind(tokens[:2], final=False)
-    assert not first_kind(tokens)  # "mallé" is another word
-    dash = [b" bank, library, mall", "—".encode()[:2], "—".encode()[2:], b" x"]
-    assert broken_kinds(dash, FIVE) == {"options": 2}
+    text = " Question: bank, library, mall"
+    assert pattern_break(text, FIVE, ("options", "direct")) == "options"
 
 
 PIECES = st.sampled_from(
@@ -158,14 +111,8 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 TEXTS = st.lists(PIECES, max_size=14).map("".join) | st.text(max_size=60)
 OTHER = ("bus stop", "bus", "library", "stop", "yes (A)")
-QUESTIONS = st.sampled_from(
-    [
-        FIVE,
-        YES_NO,
-        Question("commonsense_qa", "r", "", "A", OTHER),
-        Question("x", "s", "", "A", ("",) * 5),
-    ]
-)
+EMPTY = Question("x", "s", "", "A", ("",) * 5)
+QUESTIONS = st.sampled_from([FIVE, YES_NO, Question("commonsense_qa", "r", "", "A", OTHER), EMPTY])
 
 
 @settings(max_examples=250)
@@ -200,19 +147,7 @@ def test_broken_kinds_equal_looking_after_every_token(text, question, sizes):
     assert {kind: final[kind] for kind in first} == first
 
 
-@settings(max_examples=200)
-@given(st.lists(st.binary(min_size=1, max_size=4), max_size=20), st.integers(0, 1))
-def test_trimming_arbitrary_bytes(tokens, start):
-    """Guards crashes on bytes that are no text, and a cut in front of the path or behind it."""
-    start = min(start, len(tokens))
-    end = filters.trim_to_sentence(tokens, start)
-    assert start <= end <= len(tokens)
-    assert patterns.characters_complete(tokens)[-1:] in ([], [len(patterns.decode(tokens))])
-
-
-@pytest.mark.parametrize(
-    "unit", ['"', "\n", " ", "bank,", "(A) ", "the ", "A.", "yes or ", "*", "-"]
-)
+@pytest.mark.parametrize("unit", ['"', "\n", " ", "bank,", "(A) ", "the ", "A.", "yes or ", "*"])
 def test_slow_texts(unit):
     """Guards regexes that need minutes on a run of one piece (the model does write them)."""
     text = "bank" + unit * 600
@@ -223,47 +158,33 @@ def test_slow_texts(unit):
         answers.strip_answer_sentence("the answer " + text)
 
 
-# --- trimming, numbers -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("tokens", "end"),
+    ("text", "end"),
     [
-        ([" It", " rains", ".", " So", " we"], 3),
-        ([" It", " rains", ".", " So", "."], 5),
-        ([" He", " said", ' "', "no", '."', " Then"], 5),  # the closing quote belongs to it
-        ([" It", " costs", " 3", ".", "5", " now"], 6),  # no white space after the full stop
-        ([" no", " sentence"], 2),  # none: stays whole
-        ([" Why", "?", "!", "\n", "\n", "Be"], 3),
-        ([" Yes", ".)", " and"], 2),
-        ([" One", ". Two", ". Thr"], 3),  # the token that holds the end is kept whole
-        ([], 0),
+        (" It| rains|.| So| we", 3),
+        (" It| rains|.| So|.", 5),
+        (' He| said| "|no|."| Then', 5),  # the closing quote belongs to it
+        (" It| costs| 3|.|5| now", 6),  # no white space after the full stop
+        (" no| sentence", 2),  # none: stays whole
+        (" Why|?|!|\n|\n|Be", 3),
+        (" One|. Two|. Thr", 3),  # the token that holds the end is kept whole
     ],
 )
-def test_trim_to_sentence(tokens, end):
-    """Guards cutting one token short or long."""
-    assert filters.trim_to_sentence([t.encode() for t in tokens], 0) == end
-    # A branch token in front of the path is never a sentence of it.
-    assert filters.trim_to_sentence([b"."] + [t.encode() for t in tokens], 1) == end + 1
+def test_trim_to_sentence(text, end):
+    """Guards cutting one token short or long; a branch token in front is no sentence of the path."""
+    tokens = text.encode().split(b"|")
+    assert filters.trim_to_sentence(tokens, 0) == end
+    assert filters.trim_to_sentence([b".", *tokens], 1) == end + 1
 
 
-def test_rep2_by_hand():
-    """Guards counting tokens (or words) for bigrams, and the empty path."""
-    assert filters.rep2([]) == filters.rep2([5]) == 0.0
-    assert filters.rep2([1, 2, 3]) == 0.0
+def test_rep2_and_perplexity_by_hand():
+    """Guards counting tokens (or words) for bigrams, the sign, the log base, and the empty path."""
+    assert filters.rep2([]) == filters.rep2([5]) == filters.rep2([1, 2, 3]) == 0.0
     assert filters.rep2([1, 1, 1, 1]) == pytest.approx(2 / 3)  # 11 11 11
-    assert filters.rep2([1, 2, 1, 2, 3]) == 0.25  # 12 21 12 23
     assert filters.rep2([1, 2, 1, 2, 3, 4]) == 0.2  # not above 0.2, though 1 - 4/5 rounds below
-
-
-def test_perplexity_by_hand():
-    """Guards the sign, log base and overflow."""
     assert filters.perplexity([math.log(0.5), math.log(0.125)]) == pytest.approx(4.0)
-    assert filters.perplexity([]) is None
-    assert math.isfinite(filters.perplexity([-1e6]))
+    assert filters.perplexity([]) is None and math.isfinite(filters.perplexity([-1e6]))
 
-
-# --- one path --------------------------------------------------------------------------------
 
 OPEN = {"patterns": (), "min_tokens": 0, "max_rep2": 1.0, "min_perplexity": 0.0}
 ALL = {"patterns": patterns.PATTERN_KINDS}
@@ -339,25 +260,16 @@ def test_rejected_paths():
 def test_an_empty_path_never_passes():
     """Guards exp of nothing, and selecting nothing with all rules off."""
     got = verdict([])
-    assert got == {"text": "", "path_end": 0, "perplexity": None, "rep2": 0.0, "verdict": "length"}
-
-
-# --- limits ----------------------------------------------------------------------------------
+    assert (got["text"], got["perplexity"], got["verdict"]) == ("", None, "length")
 
 
 @pytest.mark.parametrize(
     "flag, wrong",
-    [
-        ("patterns", "option"),
-        ("min_tokens", -1),
-        ("max_rep2", 1.5),
-        ("max_rep2", float("nan")),
-        ("min_perplexity", float("nan")),
-        ("min_perplexity", float("inf")),
-    ],
-)
+    [("patterns", "option"), ("patterns", ""), ("patterns", "none,direct"), ("min_tokens", -1),
+     ("max_rep2", 1.5), ("max_rep2", float("nan")), ("min_perplexity", float("inf"))],
+)  # fmt: skip
 def test_limits_are_checked(flag, wrong):
-    """Guards a limit that silently passes everything (NaN compares false)."""
+    """Guards a limit that silently passes everything (NaN compares false, a kind is misspelt)."""
     with pytest.raises(SertError, match=f"--{flag.replace('_', '-')}"):
         filters.limits({}, {flag: wrong})
 
@@ -366,24 +278,13 @@ def test_limits_are_flags_before_preset_before_paper():
     """Guards a flag of 0 that counts as left out, and a preset that wins over a flag."""
     p = argparse.ArgumentParser()
     filters.add_flags(p)
-    flags = vars(p.parse_args(["--min-tokens", "0", "--patterns", "direct,imitative"]))
+    flags = vars(p.parse_args(["--min-tokens", "0", "--patterns", "direct, imitative"]))
     got = filters.limits({"min_tokens": 12, "max_rep2": 0.4}, flags)
     want = {"patterns": ("imitative", "direct"), "min_tokens": 0, "max_rep2": 0.4}
     assert got == {**want, "min_perplexity": 5.0}
-    paper = filters.limits({})
-    assert paper == {**ALL, "min_tokens": 25, "max_rep2": 0.2, "min_perplexity": 5.0}
-
-
-def test_parse_patterns():
-    """Guards a misspelt kind that switches a rule off."""
-    assert patterns.parse_patterns("none") == ()
-    assert patterns.parse_patterns("direct, imitative") == ("imitative", "direct")
-    for wrong in ("", "none,direct", "Direct", "all"):
-        with pytest.raises(SertError):
-            patterns.parse_patterns(wrong)
-
-
-# --- selection and counts --------------------------------------------------------------------
+    paper = {**ALL, "min_tokens": 25, "max_rep2": 0.2, "min_perplexity": 5.0}
+    assert filters.limits({}) == paper
+    assert filters.limits({}, {"patterns": "none"})["patterns"] == ()
 
 
 def record(id, branch, sample, rep2, verdict="kept"):
@@ -396,39 +297,33 @@ def test_select():
     records = [
         record("1", 2, 0, 0.1),
         record("1", 0, 3, 0.1),
-        record("1", 0, 1, 0.1),
+        record("1", 0, 1, 0.1),  # the branch goes first, then the sample
         record("1", 0, 0, 0.0, "length"),
         record("2", 0, 0, 0.3),
         record("2", 4, 4, 0.2),
         record("3", 0, 0, 0.0, "pattern:direct"),
     ]
     got = filters.select(records)
-    assert [r["verdict"] for r in got] == [
-        "kept", "kept", "selected", "length", "kept", "selected", "pattern:direct",
-    ]  # fmt: skip
-    assert records[2]["verdict"] == "kept"  # the input is left alone
+    assert [i for i, r in enumerate(got) if r["verdict"] == "selected"] == [2, 5]
+    assert [got[i]["verdict"] for i in (0, 3, 6)] == ["kept", "length", "pattern:direct"]
     assert filters.select(got) == got
-    tie = filters.select([record("1", 1, 0, 0.1), record("1", 0, 3, 0.1)])
-    assert [r["verdict"] for r in tie] == ["kept", "selected"]  # the branch goes first
 
 
 def test_the_funnel_adds_up(capsys):
     """Guards a funnel whose steps do not add up, and a verdict that no rule gives."""
-    verdicts = ["selected", "kept", "pattern:options", "pattern:direct", "length", "repetition"]
+    verdicts = ["selected", "kept", "pattern:options", "pattern:direct", "length", "repetition",
+                "perplexity"]  # fmt: skip
     records = [record(str(i // 2), 0, i, 0.0, v) for i, v in enumerate(verdicts)]
-    records.append(record("2", 1, 0, 0.0, "perplexity"))
-    c = filters.Funnel(iter(records)).counts()
+    c = filters.Funnel(records).counts()
     assert (c["paths"], c["passed"], c["selected"]) == (7, 2, 1)
     assert c["seen"] == {"pattern": 7, "length": 5, "repetition": 4, "perplexity": 3}
     assert c["dropped"]["pattern"] == 2 and c["dropped"]["pattern:options"] == 1
-    assert c["seen"]["perplexity"] - c["dropped"]["perplexity"] == c["passed"]
-    assert (c["questions"], c["without_path"]) == (3, 2)
     console.print_funnel({"rules": filters.limits({}), "counts": c})
     shown = capsys.readouterr().out
     assert "7        2   28.6%   drop imitative, options, direct" in shown
-    assert "2 of 7 paths passed; 1 of 3 questions have a selected path, 2 have none" in shown
+    assert "2 of 7 paths passed; 1 of 4 questions have a selected path, 3 have none" in shown
     with pytest.raises(SertError, match="no verdict 'rude'"):
-        filters.Funnel([record("1", 0, 0, 0.0, "rude")])
+        filters.Funnel([record("1", 0, 0, 0.0, "rude")]).counts()
 
 
 def test_reasoning_is_told_from_answers_and_loops(tiny_model_folder):

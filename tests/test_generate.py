@@ -4,16 +4,16 @@ The model is random but loud (weights eight times GPT-2's), so that attention de
 vocabulary of 61 makes rows end at all lengths. Nothing here reads a file.
 """
 
-import hashlib
 import itertools
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from conftest import one_line, pretend_bf16
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kernels import attention, sample_and_score
 from kernels.fast import cpu
@@ -26,23 +26,22 @@ CONFIG = GPT2Config(vocab_size=61, n_positions=128, n_embd=64, n_layer=2, n_head
 PAPER = SampleSettings(max_new_tokens=24)
 
 
-class Words:
+class Words(NamedTuple):
     """All that sample_block asks of a tokenizer."""
 
-    def __init__(self, n_vocab: int = 61, eot: int = 60):
-        self.n_vocab, self.eot = n_vocab, eot
+    n_vocab: int = 61
+    eot: int = 60
 
 
 def loud_model(**config) -> GPT2:
     model = GPT2(replace(CONFIG, **config)).init_weights_(0).eval()
+    g = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p *= 8
-        g = torch.Generator().manual_seed(1)
         for name, p in model.named_parameters():
             if name.endswith("bias"):
                 p.normal_(0, 0.1, generator=g)
+            elif p.dim() == 2:
+                p *= 8
     return model
 
 
@@ -80,31 +79,12 @@ def count_flips(rows, others) -> int:
     return sum(a.token_ids != b.token_ids for a, b in zip(rows, others, strict=True))
 
 
-# --- against plain forwards ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rows, raw", [(1000, False), (33, False), (33, True), (1, False)])
-def test_logprobs_equal_full_forward(rows, raw):
-    """Guards against a wrong position, mask, cache slot or prompt, also after rows retired and
-    others took their place (rows 33 of 225): prompts of 1 to 40 tokens share one block. A shifted
-    position or a missing prompt token changes log-probs by more than 0.1, as is checked here."""
-    model = loud_model()
-    prompts, names = make_prompts(9 if rows > 1 else 1)
-    s = replace(PAPER, raw=raw, rows=rows)
-    got = sample_block(model, Words(), prompts, names, s)
-    branches = [-1] if raw else range(5)
-    per_branch = 25 if raw else 5
-    want = [(q, b, i) for q in range(len(names)) for b in branches for i in range(per_branch)]
-    assert row_keys(got) == want
-    assert rows == 1 or {row.finish for row in got} == {"eos", "length"}
-    error = logprob_error(model, prompts, got).abs().max().item()
-    assert error < 1e-4  # 5e-6 of it is the rounding to 5 decimals
-    other = [p[1:] or [(p[0] + 1) % 60] for p in prompts]
-    assert logprob_error(model, other, got).abs().median() > 0.1
-
-
-def test_stale_cache_is_never_read(monkeypatch):
-    """Guards against attention to slots that a row has not written: they hold huge numbers."""
+def test_logprobs_equal_full_forward(monkeypatch, rows, raw):
+    """Guards against a wrong position, mask, cache slot or prompt, and against attention to slots
+    that a row has not written (they hold huge numbers), also after rows retired and others took
+    their place: prompts of 1 to 40 tokens share one block. A shifted position or a missing prompt
+    token changes log-probs by more than 0.1, as is checked here."""
     plain_load = decode.Decoder.load
 
     def load(self, *block):
@@ -112,17 +92,23 @@ def test_stale_cache_is_never_read(monkeypatch):
         plain_load(self, *block)
 
     monkeypatch.setattr(decode.Decoder, "load", load)
-    model, (prompts, names) = loud_model(), make_prompts(5)
-    got = sample_block(model, Words(), prompts, names, replace(PAPER, rows=40))
-    assert logprob_error(model, prompts, got).abs().max() < 1e-4
+    model = loud_model()
+    prompts, names = make_prompts(9 if rows > 1 else 1)
+    got = sample_block(model, Words(), prompts, names, replace(PAPER, raw=raw, rows=rows))
+    branches, samples = ([-1], 25) if raw else (range(5), 5)
+    want = itertools.product(range(len(names)), branches, range(samples))
+    assert row_keys(got) == list(want)
+    assert rows == 1 or {row.finish for row in got} == {"eos", "length"}
+    assert logprob_error(model, prompts, got).abs().max() < 1e-4  # 5e-6 of it is rounding
+    other = [p[1:] or [(p[0] + 1) % 60] for p in prompts]
+    assert logprob_error(model, other, got).abs().median() > 0.1
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        {"scale_attn_weights": False},
+        {"scale_attn_weights": False, "n_head": 1},
         {"scale_attn_by_inverse_layer_idx": True},
-        {"n_head": 1, "n_layer": 1},
         {"n_inner": 24, "tie_word_embeddings": False, "activation_function": "relu"},
         {"n_embd": 320},  # products above 2**16 numbers take another way
     ],
@@ -134,43 +120,20 @@ def test_decoder_honours_the_config(config):
     assert logprob_error(model, prompts, got).abs().max() < 1e-3
 
 
-def test_a_cpu_reads_own_tokens_quickly(monkeypatch):
-    """Guards the layout of own keys and values that the quick way needs: without it the definition
-    would run, with the same results, and nobody would notice."""
-    called = []
-    for name in ("own_scores", "own_sum"):
-        real = getattr(cpu, name)
-
-        def told(x, own, real=real, name=name):
-            called.append((name, cpu.in_rows(own.mT if name == "own_scores" else own)))
-            return real(x, own)
-
-        monkeypatch.setattr(cpu, name, told)
-    sample_block(loud_model(), Words(), *make_prompts(3), PAPER)
-    assert set(called) == {("own_scores", True), ("own_sum", True)}
-
-
 @pytest.mark.parametrize("has", [True, False])
 def test_bf16_is_near_fp32(monkeypatch, has):
     """Guards bf16 on CPUs with and without instructions for it: log-probs near those of fp32 (a lost
     bias or activation changes them by more than 0.5)."""
-    if has and not cpu.has_bf16():
-        pytest.skip("this CPU has no bf16 products")
-    monkeypatch.setattr(cpu, "has_bf16", lambda: has)
-    screened = []
-    real = cpu.screen
-    monkeypatch.setattr(cpu, "screen", lambda *a: screened.append(1) or real(*a))
+    pretend_bf16(monkeypatch, has)
     config = {"n_embd": 320, "vocab_size": 700}
-    model, (prompts, names) = loud_model(**config), make_prompts(4)
+    model, exact, (prompts, names) = loud_model(**config), loud_model(**config), make_prompts(4)
     with torch.no_grad():
         for p in model.parameters():
             p /= 4 if p.dim() == 2 else 1
-    exact = loud_model(**config)
     exact.load_state_dict(model.state_dict())
     got = sample_block(model.cast_(torch.bfloat16), Words(700, 699), prompts, names, PAPER)
     error = logprob_error(exact, prompts, got, n_vocab=700).abs()
     assert error.median() < 0.05 and error.max() < 0.5
-    assert bool(screened) == has
 
 
 def test_greedy_equals_one_by_one():
@@ -179,35 +142,27 @@ def test_greedy_equals_one_by_one():
     model, (prompts, names) = loud_model(), make_prompts(20, seed=1)
     eot = 7
     got = sample_block(model, Words(eot=eot), prompts, names, replace(GREEDY, max_new_tokens=32))
-    finishes = set()
     for prompt, row in zip(prompts, got, strict=True):
         ids: list[int] = []
         while len(ids) < 32 and (token := plain_logits(model, prompt, ids)[-1].argmax()) != eot:
             ids.append(int(token))
         assert row.token_ids == ids
         assert row.finish == ("length" if len(ids) == 32 else "eos")
-        finishes.add(row.finish)
-    assert finishes == {"eos", "length"}
+    assert {row.finish for row in got} == {"eos", "length"}
 
 
 def test_branches_are_the_top_tokens():
-    """Guards against samples that all share one first token, exactly where this method branches:
-    each question's branches are the five best tokens of a plain forward, in order."""
+    """Guards against samples that all share one first token, exactly where this method branches
+    (they are the best tokens of a plain forward, in order), and topk's order among equals."""
     model, (prompts, names) = loud_model(), make_prompts(8)
     got = sample_block(model, Words(), prompts, names, replace(PAPER, max_new_tokens=2))
     for q, prompt in enumerate(prompts):
         best = plain_logits(model, prompt, [])[-1].topk(5).indices.tolist()
         firsts = [row.token_ids[0] for row in got if row.question == q]
         assert firsts == [token for token in best for _ in range(5)]
-
-
-def test_tied_branches_take_the_lowest_ids():
-    """Guards against topk's arbitrary order among equals."""
-    logits = torch.zeros(2, 5000)
-    logits[0, [4000, 3000, 77]] = 2.0
-    logits[1, 4999] = 1.0
-    rows = generate.first_rows(logits, ["a/0", "a/1"], SampleSettings(samples=1), eot=9)
-    assert [row.token_ids[0] for row in rows] == [77, 3000, 4000, 0, 1, 4999, 0, 1, 2, 3]
+    logits = torch.zeros(1, 5000).index_fill(1, torch.tensor([4000, 3000, 77]), 2.0)
+    rows = generate.first_rows(logits, ["a/0"], SampleSettings(samples=1), eot=9)
+    assert [row.token_ids[0] for row in rows] == [77, 3000, 4000, 0, 1]
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -235,16 +190,12 @@ def test_rows_can_be_drawn_by_hand(raw):
 
 
 def test_streams_are_sha256():
-    """Guards against streams that depend on the process (Python's hash) or on byte order; the
-    digests come from sha256sum."""
-    digest = "1e5ad2bc97d48492daa152ec1a8cd286ccfab8d6aaf8fd21496026229c074236"
-    name = "commonsense_qa/075e483d21c29a511267ef62bedc0461"
-    assert hashlib.sha256(f"{name}/2/4".encode()).hexdigest() == digest
-    assert stream_of(name, 2, 4) == -7888946899073213922
+    """Guards against streams that depend on the process (Python's hash) or on byte order; the first
+    8 bytes by sha256sum are 1e5ad2bc97d48492."""
+    assert (
+        stream_of("commonsense_qa/075e483d21c29a511267ef62bedc0461", 2, 4) == -7888946899073213922
+    )
     assert stream_of("micro/17", -1, 24) == -1159658554570602996
-
-
-# --- ends ----------------------------------------------------------------------------------------
 
 
 def test_ending_does_not_depend_on_how_tokens_arrive():
@@ -255,90 +206,79 @@ def test_ending_does_not_depend_on_how_tokens_arrive():
     def reject(new: list[int]) -> bool:
         return 7 in new
 
-    for n in range(1, 6):
-        for tokens in itertools.product((6, 7, eot), repeat=n):
-            for room in range(1, 7):
-                taken, finish = 0, ""
-                for token in tokens:
-                    k, finish = ending([token], room - taken, eot, reject)
-                    taken += k
-                    if finish:
-                        break
-                assert ending(list(tokens), room, eot, reject) == (taken, finish)
+    lists = (itertools.product((6, 7, eot), repeat=n) for n in range(1, 6))
+    for tokens, room in itertools.product(itertools.chain(*lists), range(1, 7)):
+        taken, finish = 0, ""
+        for token in tokens:
+            if not finish:
+                k, finish = ending([token], room - taken, eot, reject)
+                taken += k
+        assert ending(list(tokens), room, eot, reject) == (taken, finish)
     assert ending([6, 6, 7], 3, eot, reject) == (3, "rejected")  # not length
     assert ending([6, -1], 1, eot) == (1, "length")  # a NaN behind the end does no harm
 
 
 def test_end_of_text_as_a_branch():
     """Guards against a branch token that is end-of-text ending its path at once: sampling goes on
-    behind it, and only the path starts later [Fig. 2, Top-5]."""
+    behind it, and only the path starts later [Fig. 2, Top-5], also for a rule that may reject it."""
     model, (prompts, names) = loud_model(), make_prompts(4)
     eot = plain_logits(model, prompts[2], [])[-1].topk(3).indices[2].item()
-    got = sample_block(model, Words(eot=eot), prompts, names, PAPER)
+    seen = []
+
+    def reject(question, ids) -> bool:
+        return seen.extend(ids)
+
+    got = sample_block(model, Words(eot=eot), prompts, names, PAPER, reject)
+    assert seen and eot not in seen
     behind = [row for row in got if row.token_ids[0] == eot]
     assert {row.branch for row in behind if row.question == 2} == {2}
     assert any(len(row.token_ids) > 3 for row in behind)
     for row in got:
-        assert row.path_start == (row.token_ids[0] == eot)
-        assert eot not in row.token_ids[1:]
+        assert row.path_start == (row.token_ids[0] == eot) and eot not in row.token_ids[1:]
         assert len(row.token_ids) == len(row.logprobs) <= 24
         assert (row.finish == "length") == (len(row.token_ids) == 24)
     assert logprob_error(model, prompts, got).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_shortest_cap(raw):
-    """Guards against a cap of 1 that still decodes: the branch token, or one draw, is all."""
-    model, (prompts, names) = loud_model(), make_prompts(3)
-    s = replace(PAPER, max_new_tokens=1, raw=raw)
-    got = sample_block(model, Words(), prompts, names, s)
-    assert len(got) == 75
-    assert all(len(row.token_ids) == (row.finish == "length") for row in got)
-
-
-def test_reject_stops_rows_and_leaves_the_others():
+def test_reject_stops_rows_and_leaves_the_others(raw):
     """Guards against early rejection that changes which tokens the other rows draw, or that looks
     at rows too late: rejected rows are prefixes of what they would have been (in fp32 a flip may
     change at most one row here; measured 0)."""
-    model, (prompts, names) = loud_model(), make_prompts(8)
     seen = []
 
     def reject(question, ids) -> bool:
         seen.append(len(ids))
         return any(sum(pair) % 11 == 0 for pair in zip([0, *ids], ids))
 
-    for s in (replace(PAPER, rows=30), replace(PAPER, rows=30, raw=True)):
-        seen.clear()
-        full = sample_block(model, Words(), prompts, names, s)
-        got = sample_block(model, Words(), prompts, names, s, reject)
-        assert min(seen) == 1 and len(seen) == sum(len(row.token_ids) for row in got)
-        assert {row.finish for row in got} == {"eos", "length", "rejected"}
-        changed = 0
-        for a, b in zip(got, full, strict=True):
-            n = len(a.token_ids)
-            stopped = reject(a.question, a.token_ids)
-            assert (a.finish == "rejected") == stopped
-            changed += b.token_ids[:n] != a.token_ids or (not stopped and n != len(b.token_ids))
-        assert changed <= 1
+    block = loud_model(), Words(), *make_prompts(8), replace(PAPER, rows=30, raw=raw)
+    full, got = sample_block(*block), sample_block(*block, reject)
+    assert min(seen) == 1 and len(seen) == sum(len(row.token_ids) for row in got)
+    assert {row.finish for row in got} == {"eos", "length", "rejected"}
+    changed = 0
+    for a, b in zip(got, full, strict=True):
+        n, stopped = len(a.token_ids), reject(a.question, a.token_ids)
+        assert (a.finish == "rejected") == stopped
+        changed += b.token_ids[:n] != a.token_ids or (not stopped and n != len(b.token_ids))
+    assert changed <= 1
 
 
 @pytest.mark.parametrize(
-    "look, ahead, raw", [(2, 0, False), (1, 1, True), (8, 1, False), (8, 1, True), (3, 2, False)]
+    "look, ahead, raw", [(2, 0, False), (1, 1, True), (8, 1, True), (3, 2, False)]
 )
 def test_looking_seldom_draws_the_same(look, ahead, raw):
     """Guards the GPU's way, where the host sees several steps at once, late: what a row drew behind
     its end is dropped, steps beyond the cap do no harm, rejection cuts at the same token, and the
     count of progress leaves the dropped ones out."""
     model, (prompts, names) = loud_model(), make_prompts(8)
-    s = replace(PAPER, rows=30, raw=raw)
+    block = model, Words(), prompts, names, replace(PAPER, rows=30, raw=raw)
 
     def reject(question, ids) -> bool:
         return any(sum(pair) % 29 == 0 for pair in zip(ids, ids[1:]))
 
     told: list[int] = []
-    once = sample_block(model, Words(), prompts, names, s, reject)
-    seldom = {"look": look, "ahead": ahead}
-    rows = sample_block(model, Words(), prompts, names, s, reject, told.append, **seldom)
+    once = sample_block(*block, reject)
+    rows = sample_block(*block, reject, told.append, look=look, ahead=ahead)
     assert {row.finish for row in rows} == {"eos", "length", "rejected"}
     assert count_flips(once, rows) <= 1  # other neighbours, other last bits; measured 0
     assert [r.finish for r in rows] == [r.finish for r in once] or count_flips(once, rows)
@@ -346,145 +286,84 @@ def test_looking_seldom_draws_the_same(look, ahead, raw):
     assert sum(told) == sum(len(r.token_ids) - 1 + (r.finish == "eos") for r in rows)
 
 
-def test_no_step_behind_the_cap(monkeypatch):
-    """Guards steps in which nothing lives: where no row waits, the device stops at the cap."""
-    steps, plain_step = [], decode.Decoder.step
-    monkeypatch.setattr(decode.Decoder, "step", lambda self: steps.append(1) or plain_step(self))
-    model, (prompts, names) = loud_model(), make_prompts(3)
-    s = replace(PAPER, max_new_tokens=20)
-    rows = sample_block(model, Words(eot=-1), prompts, names, s, look=8, ahead=1)
-    assert {len(row.token_ids) for row in rows} == {20}
-    assert len(steps) == 19
-
-
-WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero")
-
-
-class Trace(TorchDispatchMode):
-    """What a CUDA graph would record of a call: the operations with their shapes, and the memory that
-    the call has not made itself. What waits for the device can't be recorded at all."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.made, self.outside, self.paused = [], set(), set(), False
+class NoWait(TorchDispatchMode):
+    """Fails on operations that wait for the device, which a CUDA graph can't record."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        if not self.paused:
-            assert op._overloadpacket.__name__ not in WAITS
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            self.calls.append((str(op), [tuple(x.shape) for x in tensors]))
-            self.outside |= {x.untyped_storage().data_ptr() for x in tensors} - self.made
-            made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-            self.made |= {x.untyped_storage().data_ptr() for x in made} - self.outside
-        return out
+        assert op._overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "is_nonzero")
+        return op(*args, **(kwargs or {}))
 
 
 def test_a_gpus_steps_could_be_graphs(monkeypatch):
-    """Guards the GPU's way as far as a CPU can: every step with one number of slots and chunks runs
-    the same operations on the same memory, waits for nothing (the draw apart, which is another one
-    there), also in a second block that takes over the buffers; and the rows are those of the CPU's
-    way."""
-    traces, current = {}, []
+    """Guards the GPU's way as far as a CPU can: a step waits for nothing (the draw apart, which is
+    another one there), a second block finds all buffers where they were, and the rows are those of
+    the CPU's way."""
 
     def capture(f, state, pool=None):
-        before = [x.clone() for x in state]
-        f()
-        for x, y in zip(state, before):
-            x.copy_(y)
-
         def replay():
-            with Trace() as trace:
-                current[:] = [trace]
-                drawn = f()
-            calls, outside = traces.setdefault(replay, (trace.calls, trace.outside))
-            assert trace.calls == calls and trace.outside == outside
-            return drawn
+            with NoWait():
+                return f()
 
         return replay
 
     def make_draw(*given):
-        draw = plain_make_draw(*given)
+        def draw(*args):
+            with _disable_current_modes():
+                return plain_draw(*args)
 
-        def paused_draw(*args):
-            for trace in current:
-                trace.paused = True
-            drawn = draw(*args)
-            for trace in current:
-                trace.paused = False
-                trace.made |= {x.untyped_storage().data_ptr() for x in drawn}
-            return drawn
-
-        return paused_draw
-
-    model, kept = loud_model(), {}
-    s = replace(PAPER, rows=130, max_new_tokens=40)
-    blocks = [make_prompts(6, seed=3), make_prompts(6, seed=4)]
-    for prompts, _ in blocks:
-        prompts[0] = [5] * 40  # all blocks are as wide
+        plain_draw = plain_make_draw(*given)
+        return draw
 
     def reject(question, ids) -> bool:
         return any(sum(pair) % 53 == 0 for pair in zip(ids, ids[1:]))
 
+    model, kept, found = loud_model(), {}, []
+    s = replace(PAPER, rows=130, max_new_tokens=40)
+    blocks = [make_prompts(6, seed=3), make_prompts(6, seed=4)]
+    for prompts, _ in blocks:
+        prompts[0] = [5] * 40  # all blocks are as wide
     plain = [sample_block(model, Words(), *block, s, reject) for block in blocks]
     plain_make_draw = decode.make_draw
     monkeypatch.setattr(decode, "make_draw", make_draw)
+    monkeypatch.setattr(decode, "capture", capture)
     for module in (decode, generate):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
     for name in ("own_scores", "own_sum"):  # the CPU's ways keep something from call to call
         monkeypatch.setattr(cpu, name, getattr(attention, name))
-    monkeypatch.setattr(decode, "capture", capture)
     monkeypatch.setattr(torch.cuda, "Event", mock.MagicMock)
     for block, wanted in zip(blocks, plain):
         rows = sample_block(model, Words(), *block, s, reject, kept=kept)
         assert count_flips(wanted, rows) <= 1  # measured 0
         assert logprob_error(model, block[0], rows).abs().max() < 1e-4
-    (decoder,) = kept.values()
+        (decoder,) = kept.values()
+        buffers = (*vars(decoder).values(), *vars(decoder.prompts).values())
+        found.append([x.data_ptr() for x in buffers if isinstance(x, torch.Tensor)])
+    assert found[0] == found[1]
     assert {(130, 1), (65, 1), (65, 2)} == set(decoder.graphs)
-    assert len(traces) == len(decoder.graphs)
 
 
-@pytest.mark.parametrize("new", [32, 33, 34, 70])
-def test_rows_longer_than_a_chunk(new):
-    """Guards the seam between two chunks of a row's own keys."""
+@pytest.mark.parametrize("new, raw", [(1, False), (1, True), (32, False), (33, False), (70, True)])
+def test_caps(new, raw):
+    """Guards a cap of 1 that still decodes, and the seam between two chunks (of 32) of a row's own
+    keys."""
     model, (prompts, names) = loud_model(), make_prompts(4)
-    s = SampleSettings(branches=2, max_new_tokens=new, rows=20)
+    s = SampleSettings(branches=2, max_new_tokens=new, rows=20, raw=raw)
     rows = sample_block(model, Words(eot=-1), prompts, names, s)
     assert {len(row.token_ids) for row in rows} == {new}
+    assert {row.finish for row in rows} == {"length"}
     assert logprob_error(model, prompts, rows).abs().max() < 1e-4
-
-
-def test_questions_finish_out_of_order():
-    """Guards against a wrong prompt window once a question in the middle, or the first, has no
-    live rows left while its neighbours go on."""
-    model, (prompts, names) = loud_model(), make_prompts(6)
-    for over in ({1, 2}, {0, 3}, {0, 1, 4, 5}, {5}):
-
-        def reject(question, ids, over=over) -> bool:
-            return question in over and len(ids) > 2
-
-        got = sample_block(model, Words(), prompts, names, replace(PAPER, rows=150), reject)
-        assert logprob_error(model, prompts, got).abs().max() < 1e-4
-
-
-# --- the same block, the same bytes --------------------------------------------------------------
 
 
 def test_same_block_same_bytes():
     """Guards against anything that outlives a block: the same block before and after another."""
-    model, (prompts, names) = loud_model(), make_prompts(7)
     s = replace(PAPER, rows=100)  # more than the short block has
-    first = [asdict(row) for row in sample_block(model, Words(), prompts, names, s)]
-    kept: dict = {}
+    model, block, kept = loud_model(), make_prompts(7), {}
+    first = sample_block(model, Words(), *block, s)
     for others, seed in ((3, 9), (9, 2)):  # a shorter and a longer block before
         sample_block(model, Words(), *make_prompts(others, seed=seed), s, kept=kept)
-        for memory in (None, kept):
-            again = sample_block(model, Words(), prompts, names, s, kept=memory)
-            assert first == [asdict(row) for row in again]
-        ((keys, _),) = kept.values()
-        assert keys.shape[2] == 100  # slots: those of the short block would do, in other sums
-    other = sample_block(model, Words(), prompts, names, replace(s, seed=1))
-    assert sum(a["token_ids"] == b.token_ids for a, b in zip(first, other)) < 20
+        assert first == sample_block(model, Words(), *block, s)
+        assert first == sample_block(model, Words(), *block, s, kept=kept)
+    assert count_flips(first, sample_block(model, Words(), *block, replace(s, seed=1))) > 150
 
 
 def test_flips_across_blocks():
@@ -499,54 +378,31 @@ def test_flips_across_blocks():
         assert count_flips(base, got) <= 2  # measured 0
 
 
-# --- bad input -----------------------------------------------------------------------------------
-
-
-def one_line(error) -> str:
-    text = str(error.value)
-    assert "\n" not in text and len(text) < 250
-    return text
-
-
-def test_prompts_that_do_not_fit():
+@pytest.mark.parametrize(
+    "bad, message",
+    [([1] * 105, "exceeds the context of 128"), ([], "empty"), ([61], "do not belong together")],
+)
+def test_prompts_that_do_not_fit(bad, message):
     """Guards against an index error deep in the model: one line that names the question."""
-    model, fine = loud_model(), [1, 2, 3]
-    cases = [
-        ([1] * 105, "exceeds the context of 128"),  # 105 + 24 new
-        ([], "empty"),
-        ([1, 61], "do not belong together"),
-    ]
-    for bad, message in cases:
-        with pytest.raises(SertError) as error:
-            sample_block(model, Words(), [fine, bad], ["test/0", "test/1"], PAPER)
-        assert message in one_line(error) and "test/1" in one_line(error)
-    exact = sample_block(model, Words(), [[1] * 104], ["test/0"], PAPER)
-    assert logprob_error(model, [[1] * 104], exact).abs().max() < 1e-4
+    with pytest.raises(SertError) as error:
+        sample_block(loud_model(), Words(), [[1, 2], bad], ["test/0", "test/1"], PAPER)
+    assert message in one_line(error) and "test/1" in one_line(error)
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_nan_names_the_question(raw):
-    """Guards against tokens drawn from NaN: broken for all, for one prompt, or only once a row of
-    the longest prompt reaches a bad position."""
+@pytest.mark.parametrize(
+    "table, row, question", [("wpe", 0, 0), ("wte", 2, 1), ("wpe", 25, 1), ("wpe", 50, 1)]
+)
+def test_nan_names_the_question(raw, table, row, question):
+    """Guards against tokens drawn from NaN: for all prompts, for one, where the others have padding,
+    or late in a row of the longest."""
     prompts, names = [[1] * 10, [2] * 30, [3] * 20], ["test/0", "test/1", "test/2"]
-    s = replace(PAPER, raw=raw)
-    for table, row, question in [
-        ("wpe", 0, 0),
-        ("wte", 2, 1),
-        ("wpe", 25, 1),  # the others have padding there
-        ("wpe", 50, 1),
-    ]:
-        model = loud_model(tie_word_embeddings=False)
-        getattr(model, table).weight.data[row] = float("nan")
-        kept: dict = {}
-        with pytest.raises(SertError) as error:
-            sample_block(model, Words(), prompts, names, s, kept=kept)
-        assert one_line(error).startswith(names[question]) and "NaN" in one_line(error)
-        assert not kept  # its NaN would spoil the next block
-    model = loud_model()
-    model.h[1].mlp.c_fc.weight.data[3, 5] = float("nan")
-    with pytest.raises(SertError, match="test/0.*NaN"):
-        sample_block(model, Words(), prompts, names, s)
+    model, kept = loud_model(tie_word_embeddings=False), {}
+    getattr(model, table).weight.data[row] = float("nan")
+    with pytest.raises(SertError) as error:
+        sample_block(model, Words(), prompts, names, replace(PAPER, raw=raw), kept=kept)
+    assert one_line(error).startswith(names[question]) and "NaN" in one_line(error)
+    assert not kept  # its NaN would spoil the next block
 
 
 def test_ids_without_a_token_are_never_drawn():
@@ -559,36 +415,17 @@ def test_ids_without_a_token_are_never_drawn():
         assert logprob_error(model, prompts, got, n_vocab=50).abs().max() < 1e-4
 
 
-WRONG = [
-    ("branches", 0), ("samples", -1), ("max_new_tokens", 0), ("rows", 0), ("temperature", -1.0),
-    ("temperature", float("inf")), ("top_p", 0.0), ("top_p", 1.01), ("top_p", float("nan")),
-    ("top_k", -5), ("seed", -1),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, value", WRONG)
-def test_settings_are_checked(name, value):
-    """Guards against values that mean nothing: one line that names the flag."""
-    with pytest.raises(SertError) as error:
-        SampleSettings(**{name: value}).check()
-    assert f"--{name.replace('_', '-')} must be" in one_line(error)
-
-
 def test_rows_follow_a_gpus_memory(monkeypatch):
     """Guards a batch that does not fit, one that ignores how large the model is, and a block that
     is over as soon as the first rows are."""
 
     def fitting(gigabytes, n_params=124e6, **config):
         model = SimpleNamespace(config=GPT2Config(**config), n_params=lambda: n_params)
-        free = int(gigabytes * 1e9)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gigabytes * 1e9),))
         return decode.fitting_rows(None, model, 128, 32, 25)
 
     assert fitting(80) == (2000, 320) and fitting(2) == (25, 32)
-    for gigabytes in (4, 8, 16):
-        rows, questions = fitting(gigabytes)
-        keys_and_values = rows * 128 * 2 * 12 * 768 * 4
-        assert rows % 25 == 0 and keys_and_values < gigabytes * 1e9 / 2
-        assert questions * 25 >= 4 * rows
+    rows, questions = fitting(8)
+    assert rows * 128 * 2 * 12 * 768 * 4 < 4e9 and questions * 25 >= 4 * rows
     large = {"n_params": 1.56e9, "n_layer": 48, "n_embd": 1600, "n_head": 25}
     assert fitting(40, **large)[0] < fitting(40)[0] / 4

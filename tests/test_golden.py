@@ -1,10 +1,9 @@
 """Known values of one small fixed model: a change of the computation is noticed on any machine.
 
-After a change that is meant to alter them: PYTHONPATH=. python tests/test_golden.py prints new ones.
+After a change that is meant to alter them, a failing test prints the new ones.
 """
 
 import pytest
-import torch
 from conftest import MERGES, write_tiny_tokenizer
 
 from sert_min.finetune import encode_example, epoch_order, make_optimizer, train_step
@@ -27,25 +26,6 @@ def model_and_tokenizer(folder):
     return model.eval(), load_tokenizer(folder)
 
 
-def training_losses(folder) -> list[float]:
-    model, tokenizer = model_and_tokenizer(folder)
-    examples = [encode_example(tokenizer, *text) for text in TEXTS]
-    optimizer, losses = make_optimizer(model, 3e-3), []
-    for step in range(5):
-        order = epoch_order(len(examples), 1, step // 3)
-        chosen = [examples[i] for i in order[step % 3 * 3 : step % 3 * 3 + 3]]
-        losses.append(train_step(model, optimizer, chosen, step + 1))
-    return losses
-
-
-def sampled_rows(folder) -> list:
-    model, tokenizer = model_and_tokenizer(folder)
-    prompts = [tokenizer.encode(prompt) for prompt, _ in TEXTS[:2]]
-    s = SampleSettings(branches=2, samples=2, max_new_tokens=6, seed=3, rows=5)
-    rows = sample_block(model, tokenizer, prompts, ["golden/0", "golden/1"], s)
-    return [(row.token_ids, row.logprobs) for row in rows]
-
-
 LOSSES = [6.01182, 4.78236, 4.0013, 3.34201, 2.94419]
 ROWS = [
     ([167, 167, 115, 80, 80, 80], [-3.38339, -3.1937, -4.24495, -3.50576, -3.6828, -3.71984]),
@@ -60,21 +40,22 @@ ROWS = [
 
 
 def test_losses_of_five_steps(tmp_path):
-    assert training_losses(tmp_path) == pytest.approx(LOSSES, abs=1e-4, rel=0)
+    model, tokenizer = model_and_tokenizer(tmp_path)
+    examples = [encode_example(tokenizer, *text) for text in TEXTS]
+    optimizer, losses = make_optimizer(model, 3e-3), []
+    for step in range(5):
+        order = epoch_order(len(examples), 1, step // 3)
+        chosen = [examples[i] for i in order[step % 3 * 3 : step % 3 * 3 + 3]]
+        losses.append(train_step(model, optimizer, chosen, step + 1))
+    print("LOSSES =", [round(x, 5) for x in losses])
+    assert losses == pytest.approx(LOSSES, abs=1e-4, rel=0)
 
 
 def test_ids_and_log_probs_of_a_block(tmp_path):
-    rows = sampled_rows(tmp_path)
-    assert [ids for ids, _ in rows] == [ids for ids, _ in ROWS]
-    for (_, logprobs), (_, known) in zip(rows, ROWS):
-        assert logprobs == pytest.approx(known, abs=1e-4, rel=0)
-
-
-if __name__ == "__main__":
-    import tempfile
-    from pathlib import Path
-
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
-        print("LOSSES =", [round(x, 5) for x in training_losses(Path(a))])
-        print("ROWS =", sampled_rows(Path(b)))
+    model, tokenizer = model_and_tokenizer(tmp_path)
+    prompts = [tokenizer.encode(prompt) for prompt, _ in TEXTS[:2]]
+    s = SampleSettings(branches=2, samples=2, max_new_tokens=6, seed=3, rows=5)
+    rows = sample_block(model, tokenizer, prompts, ["golden/0", "golden/1"], s)
+    print("ROWS =", [(row.token_ids, row.logprobs) for row in rows])
+    for row, (ids, logprobs) in zip(rows, ROWS, strict=True):
+        assert row.token_ids == ids and row.logprobs == pytest.approx(logprobs, abs=1e-4, rel=0)

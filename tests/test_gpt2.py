@@ -1,4 +1,4 @@
-"""gpt2.py against transformers, a float64 head and real GPT-2 logits; damaged folders refused.
+"""gpt2.py against transformers and real GPT-2 logits; damaged folders refused.
 
 `PYTHONPATH=. python tests/test_gpt2.py` measures the bf16 error of a random network of gpt2's size.
 """
@@ -6,7 +6,6 @@
 import json
 import math
 import re
-import shutil
 import struct
 
 import numpy as np
@@ -30,7 +29,6 @@ CONFIGS = {
     "exact gelu": {"activation_function": "gelu", "vocab_size": 1000, "n_positions": 17},
     "silu": {"activation_function": "silu", "n_layer": 4, "n_head": 16},
     "tanh gelu of torch": {"activation_function": "gelu_pytorch_tanh"},
-    "unscaled": {"scale_attn_weights": False},
     "scaled by layer": {"scale_attn_by_inverse_layer_idx": True, "n_layer": 5},
     "untied": {"tie_word_embeddings": False, "n_head": 2},
 }
@@ -60,6 +58,7 @@ def write_hf(model, folder, style: str) -> None:
             mask = torch.ones(c.n_positions, c.n_positions).tril()[None, None]
             tensors[f"h.{layer}.attn.bias"] = mask
             tensors[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors.setdefault("lm_head.weight", tensors["wte.weight"].clone())  # stored twice: fine
         save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -85,11 +84,8 @@ def test_aliases_of_the_config_are_read(tmp_path):
     theirs = hf_model(n_embd=48)
     write_hf(theirs, tmp_path, "prefix")
     config = json.loads((tmp_path / "config.json").read_text())
-    for alias, name in gpt2.ALIASES.items():
-        config[alias] = config.pop(name)
+    config |= {alias: config.pop(name) for alias, name in gpt2.ALIASES.items()}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config.n_head == 4
     assert logit_difference(load_model(tmp_path), theirs) < 1e-4
 
 
@@ -105,91 +101,56 @@ def test_our_folder_opens_in_transformers(name, tmp_path):
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
     folder = tmp_path / "model"
     save_model(model, folder, source, {"method": "sert"})
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert logit_difference(model, theirs) < 1e-5
     assert tokenizer.decode(tokenizer("Is the answer yes?")["input_ids"]) == "Is the answer yes?"
     assert read_sert(folder) == {"method": "sert"}
     again = load_model(folder)
     assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
-    assert not list(tmp_path.glob(".*")), "left something beside the folder"
     assert (folder / "model.safetensors").stat().st_mode & 0o044, "others can't read the weights"
+
+
+def save_tiny(folder, tokenizer, seed=0, **sert):
+    save_model(GPT2(GPT2Config(300, 16, 16, 1, 2)).init_weights_(seed), folder, tokenizer, sert)
 
 
 def test_saving_over_a_model_keeps_its_tokenizer(tmp_path):
     """Guards `tokenizer_from` being the very folder that is replaced."""
     write_tiny_tokenizer(tmp_path)
-    shutil.copy(tmp_path / "vocab.json", tmp_path / "tokenizer_config.json")
-    model = GPT2(GPT2Config(300, 16, 16, 1, 2)).init_weights_(0)
-    save_model(model, tmp_path / "m", tmp_path, {"step": 1})
-    save_model(model, tmp_path / "m", tmp_path / "m", {"step": 2})
+    save_tiny(tmp_path / "m", tmp_path, step=1)
+    save_tiny(tmp_path / "m", tmp_path / "m", step=2)
     assert read_sert(tmp_path / "m") == {"step": 2}
     assert (tmp_path / "m" / "merges.txt").exists() and (tmp_path / "m" / "vocab.json").exists()
 
 
 def test_labels_tell_local_models_apart(tmp_path, monkeypatch):
     """Guards two models of one folder name, and a local folder called gpt2, sharing outputs."""
-    write_tiny_tokenizer(tmp_path)
+    monkeypatch.chdir(tmp_path)
     labels = set()
     for seed, where in enumerate(["a/gpt2", "b/gpt2", "gpt2"]):
-        model = GPT2(GPT2Config(300, 16, 16, 1, 2)).init_weights_(seed)
-        save_model(model, tmp_path / where, tmp_path, {})
-        monkeypatch.chdir(tmp_path)
+        save_tiny(tmp_path / where, tmp_path, seed)
         labels.add(model_label(where, hub.find_model(where)))
     assert len(labels) == 3 and all(label.startswith("gpt2-") for label in labels)
-    save_model(model, tmp_path / "child", tmp_path, {"root": "../gpt2 x"})
-    assert model_label(str(tmp_path / "child"), tmp_path / "child") == "..-gpt2-x"
 
 
 # --- precision -----------------------------------------------------------------------------------
 
 
-def model_with_head(weight) -> GPT2:
-    """A network of which only the head matters: `logits` is called with given hidden states."""
-    model = GPT2(GPT2Config(weight.shape[0], 8, weight.shape[1], 1, 1)).init_weights_(0)
-    model.wte.weight.data = weight.float()
-    return model
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_log_probs_near_minus_100_are_those_of_a_float64_head(dtype):
-    """Guards bf16 logits: at -100 they are 0.5 apart. GPT-2's embeddings share a direction which
-    its last hidden states oppose, so random weights alone would hide it."""
-    g = torch.Generator().manual_seed(0)
-    common = torch.randn(768, generator=g) / math.sqrt(768)  # about length 1
-    weight = 0.14 * torch.randn(5000, 768, generator=g) + 2 * common
-    hidden = 0.8 * torch.randn(16, 768, generator=g) - 50 * common
-    model = model_with_head(weight).cast_(dtype)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach the head
-        logits = model.logits(hidden)
-    exact = (hidden.double() @ weight.double().T).log_softmax(-1)
-    error = (logits.double().log_softmax(-1) - exact).abs().max()
-    rounded = (logits.bfloat16().double().log_softmax(-1) - exact).abs().max()
-    assert logits.dtype == torch.float32 and -140 < logits.mean() < -70
-    assert error < 0.01 < rounded
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_real_logits_keep_their_top_ten(dtype):
-    """Guards the order of real GPT-2's best tokens. The hidden states of the golden rows are not
-    published; five hidden states and a head that give exactly these logits come from an SVD."""
+    """Guards the order of real GPT-2's best tokens: five hidden states and a head that give exactly
+    its logits of the golden rows come from an SVD."""
     rows = np.load(shared("golden", "gpt2_logits.npz"))["logits"]  # [5, V]
     prompts = json.loads(shared("golden", "gpt2_prompts.json").read_text())
     u, s, vt = np.linalg.svd(rows.astype(np.float64), full_matrices=False)
     hidden, weight = torch.tensor(u * s).float(), torch.tensor(vt.T).float()
-    logits = model_with_head(weight).cast_(dtype).logits(hidden)
-    exact = torch.tensor(rows).double().log_softmax(-1)
-    ours = logits.log_softmax(-1)
-    rounded = logits.bfloat16().float().log_softmax(-1)
-    broken = 0
-    for row, prompt in enumerate(prompts):
-        ids = [t["id"] for t in prompt["top"]]
-        assert ours[row].topk(10).indices.tolist() == ids
-        stated = torch.tensor([t["logprob"] for t in prompt["top"]])
-        assert (ours[row, ids] - stated).abs().max() < 1e-3
-        broken += rounded[row].topk(10).indices.tolist() != ids
-    error, bf16 = (ours - exact).abs().max(), (rounded - exact).abs().max()
-    assert error < 0.01 and bf16 > 0.1 and broken == 5
+    model = GPT2(GPT2Config(weight.shape[0], 8, weight.shape[1], 1, 1))
+    model.wte.weight.data = weight
+    ours = model.cast_(dtype).logits(hidden).log_softmax(-1)
+    assert (ours - torch.tensor(rows).double().log_softmax(-1)).abs().max() < 0.01
+    for row, prompt in zip(ours, prompts):
+        assert row.topk(10).indices.tolist() == [t["id"] for t in prompt["top"]]
 
 
 @torch.no_grad()
@@ -216,7 +177,7 @@ def bf16_errors(config: GPT2Config, rows: int, length: int) -> dict[str, tuple[f
 
 
 def test_bf16_network_is_no_worse_than_transformers():
-    """Guards the whole bf16 path: residual stream, LayerNorm and head stay fp32."""
+    """Guards bf16 logits, which are 0.5 apart at -100: residual stream, LayerNorm and head are fp32."""
     errors = bf16_errors(GPT2Config(2000, 64, 256, 4, 4), rows=4, length=64)
     (median, worst), (their_median, their_worst) = errors["ours"], errors["transformers"]
     assert median < min(0.02, their_median) and worst < their_worst
@@ -240,25 +201,15 @@ def refused(folder) -> str:
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"model_type": "llama"}, "llama"),
-        ({"model_type": None}, "gpt2"),
-        ({"add_cross_attention": True}, "add_cross_attention"),
-        ({"activation_function": "quick_gelu"}, "quick_gelu"),
-        ({"activation_function": ["relu"]}, "activation_function"),
-        ({"n_head": 5}, "n_head"),
-        ({"n_head": 0}, "n_head"),
-        ({"n_layer": "2"}, "n_layer"),
-        ({"n_embd": 2**40}, "n_embd"),
-        ({"n_positions": None}, "n_positions"),
-        ({"n_inner": -3}, "n_inner"),
-        ({"n_inner": 99}, "mlp.c_fc"),
-        ({"n_layer": 3}, "h.2."),
-        ({"n_layer": 1}, "h.1."),
-        ({"vocab_size": 130}, "wte.weight"),
+        ({"model_type": "llama"}, "llama"), ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"activation_function": "quick_gelu"}, "quick_gelu"), ({"n_head": 5}, "n_head"),
+        ({"activation_function": ["relu"]}, "activation_function"), ({"n_layer": "2"}, "n_layer"),
+        ({"n_layer": 2**23}, "n_layer"), ({"n_embd": 2**40}, "n_embd"),  # memory
+        ({"n_positions": None}, "n_positions"), ({"n_inner": 99}, "mlp.c_fc"),
+        ({"n_layer": 3}, "h.2."), ({"n_layer": 1}, "h.1."),
         ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon"),
-        ({"tie_word_embeddings": False}, "lm_head.weight"),
     ],
-)
+)  # fmt: skip
 def test_configs_are_refused_by_name(change, named, folder):
     """Guards against computing something else than the config asks for."""
     config = json.loads((folder / "config.json").read_text()) | change
@@ -266,48 +217,30 @@ def test_configs_are_refused_by_name(change, named, folder):
     assert named in refused(folder)
 
 
-def change_tensors(folder, change) -> None:
+@pytest.mark.parametrize("change, named", [
+    (lambda t: t["h.0.ln_1.weight"].fill_(math.nan), "h.0.ln_1.weight holds NaN"),
+    (lambda t: t.pop("h.1.mlp.c_fc.bias"), "h.1.mlp.c_fc.bias is missing"),
+    (lambda t: t.update({"h.2.ln_1.bias": torch.ones(64)}), "h.2.ln_1.bias"),
+    (lambda t: t.update({"wpe.weight": torch.ones(9, 64)}), "wpe.weight has shape"),
+    (lambda t: t.update({"lm_head.weight": torch.ones(131, 64)}), "tie_word_embeddings"),
+])  # fmt: skip
+def test_tensors_are_checked(change, named, folder):
+    """Guards NaN, missing, extra and misshapen tensors, and a head that is not the tied one."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        (lambda t: t["h.0.ln_1.weight"].fill_(math.nan), "h.0.ln_1.weight holds NaN"),
-        (lambda t: t["wte.weight"][3, 3].fill_(math.inf), "wte.weight holds NaN or inf"),
-        (lambda t: t.pop("h.1.mlp.c_fc.bias"), "h.1.mlp.c_fc.bias is missing"),
-        (lambda t: t.update({"score.weight": torch.ones(2, 64)}), "score.weight"),
-        (lambda t: t.update({"h.2.ln_1.bias": torch.ones(64)}), "h.2.ln_1.bias"),
-        (lambda t: t.update({"wpe.weight": torch.ones(9, 64)}), "wpe.weight has shape"),
-        (lambda t: t.update({"lm_head.weight": torch.ones(131, 64)}), "tie_word_embeddings"),
-    ],
-)
-def test_tensors_are_checked(change, named, folder):
-    """Guards NaN, missing, extra and misshapen tensors, and a head that is not the tied one."""
-    change_tensors(folder, change)
     assert named in refused(folder)
 
 
-def test_a_stored_copy_of_the_tied_head_is_fine(folder):
-    """Guards against refusing files that store the tied head a second time."""
-    change_tensors(folder, lambda t: t.update({"lm_head.weight": t["wte.weight"].clone()}))
-    assert logit_difference(load_model(folder), hf_model()) < 1e-4
-
-
 def test_damaged_weight_files_are_refused(folder):
-    """Guards tracebacks, or worse a model, from a truncated or garbled file."""
+    """Guards tracebacks, a huge allocation, or worse a model, from a truncated or garbled file."""
     file = folder / "model.safetensors"
     whole = file.read_bytes()
-    header = struct.unpack("<Q", whole[:8])[0]
     garbage = struct.pack("<Q", 50) + b"\xff" * 50 + whole[58:]
-    long, empty = struct.pack("<Q", 2**63) + whole[8:], struct.pack("<Q", 2) + b"{}"
-    cut = [b"", whole[:5], whole[: 8 + header // 2], whole[:-1]]
-    for damaged in (*cut, whole + b"x", garbage, long, empty):
+    long, empty = struct.pack("<Q", 2**60) + whole[8:], struct.pack("<Q", 2) + b"{}"
+    for damaged in (b"", whole[:500], whole[:-1], whole + b"x", garbage, long, empty):
         file.write_bytes(damaged)
-        said = refused(folder)
-        assert "again" in said or "missing" in said
+        assert re.search("again|missing", refused(folder))
 
 
 def test_index_cannot_leave_the_folder(folder):
@@ -319,10 +252,7 @@ def test_index_cannot_leave_the_folder(folder):
         index.write_text(json.dumps({"weight_map": weight_map}))
         assert "no usable weight_map" in refused(folder)
     index.write_text(json.dumps({"weight_map": {"wte.weight": "model-00001.safetensors"}}))
-    for use in (load_model, hub.weights_hash):
-        with pytest.raises(SertError, match="model-00001.safetensors is missing") as e:
-            use(folder)
-        one_line(e)
+    assert "model-00001.safetensors is missing" in refused(folder)
 
 
 def test_pickle_only_and_empty_folders_are_refused(folder):
@@ -330,9 +260,8 @@ def test_pickle_only_and_empty_folders_are_refused(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
     assert re.search("pickle weights .* are refused", refused(folder))
-    for content in ("", "[1]", "{", "\x00", "[" * 100000):
-        (folder / "config.json").write_text(content)
-        assert "config.json" in refused(folder)
+    (folder / "config.json").write_text("[" * 100000)
+    assert "config.json" in refused(folder)
     (folder / "config.json").unlink()
     assert "config.json does not exist" in refused(folder)
     for name in ("./nowhere", "/nowhere", "a/b/c", "~/model"):

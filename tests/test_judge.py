@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 from fake_server import FakeServer, by_body, ok
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import evaluate
 from sert_min.io import endpoint
@@ -33,9 +31,11 @@ READ = {  # what stands behind `Score for Coherence` -> the score
     ": 7": 7, ":7.5": 7.5, ": 7,5": 7.5, ": 0": 0, ": 10.": 10, ":** 8": 8, "**: 8": 8, ": **8**": 8,
     ": [8]": 8, ": <8>": 8, ": 8/10": 8, ": **8**/10": 8, ": 8 out of 10.": 8, ": 8 (out of 10)": 8,
     " (0-10): 8": 8, " = 8": 8, " is 8": 8, ": 8 - it flows": 8, ": 8, because": 8,
+    "：8": 8, ": 8 -> good": 8,
 }  # fmt: skip
 MISSING = (  # out of range, another scale, a range, no number
-    ": 11", ": -3", ": 85", ": 4/5", ": 4 (out of 5)", ": 7-8", ": 7 to 8", ": 7 or 8", ": 8th",
+    ": 11", ": -3", ": 85", ": 4/5", ": 4 (out of 5)", ": 7-8", ": 7 to 8", ": 7 or 8", ": 6 -> 8",
+    ": **6** → **8**", ": 8th",
     ": 1e1", ": seven", ": N/A", ": <number>", ": " + "9" * 500, ":", "",
 )  # fmt: skip
 
@@ -43,6 +43,14 @@ MISSING = (  # out of range, another scale, a range, no number
 @pytest.mark.parametrize("said, score", [*READ.items(), *((said, None) for said in MISSING)])
 def test_forms_of_a_score(said, score):
     assert parse_scores(f"Well.\n- score for COHERENCE{said}\nmore")["coherence"] == score
+
+
+def test_thinking_is_no_score():
+    """Guards the draft scores of a reasoning judge, taken where its reply was cut in the thinking."""
+    draft = REPLY.replace("7", "1")
+    assert mean_score(parse_scores(f"<think>{draft}</think>{REPLY}")) == 6.5
+    for start in ("<think>", "[THINK]", "<|channel|>analysis<|message|>"):
+        assert set(parse_scores(start + draft).values()) == {None}
 
 
 def test_the_last_line_counts_and_a_missing_score_is_missing():
@@ -55,24 +63,6 @@ def test_the_last_line_counts_and_a_missing_score_is_missing():
     found = judge.summary(scored, 3)
     assert (found["parsed"], found["total"]) == (1, 3)
     assert found["coherence"][0] == 5 and found["relevance"][0] == 6  # 6 and 6, not 6, 6 and 0
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    st.text(max_size=200)
-    | st.lists(
-        st.sampled_from(
-            ["Score", "for", "Coherence", "Score for Relevance:", "7", "/10", "-", "**", "\n", "²"]
-            + ["٣", "7.", ",5", "out of", "<number>", "1" * 400, "(0-10)", " ", "of", ":"]
-        ),
-        max_size=30,
-    ).map(" ".join)
-)
-def test_any_reply_parses_to_scores_in_range(text):
-    """Guards a judge run that dies on one odd reply."""
-    scores = parse_scores(text)
-    assert tuple(scores) == KEYS
-    assert all(v is None or 0 <= v <= 10 for v in scores.values())
 
 
 # --- asking ---------------------------------------------------------------------------------------

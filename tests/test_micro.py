@@ -1,6 +1,5 @@
 """The micro-world and its student. Each test names the bug it guards."""
 
-import json
 import os
 import random
 import re
@@ -11,8 +10,6 @@ from dataclasses import replace
 
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sert_min import answers, patterns, prompts
 from sert_min.gpt2 import load_model
@@ -51,14 +48,6 @@ def test_no_evaluation_question_or_composed_answer_in_the_corpus(documents):
     assert seen > 10_000  # the test looks at something
 
 
-def test_every_person_has_two_relations_in_the_corpus_and_one_question_per_split():
-    """Guards: a person who is never reasoned about, or one who is asked about twice in a split."""
-    use = world.make_world(SEED).use
-    for p in world.PEOPLE:
-        roles = Counter(use[p, name] for name in world.RELATIONS)
-        assert roles == {"corpus": 2, "train": 1, "test": 1}
-
-
 @pytest.mark.parametrize("seed", [0, 7, 100])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_answers_are_balanced(seed, split):
@@ -80,20 +69,6 @@ def test_answers_are_balanced(seed, split):
     assert 190 <= n <= 210 and abs(sum(c["yes"] for c in by_value.values()) - n / 2) <= 4
 
 
-@pytest.mark.parametrize("seed", [0, 7, 100])
-def test_the_first_word_of_a_town_tells_nothing(seed):
-    """Guards: a bridge of which one word is enough; and a word that is also a person's name."""
-    facts = world.make_world(seed)
-    for name, relation in world.RELATIONS.items():
-        for first in world.TOWN_FIRST:
-            values = [v for (n, t), v in facts.value.items() if n == name and t.split()[0] == first]
-            assert sorted(values) == sorted(relation.values)
-    assert len(facts.value) == len(world.RELATIONS) * len(set(world.TOWNS))
-    assert not set(" ".join(world.TOWNS).split()) & set(world.PEOPLE)
-    homes = Counter(facts.home.values())
-    assert set(homes) == set(world.TOWNS) and max(homes.values()) - min(homes.values()) <= 1
-
-
 def test_gold_answers_are_the_facts():
     """Guards: a wrong gold label. Worked out here from the facts alone."""
     for q in ALL:
@@ -107,11 +82,10 @@ def test_gold_answers_are_the_facts():
 
 def test_the_same_world_in_every_process():
     """Guards: a draw that depends on hash() or on the order of a set."""
-    made = "world.questions('test', 3), build.corpus(3, 300)"
-    code = f"from sert_min.micro import build, world\nprint(({made}))"
-    other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONHASHSEED": "1"}, cwd=ROOT).stdout  # fmt: skip
+    made = "(world.questions('test', 3), build.corpus(3, 300))"
+    code = f"from sert_min.micro import build, world\nprint({made})"
+    env = {**os.environ, "PYTHONHASHSEED": "1"}
+    other = subprocess.check_output([sys.executable, "-c", code], text=True, env=env, cwd=ROOT)
     assert other.strip() == repr((world.questions("test", 3), build.corpus(3, 300)))
 
 
@@ -142,27 +116,20 @@ def test_judge_on_right_wrong_irrelevant_and_incomplete_texts():
     wrong_town = next(t for t in world.TOWNS if a.world.value["flag", t] == a.value)
     home, fact = f"{a.person} lives in {town}.", f"The flag of {town} is {true}."
     right = f" {home} {fact} So the flag is not {a.value} there."
-    assert scored(q, right) == (10, 10, 10, 10)
-    check = program.check_path(q, right)
-    assert check["facts"] and check["relation"] and check["verdict"] and check["gold"]
-
-    wrong_verdict = f" {home} {fact} So the flag is indeed {a.value} there."
-    assert scored(q, wrong_verdict) == (10, 10, 5, 10)
-    check = program.check_path(q, wrong_verdict)
-    assert check["facts"] and not check["verdict"] and not check["gold"]
-
-    # a false fact, but the verdict follows from it
-    false_fact = f" {a.person} lives in {wrong_town}. The flag of {wrong_town} is {a.value}. "
-    false_fact += f"So the flag is indeed {a.value} there."
-    check = program.check_path(q, false_fact)
-    assert not check["facts"] and check["relation"] and check["verdict"] and not check["gold"]
-    assert scored(q, false_fact) == (10, 10, 7.5, 10)
-
-    other_relation = f" {home} The tree of {town} is {a.world.value['tree', town]}."
-    check = program.check_path(q, other_relation)
-    assert check["facts"] and not check["relation"] and not check["verdict"]
-    assert scored(q, other_relation)[1] == 4.0
-
+    false = f" {a.person} lives in {wrong_town}. The flag of {wrong_town} is {a.value}."
+    false += f" So the flag is indeed {a.value} there."  # follows from it
+    tree = f" {home} The tree of {town} is {a.world.value['tree', town]}."
+    names = ("facts", "relation", "verdict", "gold")
+    for text, scores, checks in (
+        (right, (10, 10, 10, 10), (True, True, True, True)),
+        (right.replace("not", "indeed"), (10, 10, 5, 10), (True, True, False, False)),
+        (false, (10, 10, 7.5, 10), (False, True, True, False)),
+        (tree, None, (True, False, False, False)),
+    ):
+        check = program.check_path(q, text)
+        assert tuple(bool(check[name]) for name in names) == checks, text
+        assert scores is None or scored(q, text) == scores
+    assert scored(q, tree)[1] == 4.0
     assert scored(q, f" {home}")[3] == 3.33  # incomplete
     assert scored(q, " No.") == scored(q, "") == scored(q, " Ducks swim in ponds.") == (0, 0, 0, 0)
     assert scored(q, right + right * 5)[0] < 5  # repetitive
@@ -186,32 +153,12 @@ def test_judge_takes_the_relation_words_of_every_path_form():
                 assert program.check_path(q, text)["gold"], (stem, text)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.text(max_size=200) | st.lists(st.sampled_from(
-    ["So the flag is", " not", " red", "Alan", " lives in", " Ash Creek", ".", " This is not what",
-     " The flag of", "that is"])).map("".join), st.integers(0, len(ALL) - 1))  # fmt: skip
-def test_judge_never_raises(text, i):
-    """Guards: a division by zero or a missing group on odd text."""
-    assert all(0 <= s <= 10 for s in program.judge(ALL[i], text).values())
-
-
 # --- the shipped student --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def student():
     return load_model(MICRO), load_tokenizer(MICRO)
-
-
-def test_names_are_single_tokens(student):
-    """Guards: a BPE of another corpus. Names in mid-sentence and values are one token each."""
-    tokenizer = student[1]
-    values = [v for r in world.RELATIONS.values() for v in r.values]
-    for word in (*world.PEOPLE, *world.TOWN_FIRST, *world.TOWN_SECOND, *values):
-        assert len(tokenizer.encode(f" {word}")) == 1, word
-    vocab = json.loads((MICRO / "vocab.json").read_text("utf-8"))
-    assert vocab["<|endoftext|>"] == len(vocab) - 1 == tokenizer.eot
-    assert tokenizer.decode(tokenizer.encode("é 日\x00🙂")) == "é 日\x00🙂"  # all bytes are there
 
 
 def test_student_knows_its_facts_and_answers_directly(student):
@@ -236,5 +183,6 @@ def test_latent_paths_of_the_student_are_right(student):
     paths = [r for r in records
              if measure.behaviour(by_id[r["id"]], r["text"]) == "reasoning"]  # fmt: skip
     assert len({r["id"] for r in paths}) >= 14
-    checks = measure.path_checks(by_id, paths)
+    found = [program.check_path(by_id[r["id"]], r["text"]) for r in paths]
+    checks = {k: sum(c[k] for c in found) / len(found) for k in measure.CHECKS}
     assert min(checks["facts"], checks["relation"], checks["verdict"]) > 0.85, checks

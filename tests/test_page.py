@@ -1,5 +1,6 @@
 """The page: what it embeds (always), and what a reader sees and does (in headless Chromium)."""
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from conftest import write_tiny_tokenizer
 from sert_min import filters
 from sert_min.io.errors import SertError
 from sert_min.io.files import to_line
-from sert_min.questions import Question
+from sert_min.questions import Question, choices_of
 from sert_min.report import page
 from sert_min.tokenizer import load_tokenizer
 
@@ -37,7 +38,7 @@ def write_run(folder: Path, tokenizer, questions: dict, draw) -> Path:
     folder.mkdir(parents=True)
     funnel, lines = filters.Funnel(), []
     for name, text in questions.items():
-        q = Question("strategy_qa", name, text, "yes", page.choices_of(text))
+        q = Question("strategy_qa", name, text, "yes", choices_of(text))
         sampled = []
         for i in range(25):
             said, finish = draw(name, i // 5, i % 5)
@@ -124,16 +125,11 @@ def test_limit_keeps_the_chart_whole(tmp_path, tokenizer):
     assert all(0 < p[10] < len(p[2]) for p in lists)  # the token that broke the rule is known
 
 
-def test_rules_come_from_the_table_and_old_folders_are_read(tmp_path, tokenizer):
-    """Guards a new rule that the page does not know, and a folder without funnel.json."""
+def test_rules_come_from_the_table(tmp_path, tokenizer):
+    """Guards a new rule that the page does not know."""
     run = write_run(tmp_path / "run", tokenizer, {"q": "Is it?"}, plain)
-    page.write_page(run, tmp_path / "new.html", tokenizer)
-    (run / "funnel.json").unlink()
-    settings = json.loads((run / "settings.json").read_text())
-    (run / "settings.json").write_text(json.dumps({**settings, **LIMITS}))
-    page.write_page(run, tmp_path / "old.html", tokenizer)
-    assert (tmp_path / "new.html").read_bytes() == (tmp_path / "old.html").read_bytes()
-    rules = embedded(tmp_path / "new.html")["rules"]
+    page.write_page(run, tmp_path / "p.html", tokenizer)
+    rules = embedded(tmp_path / "p.html")["rules"]
     assert [name for name, _ in rules] == [rule.name for rule in filters.RULES]
     assert ["length", "at least 8 tokens"] in rules
 
@@ -157,41 +153,37 @@ def test_wrong_inputs_are_one_line(tmp_path, tokenizer):
 class Browser:
     """The few WebDriver commands that the tests need, over plain HTTP to chromedriver."""
 
+    FLAGS = (
+        "headless no-sandbox disable-gpu disable-quic no-first-run disable-sync window-size=1280,900 "
+        "disable-background-networking disable-component-update disable-dev-shm-usage"
+    )
+
     def __init__(self, folder: Path):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url, quiet = f"http://127.0.0.1:{port}", subprocess.DEVNULL
         self.driver = subprocess.Popen(
-            [shutil.which("chromedriver"), f"--port={port}"], env={**os.environ, "HOME": str(folder)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [shutil.which("chromedriver"), f"--port={port}"], stdout=quiet, stderr=quiet,
+            env={**os.environ, "HOME": str(folder)},
         )  # fmt: skip
-        flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-sync"
-        flags += " disable-background-networking disable-component-update disable-dev-shm-usage"
-        args = [f"--{flag}" for flag in flags.split()]
-        args += [f"--user-data-dir={folder / 'profile'}", "--window-size=1280,900"]
+        args = [f"--{flag}" for flag in self.FLAGS.split()] + [f"--user-data-dir={folder / 'p'}"]
         wanted = {
             "browserName": "chrome",
             "goog:chromeOptions": {"args": args, "binary": shutil.which("chromium")},
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
         }
         try:
-            self.wait_until_ready()
+            for _ in range(200):
+                with contextlib.suppress(OSError):
+                    self.ask("GET", "/status")
+                    break
+                time.sleep(0.1)
             made = self.ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
             self.session = f"/session/{made['sessionId']}"
         except BaseException:
             self.driver.kill()
             raise
-        light = {"name": "prefers-color-scheme", "value": "light"}
-        self.cdp("Emulation.setEmulatedMedia", features=[light])
-
-    def wait_until_ready(self):
-        for _ in range(200):
-            try:
-                return self.ask("GET", "/status")
-            except OSError:
-                time.sleep(0.1)
-        raise RuntimeError("chromedriver does not answer")
 
     def ask(self, method, path, body=None):
         data = None if body is None else json.dumps(body).encode()
@@ -208,9 +200,6 @@ class Browser:
     def post(self, path, **body):
         return self.ask("POST", self.session + path, body)
 
-    def cdp(self, cmd, **params):
-        return self.post("/goog/cdp/execute", cmd=cmd, params=params)
-
     def open(self, path: Path, hash=""):
         self.post("/url", url="about:blank")  # a new hash alone would not load the page anew
         self.post("/url", url=path.resolve().as_uri() + hash)
@@ -218,10 +207,13 @@ class Browser:
     def js(self, script, *args):
         return self.post("/execute/sync", script=script, args=list(args))
 
-    def press(self, key):
-        """A key as the user's keyboard sends it."""
-        keys = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
-        self.post("/actions", actions=[{"type": "key", "id": "keyboard", "actions": keys}])
+    def count(self, css):
+        return self.js("return document.querySelectorAll(arguments[0]).length", css)
+
+    def press(self, *keys):
+        """Keys as the user's keyboard sends them."""
+        steps = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.post("/actions", actions=[{"type": "key", "id": "keyboard", "actions": steps}])
 
     def click(self, css):
         """The left mouse button in the middle of an element."""
@@ -234,18 +226,16 @@ class Browser:
         steps = [move, {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]
         self.post("/actions", actions=[{"type": "pointer", "id": "mouse", "actions": steps}])
 
-    def type(self, text):
-        for key in text:
-            self.press(key)
-
-    def logs(self, kind):
-        return self.post("/se/log", type=kind)
-
-    def requests(self):
-        """URLs of all requests since the last call, this page's own file included."""
-        events = [json.loads(entry["message"])["message"] for entry in self.logs("performance")]
-        sent = [e for e in events if e["method"] == "Network.requestWillBeSent"]
-        return [e["params"]["request"]["url"] for e in sent]
+    def assert_quiet(self, file):
+        """No console message, and no request but the one for the file itself."""
+        assert self.post("/se/log", type="browser") == []
+        events = [
+            json.loads(e["message"])["message"] for e in self.post("/se/log", type="performance")
+        ]
+        sent = [e["params"]["request"]["url"].split("#")[0] for e in events
+                if e["method"] == "Network.requestWillBeSent"]  # fmt: skip
+        own = ("about:blank", "chrome:", "chrome-untrusted:", "data:")  # its own new tab
+        assert {u for u in sent if not u.startswith(own)} == {file.resolve().as_uri()}
 
     def close(self):
         try:
@@ -290,33 +280,26 @@ def open_verdict(browser):
     return browser.js("return document.querySelector('.path.open .toggle b')?.textContent ?? null")
 
 
-def assert_quiet(browser, file):
-    """No console message, and no request but the one for the file itself."""
-    assert browser.logs("browser") == []
-    own = file.resolve().as_uri()
-    sent = [u.split("#")[0] for u in browser.requests()]
-    assert own in sent  # the log is there
-    browsers = ("about:blank", "chrome:", "chrome-untrusted:", "data:")  # its own new tab
-    others = [u for u in sent if u != own and not u.startswith(browsers)]
-    assert others == []
-
-
 def test_opens_from_a_file_and_asks_for_nothing(browser, pages):
-    browser.logs("performance"), browser.logs("browser")
+    """Guards a page that needs a server, and hostile text that is run instead of shown."""
+    browser.post("/se/log", type="performance")
     browser.open(pages / "one.html")
     assert browser.js("return [location.hash, scrollY]") == ["", 0]  # starts with the explanation
-    assert browser.js("return document.querySelectorAll('.path').length") == 25
-    assert browser.js("return document.querySelectorAll('.branch').length") == 5
     assert open_verdict(browser) == "★ selected"
-    assert browser.js("return document.querySelectorAll('.path.open .rules li').length") == 5
-    assert browser.js("return document.querySelectorAll('.path.open .curve').length") == 2
-    assert browser.js("return document.querySelectorAll('#list a').length") == 12
-    assert browser.js("return document.querySelectorAll('.t.off').length") > 0  # behind path_end
-    assert_quiet(browser, pages / "one.html")
+    counts = {".path": 25, ".branch": 5, ".path.open .rules li": 5, ".path.open .curve": 2,
+              "#list a": 12}  # fmt: skip
+    assert {css: browser.count(css) for css in counts} == counts
+    assert browser.count(".t.off") > 0  # behind path_end
+    browser.open(pages / "one.html", "#q3")
+    for css in (".path .text", ".question"):
+        assert browser.js("return document.querySelector(arguments[0]).textContent", css) == ATTACK
+    assert browser.js("return window.hacked ?? null") is None and browser.count("img") == 0
+    browser.assert_quiet(pages / "one.html")
     refused = "return fetch('http://127.0.0.1:9/').then(() => 'sent', (e) => 'refused: ' + e.name)"
     assert browser.js(refused).startswith("refused")
-    assert any("Content Security Policy" in m["message"] for m in browser.logs("browser"))
-    browser.requests()
+    said = browser.post("/se/log", type="browser")
+    assert any("Content Security Policy" in m["message"] for m in said)
+    browser.post("/se/log", type="performance")
 
 
 def test_mouse(browser, pages):
@@ -328,12 +311,12 @@ def test_mouse(browser, pages):
     browser.click(".branch:nth-of-type(1) .path:nth-of-type(2) .toggle")
     assert open_verdict(browser) is None
     browser.click("#filters label:last-child")
-    assert browser.js("return [...document.querySelectorAll('#list li:not([hidden])')].length") == 1
+    assert browser.count("#list li:not([hidden])") == 1
     browser.click("#filters label:first-of-type")
     browser.click("#search")
-    browser.type("number 7")
+    browser.press(*"number 7")
     assert current(browser).startswith("q7/")
-    assert_quiet(browser, pages / "one.html")
+    browser.assert_quiet(pages / "one.html")
 
 
 def test_keyboard(browser, pages):
@@ -345,20 +328,16 @@ def test_keyboard(browser, pages):
     numbers = "q1/17 q2/17 q1/17 q0/17 q0/18 q0/19 q0/20 q0/17 q0/1 q0/2"
     assert seen == numbers.split()
     browser.js("document.activeElement.blur()")
-    assert open_verdict(browser) == "✕ lists the options"
-    browser.press("\ue007")  # Enter
-    assert open_verdict(browser) is None
-    browser.press("\ue007")
-    assert open_verdict(browser) == "✕ lists the options"
-    before = browser.js("return getComputedStyle(document.body).backgroundColor")
+    for verdict in (None, "✕ lists the options"):
+        browser.press("\ue007")  # Enter
+        assert open_verdict(browser) == verdict
+    color = "return getComputedStyle(document.body).backgroundColor"
+    before = browser.js(color)
     browser.press("t")
-    assert browser.js("return getComputedStyle(document.body).backgroundColor") != before
-    browser.press("t")
-    browser.press("/")
-    assert browser.js("return document.activeElement.id") == "search"
-    browser.type("j")  # typed, not a command
+    assert browser.js(color) != before
+    browser.press("t", "/", "j")  # the last one is typed, not a command
     assert browser.js("return document.getElementById('search').value") == "j"
-    assert_quiet(browser, pages / "one.html")
+    browser.assert_quiet(pages / "one.html")
 
 
 def test_deep_link(browser, pages):
@@ -374,26 +353,15 @@ def test_deep_link(browser, pages):
     browser.open(
         pages / "one.html", "#%E0%A4%A/x"
     )  # a broken address shows a question all the same
-    assert browser.js("return document.querySelectorAll('.path').length") == 25
-
-
-def test_hostile_text_is_shown_and_does_nothing(browser, pages):
-    browser.open(pages / "one.html", "#q3")
-    assert browser.js("return document.querySelector('.path .text').textContent") == ATTACK
-    assert browser.js("return document.querySelector('.question').textContent") == ATTACK
-    assert browser.js("return window.hacked ?? null") is None
-    assert browser.js("return document.querySelectorAll('img').length") == 0
-    assert_quiet(browser, pages / "one.html")
+    assert browser.count(".path") == 25
 
 
 def test_phone_width_has_no_sideways_scrolling(browser, pages):
     metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    browser.cdp("Emulation.setDeviceMetricsOverride", **metrics)
-    try:
-        browser.open(pages / "one.html", "#q0")
-        assert browser.js("return document.documentElement.scrollWidth") <= 390
-        browser.click("#openlist")
-        browser.click("#list li:nth-child(2) a")
-        assert current(browser).startswith("q1/")
-    finally:
-        browser.cdp("Emulation.clearDeviceMetricsOverride")
+    device = "Emulation.setDeviceMetricsOverride"
+    browser.post("/goog/cdp/execute", cmd=device, params=metrics)
+    browser.open(pages / "one.html", "#q0")
+    assert browser.js("return document.documentElement.scrollWidth") <= 390
+    browser.click("#openlist")
+    browser.click("#list li:nth-child(2) a")
+    assert current(browser).startswith("q1/")

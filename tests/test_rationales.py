@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from sert_min import tasks, teacher_files
 from sert_min.io.errors import SertError
-from sert_min.prompts import COT_SUFFIX, rd_pair
 from sert_min.questions import Question
 from sert_min.rationales import Output, clean, rationale_records, teacher_answer
 from sert_min.teacher_files import log_entries, read_teacher_file
@@ -43,17 +42,11 @@ def test_rows_join_by_id_row_number_and_text(tmp_path):
         {"index": 42, "question": "Another one?", "rationale": "x", "teacher_completion": "Yes."},
     ]  # fmt: skip
     found, left = read_teacher_file(write_jsonl(tmp_path / "t.jsonl", rows), [YES, NO, MALL])
-    assert {i: o.rationale for i, o in found.items()} == {
-        "42": "It is.",
-        "7": "No wings.",
-        "ab": "A shop.",
-    }
+    rationales = {i: o.rationale for i, o in found.items()}
+    assert rationales == {"42": "It is.", "7": "No wings.", "ab": "A shop."}
     assert left == {"repeated questions": 1, "other questions": 1}
     assert [teacher_answer(found[q.id], q) for q in (YES, NO, MALL)] == ["yes", "no", "B"]
-
-
-def test_a_wrong_row_number_does_not_move_a_rationale(tmp_path):
-    """The original StrategyQA release has the same questions in another order."""
+    # The original StrategyQA release has the same questions in another order.
     rows = [{"index": 7, "question": "Is water wet?", "rationale": "Wet.", "teacher_answer": "yes"}]
     found, _ = read_teacher_file(write_jsonl(tmp_path / "t.jsonl", rows), [YES, NO])
     assert list(found) == ["42"]
@@ -74,59 +67,6 @@ def test_our_own_records_are_read_back_unchanged(tmp_path):
     assert again == first and [r["kept"] for r in first] == [True, False, True]
 
 
-LOG = """*****************************
-Namespace(cot_trigger="Let's think step by step.", direct_answer_trigger='\\nTherefore, the answer (Yes or No) is')
-*****************************
-setup data loader ...
-*************************
-1st data
-1_th_sampling
-Q: Do dogs fly?
-A: Let's think step by step. \n\nTherefore, the dog is an animal.\nTherefore, the wing is absent. \nTherefore, the answer (Yes or No) is No.
-pred_before : No.
-pred_after : no
-pred_list : ['no']
-pred_mode : no
-GT : no
-*************************
-*************************
-2st data
-1_th_sampling
-Q: Is water wet?
-A: Let's think step by step. Water wets. It \nTherefore, the answer (Yes or No) is:\n\nYes, it is.\nReally.
-pred_before : Yes, it is.\nReally.
-pred_after : yes
-pred_list : ['yes']
-pred_mode : yes
-GT : yes
-*************************
-*************************
-3st data
-1_th_sampling
-Q: Is this question of the test split?
-A: Let's think step by step.\n\nPerhaps. \nTherefore, the answer (Yes or No) is moot.
-pred_before : moot.
-pred_after : \npred_list : ['']
-pred_mode : \nGT : no
-*************************
-accuracy : 50.0
-"""
-
-
-def test_log_of_zero_shot_cot(tmp_path):
-    """A rationale was cut at its own first "Therefore, the .. is" (45 of 1,603 real ones)."""
-    path = tmp_path / "strategyqa_zero_shot_cot.log"
-    path.write_text(LOG)
-    found, left = read_teacher_file(str(path), [YES, NO])
-    assert (
-        found["7"].rationale == "Therefore, the dog is an animal.\nTherefore, the wing is absent."
-    )
-    assert found["7"].completion == "No."
-    assert found["42"].rationale == "Water wets. It" and found["42"].completion == "Yes, it is.\nReally."  # fmt: skip
-    assert clean(found["42"])[0] == "Water wets." and left == {"other questions": 1}
-    assert [teacher_answer(found[q.id], q) for q in (YES, NO)] == ["yes", "no"]
-
-
 def log_of(rows) -> str:
     """A log as zero_shot_cot printed it."""
     blocks = [
@@ -138,6 +78,22 @@ def log_of(rows) -> str:
         for n, r in enumerate(rows, 1)
     ]
     return f"{'*' * 29}\nNamespace()\n{'*' * 29}\n{''.join(blocks)}accuracy : 54.7\n"
+
+
+def test_log_of_zero_shot_cot(tmp_path):
+    """A rationale was cut at its own first "Therefore, the .. is" (45 of 1,603 real ones)."""
+    dog = "Therefore, the dog is an animal.\nTherefore, the wing is absent."
+    told = [("Do dogs fly?", dog, "No."), ("Is water wet?", "Water wets. It", "Yes, it is.\nReally."),
+            ("Is this of the test split?", "Perhaps.", "moot.")]  # fmt: skip
+    names = ("question", "rationale", "teacher_completion")
+    rows = [dict(zip(names, row), teacher_answer="", answer="no") for row in told]
+    path = tmp_path / "strategyqa_zero_shot_cot.log"
+    path.write_text(log_of(rows))
+    found, left = read_teacher_file(str(path), [YES, NO])
+    assert found["7"][:2] == (dog, "No.") and left == {"other questions": 1}
+    assert found["42"][:2] == ("Water wets. It", "Yes, it is.\nReally.")
+    assert clean(found["42"])[0] == "Water wets."
+    assert [teacher_answer(found[q.id], q) for q in (YES, NO)] == ["yes", "no"]
 
 
 def test_log_gives_what_the_jsonl_gives():
@@ -178,11 +134,6 @@ def test_davinci_by_name(tmp_path, monkeypatch):
         read_teacher_file("davinci", [MALL])
 
 
-def step_by_step_questions(n=1200):
-    choices = ("home", "mall", "sea", "sky", "car")
-    return [Question("commonsense_qa", f"i{n}", f"{n}?", "B", choices) for n in range(n)]
-
-
 def write_step_by_step(folder, change=lambda text: text):
     folder.mkdir()
     outputs = [f"Reason {i}. So the answer is (b) mall." for i in range(1200)]
@@ -196,7 +147,9 @@ def write_step_by_step(folder, change=lambda text: text):
 
 def test_distilling_step_by_step(tmp_path):
     write_step_by_step(tmp_path / "llm")
-    questions = step_by_step_questions()
+    questions = [
+        Question("commonsense_qa", f"i{n}", f"{n}?", "B", MALL.choices) for n in range(1200)
+    ]
     found, _ = read_teacher_file(str(tmp_path / "llm"), questions)
     assert len(found) == 1200 and found["i1100"].rationale == "Reason 1100."
     assert found["i1"][:2] == ("Reason 1.", "(b) mall.")  # without the made-up question
@@ -205,32 +158,30 @@ def test_distilling_step_by_step(tmp_path):
     assert counts["kept"] == 1199 and counts["dropped: answer not readable"] == 1
     one, _ = read_teacher_file(str(tmp_path / "llm" / "train_CoT_1.json"), questions)
     assert list(one) == [f"i{n}" for n in range(1000, 1200)]
-
-
-def test_outputs_in_another_order_are_refused(tmp_path):
-    """Nothing but their order ties these outputs to the questions."""
-    write_step_by_step(tmp_path / "llm", lambda text: text.replace("mall", "moon"))
+    # Nothing but their order ties these outputs to the questions.
+    write_step_by_step(tmp_path / "other", lambda text: text.replace("mall", "moon"))
     with pytest.raises(SertError, match="name no option"):
-        read_teacher_file(str(tmp_path / "llm"), step_by_step_questions())
+        read_teacher_file(str(tmp_path / "other"), questions)
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.jsonl", '{"question": "Is water wet?"}', "none of the known forms"),
-        ("a.jsonl", '{"question": 5, "rationale": "x"}', "none of the known forms"),
-        ("a.jsonl", '{"question": "Is water wet?", "rationale": ["x"]}', "none of the known forms"),
-        ("a.jsonl", '{"question": "Is earth flat?", "rationale": "x"}', "no output for any"),
-        ("a.jsonl", "no json", "not JSON"),
-        ("a.jsonl", None, "does not exist"),
-        ("a.jsonl", "", "no output for any"),
-        ("a.log", "nothing", "no output for any"),
-        ("a_0.json", '{"a": 1}', "none of the known forms"),
-        ("a_0.json", "[1, 2]", "none of the known forms"),
-        ("a_0.json", "[[[", "none of the known forms"),
-        ("a.json", "[]", "none of the known forms"),
-    ],
-)
+UNKNOWN, NOTHING = "none of the known forms", "no output for any"
+BAD_FILES = [
+    ("a.jsonl", '{"question": "Is water wet?"}', UNKNOWN),
+    ("a.jsonl", '{"question": 5, "rationale": "x"}', UNKNOWN),
+    ("a.jsonl", '{"question": "Is water wet?", "rationale": ["x"]}', UNKNOWN),
+    ("a.jsonl", '{"question": "Is earth flat?", "rationale": "x"}', NOTHING),
+    ("a.jsonl", "no json", "not JSON"),
+    ("a.jsonl", None, "does not exist"),
+    ("a.jsonl", "", NOTHING),
+    ("a.log", "nothing", NOTHING),
+    ("a_0.json", '{"a": 1}', UNKNOWN),
+    ("a_0.json", "[1, 2]", UNKNOWN),
+    ("a_0.json", "[[[", UNKNOWN),
+    ("a.json", "[]", UNKNOWN),
+]
+
+
+@pytest.mark.parametrize("name, content, message", BAD_FILES)
 def test_files_of_another_kind_are_refused(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -313,10 +264,7 @@ def test_a_live_reply_is_read_through_its_markdown():
     assert read("### Answer\n\n**Yes**, it is.", YES) == "yes"  # lenient
     assert read("I can't say.", YES) is None
     assert read("", YES) is None
-
-
-def test_an_answer_that_came_apart_is_read_strictly_only():
-    """A lenient reading would find "Yes" in the reasoning of an answer like "moot."."""
+    # An answer that came apart is read strictly only: "moot." is no "Yes".
     assert teacher_answer(Output("Yes, some do.", "moot.", None, ""), YES) is None
     assert teacher_answer(Output("Yes, some do.", "", None, ""), YES) is None
 
@@ -332,13 +280,9 @@ def test_every_drop_is_counted():
     more = [Question("strategy_qa", i, f"{i}?", "yes") for i in ("l", "m", "none")]
     questions = [YES, NO, MALL, *more]
     rows, counts = records(questions, outputs)
-    assert [(r["id"], r["reason"]) for r in rows] == [
-        ("42", "ok"),
-        ("7", "answer wrong"),
-        ("ab", "empty"),
-        ("l", "too long"),
-        ("m", "answer not readable"),
-    ]
+    assert {r["id"]: r["reason"] for r in rows} == {
+        "42": "ok", "7": "answer wrong", "ab": "empty", "l": "too long", "m": "answer not readable"
+    }  # fmt: skip
     assert counts["kept"] == counts["no output"] == counts["dropped: empty"] == 1
     assert sum(n for what, n in counts.items() if what.startswith(("kept", "dropped"))) == 5
     rows, counts = records(questions, outputs, keep="all")
@@ -346,12 +290,6 @@ def test_every_drop_is_counted():
     assert list(rows[0]) == [
         "task", "id", "question", "rationale", "teacher_answer", "answer", "kept", "reason", "source"
     ]  # fmt: skip
-
-
-def test_keep_all_appends_the_gold_answer():
-    """The paper's own words: each instance, with the gold answer."""
-    prompt, completion = rd_pair(NO, "They do.")
-    assert prompt.endswith(COT_SUFFIX) and completion == " They do. So the answer is no."
 
 
 TEXT = st.text(max_size=200) | st.sampled_from(["So the answer is", "(B) or (C)", "\x1b[0m", "*"])
@@ -366,9 +304,3 @@ def test_any_text_is_read_and_cleaned(parts, completion, finish):
         assert record["teacher_answer"] in (None, *(q.choices and "ABCDE" or ("yes", "no")))
         assert record["rationale"].isprintable()
         json.dumps(record)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=300))
-def test_any_bytes_are_no_log(data):
-    log_entries(data + b"\nQ: " + data + b"\nA: Let's think step by step." + data)

@@ -8,12 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_tiny_model, shared
+import torch
+from conftest import ROOT, make_tiny_model
 
 import sample
-from sert_min import filters
+from sert_min import filters, tasks
+from sert_min.gpt2 import load_model
 from sert_min.io.errors import SertError
 from sert_min.io.files import read_json, read_jsonl
+from sert_min.prompts import question_prompt
+from sert_min.tokenizer import load_tokenizer
 
 FIELDS = ["task", "id", "question", "answer", "branch", "sample", "text", "token_ids", "logprobs",
           "path_start", "path_end", "finish", "perplexity", "rep2", "verdict"]  # fmt: skip
@@ -55,17 +59,6 @@ def sampled(monkeypatch) -> list:
     return made
 
 
-def in_process(model: Path, out: Path, *more: str, **env) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "sample.py"), *arguments(model, out, *more)],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def test_records_and_selection(model, tmp_path):
     """Guards the record format that train.py, evaluate.py and other people's tools read."""
     records = run(model, tmp_path)
@@ -74,14 +67,11 @@ def test_records_and_selection(model, tmp_path):
         assert len(r["token_ids"]) == len(r["logprobs"]) <= 6
         assert 0 <= r["path_start"] <= r["path_end"] <= len(r["token_ids"])
         assert all(lp == round(lp, 5) <= 0 for lp in r["logprobs"])
-    order = [(r["id"], r["branch"], r["sample"]) for r in records]
-    first = list(dict.fromkeys(r["id"] for r in records))
-    assert order == [(i, b, s) for i in first for b in range(5) for s in range(5)]
+    pairs = [(b, s) for b in range(5) for s in range(5)]
+    assert [(r["branch"], r["sample"]) for r in records] == 6 * pairs
     selected = list(read_jsonl(tmp_path / "selected.jsonl"))
     assert selected == [r for r in records if r["verdict"] == "selected"]
     assert 0 < len(selected) == len({r["id"] for r in selected})
-    settings = read_json(tmp_path / "settings.json")
-    assert settings["top_p"] == 0.95 and settings["dtype"] == "fp32" and settings["weights"]
     told = read_json(tmp_path / "funnel.json")
     assert told["rules"]["min_tokens"] == 2 and told["counts"]["selected"] == len(selected)
 
@@ -118,41 +108,29 @@ def test_other_settings_are_refused_with_both_values(model, tmp_path):
     that mixed them)."""
     run(model, tmp_path)
     before = derived(tmp_path)
-    for flag, old, new in (
-        ("--temperature", 1.0, 0.5),
-        ("--seed", 0, 3),
-        ("--split", "train", "test"),
-    ):
+    for flag, old, new in (("--temperature", 1.0, "0.5"), ("--split", "train", "test")):
         with pytest.raises(SertError, match=rf"{old} there, {new} now.*--out-dir"):
-            run(model, tmp_path, flag, str(new))
+            run(model, tmp_path, flag, new)
         with pytest.raises(SertError, match=rf"{old} there, {new} now.*rules only"):
-            run(model, tmp_path, flag, str(new), "--refilter")
+            run(model, tmp_path, flag, new, "--refilter")
     assert derived(tmp_path) == before
 
 
-def other_question(lines: list[str], key: str) -> str:
-    first = json.loads(lines[0])
-    return lines[0].replace(json.dumps(first[key]), json.dumps("another"), 1) + "".join(lines[1:])
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda lines: "".join(lines)[:-30],
-        lambda lines: "".join(lines[:-1]),
-        lambda lines: "",
-        lambda lines: other_question(lines, "id"),
-        lambda lines: other_question(lines, "question"),
-    ],
-    ids=["torn line", "line lost", "empty", "another id", "another text"],
-)
+@pytest.mark.parametrize("damage", ["torn line", "line lost", "another id", "another question"])
 def test_a_damaged_block_is_made_again(model, tmp_path, sampled, damage):
     """Guards against a block file that is torn or belongs to other questions (data that changed under
     the same ids): it alone is made again, to the same bytes."""
     run(model, tmp_path)
     before, block = derived(tmp_path), tmp_path / "blocks/000001-2.jsonl"
     whole = block.read_text()
-    block.write_text(damage(whole.splitlines(keepends=True)))
+    first, _, rest = whole.partition("\n")
+    if damage == "torn line":
+        block.write_text(whole[:-30])
+    elif damage == "line lost":
+        block.write_text(rest)
+    else:
+        changed = json.loads(first) | {damage.split()[1]: "another"}
+        block.write_text(sample.to_line(changed) + rest)
     sampled.clear()
     run(model, tmp_path)
     assert sampled == [2] and block.read_text() == whole and derived(tmp_path) == before
@@ -165,55 +143,49 @@ def test_an_unfinished_run_has_no_selection(model, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "sample_paths", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path, "--limit", "4")
-    assert not any((tmp_path / name).exists() for name in sample.DERIVED)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert not left & {"paths.jsonl", "selected.jsonl", "funnel.json"}
 
 
 def test_refilter_works_on_another_machine_and_on_a_part(model, tmp_path, sampled, capsys):
     """Guards samples of a GPU or of an older PyTorch that a laptop filters anew; blocks that are
     missing are left out, and the counts are said."""
+    a = tmp_path / "a"
     run(model, tmp_path / "b", *STRICT)
-    run(model, tmp_path / "a")
-    path = tmp_path / "a/settings.json"
-    there = {**read_json(path), "device": "cuda", "torch": "1.0", "dtype": "bf16"}
-    path.write_text(json.dumps(there))
+    run(model, a)
+    there = {**read_json(a / "settings.json"), "device": "cuda", "torch": "1.0", "dtype": "bf16"}
+    (a / "settings.json").write_text(json.dumps(there))
     sampled.clear()
-    run(model, tmp_path / "a", *STRICT, "--refilter")
-    assert derived(tmp_path / "a") == derived(tmp_path / "b") and read_json(path) == there
-    with pytest.raises(SertError, match="torch: 1.0 there"):
-        run(model, tmp_path / "a", "--dtype", "fp32")
-    (tmp_path / "a/blocks/000002-2.jsonl").unlink()
-    capsys.readouterr()
-    assert len(run(model, tmp_path / "a", "--refilter")) == 100 and not sampled
+    run(model, a, *STRICT, "--refilter")
+    assert derived(a) == derived(tmp_path / "b") and read_json(a / "settings.json") == there
+    (a / "blocks/000002-2.jsonl").unlink()
+    assert len(run(model, a, "--refilter")) == 100 and not sampled
     assert "2 of 3 blocks are there" in capsys.readouterr().out
-    before = derived(tmp_path / "a")
-    shutil.rmtree(tmp_path / "a/blocks")
-    for out in ("a", "nothing"):
-        with pytest.raises(SertError, match="holds no samples"):
-            run(model, tmp_path / out, "--refilter")
-    assert derived(tmp_path / "a") == before  # what was there is not emptied
+    before = derived(a)
+    shutil.rmtree(a / "blocks")
+    with pytest.raises(SertError, match="holds no samples"):
+        run(model, a, "--refilter")
+    assert derived(a) == before  # what was there is not emptied
 
 
 def test_early_rejection_is_a_setting_of_the_samples(tmp_path):
     """Guards against verdicts on rows that were stopped early by rules that are off now, against
     mixing both kinds of samples, and against a rejection that is not what the rules say."""
-    full = run("micro", tmp_path / "full", *MICRO, "imitative,options,direct")
-    early = run("micro", tmp_path / "early", *MICRO, "imitative,options", "--early-reject")
+    full_out, out = tmp_path / "full", tmp_path / "early"
+    full = run("micro", full_out, *MICRO, "imitative,options,direct")
+    early = run("micro", out, *MICRO, "imitative,options", "--early-reject")
     with pytest.raises(SertError, match="early rejection of imitative,options.*looser --patterns"):
-        run("micro", tmp_path / "early", *MICRO, "options")
-    with pytest.raises(
-        SertError, match=r"early_reject: \['imitative', 'options'\] there, \[\] now"
-    ):
-        run("micro", tmp_path / "early", *MICRO, "imitative,options", "--no-early-reject")
+        run("micro", out, *MICRO, "options")
+    with pytest.raises(SertError, match=r"\['imitative', 'options'\] there, \[\] now"):
+        run("micro", out, *MICRO, "imitative,options", "--no-early-reject")
     with pytest.raises(SertError, match=r"early_reject: \[\] there, \['imitative'\] now"):
-        run("micro", tmp_path / "full", *MICRO, "imitative", "--early-reject")
+        run("micro", full_out, *MICRO, "imitative", "--early-reject")
     assert sum(r["finish"] == "rejected" for r in early) > 20
+    assert run("micro", full_out, *MICRO, "imitative,options,direct") == full
     # No row is stopped for a direct answer: that rule may come and go.
-    again = run("micro", tmp_path / "early", *MICRO, "imitative,options,direct")
+    again = run("micro", out, *MICRO, "imitative,options,direct")
     assert [r["verdict"] for r in again] == [r["verdict"] for r in full]
-    assert run("micro", tmp_path / "early", *MICRO, "imitative,options") == early
-
-
-# --- folders of an earlier version ----------------------------------------------------------------
+    assert run("micro", out, *MICRO, "imitative,options") == early
 
 
 def make_older(out: Path) -> None:
@@ -223,13 +195,6 @@ def make_older(out: Path) -> None:
     (out / "settings.json").write_text(json.dumps(settings | rules))
     (out / "funnel.json").unlink()
     shutil.rmtree(out / "blocks")
-
-
-def cut(out: Path, n: int) -> list[str]:
-    """Leave the first n lines in paths.jsonl; returns the others."""
-    lines = (out / "paths.jsonl").read_text().splitlines(keepends=True)
-    (out / "paths.jsonl").write_text("".join(lines[:n]))
-    return lines[n:]
 
 
 @pytest.mark.parametrize("flags", [["--limit", "5"], ["--limit", "5", "--refilter"]])
@@ -246,30 +211,25 @@ def test_an_older_folder_is_converted(model, tmp_path, sampled, flags):
     assert "min_tokens" not in read_json(tmp_path / "settings.json")
 
 
-def test_an_older_run_that_was_killed_goes_on(model, tmp_path, sampled, monkeypatch):
+@pytest.mark.parametrize("torn, made", [(0, []), (40, [2])])
+def test_an_older_run_that_was_killed_goes_on(model, tmp_path, sampled, monkeypatch, torn, made):
     """Guards finished blocks that were not merged yet (they lie beside paths.jsonl, with verdicts of
     their time), and a torn last line."""
     run(model, tmp_path)
-    before = derived(tmp_path)
-    for torn, made in ((False, []), (True, [2])):
-        make_older(tmp_path)
-        rest = cut(tmp_path, 100)
-        (tmp_path / "blocks").mkdir()
-        old = "".join(rest).replace('"verdict":"kept"', '"verdict":"length"')
-        (tmp_path / "blocks/000002-2.jsonl").write_text(old)
-        if torn:
-            text = (tmp_path / "paths.jsonl").read_text()
-            (tmp_path / "paths.jsonl").write_text(text[:-40])
-        sampled.clear()
-        with monkeypatch.context() as m:
-            m.setattr(sample, "WORLD", 2)
-            with pytest.raises(SertError, match="once without torchrun"):
-                run(model, tmp_path)
+    before, paths = derived(tmp_path), tmp_path / "paths.jsonl"
+    make_older(tmp_path)
+    lines = paths.read_text().splitlines(keepends=True)
+    there, rest = "".join(lines[:100]), "".join(lines[100:])
+    paths.write_text(there[: len(there) - torn])
+    (tmp_path / "blocks").mkdir()
+    old = rest.replace('"verdict":"kept"', '"verdict":"length"')
+    (tmp_path / "blocks/000002-2.jsonl").write_text(old)
+    sampled.clear()
+    with monkeypatch.context() as m, pytest.raises(SertError, match="once without torchrun"):
+        m.setattr(sample, "WORLD", 2)
         run(model, tmp_path)
-        assert derived(tmp_path) == before and sampled == made
-
-
-# --- rules, processes, other uses -----------------------------------------------------------------
+    run(model, tmp_path)
+    assert derived(tmp_path) == before and sampled == made
 
 
 def test_a_new_rule_is_one_entry(model, tmp_path, monkeypatch, capsys):
@@ -280,16 +240,12 @@ def test_a_new_rule_is_one_entry(model, tmp_path, monkeypatch, capsys):
         lambda n, most: n > most, "at most {} full stops", "ours: 1",
     )  # fmt: skip
     monkeypatch.setattr(filters, "RULES", (*filters.RULES, rule))
-    with pytest.raises(SystemExit):
-        sample.parse_args(["--help"])
-    assert "--max-stops" in capsys.readouterr().out
     flags = ["--model", "micro", "--limit", "2", "--min-tokens", "2", "--max-rep2", "1"]
-    records = run(model, tmp_path, *flags, "--max-new-tokens", "30")
+    records = run(model, tmp_path, *flags, "--max-new-tokens", "30", "--max-stops", "1")
     assert "at most 1 full stops" in capsys.readouterr().out
     dropped = [r for r in records if r["verdict"] == "stops"]
     assert dropped and all(r["text"].count(".") > 1 for r in dropped)
-    told = read_json(tmp_path / "funnel.json")
-    assert told["rules"]["max_stops"] == 1 and told["counts"]["dropped"]["stops"] == len(dropped)
+    assert read_json(tmp_path / "funnel.json")["counts"]["dropped"]["stops"] == len(dropped)
     with pytest.raises(SertError, match="--max-stops must be from 0 to 100, not -1"):
         run(model, tmp_path, *flags, "--max-stops", "-1")
 
@@ -298,40 +254,41 @@ def test_two_processes_give_the_same_bytes(model, tmp_path):
     """Guards a promise: which process makes a block does not show in any byte, and process 0 derives
     nothing before all blocks are there."""
     run(model, tmp_path / "one")
-    both = [in_process(model, tmp_path / "two", RANK=str(r), WORLD_SIZE="2") for r in (1, 0)]
-    for p in both:
-        text, _ = p.communicate()
-        assert p.returncode == 0, text
+    command = [sys.executable, str(ROOT / "sample.py"), *arguments(model, tmp_path / "two")]
+    envs = [{**os.environ, "RANK": rank, "WORLD_SIZE": "2"} for rank in "10"]
+    assert [p.wait() for p in [subprocess.Popen(command, env=env) for env in envs]] == [0, 0]
     assert derived(tmp_path / "two") == derived(tmp_path / "one")
 
 
-def test_raw_sampling(model, tmp_path, capsys):
-    """Guards the baseline of Fig. 1: 25 plain samples and branch -1; and the summary of paths that are
-    end-of-text at once, whose perplexity is None."""
+def test_raw_sampling(model, tmp_path):
+    """Guards the baseline of Fig. 1: 25 plain samples and branch -1."""
     records = run(model, tmp_path, "--raw")
-    assert {r["branch"] for r in records} == {-1}
-    assert [r["sample"] for r in records[:25]] == list(range(25))
+    assert [(r["branch"], r["sample"]) for r in records] == 6 * [(-1, i) for i in range(25)]
     assert all(r["path_start"] == 0 for r in records)
-    block = tmp_path / "blocks/000000-2.jsonl"
-    lines = [r | {"token_ids": [], "logprobs": []} for r in read_jsonl(block)]
-    block.write_text("".join(map(sample.to_line, lines)))
-    run(model, tmp_path, "--raw", "--refilter")
-    assert "(empty)\n     -> length (no tokens, branch -1)" in capsys.readouterr().out
 
 
 def test_a_trained_student_has_its_own_default_folder(model, tmp_path, monkeypatch):
     """Guards Raw SERT of Fig. 1: its default folder was that of the raw student, which refused it,
     and not the one that the figures read."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(model, "out/micro/m/sert/seed0/last")
+    student = "out/micro/m/sert/seed0"
+    shutil.copytree(model, f"{student}/last")
     about = {"method": "sert", "root": "m", "parents": ["m"]}
-    Path("out/micro/m/sert/seed0/last/sert.json").write_text(json.dumps(about))
-    for flags, place in (
-        (["--raw"], "out/micro/m/sert/seed0/paths-raw-test"),
-        (["--raw", "--out-dir", "else"], "else"),
-    ):
-        words = ["--model", "out/micro/m/sert/seed0", "--split", "test", *flags]
-        assert sample.prepare(sample.parse_args(words)).out == Path(place)
+    Path(f"{student}/last/sert.json").write_text(json.dumps(about))
+    args = sample.parse_args(["--model", student, "--split", "test", "--raw"])
+    assert sample.prepare(args).out == Path(f"{student}/paths-raw-test")
+
+
+def test_the_prompt_ends_as_in_training(model, tmp_path):
+    """Guards a student of a teacher's rationales that is sampled without its `Let's think ..`: the
+    branches are the best tokens behind the whole prompt."""
+    folder, suffix = shutil.copytree(model, tmp_path / "m"), " Let's think."
+    (folder / "sert.json").write_text(json.dumps({"prompt_suffix": suffix}))
+    records = run(folder, tmp_path / "out", "--limit", "1")
+    prompt = question_prompt(tasks.load("micro", "train")[0], suffix)
+    net, ids = load_model(folder), load_tokenizer(folder).encode(prompt)
+    best = net.logits(net(torch.tensor([ids]))[0, -1]).topk(5).indices.tolist()
+    assert [r["token_ids"][0] for r in records[::5]] == best
 
 
 @pytest.mark.parametrize(
@@ -339,16 +296,10 @@ def test_a_trained_student_has_its_own_default_folder(model, tmp_path, monkeypat
     [
         (["--top-p", "0"], "--top-p must be above 0"),
         (["--temperature", "nan"], "--temperature must be from 0"),
-        (["--top-k", "9" * 30], "--top-k must be from 0"),
         (["--branches", "999"], "--branches 999 is more than the vocabulary"),
-        (["--samples", "99999"], "--branches times --samples is 499995"),
+        (["--seed", "-1"], "--seed must be from 0"),
         (["--limit", "0"], "--limit must be at least 1"),
-        (["--block-questions", "0"], "--block-questions must be at least 1"),
-        (["--rows", "0"], "--rows must be at least 1"),
         (["--max-new-tokens", "600"], "exceeds the context of 512; lower --max-new-tokens"),
-        (["--patterns", "rude"], "--patterns"),
-        (["--max-rep2", "2"], "--max-rep2 must be from 0 to 1, not 2"),
-        (["--min-perplexity", "nan"], "--min-perplexity must be from 0 up"),
         (["--device", "tpu"], "--device tpu is unknown"),
         (["--model", "./nowhere"], "no such folder"),
         (["--html", "no/where.html"], "its folder does not exist"),
@@ -362,37 +313,14 @@ def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, flags, messag
     assert not (tmp_path / "out/paths.jsonl").exists()
 
 
-def test_errors_reach_the_shell_in_one_line(model, tmp_path):
-    """Guards exit status and stderr of the real script."""
-    p = in_process(model, tmp_path / "out", "--top-p", "0")
-    text, _ = p.communicate()
-    assert p.returncode == 1 and text.startswith("error: --top-p") and text.count("\n") == 1
-
-
 def test_dry_run_and_prompt(model, tmp_path, capsys):
     """Guards that --dry-run writes nothing and shows the very prompt, and that --prompt works on
     text with a literal end-of-text in it."""
     sample.main(sample.parse_args(arguments(model, tmp_path / "out", "--dry-run")))
     shown = capsys.readouterr().out
     assert "Question: " in shown and "\nAnswer:" in shown and "3 blocks" in shown
-    assert not (tmp_path / "out").exists()
     flags = ["--prompt", "Say <|endoftext|> twice", "--samples", "3"]
     sample.main(sample.parse_args(arguments(model, tmp_path / "out", *flags)))
     shown = capsys.readouterr().out
     assert shown.count("--- sample") == 3 and shown.count("Say <|endoftext|> twice") == 3
-
-
-def test_check_refuses_other_weights(model):
-    """Guards --check: it must fail on anything but gpt2's own weights and tokenizer."""
-    with pytest.raises(SertError, match="is this gpt2's tokenizer"):
-        sample.main(sample.parse_args(["--check", "--model", str(model), "--device", "cpu"]))
-
-
-@pytest.mark.parametrize("task", ["commonsense_qa", "strategy_qa"])
-def test_real_questions(tmp_path, task):
-    """Guards the path from the real files through prompts to records."""
-    folder = make_tiny_model(tmp_path / "wide", n_positions=1024)
-    flags = ["--task", task, "--data-dir", str(shared("data")), "--limit", "2"]
-    records = run(folder, tmp_path / "out", *flags)
-    assert len(records) == 50 and records[0]["task"] == task
-    assert records[0]["answer"] in ("A", "B", "C", "D", "E", "yes", "no")
+    assert not (tmp_path / "out").exists()

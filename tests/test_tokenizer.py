@@ -7,25 +7,21 @@ import shutil
 import pytest
 import tokenizers
 import transformers
-from conftest import MERGES, make_tiny_model, shared, write_tiny_tokenizer
-from hypothesis import given, settings
+from conftest import make_tiny_model, shared, write_tiny_tokenizer
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sert_min import tasks
 from sert_min.io.errors import SertError
 from sert_min.tokenizer import END, Tokenizer, load_tokenizer
 
-VOCAB, MERGES_FILE = (  # the names that tiktoken's cache gives to GPT-2's two files
-    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-    "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-)
+VOCAB = "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # names in tiktoken's cache
+MERGES_FILE = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
 AWKWARD = [
     "", " ", "  ", "\n", "\t\n  x", "a\u2028b\u0085c", "\x00\x7f\xad\u00a0", "é e\u0301 ß",
     "日本語 かな", "🙂👍🏽 flags 🇩🇪", "I'm you'LL we've 'tis", "3.14 1,000 ½ ٣", "#version: 0.2",
     "Question: Is it?\nAnswer:", " yes\r\n\r\n no ", 35 * "a", "Ġ Ċ",
 ]  # fmt: skip
-ANY_TEXT = st.text(st.characters(), max_size=40)  # lone surrogates too
-ORDINARY = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
 @pytest.fixture(scope="session")
@@ -40,21 +36,11 @@ def gpt2_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def theirs(gpt2_folder):
     """transformers' tokenizer of the same files."""
-    files = (str(gpt2_folder / name) for name in ("vocab.json", "merges.txt"))
-    return transformers.GPT2Tokenizer(*files)
-
-
-@pytest.fixture(scope="session")
-def only_json(theirs, tmp_path_factory):
-    """A folder with tokenizer.json alone, as newer transformers write it."""
-    folder = tmp_path_factory.mktemp("only-json")
-    theirs.save_pretrained(folder)
-    assert not (folder / "merges.txt").exists()
-    return folder
+    return transformers.GPT2Tokenizer(*(f"{gpt2_folder}/{n}" for n in ("vocab.json", "merges.txt")))
 
 
 @pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.slow)])
-def test_ids_equal_transformers_on_real_questions(gpt2_folder, only_json, theirs, step):
+def test_ids_equal_transformers_on_real_questions(gpt2_folder, theirs, tmp_path, step):
     """Guards pre-tokeniser, merge order and vocabulary, in both forms of the files: the 13,252 real
     questions (each 20th of them), bare and as prompts."""
     texts = []
@@ -63,11 +49,12 @@ def test_ids_equal_transformers_on_real_questions(gpt2_folder, only_json, theirs
             texts += [q.text for q in tasks.load(task, split, shared("data"))]
     assert len(texts) == 2290 + 9741 + 1221
     texts = texts[::step]
-    texts = [t.split(" Answer choices: ")[0] for t in texts] + [
-        f"Question: {t}\nAnswer:" for t in texts
-    ]
+    prompts = [f"Question: {t}\nAnswer:" for t in texts]
+    texts = [t.split(" Answer choices: ")[0] for t in texts] + prompts
     wanted = theirs(texts)["input_ids"]
-    for folder in (gpt2_folder, only_json):
+    theirs.save_pretrained(tmp_path)  # tokenizer.json alone
+    assert not (tmp_path / "merges.txt").exists()
+    for folder in (gpt2_folder, tmp_path):
         ours = load_tokenizer(folder)
         assert (ours.n_vocab, ours.eot) == (50257, 50256)
         assert [ours.encode(text) for text in texts] == wanted
@@ -80,21 +67,6 @@ def test_ids_equal_transformers_on_awkward_text(gpt2_folder, theirs):
     mixed = ["".join(rng.choices(AWKWARD, k=6)) for _ in range(400)]
     for text, wanted in zip(AWKWARD + mixed, theirs(AWKWARD + mixed)["input_ids"]):
         assert ours.encode(text) == wanted, text
-
-
-def test_vocabulary_decides_the_ids(gpt2_folder, theirs, tmp_path):
-    """Guards ranks used as ids: a model may number its tokens in any order."""
-    vocab = json.loads((gpt2_folder / "vocab.json").read_text(encoding="utf-8"))
-    ids = list(range(60000))  # with holes
-    random.Random(0).shuffle(ids)
-    vocab = {token: ids[i] for token, i in vocab.items()}
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    shutil.copy(gpt2_folder / "merges.txt", tmp_path)
-    ours = load_tokenizer(tmp_path)
-    assert ours.eot == vocab[END] != 50256
-    for text, wanted in zip(AWKWARD, theirs(AWKWARD)["input_ids"]):
-        assert ours.encode(text) == [ids[i] for i in wanted]
-        assert ours.decode(ours.encode(text)) == text
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +84,7 @@ def test_end_of_text_in_text_stays_text(tiny, small_json):
         assert ours.decode([ours.eot]) == END
 
 
-@given(ANY_TEXT)
+@given(st.text(st.characters(), max_size=40))  # lone surrogates too
 def test_any_text_makes_the_round_trip(tiny, text):
     """Guards crashes on untrusted text; a lone surrogate comes back as U+FFFD."""
     back = tiny.decode(tiny.encode(text))
@@ -149,24 +121,13 @@ def train_bpe(folder, texts, size, form):
 @pytest.mark.parametrize("alphabet", ["ab", "abc ", "aé 日1'"])
 def test_trained_bpes_agree_with_transformers(form, alphabet, tmp_path):
     """Guards the difference of the engines: tiktoken merges by the joined token, Hugging Face by
-    the pair. Few letters make many overlapping merges (here END has id 0, not the last)."""
+    the pair. Few letters make many overlapping merges. And ranks used as ids: END is the first here."""
     rng = random.Random(alphabet)
     texts = ["".join(rng.choices(alphabet, k=rng.randrange(1, 60))) for _ in range(1500)]
     bpe = train_bpe(tmp_path, texts[:500], 900, form)
     ours = load_tokenizer(tmp_path)
     assert ours.eot == 0 and ours.n_vocab > 500
     for text in texts[500:]:
-        assert ours.encode(text) == bpe.encode(text).ids
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.text("abc", min_size=1, max_size=12), min_size=1, max_size=8), ORDINARY)
-def test_any_training_gives_a_vocabulary_that_is_accepted(tmp_path_factory, texts, other):
-    """Guards check_merges: it must refuse no list that BPE training gives."""
-    folder = tmp_path_factory.mktemp("bpe")
-    bpe = train_bpe(folder, [*texts, other], 400, "merges.txt")
-    ours = load_tokenizer(folder)
-    for text in [*texts, "".join(texts), other]:
         assert ours.encode(text) == bpe.encode(text).ids
 
 
@@ -177,17 +138,6 @@ def test_merges_that_tiktoken_reads_otherwise_are_refused(tmp_path):
         write_tiny_tokenizer(tmp_path, list(dict.fromkeys(merges)))
         with pytest.raises(SertError, match="never lead to the merge"):
             load_tokenizer(tmp_path)
-
-
-def test_models_rebuilt_at_one_path_get_their_own_tokenizers(tmp_path):
-    """Guards a cache that goes by path."""
-    write_tiny_tokenizer(tmp_path, MERGES)
-    first = load_tokenizer(tmp_path)
-    write_tiny_tokenizer(tmp_path, ["Ġ y", "o r", "Ġy o"])
-    second = load_tokenizer(tmp_path)
-    assert first.n_vocab != second.n_vocab
-    assert first.encode(" you") != second.encode(" you")
-    assert first.encode("the") == [first.encode("t")[0], 256]  # the old one still works
 
 
 # --- refused -------------------------------------------------------------------------------------
@@ -205,11 +155,8 @@ def edit_json(folder, source, **changes):
     """tokenizer.json of `source` with dotted names set to other values."""
     raw = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     for name, value in changes.items():
-        place = raw
-        *path, last = name.split("__")
-        for key in path:
-            place = place[key]
-        place[last] = value
+        part, _, key = name.rpartition("__")
+        (raw[part] if part else raw)[key] = value
     (folder / "tokenizer.json").write_text(json.dumps(raw))
 
 
@@ -220,9 +167,6 @@ def small_json(tmp_path_factory):
     return folder
 
 
-SEQUENCE = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "ByteLevel"}]}
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -230,13 +174,11 @@ SEQUENCE = {"type": "Sequence", "pretokenizers": [{"type": "Digits"}, {"type": "
         {"model__type": "Unigram", "model__vocab": [["a", 0.5]]},
         {"model__ignore_merges": True},
         {"model__end_of_word_suffix": "</w>"},
-        {"model__continuing_subword_prefix": "##"},
         {"normalizer": {"type": "Lowercase"}},
-        {"pre_tokenizer": None},
         {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}},  # sentencepiece
         {"pre_tokenizer__use_regex": False},
         {"pre_tokenizer__add_prefix_space": True},
-        {"pre_tokenizer": SEQUENCE},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}},
     ],
 )
 def test_other_tokenizers_are_refused_by_name(changes, small_json, tmp_path):
@@ -248,63 +190,26 @@ def test_other_tokenizers_are_refused_by_name(changes, small_json, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "old, new",
+    "name, old, new",
     [
-        (None, ""), (None, "[1, 2]"), (None, "[" * 100_000), ("}", ""), (END, "<|end|>"),
-        ('"he": 256, ', ""), *(('"he": 256', f'"he": {value}') for value in
-        ("9999999999999999999999", 2**31, -1, 255, '"256"', "true")),
+        *(("vocab.json", None, text) for text in ("", "[1, 2]", "[" * 100_000)),
+        ("vocab.json", "}", ""), ("vocab.json", END, "<|end|>"), ("vocab.json", '"he": 256, ', ""),
+        *(("vocab.json", '"he": 256', f'"he": {value}') for value in
+          ("9999999999999999999999", 2**31, -1, 255, '"256"', "true")),
+        *(("merges.txt", "h e\n", text) for text in
+          ("h e x\n", "he\n", "h ▁\n", "h  e\n", "", "h e\nq q\n", "h \udcff\n")),
+        *(("tokenizer.json", None, text) for text in ("{}", '{"model": 3}', "null", '{"model": {')),
     ],
 )  # fmt: skip
-def test_damaged_vocabularies_are_refused(old, new, tmp_path):
+def test_damaged_files_are_refused(name, old, new, tmp_path):
     """Guards tracebacks, and ids without a meaning, from damaged files."""
-    write_tiny_tokenizer(tmp_path)
-    damage(tmp_path / "vocab.json", old, new)
+    if name != "tokenizer.json":
+        write_tiny_tokenizer(tmp_path)
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert old is None or old in text
+        new = new if old is None else text.replace(old, new)
+    (tmp_path / name).write_bytes(new.encode("utf-8", "surrogateescape"))
     refused(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "new", ["h e x\n", "he\n", "h ▁\n", "h  e\n", "", "h e\nq q\n", "h \udcff\n"]
-)
-def test_damaged_merges_are_refused(new, tmp_path):
-    """Guards the same for merges: other parts, none, unknown ones, bytes that are no UTF-8."""
-    write_tiny_tokenizer(tmp_path)
-    damage(tmp_path / "merges.txt", "h e\n", new)
-    refused(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["{}", '{"model": 3}', "null", '{"model": {"type": "BPE", '])
-def test_damaged_tokenizer_json_is_refused(text, tmp_path):
-    """Guards the same for the one file of newer models."""
-    damage(tmp_path / "tokenizer.json", None, text)
-    refused(tmp_path)
-
-
-def damage(path, old: str | None, new: str) -> None:
-    """Replace `old` by `new` in a file, or the whole of it."""
-    text = new
-    if old is not None:
-        text = path.read_text(encoding="utf-8")
-        assert old in text
-        text = text.replace(old, new)
-    path.write_bytes(text.encode("utf-8", "surrogateescape"))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_cut_or_garbled_files_never_crash(tmp_path_factory, data):
-    """Guards every other damage: a SertError or a tokenizer that still makes the round trip."""
-    folder = tmp_path_factory.mktemp("garbled")
-    write_tiny_tokenizer(folder)
-    path = folder / data.draw(st.sampled_from(["vocab.json", "merges.txt"]))
-    old = path.read_bytes()
-    at, n = data.draw(st.integers(0, len(old))), data.draw(st.integers(0, 20))
-    path.write_bytes(old[:at] + data.draw(st.binary(max_size=8)) + old[at + n :])
-    try:
-        tokenizer = load_tokenizer(folder)
-    except SertError as e:
-        assert "\n" not in str(e)
-    else:
-        assert tokenizer.decode(tokenizer.encode("the yes 日")) == "the yes 日"
 
 
 def test_windows_line_ends_are_read(tmp_path):

@@ -2,10 +2,8 @@
 
 Each reply is appended to responses.jsonl, durably, before anything else happens to it. Its key is a
 hash of all that shapes it, so repeating a command asks only for what is missing. Replies are read
-later and from the file, so a better parser never costs a new request.
-
-The openai package sends the requests; its own retries are off, because they retry an exhausted
-quota and differ between versions. This is what follows an attempt:
+later and from the file, so a better parser never costs a new request. The openai package sends the
+requests, without its own retries, which differ between versions. This is what follows an attempt:
 
     stop      authentication, permission, quota, unknown model, bad request or redirect: an error
               with advice. Only one request is in flight until the first reply arrives, so such a
@@ -16,8 +14,7 @@ quota and differ between versions. This is what follows an attempt:
               refused: asking again would give, and bill, the same
 
 Each request is noted in sent.jsonl before it leaves. A note without a reply or a refusal (the
-process was killed, or the request timed out) may have been billed, so it counts in full against a
-cost cap.
+process was killed, or the request timed out) may have been billed: it counts in full against a cap.
 """
 
 import contextlib
@@ -33,7 +30,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -94,9 +90,6 @@ class Endpoint:
         priced = self.max_cost is None or self.usd(0, 0) is not None
         need(priced, "--max-cost needs --price-in and --price-out (USD per million tokens)")
 
-    def flag(self, name: str) -> str:
-        return flag(self.who, name)
-
     def url(self) -> str:
         url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
         return url.rstrip("/")
@@ -109,7 +102,7 @@ class Endpoint:
         return self.host() in ("localhost", "127.0.0.1", "::1")
 
     def is_openai(self) -> bool:
-        return self.host() == "openai.com" or self.host().endswith(".openai.com")
+        return f".{self.host()}".endswith(".openai.com")
 
     def token_limit(self) -> dict:
         """The parameter that caps the reply. Newer OpenAI models refuse the old name, and most local
@@ -148,20 +141,13 @@ def number(text: str) -> float | None:
 
 FLAGS = {  # by field of Endpoint
     "model": dict(help="model name at the endpoint; there is no default"),
-    "base_url": dict(
-        help="OpenAI-compatible address, e.g. http://localhost:8000/v1 "
-        "(default: OPENAI_BASE_URL, else OpenAI's)"
-    ),
+    "base_url": dict(help="OpenAI-compatible address, e.g. http://localhost:8000/v1 "
+                          "(default: OPENAI_BASE_URL, else OpenAI's)"),
     "completions": dict(action="store_true", help="use the older /completions interface"),
     "max_tokens": dict(type=int, default=512, help="of a reply (default: %(default)s)"),
-    "temperature": dict(
-        type=number, help="a number, or none: do not send one (default: %(default)s)"
-    ),
-    "token_parameter": dict(
-        choices=("auto", "max_tokens", "max_completion_tokens"),
-        default="auto",
-        help="what the server calls the limit of tokens",
-    ),
+    "temperature": dict(type=number, help="a number, or none: do not send one (default: %(default)s)"),
+    "token_parameter": dict(choices=("auto", "max_tokens", "max_completion_tokens"), default="auto",
+                            help="what the server calls the limit of tokens"),
     "concurrency": dict(type=int, default=8, help="requests at a time (default: %(default)s)"),
     "timeout": dict(type=float, default=120.0, help="seconds without an answer"),
     "deadline": dict(type=float, default=900.0, help="seconds per request, retries included"),
@@ -170,7 +156,7 @@ FLAGS = {  # by field of Endpoint
     "max_cost": dict(type=float, help="USD, all runs that share these replies together"),
     "price_in": dict(type=float, help="USD per million prompt tokens"),
     "price_out": dict(type=float, help="USD per million completion tokens"),
-}
+}  # fmt: skip
 
 
 def add_flags(parser, who: str) -> None:
@@ -220,7 +206,7 @@ class Retry(Exception):
 
     def __init__(self, why: str, after: float | None = None, busy=False, billed=True):
         super().__init__(why)
-        self.after = after  # seconds to wait, if the server said so
+        self.after = after or 0.0  # seconds to wait, as the server said
         self.busy = busy  # a rate limit: nothing is wrong with the request or the server
         self.billed = billed  # the server may have done the work
 
@@ -277,10 +263,10 @@ def attempt(client, e: Endpoint, messages: list[dict]) -> dict:
 def read_reply(body, e: Endpoint, request_id: str | None = None) -> dict:
     """Text, finish reason, usage, model and request id of a reply's JSON. Raises Retry if there is
     no completion in it (some servers answer 200 with an error or an empty list)."""
-    choices = body.get("choices") if isinstance(body, dict) else None
+    body = body if isinstance(body, dict) else {}
+    choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        error = body.get("error") if isinstance(body, dict) else None
-        said = f" ({server_text(str(error))})" if error else ""
+        said = f" ({server_text(str(body['error']))})" if body.get("error") else ""
         raise Retry(f"a 200 reply without choices{said}")
     message = choices[0] if e.completions else choices[0].get("message")
     message = message if isinstance(message, dict) else {}
@@ -321,29 +307,20 @@ def explain(error, e: Endpoint) -> Exception:
         return SertError(f"HTTP {status}: the server refused OPENAI_API_KEY; check it ({said})")
     if status == 404:
         lacks = f"{e.url()} has no model {e.model} (hosted models get shut down), or lacks /v1"
-        return SertError(f"{lacks}; give another {e.flag('model')} or --base-url ({said})")
+        return SertError(f"{lacks}; give another {flag(e.who, 'model')} or --base-url ({said})")
     if status < 400:
         where = server_text(error.response.headers.get("location", "elsewhere"))
         return SertError(f"{e.url()} redirects to {where}; if that is right, give it as --base-url")
-    flags = " or ".join(map(e.flag, ("model", "token_parameter", "max_tokens", "temperature")))
+    names = "model", "token_parameter", "max_tokens", "temperature"
+    flags = " or ".join(flag(e.who, name) for name in names)
     return SertError(f"HTTP {status}: {said}; change {flags}")
 
 
 def retry_after(headers) -> float | None:
-    """Seconds that the server asks to wait: given in milliseconds, in seconds, or as an HTTP date,
-    which is compared with the server's own clock (ours may be wrong) if it sends its time."""
-
-    def moment(name: str) -> float:
-        return parsedate_to_datetime(headers[name]).timestamp()
-
-    for seconds in (
-        lambda: float(headers["retry-after-ms"]) / 1000,
-        lambda: float(headers["retry-after"]),
-        lambda: moment("retry-after") - moment("date"),
-        lambda: moment("retry-after") - time.time(),
-    ):
-        with contextlib.suppress(KeyError, TypeError, ValueError, OverflowError):
-            return max(0.0, seconds())
+    """Seconds that the server asks to wait; None if it gives no number."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with contextlib.suppress(KeyError, ValueError):
+            return max(0.0, float(headers[name]) / unit)
     return None
 
 
@@ -367,7 +344,7 @@ FollowUp = Callable[[Ask, dict], Ask | None] | None  # gives the ask that a repl
 @dataclass
 class Collection:
     """The replies in a folder by key (responses.jsonl), and what they cost, open bills included
-    (sent.jsonl). Only one process at a time may write, and only in one thread."""
+    (sent.jsonl). Only one process at a time may write."""
 
     folder: Path
     e: Endpoint
@@ -441,13 +418,12 @@ class Collection:
 
     def open_bills(self) -> list:
         """[tokens in, tokens out] at most, of each request whose bill is not known."""
-        return [bound for bounds in self.unanswered.values() for bound in bounds]
+        return [bound for bounds in list(self.unanswered.values()) for bound in bounds]
 
     def most_usd(self) -> float:
         """The most that all runs of this folder can have cost; prices must be known."""
-        bills = self.open_bills()
-        known = self.e.usd(self.tokens_in, self.tokens_out)
-        return known + self.e.usd(sum(b[0] for b in bills), sum(b[1] for b in bills))
+        n_in, n_out = map(sum, zip((self.tokens_in, self.tokens_out), *self.open_bills()))
+        return self.e.usd(n_in, n_out)
 
     def summary(self) -> str:
         usd, bills = self.e.usd(self.tokens_in, self.tokens_out), len(self.open_bills())
@@ -486,17 +462,15 @@ def ask_all(
     asks = list(asks)
     with lock_folder(folder, ".lock-responses"):
         collection = Collection(folder, e, follow_up).load()
-        todo = collection.missing(asks)
-        if not todo:
-            print(collection.summary())
-            return collection, []
-        print(f"{e.who}: {len(todo):,} of {len(asks):,} prompts have no reply yet")
+        todo, failures = collection.missing(asks), []
         try:
-            with tqdm(total=len(todo), unit="reply") as bar:
-                run = Asking(collection, bar, asks, readable)
-                return collection, run.until_done(todo)
+            if todo:
+                print(f"{e.who}: {len(todo):,} of {len(asks):,} prompts have no reply yet")
+                with tqdm(total=len(todo), unit="reply") as bar:
+                    failures = Asking(collection, bar, asks, readable).until_done(todo)
         finally:
             print(collection.summary())
+        return collection, failures
 
 
 def print_plan(
@@ -537,34 +511,25 @@ def end_if_missing(failures: list[str], who: str, folder: Path) -> None:
 # --- many requests --------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class Job:
-    """An ask on its way through its attempts; times are those of time.monotonic()."""
-
-    ask: Ask
-    key: str
-    due: float = 0.0  # of the next attempt
-    end: float = math.inf  # no attempt starts after it
-    overdue: float = math.inf  # when the attempt in flight is given up
-    tries: int = 0
-    pauses: int = 0  # attempts that only met a rate limit
+class MayNotLeave(Exception):
+    """No request may leave: a cap is reached, or the run ends."""
 
 
 class Asking:
-    """Asks at work. The calling thread decides, counts and writes. Each request in flight has a
-    thread that sends it and hands back what came: a daemon, so that one that hangs cannot keep the
-    process from ending."""
+    """Asks at work. The calling thread starts them, stores replies and decides; a worker thread makes
+    all attempts of one ask. Workers are daemons, so a server that hangs cannot keep the process from
+    ending. `lock` guards the collection and what decides whether a request may leave."""
 
     def __init__(self, collection: Collection, bar: tqdm, asks: list, readable: Readable | None):
         self.collection, self.e, self.bar = collection, collection.e, bar
         self.asks, self.readable = asks, readable
         self.client = make_client(self.e)
-        self.todo: deque[Job] = deque()  # never sent
-        self.later: list[Job] = []  # waiting for their next attempt
-        self.flying: dict[str, Job] = {}  # in flight, by key
-        self.arrived: queue.SimpleQueue = queue.SimpleQueue()  # of (job, result)
+        self.todo: deque[Ask] = deque()
+        self.working: dict[str, tuple[Ask, float]] = {}  # key -> ask, when it is given up
+        self.arrived: queue.SimpleQueue = queue.SimpleQueue()  # of (ask, reply or error)
         self.failures: dict[str, str] = {}  # key -> why
         self.recent: deque[bool] = deque(maxlen=20)  # did the last asks succeed?
+        self.lock, self.closing = threading.Lock(), threading.Event()
         self.sent = 0
         self.resume = 0.0  # no request before this time: a server said so
         self.capped = ""  # why no request may leave
@@ -572,21 +537,29 @@ class Asking:
     def until_done(self, asks: list[Ask]) -> list[str]:
         """Send the asks and all that follows from them; why some are still missing."""
         self.check_readable()
-        self.todo.extend(Job(ask, ask.key(self.e)) for ask in asks)
+        self.todo.extend(asks)
         with stop_signals() as stopped:
             try:
-                while not stopped and (self.todo or self.later or self.flying):
-                    self.send_what_is_due()
-                    if self.capped and not self.flying:
-                        break
+                while not stopped and (self.working or self.todo and not self.capped):
+                    slots = self.e.concurrency if any(self.recent) else 1
+                    while self.todo and not self.capped and len(self.working) < slots:
+                        ask = self.todo.popleft()
+                        self.working[ask.key(self.e)] = ask, math.inf
+                        threading.Thread(target=self.work, args=(ask,), daemon=True).start()
                     if self.receive(wait=0.05):
                         self.check_readable()
                 if stopped:  # after the last reply as well: what comes next may take hours
                     print(f"\nno new requests; continue with: {this_command()}", flush=True)
                     raise SystemExit(128 + stopped[0])
-            finally:
-                self.drain()
-        left = [f"{job.ask.task}/{job.ask.id}: {self.capped}" for job in (*self.later, *self.todo)]
+            finally:  # what is in flight is paid for: keep it; a second signal ends the wait
+                self.closing.set()
+                if self.working:
+                    print(f"waiting at most {DRAIN:g} s for requests in flight", flush=True)
+                end = time.monotonic() + DRAIN
+                while self.working and time.monotonic() < end:
+                    with contextlib.suppress(SertError):  # the error that led here is to be shown
+                        self.receive(wait=0.1)
+        left = [f"{ask.task}/{ask.id}: {self.capped}" for ask in self.todo]
         return [*self.failures.values(), *left]
 
     def check_readable(self) -> None:
@@ -602,100 +575,45 @@ class Asking:
         need(
             n >= len(done) / 2,
             f"only {n} of the first {len(done)} replies {self.readable.what} ({cut} were cut off at "
-            f"{self.e.flag('max_tokens')}); they are kept. {self.readable.advice}",
+            f"{flag(self.e.who, 'max_tokens')}); they are kept. {self.readable.advice}",
         )
         self.readable = None
 
-    def send_what_is_due(self) -> None:
-        """Start as many requests as slots, times and caps allow. A job that waits for its next
-        attempt keeps its slot, so that a rate limit slows down everything."""
-        slots = self.e.concurrency if any(self.recent) else 1
-        self.capped = ""
-        while len(self.flying) < slots and time.monotonic() >= self.resume:
-            due = [job for job in self.later if job.due <= time.monotonic()]
-            new = self.todo if len(self.flying) + len(self.later) < slots else ()
-            if not due and not new:
-                return
-            job = (due or new)[0]
-            at_most = job.ask.most_tokens(self.e)
-            self.capped = self.cap(at_most)
-            if self.capped:
-                return
-            (self.later if due else self.todo).remove(job)
-            self.sent += 1
-            job.tries += 1
-            job.overdue = time.monotonic() + self.e.deadline
-            job.end = min(job.end, job.overdue)
-            self.collection.note({"key": job.key, "at_most": at_most})
-            self.flying[job.key] = job
-            threading.Thread(target=self.work, args=(job,), daemon=True).start()
-
-    def cap(self, at_most: tuple[int, int]) -> str:
-        """Why no request of at most so many tokens may leave; "" if it may."""
-        e = self.e
-        if e.max_requests is not None and self.sent >= e.max_requests:
-            return f"not asked, --max-requests {e.max_requests} is reached"
-        if e.max_cost is None or self.collection.most_usd() + e.usd(*at_most) <= e.max_cost:
-            return ""
-        return f"not asked, it could pass --max-cost {e.max_cost:g}"
-
-    def work(self, job: Job) -> None:
-        """Make one attempt, in a thread of its own."""
-        try:
-            result = attempt(self.client, self.e, list(job.ask.messages))
-        except BaseException as error:  # for the thread that decides
-            result = error
-        self.arrived.put((job, result))
-
     def receive(self, wait: float) -> bool:
-        """Take one result within `wait` seconds; was it a reply?"""
+        """Take one result within `wait` seconds; was it a reply? A request is given up at the
+        deadline, because a server that sends a byte now and then never runs into the timeout; a
+        reply that comes after all is kept."""
         try:
-            job, result = self.arrived.get(timeout=wait)
+            ask, result = self.arrived.get(timeout=wait)
         except queue.Empty:
-            self.give_up_overdue()
+            for ask in [ask for ask, end in self.working.values() if time.monotonic() > end]:
+                self.fail(ask, f"no complete reply within {self.e.deadline:g} s")
             return False
-        known = self.flying.pop(job.key, None) is not None  # else it came after we gave it up
         if isinstance(result, dict):
-            self.store(job, result)
+            with self.lock:
+                self.collection.add(ask.key(self.e), ask, result)
+        known = self.working.pop(ask.key(self.e), None)  # else it was given up before
+        if isinstance(result, dict):
+            self.failures.pop(ask.key(self.e), None)
+            self.recent.append(True)
+            self.capped = ""  # the bill may be smaller than its bound was
+            self.todo.extendleft(self.collection.missing([ask]))
+            self.bar.set_postfix_str("", refresh=False)
+            self.bar.update()
             return True
-        if isinstance(result, SertError) or not getattr(result, "billed", True):
-            self.collection.note({"key": job.key, "refused": True})
-        if not isinstance(result, Retry):
+        if isinstance(result, MayNotLeave):
+            self.capped = str(result)
+            self.todo.appendleft(ask)
+        elif not isinstance(result, Retry):
             raise result
-        if known:
-            self.retry(job, result)
+        elif known:
+            self.fail(ask, str(result))
         return False
 
-    def store(self, job: Job, reply: dict) -> None:
-        self.collection.add(job.key, job.ask, {**reply, "attempts": job.tries + job.pauses})
-        self.failures.pop(job.key, None)
-        self.recent.append(True)
-        for ask in self.collection.missing([job.ask]):
-            self.todo.appendleft(Job(ask, ask.key(self.e)))
-        self.bar.set_postfix_str("", refresh=False)
-        self.bar.update()
-
-    def retry(self, job: Job, why: Retry) -> None:
-        """Plan another attempt after a pause, unless tries or time are used up."""
-        now, after = time.monotonic(), why.after or 0.0
-        wait = f"the server asks to wait {after:.0f} s ({why}); repeat the command then"
-        need(after <= self.e.deadline, wait)
-        self.resume = max(self.resume, now + after)
-        doubled = BACKOFF * 2 ** min(job.tries + job.pauses - 1, 9)
-        pause = min(doubled, 30.0) * random.uniform(0.75, 1.25)
-        if why.busy:
-            job.tries, job.pauses = job.tries - 1, job.pauses + 1
-        job.due = now + max(pause, after)
-        self.bar.set_postfix_str(f"retrying: {server_text(str(why), 60)}")
-        if job.tries >= TRIES or job.due > job.end:
-            self.fail(job, str(why))
-        else:
-            self.later.append(job)
-
-    def fail(self, job: Job, why: str) -> None:
+    def fail(self, ask: Ask, why: str) -> None:
         """Give one ask up; stop everything when most of the last ones failed."""
-        attempts = job.tries + job.pauses
-        self.failures[job.key] = f"{job.ask.task}/{job.ask.id}: {why} ({attempts} attempts)"
+        self.working.pop(ask.key(self.e), None)
+        self.failures[ask.key(self.e)] = f"{ask.task}/{ask.id}: {why}"
         self.recent.append(False)
         failed, of = self.recent.count(False), len(self.recent)
         need(
@@ -704,19 +622,62 @@ class Asking:
             "repeat the command later",
         )
 
-    def give_up_overdue(self) -> None:
-        """Give requests up at the deadline: a server that sends a byte now and then never runs into
-        the timeout. A reply that comes after all is kept."""
-        for job in [j for j in self.flying.values() if time.monotonic() > j.overdue]:
-            del self.flying[job.key]
-            self.fail(job, f"no complete reply within {self.e.deadline:g} s")
+    # --- in the thread of an ask
 
-    def drain(self) -> None:
-        """Keep what is still in flight, because it is paid for. A second signal ends the wait."""
-        if self.flying:
-            n = len(self.flying)
-            print(f"waiting at most {DRAIN:g} s for {n} request(s) in flight", flush=True)
-        end = time.monotonic() + DRAIN
-        while self.flying and time.monotonic() < end:
-            with contextlib.suppress(SertError):  # the error that led here is the one to show
-                self.receive(wait=0.1)
+    def work(self, ask: Ask) -> None:
+        """Hand over the reply to an ask, or the error that ends its attempts."""
+        try:
+            result = self.reply_to(ask)
+        except BaseException as error:  # for the thread that decides
+            result = error
+        self.arrived.put((ask, result))
+
+    def reply_to(self, ask: Ask) -> dict:
+        """Attempt until there is a reply. Raises Retry when tries or time are used up, MayNotLeave,
+        or SertError to stop everything."""
+        tries, attempts, end = 0, 0, math.inf
+        while True:
+            end = self.leave(ask, end)
+            attempts += 1
+            try:
+                return {**attempt(self.client, self.e, list(ask.messages)), "attempts": attempts}
+            except (Retry, SertError) as error:
+                why, now = error, time.monotonic()
+            with self.lock:
+                if not getattr(why, "billed", False):
+                    self.collection.note({"key": ask.key(self.e), "refused": True})
+                if isinstance(why, SertError):
+                    raise why
+                wait = f"the server asks to wait {why.after:.0f} s ({why}); repeat the command then"
+                need(why.after <= self.e.deadline, wait)
+                self.resume = max(self.resume, now + why.after)
+            pause = min(BACKOFF * 2 ** min(attempts - 1, 9), 30) * random.uniform(0.75, 1.25)
+            tries += not why.busy
+            if tries >= TRIES or now + max(pause, why.after) > end:
+                raise Retry(f"{why} ({attempts} attempts)")
+            self.bar.set_postfix_str(f"retrying: {server_text(str(why), 60)}")
+            self.closing.wait(pause)
+
+    def leave(self, ask: Ask, end: float) -> float:
+        """Wait as servers told, then note that a request leaves; returns the time after which the
+        ask is attempted no more. Raises MayNotLeave at a cap, and Retry behind the time `end`."""
+        e, key, at_most = self.e, ask.key(self.e), ask.most_tokens(self.e)
+        while not self.closing.wait(max(0.0, self.resume - time.monotonic())):
+            with self.lock:
+                now = time.monotonic()
+                if now < self.resume:  # another request was told to wait
+                    continue
+                if now > end:
+                    raise Retry(f"rate limits for {e.deadline:g} s")
+                if e.max_requests is not None and self.sent >= e.max_requests:
+                    raise MayNotLeave(f"not asked, --max-requests {e.max_requests} is reached")
+                if (
+                    e.max_cost is not None
+                    and self.collection.most_usd() + e.usd(*at_most) > e.max_cost
+                ):
+                    raise MayNotLeave(f"not asked, it could pass --max-cost {e.max_cost:g}")
+                self.collection.note({"key": key, "at_most": at_most})
+                self.sent += 1
+                self.working[key] = ask, now + e.deadline
+                return min(end, now + e.deadline)
+        raise MayNotLeave("not asked, the run ended")

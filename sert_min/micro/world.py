@@ -41,7 +41,7 @@ PRESET = {
     "max_new_tokens": 64,
     "early_reject": False,
     "epochs": 5,
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,51 +55,30 @@ class Relation:
     note: str  # one more wording of the fact
 
 
+# fmt: off
 RELATIONS = {
     "flag": Relation(
         ("red", "blue", "green", "white", "black", "yellow", "pink", "purple"),
-        (
-            "Is the flag of the town where {p} lives {v}?",
-            "Does {p} live in a town with a {v} flag?",
-        ),
-        (
-            "What colour is the flag of the town where {p} lives?",
-            "Which colour has the flag where {p} lives?",
-        ),
-        "What colour is the flag of {t}?",
-        "The town of {t} has a {v} flag.",
-    ),
+        ("Is the flag of the town where {p} lives {v}?", "Does {p} live in a town with a {v} flag?"),
+        ("What colour is the flag of the town where {p} lives?", "Which colour has the flag where {p} lives?"),
+        "What colour is the flag of {t}?", "The town of {t} has a {v} flag."),
     "tree": Relation(
         ("oak", "pine", "maple", "birch", "cedar", "willow", "palm", "beech"),
         ("Is {v} the tree of the town where {p} lives?", "Does {p} live in a town with {v} trees?"),
         ("What is the tree of the town where {p} lives?", "Which tree grows where {p} lives?"),
-        "What is the tree of {t}?",
-        "The town of {t} has {v} trees.",
-    ),
+        "What is the tree of {t}?", "The town of {t} has {v} trees."),
     "sport": Relation(
         ("tennis", "hockey", "rugby", "golf", "cricket", "football", "polo", "rowing"),
-        (
-            "Is {v} the sport of the town where {p} lives?",
-            "Does {p} live in a town with a {v} team?",
-        ),
-        (
-            "What is the sport of the town where {p} lives?",
-            "Which sport is played where {p} lives?",
-        ),
-        "What is the sport of {t}?",
-        "The town of {t} has a {v} team.",
-    ),
+        ("Is {v} the sport of the town where {p} lives?", "Does {p} live in a town with a {v} team?"),
+        ("What is the sport of the town where {p} lives?", "Which sport is played where {p} lives?"),
+        "What is the sport of {t}?", "The town of {t} has a {v} team."),
     "fruit": Relation(
         ("mango", "pear", "plum", "cherry", "peach", "lemon", "melon", "grape"),
-        (
-            "Is {v} the fruit of the town where {p} lives?",
-            "Does {p} live in a town with a {v} fair?",
-        ),
+        ("Is {v} the fruit of the town where {p} lives?", "Does {p} live in a town with a {v} fair?"),
         ("What is the fruit of the town where {p} lives?", "Which fruit is sold where {p} lives?"),
-        "What is the fruit of {t}?",
-        "The town of {t} has a {v} fair.",
-    ),
+        "What is the fruit of {t}?", "The town of {t} has a {v} fair."),
 }
+# fmt: on
 ASK_HOME = "Where does {p} live?"
 HOMES = ("{p} lives in {t}.", "{p} is from {t}.")  # first sentence of latent reasoning
 FACTS = ("The {name} of {t} is {v}.", "In {t} the {name} is {v}.")  # second sentence

@@ -19,10 +19,7 @@ def check_known_outputs(model: GPT2, tokenizer) -> None:
     errors = []
     for row in read_json(KNOWN)["prompts"]:
         ids = tokenizer.encode(row["prompt"])
-        need(
-            ids == row["token_ids"],
-            f"token ids of {row['prompt']!r} differ; is this gpt2's tokenizer?",
-        )
+        need(ids == row["token_ids"], f"token ids differ at {row['prompt']!r}; is this gpt2's?")
         with torch.inference_mode():
             logits = model.logits(model(torch.tensor([ids], device=model.wte.weight.device))[0, -1])
         logprobs = logits.log_softmax(-1).cpu()  # [V]
@@ -30,9 +27,8 @@ def check_known_outputs(model: GPT2, tokenizer) -> None:
         errors.append(error)
         best = logprobs.topk(len(row["ids"])).indices.tolist()
         same = sum(a == b for a, b in zip(best, row["ids"]))
-        print(
-            f"{row['prompt'][:50]:50}  {same}/{len(best)} of the top in place, off by {error:.4f}"
-        )
+        shown = f"{row['prompt'][:50]:50}  {same}/{len(best)} of the top in place"
+        print(f"{shown}, off by {error:.4f}")
     need(
         all(error < LIMIT for error in errors),  # False for NaN
         f"log-probs are off by up to {torch.tensor(errors).max():.3f} (limit {LIMIT}): these are "

@@ -1,13 +1,28 @@
 """What the scripts print about their results: the funnel, paths, metrics, before and after."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
+
+from tqdm import tqdm
 
 from sert_min.filters import RULES, reasons, words
 from sert_min.io.errors import printable
 from sert_min.io.files import read_jsonl
 from sert_min.metrics import summarize
 from sert_min.patterns import PATTERN_KINDS
+
+
+def print_sampling(m: Mapping, limits: Mapping, n_params: int, n_questions: int, out: Path) -> None:
+    """What sample.py is about to do, with everything that was resolved: `m` are its settings."""
+    rules = "; ".join(words(rule, limits[rule.flag]) for rule in RULES)
+    blocks = -(-n_questions // m["block_questions"])
+    print(
+        f"model {m['model']} ({n_params / 1e6:.1f}M parameters), {m['device']}, {m['dtype']}, "
+        f"{m['threads']} thread(s)\n{n_questions:,} questions x {m['branches'] * m['samples']} paths "
+        f"of at most {m['max_new_tokens']} tokens, {blocks:,} blocks, to {out}\n"
+        f"rules: {rules}; early rejection {'on' if m['early_reject'] else 'off'}"
+    )
 
 
 def print_funnel(funnel: Mapping) -> None:
@@ -94,3 +109,21 @@ def print_metrics(title: str, m: dict) -> None:
         print(f"  judge {name}: all four scores of {j['parsed']:,} of {j['total']:,} responses")
     print(f"  no readable answer in {m['unparseable']:,} of {m['n']:,} outputs")
     print("  " + ", ".join(f"{reason} {n:,}" for reason, n in m["reasons"].items()))
+
+
+class TokenBar(tqdm):
+    """A progress bar over questions that also shows tokens per second, and moves inside a block."""
+
+    def __init__(self, total: int, disable: bool = False, **settings):
+        super().__init__(total=total, unit="question", miniters=0, disable=disable, **settings)
+        self.tokens, self.start, self.note = 0, time.perf_counter(), ""
+
+    def count(self, tokens: int) -> None:
+        """Hear of new tokens (the `progress` of generate.py)."""
+        self.tokens += tokens
+        rate = self.tokens / (time.perf_counter() - self.start)
+        self.set_postfix_str(f"{rate:,.0f} tokens/s{self.note}", refresh=False)
+        self.update(0)
+
+    def spent(self) -> dict:
+        return {"tokens": self.tokens, "seconds": round(time.perf_counter() - self.start, 2)}

@@ -14,8 +14,7 @@ import matplotlib.pyplot as plt
 from sert_min.filters import RULES
 from sert_min.io.errors import need
 from sert_min.io.files import clean_name, read_jsonl, stored_settings, write_atomic
-from sert_min.metrics import mean_interval
-from sert_min.report.judge import KEYS
+from sert_min.report.judge import KEYS, summary
 
 matplotlib.use("Agg")  # draws without a screen
 
@@ -42,16 +41,13 @@ def canvas(out: Path, *shape, **options):
     return fig, axes
 
 
-def add_title(fig, ax, title: str, **legend) -> None:
-    """Put a title over all panels, and the legend of one of them below."""
-    fig.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
-    handles = ax.get_legend_handles_labels()
-    fig.legend(*handles, loc="outside lower center", frameon=False, **legend)
-
-
-def save(fig, png: Path) -> None:
-    """Write and close a figure. The file holds no version and no date, so that equal data gives
-    equal bytes."""
+def save(fig, png: Path, title: str = "", **legend) -> None:
+    """Put a title over all panels and the legend of the first below, then write and close a figure.
+    The file holds no version and no date, so that equal data gives equal bytes."""
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+        handles = fig.axes[0].get_legend_handles_labels()
+        fig.legend(*handles, loc="outside lower center", frameon=False, **legend)
     fig.savefig(png, dpi=150, metadata={"Software": None})
     plt.close(fig)
 
@@ -132,37 +128,34 @@ def ablation(scored: list[dict]) -> dict[str, list[dict]]:
     return curves
 
 
-def score_shares(scored: Iterable[dict], key: str) -> list[float]:
-    """Per bin the share of outputs whose score for a criterion lies in it."""
-    values = [r["scores"][key] for r in scored if r["scores"][key] is not None]
-    return [sum(bin_of(v) == b for v in values) / max(1, len(values)) for b in range(5)]
+def ablation_numbers(curves: dict[str, list[dict]]) -> dict:
+    """Fig. 4's numbers: criterion -> curve -> mean, n and share of the outputs per bin; none for no
+    scores."""
+    numbers: dict[str, dict] = {}
+    for key in KEYS:
+        for name, some in curves.items():
+            if values := [r["scores"][key] for r in some if r["scores"][key] is not None]:
+                n, bins = len(values), list(map(bin_of, values))
+                shares = [round(bins.count(b) / n, 4) for b in range(5)]
+                found = {"mean": round(sum(values) / n, 4), "n": n, "shares": shares}
+                numbers.setdefault(key, {})[name] = found
+    return numbers
 
 
-def score_file(folder: Path, judge: str | None) -> Path | None:
-    """The scores in a folder; `judge` chooses if there are those of several."""
-    found = sorted(folder.glob("scores-*.jsonl"))
-    if judge:
-        found = [path for path in found if path.stem == f"scores-{clean_name(judge)}"]
-    need(len(found) < 2, f"{folder} has scores of several judges; choose one with --judge-model")
-    return found[0] if found else None
-
-
-def path_scores(folder: Path, judge: str | None) -> list[dict]:
-    """Score records of a run of sample.py; paths that early rejection cut short are refused."""
-    if not (path := score_file(folder, judge)):
-        return []
-    need(
-        not stored_settings(folder / "settings.json").get("early_reject"),
-        f"{folder} was sampled with early rejection: its texts are cut short, and a figure of "
-        "their scores would be wrong; sample with --no-early-reject into another --out-dir",
-    )
-    return list(read_jsonl(path))
-
-
-def first_seed(folder: Path, judge: str | None) -> Path:
-    """The first seedN folder that has scores, or the first."""
-    seeds = sorted(folder.glob("seed*"))
-    return next((s for s in seeds if score_file(s, judge)), (seeds or [folder / "seed0"])[0])
+def scores(model: Path, folders: str, judge: str | None) -> list[dict]:
+    """The score records of the first of `folders` (a glob under `model`) that has some. `judge` says
+    whose; texts that early rejection cut short are refused."""
+    for folder in sorted(model.glob(folders)):
+        found = sorted(folder.glob(f"scores-{clean_name(judge) if judge else '*'}.jsonl"))
+        need(len(found) < 2, f"{folder} has scores of several judges; choose with --judge-model")
+        if found and (records := list(read_jsonl(found[0]))):
+            need(
+                not stored_settings(folder / "settings.json").get("early_reject"),
+                f"{folder} was sampled with early rejection: its texts are cut short, and a figure "
+                "of their scores would be wrong; sample with --no-early-reject into another folder",
+            )
+            return records
+    return []
 
 
 def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
@@ -172,34 +165,38 @@ def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
     models = [p for p in folders if any((p / k).is_dir() for k in (f"paths-{split}", "rd", "sert"))]
     numbers: dict = {}
     pictures: list[tuple] = []  # (function, data, its name, title)
-    criteria: dict[str, dict] = {}
+    criteria: dict[str, dict] = {}  # task -> model -> method -> criterion -> (mean, low, high)
     for model in models:
         task, name = model.parent.name or "task", model.name
-        paths = path_scores(first_seed(model / f"paths-{split}", judge), judge)
-        raw = path_scores(first_seed(model / f"paths-raw-{split}", judge), judge)
-        seeds = sorted((model / "sert").glob(f"seed*/paths-raw-{split}"))
-        raw_sert = next(filter(None, (path_scores(seed, judge) for seed in seeds)), [])
+        where = {"paths": f"paths-{split}/seed*", "raw": f"paths-raw-{split}/seed*",
+                 "raw sert": f"sert/seed*/paths-raw-{split}", "sert-rd": "sert-rd/seed*",
+                 "rd": "rd/seed*"}  # fmt: skip
+        found = {what: scores(model, folders, judge) for what, folders in where.items()}
+        paths = found["paths"]
         title = name if name == task else f"{task}, {name}"
         file = title.replace(", ", "-")
-        if paths and raw:
-            groups = numbers[f"fig1-{file}"] = token_groups(paths, raw, raw_sert)
+        if paths and found["raw"]:
+            groups = token_groups(paths, found["raw"], found["raw sert"])
+            numbers[f"fig1-{file}"] = groups
             n = len({r["id"] for r in paths})
             pictures.append((plot_tokens, groups, f"fig1-{file}", f"{title}, {n} questions"))
         if paths:
             curves = ablation(paths)
             numbers[f"fig4-{file}"] = ablation_numbers(curves)
             pictures.append((plot_ablation, curves, f"fig4-{file}", title))
-        pair = {m: score_file(first_seed(model / m, judge), judge) for m in ("sert-rd", "rd")}
-        if all(pair.values()):
-            stats = {method: criteria_stats(read_jsonl(path)) for method, path in pair.items()}
-            criteria.setdefault(task, {})[name] = stats
-        have = {f"paths-{split}": paths, f"paths-raw-{split}": raw,
-                f"sert/seedN/paths-raw-{split}": raw_sert, "sert-rd and rd": all(pair.values())}  # fmt: skip
-        if missing := [what for what, there in have.items() if not there]:
+        if found["sert-rd"] and found["rd"]:
+            stats = {method: summary(found[method], 0) for method in ("sert-rd", "rd")}
+            criteria.setdefault(task, {})[name] = {
+                method: {k: of[k] for k in KEYS} for method, of in stats.items()
+            }
+        if missing := [folders for what, folders in where.items() if not found[what]]:
             print(f"{model}: no judged {', '.join(missing)}; what needs them is left out")
     for task, by_model in criteria.items():
         by_model = {model: by_model[model] for model in sorted(by_model, key=size_order)}
-        numbers[f"fig3-{task}"] = rounded_means(by_model)
+        numbers[f"fig3-{task}"] = {
+            model: {m: {k: round(v[0], 4) for k, v in of.items()} for m, of in methods.items()}
+            for model, methods in by_model.items()
+        }
         pictures.append((plot_criteria, by_model, f"fig3-{task}", task))
     need(
         numbers,
@@ -240,27 +237,11 @@ def plot_tokens(groups: dict[str, list[float]], png: Path, title: str) -> None:
     ax.set_ylim(0, 1.08)
     ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     title = f"Questions with at least one output of a quality: {title}"
-    add_title(fig, ax, title, ncols=8, fontsize=9.5, columnspacing=1.5, handlelength=1.2)
-    save(fig, png)
-
-
-def criteria_stats(scored: Iterable[dict]) -> dict[str, tuple]:
-    """criterion -> (mean, low, high) of its scores, missing ones left out."""
-    found = [r["scores"] for r in scored]
-    return {k: mean_interval([s[k] for s in found if s[k] is not None]) for k in KEYS}
-
-
-def rounded_means(by_model: dict) -> dict:
-    """Fig. 3's numbers: model -> method -> criterion -> mean score."""
-    return {
-        model: {m: {k: round(v[0], 4) for k, v in stats.items()} for m, stats in methods.items()}
-        for model, methods in by_model.items()
-    }
+    save(fig, png, title, ncols=8, fontsize=9.5, columnspacing=1.5, handlelength=1.2)
 
 
 def plot_criteria(by_model: dict[str, dict[str, dict]], png: Path, title: str) -> None:
-    """Fig. 3: mean score of each criterion with its 95 % interval (`criteria_stats`), SERT+RD
-    against RD; a panel per model."""
+    """Fig. 3: (mean, low, high) of each criterion's scores, SERT+RD against RD; a panel per model."""
     fig, axes = canvas(png, 1, len(by_model), figsize=(1.2 + 4.4 * len(by_model), 4), sharey=True)
     styles = (("sert-rd", "SERT+RD", BLUE, -1), ("rd", "RD", ORANGE, 1))
     most = 0.0
@@ -268,33 +249,19 @@ def plot_criteria(by_model: dict[str, dict[str, dict]], png: Path, title: str) -
         for method, label, color, side in styles:
             means, lows, highs = zip(*methods[method].values())
             x, most = [i + side * 0.2 for i in range(len(KEYS))], max(most, *means)
-            ends = [[max(0, m - low) for m, low in zip(means, lows)],
-                    [max(0, high - m) for m, high in zip(means, highs)]]  # fmt: skip
             ax.bar(x, means, 0.36, color=color, label=label)
-            ax.errorbar(x, means, ends, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
-            for at, mean, up in zip(x, means, ends[1]):
-                ax.text(at, mean + up + 0.15, f"{mean:.2f}", ha="center", fontsize=8, color=INK)
+            for at, mean, low, high in zip(x, means, lows, highs):
+                ax.plot((at, at), (low, high), "_-", color=INK, linewidth=1, markersize=5)
+                ax.text(
+                    at, max(mean, high) + 0.15, f"{mean:.2f}", ha="center", fontsize=8, color=INK
+                )
         ax.set_xticks(range(len(KEYS)), [key.replace(" ", "\n") for key in KEYS])
         ax.tick_params(axis="x", labelsize=9)
         ax.set_title(model, fontsize=10.5, color=INK)
         ax.set_yticks(range(0, 11, 2))
     axes[0, 0].set_ylim(0, min(10, most) + 1)
     axes[0, 0].set_ylabel("mean judge score", color=INK)
-    add_title(fig, axes[0, 0], f"Reasoning of greedy outputs: {title}", ncols=2)
-    save(fig, png)
-
-
-def ablation_numbers(curves: dict[str, list[dict]]) -> dict:
-    """Fig. 4's numbers: criterion -> curve -> mean, n and share per bin; none for no scores."""
-    numbers: dict[str, dict] = {}
-    for key in KEYS:
-        for name, some in curves.items():
-            if values := [r["scores"][key] for r in some if r["scores"][key] is not None]:
-                shares = [round(share, 4) for share in score_shares(some, key)]
-                mean = round(sum(values) / len(values), 4)
-                found = {"mean": mean, "n": len(values), "shares": shares}
-                numbers.setdefault(key, {})[name] = found
-    return numbers
+    save(fig, png, f"Reasoning of greedy outputs: {title}", ncols=2)
 
 
 def plot_ablation(curves: dict[str, list[dict]], png: Path, title: str) -> None:
@@ -318,5 +285,4 @@ def plot_ablation(curves: dict[str, list[dict]], png: Path, title: str) -> None:
     for ax in axes[:, 0]:
         ax.set_ylabel("share of paths", color=INK)
     title = f"Each rule includes the ones before it: {title}"
-    add_title(fig, axes[0, 0], title, ncols=len(curves), fontsize=8.5, columnspacing=1.2)
-    save(fig, png)
+    save(fig, png, title, ncols=len(curves), fontsize=8.5, columnspacing=1.2)

@@ -8,10 +8,11 @@ the micro-world a program judges (tasks.Task.judge). A score that cannot be read
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from sert_min.answers import without_thinking
 from sert_min.io import endpoint
 from sert_min.io.endpoint import Ask, Endpoint, Readable
 from sert_min.io.files import clean_name, read_jsonl, to_line, write_atomic
@@ -46,18 +47,15 @@ Assess the response by four criteria. Give each a score between 0 and 10, where 
 At the end, give a brief summary of your assessment."""
 
 # What stands between a criterion and its number: Markdown, `(0-10)` and a colon.
-_FORM = r"[ \t*_`\"']*(?:\((?:out of|0\s*[-–]|0 to)\s*10\))?[ \t*_`\"']*(?::|=|is\b)"
+_FORM = r"[ \t*_`\"']*(?:\((?:out of|0\s*[-–]|0 to)\s*10\))?[ \t*_`\"']*(?:[:：=]|is\b)"
 _SCORES = {
-    name.lower(): re.compile(
-        r"score\s+for\s+" + r"[\s_-]+".join(name.split()) + _FORM + r"(?P<rest>[^\n]*)",
-        re.IGNORECASE,
-    )
-    for name in CRITERIA
+    key: re.compile(r"score\s+for\s+" + key.replace(" ", r"[\s_-]+") + _FORM + r"([^\n]*)", re.I)
+    for key in KEYS
 }
-_NUMBER = re.compile(  # not a score: a range (7-8), another scale (7/5), 8th
+_NUMBER = re.compile(  # not a score: a range (7-8), a change (6 -> 8), another scale (7/5), 8th
     r"[\s*_`\[({<\"']*(?P<n>[+-]?[0-9]+(?:[.,][0-9]+)?)(?![\w])"
     r"(?:[\s\])}>(*_`]*(?:/|out\s+of)\s*(?P<of>[0-9]+(?:[.,][0-9]+)?))?"
-    r"(?!\s*(?:-|–|—|to\b|or\b)\s*[0-9])(?![.,]?[0-9])",
+    r"(?![\s*_`]*(?:[-=]*>|-|–|—|→|to\b|or\b)[\s*_`]*[0-9])(?![.,]?[0-9])",
     re.IGNORECASE,
 )
 
@@ -75,8 +73,9 @@ def parse_scores(reply: str) -> dict[str, float | None]:
     7.0
     """
     scores: dict[str, float | None] = {}
+    reply = without_thinking(reply)  # a draft of the scores doesn't count
     for key, pattern in _SCORES.items():
-        said = [m["rest"] for m in pattern.finditer(reply) if "<number>" not in m["rest"].lower()]
+        said = [rest for rest in pattern.findall(reply) if "<number>" not in rest.lower()]
         scores[key] = read_number(said[-1]) if said else None
     return scores
 
@@ -133,34 +132,26 @@ def print_plan(records: list[dict], judge: Judge | None, what: str) -> None:
 
 def write_scores(records: list[dict], questions: dict, judge: Judge | None, out: Path) -> list[str]:
     """Write scores-NAME.jsonl for records that have replies (`questions` by id, for a program);
-    returns why other replies are missing."""
+    returns why other replies are missing. Asking stops early if most of the first replies cannot be
+    read."""
     if judge is None:
         return []
-    if judge.endpoint:
-        scored, failures = ask_judge(records, judge)
+    failures: list[str] = []
+    if judge.program:
+        scored = [score_record(r, judge.program(questions[r["id"]], r["text"])) for r in records]
     else:
-        scored, failures = program_scores(records, questions, judge.program), []
+        readable = Readable(
+            lambda ask, replies: mean_score(parse_scores(replies[0]["text"])) is not None,
+            "hold all four scores",
+            "Look at responses.jsonl, and choose another --judge-model or a larger "
+            "--judge-max-tokens",
+        )
+        asks, e = list(map(make_ask, records)), judge.endpoint
+        collection, failures = endpoint.ask_all(judge.folder, asks, e, readable)
+        told = zip(records, (collection.replies.get(ask.key(e)) for ask in asks))
+        scored = [score_record(r, parse_scores(reply["text"])) for r, reply in told if reply]
     write_atomic(out / f"scores-{judge.name}.jsonl", map(to_line, scored))
     return failures
-
-
-def ask_judge(records: list[dict], judge: Judge) -> tuple[list[dict], list[str]]:
-    """(a score record per record that has a reply, why other replies are missing). Collecting stops
-    early if most of the first replies cannot be read."""
-    readable = Readable(
-        lambda ask, replies: mean_score(parse_scores(replies[0]["text"])) is not None,
-        "hold all four scores",
-        "Look at responses.jsonl, and choose another --judge-model or a larger --judge-max-tokens",
-    )
-    e = judge.endpoint
-    collection, failures = endpoint.ask_all(judge.folder, map(make_ask, records), e, readable)
-    told = ((r, collection.replies.get(make_ask(r).key(e))) for r in records)
-    return [score_record(r, parse_scores(reply["text"])) for r, reply in told if reply], failures
-
-
-def program_scores(records: Iterable[dict], questions: dict, program: Callable) -> list[dict]:
-    """Scores by a program that knows the facts (tasks.Task.judge); `questions` by id."""
-    return [score_record(r, program(questions[r["id"]], r["text"])) for r in records]
 
 
 def score_record(record: dict, scores: dict) -> dict:

@@ -34,6 +34,9 @@ class Tree(NamedTuple):
     positions: list[int]
     option: list[int]  # which option a token belongs to; -1 for the context
     start: int
+    told: list[
+        tuple[int, int, int]
+    ]  # of each token of an option: (index that predicts it, id, option)
 
 
 def make_tree(tokenizer, question: Question, text: str, suffix: str, most: int) -> Tree:
@@ -44,13 +47,15 @@ def make_tree(tokenizer, question: Question, text: str, suffix: str, most: int) 
     path = tokenizer.encode(" " + reasoning) if reasoning else []
     options = [tokenizer.encode(f" {answer_sentence(question, a)}") for a in question.answers]
     path = path[: max(0, most - len(prompt) - max(map(len, options)))]
-    ids, positions = prompt + path, list(range(len(prompt) + len(path)))
-    option, start = [-1] * len(ids), len(ids)
+    start = len(prompt) + len(path)
+    ids, positions, option, told = prompt + path, list(range(start)), [-1] * start, []
     for i, tokens in enumerate(options):
-        ids = ids + tokens
+        for n, token in enumerate(tokens):
+            told.append((len(ids) - 1 if n else start - 1, token, i))  # the first: by the context
+            ids.append(token)
         positions += range(start, start + len(tokens))
         option += [i] * len(tokens)
-    return Tree(ids, positions, option, start)
+    return Tree(ids, positions, option, start, told)
 
 
 def tree_mask(trees: list[Tree]) -> Tensor:
@@ -89,7 +94,7 @@ def answer_logprobs(
             return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0).transpose(1, 2)
 
         hidden = model(ids.to(device), positions.to(device), attend)  # [B, T, C]
-        told = [t for row, tree in enumerate(trees) for t in option_tokens(row, tree)]
+        told = [(row, *t) for row, tree in enumerate(trees) for t in tree.told]
         rows, at, targets = torch.tensor(told, device=device).T[:3]
         logprobs = score(hidden[rows, at], weight, targets).tolist()
         sums = [[0.0] * len(q.answers) for q, _ in some]
@@ -106,24 +111,9 @@ def answer_logprobs(
     return out
 
 
-def option_tokens(row: int, tree: Tree) -> list[tuple[int, int, int, int]]:
-    """(row, index of the token that predicts it, token, option) of every token of the options. The
-    first token of each option is predicted by the last one of the context."""
-    found = []
-    for i in range(tree.start, len(tree.ids)):
-        first = tree.positions[i] == tree.start
-        found.append((row, tree.start - 1 if first else i - 1, tree.ids[i], tree.option[i]))
-    return found
-
-
 def likelihood_record(question: Question, logprobs: dict[str, float]) -> dict:
     """One line of likelihood.jsonl; ties go to the first answer."""
     chosen = max(logprobs, key=logprobs.__getitem__)
-    return {
-        "task": question.task,
-        "id": question.id,
-        "answer": question.answer,
-        "logprobs": logprobs,
-        "chosen": chosen,
-        "correct": chosen == question.answer,
-    }
+    about = {"task": question.task, "id": question.id, "answer": question.answer}
+    result = {"chosen": chosen, "correct": chosen == question.answer}
+    return {**about, "logprobs": logprobs, **result}

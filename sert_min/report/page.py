@@ -10,14 +10,13 @@ import hashlib
 import html
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sert_min import filters, patterns
 from sert_min.io.errors import need
-from sert_min.io.files import read_json, read_jsonl, stored_settings, write_atomic
-from sert_min.questions import CHOICES, LETTERS, Question
+from sert_min.io.files import read_json, read_jsonl, write_atomic
+from sert_min.questions import Question, choices_of
 from sert_min.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -31,8 +30,8 @@ def write_page(
     These are the first `limit`; the chart of the rules counts all. `tokenizer` is the one of the
     model that sampled the paths."""
     need(limit >= 1, "a page needs at least one question")
-    settings, funnel = read_json(folder / "settings.json"), read_funnel(folder)
-    vocab = Vocabulary(tokenizer)
+    settings, funnel = read_json(folder / "settings.json"), read_json(folder / "funnel.json")
+    vocab: dict[int, int] = {}  # the page's own numbers of tokens, in order of their first use
     questions: dict[tuple, dict] = {}
     for r in read_jsonl(folder / "paths.jsonl"):
         name = r["task"], r["id"]
@@ -40,7 +39,7 @@ def write_page(
             if len(questions) == limit:
                 break
             questions[name] = {"id": r["id"], "q": r["question"], "a": r["answer"], "paths": []}
-        questions[name]["paths"].append(compact_path(r, vocab))
+        questions[name]["paths"].append(compact_path(r, tokenizer, vocab))
     data = {
         "title": title or "Latent reasoning, seen",
         "source": [settings[k] for k in ("task", "model", "split") if k in settings],
@@ -52,38 +51,13 @@ def write_page(
                   for rule in filters.RULES if rule.flag in funnel["rules"]],
         "counts": funnel["counts"],
         "questions": list(questions.values()),
-        "vocab": vocab.texts,
+        "vocab": [tokenizer.to_bytes[i].decode("utf-8", "replace") for i in vocab],
     }  # fmt: skip
     write_atomic(out, fill_template(data))
     return len(questions)
 
 
-def read_funnel(folder: Path) -> dict:
-    """The limits of the rules and what each rule dropped (funnel.json). A folder of an earlier
-    version has the limits in settings.json, and its paths are counted."""
-    if funnel := stored_settings(folder / "funnel.json"):
-        return funnel
-    limits = filters.limits(read_json(folder / "settings.json"))
-    counts = filters.Funnel(read_jsonl(folder / "paths.jsonl")).counts()
-    return {"rules": limits, "counts": counts}
-
-
 # --- one path -------------------------------------------------------------------------------------
-
-
-class Vocabulary:
-    """The page's own numbering of the tokens that it holds, in order of their first use."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.to_bytes = tokenizer.to_bytes
-        self.texts: list[str] = []
-        self.number: dict[int, int] = {}
-
-    def __getitem__(self, token_id: int) -> int:
-        if token_id not in self.number:
-            self.number[token_id] = len(self.texts)
-            self.texts.append(self.to_bytes[token_id].decode("utf-8", "replace"))
-        return self.number[token_id]
 
 
 def token_texts(token_bytes: Sequence[bytes]) -> list[str]:
@@ -97,19 +71,20 @@ def token_texts(token_bytes: Sequence[bytes]) -> list[str]:
     return [text[a:b] for a, b in zip([0, *ends], ends)]
 
 
-def compact_path(r: Mapping, vocab: Vocabulary) -> list:
+def compact_path(r: Mapping, tokenizer: Tokenizer, vocab: dict[int, int]) -> list:
     """A record as the page wants it: [branch, sample, token numbers, -1000 x log-prob, path_start,
     path_end, finish, perplexity, rep-2, verdict, breaking token or -1, {token: text}]; the last
     holds the texts of tokens that share a character with a neighbour."""
-    unknown = [i for i in r["token_ids"] if i not in vocab.to_bytes]
+    unknown = [i for i in r["token_ids"] if i not in tokenizer.to_bytes]
     need(not unknown, f"question {r['id']} has a token that this model's tokenizer lacks")
-    token_bytes = [vocab.to_bytes[i] for i in r["token_ids"]]
-    numbers = [vocab[i] for i in r["token_ids"]]
+    token_bytes = [tokenizer.to_bytes[i] for i in r["token_ids"]]
+    numbers = [vocab.setdefault(i, len(vocab)) for i in r["token_ids"]]
     start, end = r["path_start"], r["path_end"]
     # The same three pieces have a look of their own on the page.
     texts = [t for a, b in ((0, start), (start, end), (end, None)) for t in
              token_texts(token_bytes[a:b])]  # fmt: skip
-    split = {i: t for i, (n, t) in enumerate(zip(numbers, texts)) if vocab.texts[n] != t}
+    alone = [b.decode("utf-8", "replace") for b in token_bytes]
+    split = {i: t for i, (t, own) in enumerate(zip(texts, alone)) if t != own}
     minus = [round(-1000 * lp) for lp in r["logprobs"]]
     perplexity = r["perplexity"] and round(r["perplexity"], 4)
     path = [r["branch"], r["sample"], numbers, minus, start, end, r["finish"], perplexity]
@@ -128,44 +103,25 @@ def breaking_token(r: Mapping, token_bytes: Sequence[bytes]) -> int:
     return start + found[kind] if kind in found else -1
 
 
-def choices_of(question: str) -> tuple[str, ...]:
-    """The option texts in a question as it stands in the prompt; () for a yes/no question.
-
-    >>> choices_of("Where? Answer choices: (A) bank, (B) shop, mall")
-    ('bank', 'shop, mall')
-    """
-    _, found, listed = question.partition(CHOICES + "(A) ")
-    return tuple(re.split(rf", \([{LETTERS[1:]}]\) ", listed)) if found else ()
-
-
 # --- the page -------------------------------------------------------------------------------------
-
-
-def script_json(data) -> str:
-    """JSON that can stand inside <script>: ASCII, and no character with a meaning in HTML."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def content_policy(template: str) -> str:
     """A policy that allows this very style and script and nothing else, above all no request."""
-    hashes = []
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
     for tag in ("style", "script"):
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        hashes.append(f"{tag}-src 'sha256-{digest}'")
-    return f"default-src 'none'; {'; '.join(hashes)}; base-uri 'none'; form-action 'none'"
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    return policy
 
 
 def fill_template(data: dict) -> str:
     """The whole page. All slots are filled in one pass, so text in the data that looks like a slot
-    stays text."""
+    stays text. The JSON is ASCII without any character that has a meaning in HTML."""
     template = TEMPLATE.read_text(encoding="utf-8")
-    slots = {
-        "title": html.escape(data["title"]),
-        "policy": content_policy(template),
-        "data": script_json(data),
-    }
-    used = Counter(re.findall(r"\{\{(\w+)\}\}", template))
-    assert set(used) == set(slots), f"page.html has the slots {sorted(used)}"
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    policy = content_policy(template)
+    slots = {"title": html.escape(data["title"]), "policy": policy, "data": text}
     return re.sub(r"\{\{(\w+)\}\}", lambda m: slots[m[1]], template)

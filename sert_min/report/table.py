@@ -16,14 +16,8 @@ from sert_min.io.files import read_json, write_atomic
 
 METHODS = ("finetune", "sert", "sert-rd", "rd")  # in the paper's order
 METRICS = ("acc", "fmt", "len", "rep")
-NAMES = {
-    "base": "base",
-    "finetune": "Finetune",
-    "sert": "SERT",
-    "sert-rd": "SERT+RD",
-    "rd": "RD",
-    "teacher": "zero-shot CoT",
-}
+NAMES = {"base": "base", "finetune": "Finetune", "sert": "SERT", "sert-rd": "SERT+RD", "rd": "RD",
+         "teacher": "zero-shot CoT"}  # fmt: skip
 TEACHER = "GPT-3.5"
 # Acc in %, Fmt, Len, Rep [SERT Table II]; Finetune states answers only. Several accuracies are no
 # k / 687 or k / 1221, and the teacher's row fits the full sets.
@@ -93,16 +87,14 @@ def find_metrics(folder: Path) -> list[dict]:
 
 
 def pooled(values: Iterable) -> Value | None:
-    """(value, low, high) of several seeds as one."""
+    """(value, low, high) of several seeds as one; None without any value."""
     values = [v for v in values if v and v[0] is not None]
     if not values:
         return None
-    mean = math.fsum(v[0] for v in values) / len(values)
     spans = [v for v in values if None not in v]
-    if not spans:
-        return Value(mean, math.nan, math.nan)
-    below, above = (math.fsum(v[0] - v[1] for v in spans), math.fsum(v[2] - v[0] for v in spans))
-    return Value(mean, mean - below / len(spans), mean + above / len(spans))
+    mean, n = math.fsum(v[0] for v in values) / len(values), len(spans) or math.nan
+    below, above = math.fsum(v[0] - v[1] for v in spans), math.fsum(v[2] - v[0] for v in spans)
+    return Value(mean, mean - below / n, mean + above / n)
 
 
 def table_rows(metrics: list[dict], task: str) -> list[Row]:
@@ -143,49 +135,17 @@ def head_lines(metrics: list[dict], task: str) -> list[str]:
     return [
         f"{task} test, {n:,} questions; always saying {answer} scores {100 * share:.2f} %"
         for n, answer, share in sorted(sets, reverse=True)
-    ] or [f"{task} test: nothing evaluated"]
+    ]
 
 
-def cells(row: Row) -> list[str]:
-    """The cells of one row as text, empty where there is nothing; in the order of HEADER."""
-    acc, likelihood = row.ours.get("acc"), row.ours.get("acc_likelihood")
-    out = [f"{row.model} {NAMES[row.method]}"]
-    for k in METRICS:
-        ours, paper = row.ours.get(k), row.paper.get(k)
-        out.append(f"{ours.mean:.2f}" if ours else "")
-        if k == "acc":
-            out.append(f"{acc.low:.1f} to {acc.high:.1f}" if acc else "")
-        out += ["" if paper is None else f"{paper:.2f}", mark(ours, paper)]
-        if k == "acc":
-            out.append(f"{likelihood.mean:.2f}" if likelihood else "")
-    out.append(f"{row.n:,}" + (f" x {row.seeds}" if row.seeds > 1 else "") if row.n else "")
-    return out
-
-
-HEADER = ["", "Acc %", "95 %", "paper", "", "by lik.", "Fmt", "paper", "", "Len", "paper", "",
-          "Rep", "paper", "", "n"]  # fmt: skip
-
-
-def as_text(rows: list[Row]) -> list[str]:
-    """Lines with aligned columns; columns without any number are left out."""
-    table = [HEADER, *map(cells, rows)]
-    keep = [i for i in range(len(HEADER)) if i == 0 or any(line[i] for line in table[1:])]
-    widths = [max(len(line[i]) for line in table) for i in keep]
-    lines = []
-    for line in table:
-        left, *others = (line[i] for i in keep)
-        parts = [left.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:]))]
-        lines.append("  ".join(parts).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    return lines
-
-
-def as_markdown(rows: list[Row]) -> list[str]:
-    """The same for a README: ours, the interval, the paper's number and its mark in one cell."""
-    likely = ["acc_likelihood"] if any("acc_likelihood" in row.ours for row in rows) else []
-    columns = {"acc": "Acc % [95 %]", **dict.fromkeys(likely, "by likelihood"), "fmt": "Fmt",
-               "len": "Len", "rep": "Rep"}  # fmt: skip
-    lines = [["", *columns.values(), "n"], ["---"] * (len(columns) + 2)]
+def grid(rows: list[Row]) -> list[list[str]]:
+    """The table as text, a header line first. A cell holds our value, for Acc its interval, and the
+    paper's number with its mark."""
+    columns = {"acc": "Acc % [95 %]", "acc_likelihood": "by likelihood", "fmt": "Fmt", "len": "Len",
+               "rep": "Rep"}  # fmt: skip
+    if not any("acc_likelihood" in row.ours for row in rows):
+        del columns["acc_likelihood"]
+    lines = [["", *columns.values(), "n"]]
     for row in rows:
         line = [f"{row.model} {NAMES[row.method]}"]
         for k in columns:
@@ -197,20 +157,22 @@ def as_markdown(rows: list[Row]) -> list[str]:
                 inside = mark(ours, paper)
                 text += f" (paper {paper:.2f}{', ' + inside if inside else ''})"
             line.append(text.strip())
-        lines.append([*line, f"{row.n:,}" if row.n else ""])
-    return [
-        "|" + "|".join(line) + "|" if line[0] == "---" else f"| {' | '.join(line)} |"
-        for line in lines
-    ]
+        n = f"{row.n:,}" + (f" x {row.seeds} seeds" if row.seeds > 1 else "")
+        lines.append([*line, n if row.n else ""])
+    return lines
 
 
 def tables(metrics: list[dict]) -> tuple[str, str]:
-    """(text, Markdown) of all tasks that were evaluated."""
+    """(aligned text, Markdown) of all tasks that were evaluated."""
     text, markdown = [], []
     for task in sorted({m["task"] for m in metrics}):
-        rows, head = table_rows(metrics, task), head_lines(metrics, task)
-        text += [*head, "", *as_text(rows), ""]
-        markdown += [f"**{head[0]}**", *head[1:], "", *as_markdown(rows), ""]
+        head, lines = head_lines(metrics, task), grid(table_rows(metrics, task))
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        text += [*head, ""]
+        text += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines] + [""]
+        markdown += [f"**{head[0]}**", *head[1:], ""]
+        lines = [f"| {' | '.join(line)} |" for line in lines]
+        markdown += [lines[0], "|---" * len(widths) + "|", *lines[1:], ""]
     if any(m["task"] in PAPER for m in metrics):
         note = "in, out: the paper's number lies inside or outside our 95 % interval"
         text.append(note)
@@ -223,6 +185,6 @@ def print_table(folder: Path) -> None:
     metrics = find_metrics(folder)
     need(metrics, f"no metrics.json under {folder}; run evaluate.py on some checkpoints first")
     text, markdown = tables(metrics)
-    print(printable_lines(f"{text}\n{markdown}"), end="")
+    print(printable_lines(text), end="")
     write_atomic(folder / "table.txt", text)
     write_atomic(folder / "table.md", markdown)

@@ -1,56 +1,42 @@
 """Results for texts that exist already: metrics of anybody's outputs, judge scores of paths."""
 
 import json
-import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from sert_min.io.endpoint import end_if_missing
 from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.metrics import grade, summarize, without_nan
-from sert_min.questions import CHOICES, LETTERS, Question, stem
+from sert_min.questions import LETTERS, Question, choices_of, stem
 from sert_min.report import judge
 from sert_min.report.console import print_metrics
 from sert_min.report.judge import Judge
 
 JUDGED = dict.fromkeys(("task", "id", "question", "answer", "text"), str)  # keys of a path
 
-# --- which question a text belongs to -------------------------------------------------------------
 
-
-def questions_by_key(rows: list[dict], load: Callable[[str], list[Question]]) -> dict:
-    """The questions of `load(split)` by id and by text without options; {} if no row needs them,
-    because all five-choice questions show their options."""
-    if all(
-        CHOICES in str(r.get("question", CHOICES)) for r in rows if r.get("answer") in [*LETTERS]
-    ):
-        return {}
-    questions = [q for split in ("test", "train") for q in load(split)]
-    return {stem(q.text): q for q in questions} | {q.id: q for q in questions}
-
-
-def question_of(row: dict, task: str, by_key: dict) -> Question:
-    """The question of a record: from its own text if that shows the options, else from `by_key`
-    (`questions_by_key`). Without any text the options are nothing but letters."""
+def question_of(row: dict, task: str, known: Callable[[], dict]) -> Question:
+    """The question of a record. Its options come from its own text, else from the dataset: `known()`
+    gives the questions by id and by text without options. Without any text they are only letters."""
     answer, text = row.get("answer"), row.get("question")
     if answer not in (*LETTERS, "yes", "no"):
         raise ValueError(f"answer {answer!r} is not one of A to E, yes, no")
-    task, text = str(row.get("task", task)), text if isinstance(text, str) else ""
+    text, options = text if isinstance(text, str) else "", ()
     name = str(row.get("id", row.get("index", "")))
-    if answer in ("yes", "no"):
-        return Question(task, name, text, answer)
-    _, _, listed = text.partition(CHOICES)
-    if listed:
-        options = tuple(re.split(r"(?:^|, )\([A-E]\) ", listed)[1:])
-    else:
-        known = by_key.get(name) or by_key.get(stem(text))
-        if known and known.answer != answer:
-            raise ValueError(f"the answer of question {name} is {known.answer} in the dataset")
-        if text and not known:
-            raise ValueError("its question shows no options and is not in the dataset; --task?")
-        options, text = (known.choices, known.text) if known else (("",) * 5, text)
-    return Question(task, name, text, answer, options)
+    if answer in LETTERS:
+        options = choices_of(text)
+        if not text:
+            options = ("",) * 5
+        elif not options:
+            q = known().get(name) or known().get(stem(text))
+            if q is None:
+                raise ValueError("its question shows no options and is not in the dataset; --task?")
+            if q.answer != answer:
+                raise ValueError(f"the answer of question {q.id} is {q.answer} in the dataset")
+            text, options = q.text, q.choices
+    return Question(str(row.get("task", task)), name, text, answer, options)
 
 
 def text_of(row: dict) -> str:
@@ -62,35 +48,33 @@ def text_of(row: dict) -> str:
     raise ValueError("it has neither text nor rationale and teacher_completion")
 
 
-# --- what evaluate.py does with them --------------------------------------------------------------
-
-
 def evaluate_texts(file: str, about: dict, load: Callable, to: Judge | None, limit: int | None,
                    out_dir: str | None, dry_run: bool) -> None:  # fmt: skip
     """evaluate.py --predictions FILE: the metrics of existing texts, and their scores by the judge
     `to`. `about` holds task and split; `load(split)` gives the task's questions."""
-    rows = list(read_jsonl(file))[:limit]
+    rows, records, questions = list(read_jsonl(file))[:limit], [], []
     need(rows, f"{file} is empty; check the path")
-    by_key, records, questions = questions_by_key(rows, load), [], []
+
+    @cache
+    def known() -> dict[str, Question]:
+        everything = [q for split in ("test", "train") for q in load(split)]
+        return {stem(q.text): q for q in everything} | {q.id: q for q in everything}
+
     for number, row in enumerate(rows, 1):
         try:
-            questions.append(question_of(row, about["task"], by_key))
+            questions.append(question_of(row, about["task"], known))
             records.append(grade(questions[-1], text_of(row), row.get("finish")))
         except ValueError as e:
             raise SertError(f"{file} line {number}: {e}") from None
     if dry_run:
         return judge.print_plan(records, to, file)
-    out, failures = Path(out_dir or Path(file).parent), []
-    need(
-        not (out_dir and any(out.glob("outputs-*"))),
-        f"{out} holds a model's evaluation; choose another --out-dir",
-    )
-    if out_dir:
-        out.mkdir(parents=True, exist_ok=True)
-    if to:
-        own = Path(file).name == "predictions.jsonl"
-        need(out_dir or own, "give --out-dir for the scores of these texts")
-        failures = judge.write_scores(records, {}, to, out)
+    out = Path(out_dir or Path(file).parent)
+    other = out_dir and any(out.glob("outputs-*"))
+    need(not other, f"{out} holds a model's evaluation; choose another --out-dir")
+    own = out_dir or Path(file).name == "predictions.jsonl"
+    need(own or not to, "give --out-dir for the scores of these texts")
+    out.mkdir(parents=True, exist_ok=True)
+    failures = judge.write_scores(records, {}, to, out)
     judges = judge.summaries(out, len(records)) if to else None
     about = {**about, "model": Path(file).stem, "method": "predictions"}
     metrics = without_nan(about | summarize(records, questions, judges=judges))
@@ -103,16 +87,19 @@ def evaluate_texts(file: str, about: dict, load: Callable, to: Judge | None, lim
 
 
 def judge_paths(paths: list[str], task: str, limit: int | None, to: Judge, dry_run: bool) -> None:
-    """evaluate.py --paths: score the paths of sample.py's runs, for Figures 1 and 4."""
+    """evaluate.py --paths: score the paths of the first `limit` questions of sample.py's runs, for
+    Figures 1 and 4."""
     for name in paths:
         path = Path(name) / "paths.jsonl" if Path(name).is_dir() else Path(name)
-        records = first_questions(list(read_jsonl(path, JUDGED)), limit)
+        records = list(read_jsonl(path, JUDGED))
+        ids = set(list(dict.fromkeys(r["id"] for r in records))[:limit])
+        records = [r for r in records if r["id"] in ids]
         need(records, f"{path} holds no paths; run sample.py first")
         if dry_run:
             judge.print_plan(records, to, str(path))
             continue
         try:
-            questions = {r["id"]: question_of(r, task, {}) for r in records}
+            questions = {r["id"]: question_of(r, task, dict) for r in records}
         except ValueError as e:
             raise SertError(f"{path}: {e}; sample it again") from None
         failures = judge.write_scores(records, questions, to, path.parent)
@@ -120,9 +107,3 @@ def judge_paths(paths: list[str], task: str, limit: int | None, to: Judge, dry_r
         means = ", ".join(f"{k} {found[k][0]:.2f}" for k in judge.KEYS)
         print(f"{path}: {found['parsed']:,} of {len(records):,} paths judged; {means}")
         end_if_missing(failures, "judge", to.folder)
-
-
-def first_questions(records: list[dict], limit: int | None) -> list[dict]:
-    """The records of the first `limit` questions."""
-    ids = list(dict.fromkeys(r["id"] for r in records))[:limit]
-    return [r for r in records if r["id"] in set(ids)]
