@@ -182,7 +182,7 @@ def measure(folder: str, device: str, dtype: str, batches: list) -> dict:
     for batch in batches:
         for name, step in steps.items():
             start = clock(device)
-            losses[name].append(step(batch))
+            losses[name].append(float(step(batch)))
             times[name].append(clock(device) - start)
         limits.append(limit_seconds(plain, batch, bf16))
         print(f"  { ({n: round(t[-1], 4) for n, t in times.items()}) } s", flush=True)

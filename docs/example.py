@@ -172,7 +172,8 @@ def filtering(run, records, path) -> list[str]:
 
 def training(run, q, records) -> list[str]:
     """The training example; self-training on the other questions; what evaluate reads."""
-    by_id, person, examples = {x.id: x for x in run.questions}, program.parse_question(q).person, {}
+    by_id, person = {x.id: x for x in run.blocks.questions}, program.parse_question(q).person
+    examples = {}
     for r in records:
         text, _ = strip_answer_sentence(r["text"])
         if r["verdict"] == "selected" and text:
@@ -216,9 +217,10 @@ def training(run, q, records) -> list[str]:
     reading = """`metrics.grade`, `answers.extract_answer`, `answers.extract_lenient` (paper: §III-A)
 
         The strict answer stands right after the last `the answer is`. The lenient one, shown beside
-        it, is else the first answer word, which in a list of options is its first label. An output
-        without a readable answer is wrong; nothing is guessed. Fmt is `ok` or the reason why not,
-        Len counts words, and Rep is 1 - distinct words / words."""
+        it, is else the last answer statement of another form, or the first answer word of a short
+        output, which in a list of options is its first label. An output without a readable answer
+        is wrong; nothing is guessed. Fmt is `ok` or the reason why not, Len counts words, and Rep
+        is 1 - distinct words / words."""
     places = ((len(ids) + i, show(ids[i]), show(targets[i])) for i in range(-SHOWN, 0))
     return [
         "## 6. The training example", prose(example), table("place | input | target", places),
@@ -256,7 +258,7 @@ def write_page(path: Path) -> None:
     for questions in map(run.blocks.block, range(BLOCKS)):
         sampled = sample_paths(run.model, run.tokenizer, questions, run.s, run.student.suffix)
         records += filters.path_records(sampled, questions, run.tokenizer, run.limits)
-    q = run.questions[FOLLOWED]
+    q = run.blocks.questions[FOLLOWED]
     own = [r for r in records if r["id"] == q.id]
     selected = next(r for r in own if r["verdict"] == "selected")
     about = """Written by `python docs/example.py`; change the program, not this page. One question of

@@ -236,7 +236,7 @@ def test_ties_of_a_bf16_head_go_to_the_lowest_id():
     hidden, weight = head_like_gpt2(6_000)
     weight = torch.cat([weight, weight])  # each token twice
     head, exact = cpu.prepare(weight, hidden, 64), (hidden.double() @ weight.double().T).float()
-    for given in ({"temperature": 0.0}, {"top_k": 1}, {"top_k": 9, "seed": 4}):
+    for given in ({"temperature": 0.0}, {"top_k": 9, "seed": 4}):
         tokens = head_sample_and_score(hidden, head, **given)[0]
         assert torch.equal(tokens, sample_and_score(exact, **given)[0]), given
 
