@@ -85,7 +85,8 @@ def main(args) -> None:
             return sum(len(encode(text)) for text in prompts.rd_pair(q, rationale)) <= c.n_positions
 
         records, counts = rationale_records(questions, outputs, args.keep, fits)
-        console.print_counts(f"{len(records):,} outputs for {len(questions):,} questions", counts)
+        title = f"{len(records):,} rationales for {len(questions):,} questions"
+        console.print_counts(title, counts)
         if args.dry_run:
             return None
         save_records(out, records)
@@ -153,11 +154,10 @@ class Teacher(NamedTuple):
         said, last = record["text"].strip(), ask.messages[-1]["content"]
         if not self.two_step or not said or last.endswith(ASK_ANSWER):
             return None
+        answer = {"role": "user", "content": ASK_ANSWER}
+        messages = (*ask.messages, {"role": "assistant", "content": said}, answer)
         if self.endpoint.completions:
             messages = ({"role": "user", "content": f"{last} {said}\n{ASK_ANSWER}"},)
-        else:
-            answer = {"role": "user", "content": ASK_ANSWER}
-            messages = (*ask.messages, {"role": "assistant", "content": said}, answer)
         return Ask(ask.task, ask.id, ask.sample, messages)
 
     def output(self, replies: list[dict]) -> Output:

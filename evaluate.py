@@ -24,7 +24,7 @@ from sert_min import prompts, script, tasks
 from sert_min.io import endpoint, files
 from sert_min.io.errors import need, printable_lines, run_script
 from sert_min.io.files import to_line, write_atomic
-from sert_min.io.hub import find_model, model_label, weights_hash
+from sert_min.io.hub import weights_hash
 from sert_min.io.machine import resolve_machine
 from sert_min.metrics import grade, greedy, summarize, without_nan
 from sert_min.models import load_model, read_config
@@ -104,11 +104,10 @@ def short_hash(text: str) -> str:
 
 def default_models(task: str) -> list[str]:
     """The task's student and every finished checkpoint that came of it."""
-    name = tasks.get(task).student
-    label = model_label(name, find_model(name))
-    runs = (Path(f"out/{task}/{label}") / method for method in table.METHODS)
-    done = [seed for run in runs for seed in sorted(run.glob("seed*"))]
-    return [name, *(str(seed) for seed in done if (seed / "last" / "config.json").exists())]
+    student = script.open_student(None, task)
+    runs = (Path(f"out/{task}/{student.label}") / method for method in table.METHODS)
+    done = [path for run in runs for path in sorted(run.glob("seed*/last/config.json"))]
+    return [student.name, *(str(path.parent.parent) for path in done)]
 
 
 class Job(NamedTuple):
@@ -252,14 +251,9 @@ def main(args) -> None:
     need(not args.out_dir or len(names) == 1, "--out-dir takes the results of one --model only")
     everything = load(split)
     print(describe(everything, split))
-    settings = {
-        "task": task,
-        "split": split,
-        "data": data_hash(everything),
-        "max_new_tokens": given(args.max_new_tokens, tasks.get(task).greedy_cap),
-        "block_questions": args.block_questions,
-    }
-    some = everything[: args.limit]
+    cap, some = given(args.max_new_tokens, tasks.get(task).greedy_cap), everything[: args.limit]
+    settings = {"task": task, "split": split, "data": data_hash(everything)}
+    settings |= {"max_new_tokens": cap, "block_questions": args.block_questions}
     job = Job(settings, some, args.by == "likelihood", args.device, args.dtype, chosen)
     cells = [cell_of(name, task, split, args.prompt_suffix, args.out_dir) for name in names]
     done = [print_plan(cell, job) if args.dry_run else evaluate(cell, job) for cell in cells]

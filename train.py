@@ -184,11 +184,11 @@ def prepare(
     sert["settings"] = settings
     examples = [encode_example(tokenizer, *texts, o.loss_on) for _, *texts in pairs + held]
     for (q, _, _), (ids, _) in zip(pairs + held, examples):
-        need(
-            len(ids) <= model.config.n_positions,
-            f"question {q.id}: its training text has {len(ids)} tokens, the model's context is "
-            f"{model.config.n_positions}; leave that record out",
+        n, context = len(ids), model.config.n_positions
+        told = (
+            f"question {q.id}: its training text has {n} tokens, the model's context is {context}"
         )
+        need(n <= context, f"{told}; leave that record out")
     model.to(device)
     parts = examples[: len(pairs)], [q.id for q, _, _ in pairs], examples[len(pairs) :]
     return Run(student, model, tokenizer, out, o, settings, sert, *parts)

@@ -150,9 +150,7 @@ def path_breaks(
     return {"imitative": len(drawn), **breaks} if special else breaks
 
 
-def verdict(
-    record: Mapping, token_bytes: Sequence[bytes], question: Question, limits: Mapping
-) -> dict:
+def verdict(record: Mapping, token_bytes: list[bytes], question: Question, limits: Mapping) -> dict:
     """What follows from a sampled record (`token_ids, logprobs, path_start, finish`): its `text,
     path_end, perplexity, rep2, verdict` (`kept` for a path that passes every rule). `token_bytes`
     are the bytes of each of its `token_ids`."""
@@ -186,7 +184,7 @@ RECORD = (  # the keys of a record of paths.jsonl, in order
 
 
 def path_records(
-    sampled: Iterable[Mapping], questions: Sequence[Question], tokenizer, limits: Mapping
+    sampled: list, questions: list[Question], tokenizer, limits: Mapping
 ) -> list[dict]:
     """The records of paths.jsonl from those of `generate.sample_paths`, for all paths of `questions`:
     with verdicts, and one path selected per question."""

@@ -129,8 +129,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 def make_optimizer(model: GPT2, lr: float) -> torch.optim.Optimizer:
     """Adam [SERT §III-A] with PyTorch's other defaults, fused into one pass where possible."""
-    fused = model.wte.weight.device.type in ("cpu", "cuda")
-    return torch.optim.Adam(model.parameters(), lr=lr, fused=fused)
+    return torch.optim.Adam(model.parameters(), lr, fused=model.wte.weight.device.type != "mps")
 
 
 def sparse_embedding(model: GPT2) -> bool:
@@ -220,10 +219,8 @@ def fit(
     keep_freed_memory()
     optimizer = make_optimizer(model, s.lr)
     step = parallel.process_0_first(lambda: load_state(model, optimizer, out / "state"))
-    need(
-        step <= steps,
-        f"{out} has gone {step:,} steps already, asked are {steps:,}; raise --epochs or --max-steps",
-    )
+    told = f"{out} has gone {step:,} steps already, asked are {steps:,}"
+    need(step <= steps, f"{told}; raise --epochs or --max-steps, or choose another --out-dir")
     main, log = parallel.RANK == 0, out / "metrics.jsonl"
     validated = keep_metrics_before(log, step) if main else 0
     model.wte.sparse = sparse_embedding(model)

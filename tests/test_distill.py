@@ -109,7 +109,7 @@ def test_dry_run_asks_nothing_and_writes_nothing(student, capsys, monkeypatch):
         run("no/such/model", server, "--dry-run", "--price-in", 1, "--price-out", 1, "--two-step")
         assert server.bodies == []
     said = capsys.readouterr().out
-    assert "Question: Is 0 even?\n  Answer: Let's think step by step." in said
+    assert "Question: Is 0 even?\nAnswer: Let's think step by step." in said
     assert "plan: 60 teacher requests (0 replies are there)" in said and "USD" in said
     assert f"{60 * 512:,} out" in said and not Path("out").exists()
     line = {"question": "Is 0 even?", "rationale": "It is. So the answer is yes."}

@@ -170,7 +170,7 @@ BAD_FILES = [
     ("a.jsonl", '{"question": 5, "rationale": "x"}', UNKNOWN),
     ("a.jsonl", '{"question": "Is water wet?", "rationale": ["x"]}', UNKNOWN),
     ("a.jsonl", '{"question": "Is earth flat?", "rationale": "x"}', NOTHING),
-    ("a.jsonl", "no json", "not JSON"),
+    ("a.jsonl", "no json", "JSON"),
     ("a.jsonl", None, "does not exist"),
     ("a.jsonl", "", NOTHING),
     ("a.log", "nothing", NOTHING),
