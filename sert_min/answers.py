@@ -2,7 +2,6 @@
 
 import functools
 import re
-from typing import NamedTuple
 
 from sert_min.questions import LETTERS, Question
 
@@ -12,17 +11,13 @@ _SENTENCE_START = re.compile(r"""(?:(?<!\b[A-Z])[.!?]["'”’»)\]}]*\s+|\n\s*)
 
 # --- strict, the headline: what stands right after the LAST `the answer is` -------------------
 #
-#   yes. / Yes, it is / **NO** / ":\n\nNo"  yes, no  case and punctuation do not matter
-#   probably yes / most likely (C)          yes, C   a hedge of the closed list HEDGES
-#   (C) / (c) mall / [C] / option C / C     C        a letter in brackets, or before punctuation,
-#                                                    the end, AFTER_LETTER; B-E before any word
-#   the mall / Mall. / to relax             C        an option's text in whole words, longest first
-#   (C) library, though that is (B)'s       C        a letter in brackets goes before a text
-#   (C) mall or (B) library / (C), (B)      C        the one that stands right after the words
-#   a place / the text of two options       -        an article; not unique
-#   no one / no longer / no doubt           -        a word, not an answer (NOT_NO)
-#   yes or no / yes/no / either (A) or (B)  -        two answers are none
-#   not (C) / unknown / nothing at all      -        never guessed
+#   yes. / **NO** / most likely (C)         yes, no, C   a hedge of the closed list HEDGES
+#   (c) mall / [C] / option C / C, as ..    C   a letter in brackets, or before punctuation, the end
+#                                               or `as`; B-E before any word: A may be an article
+#   the mall / Mall. / to relax             C   an option's text in whole words, longest first
+#   (C) mall or (B) library                 C   the one that stands right after the words
+#   the text of two options / yes or no     -   two answers are none
+#   no one / no longer / not (C) / unknown  -   never guessed
 
 _THE_ANSWER_IS = re.compile(r"\bthe\s+answer\s+is\b", re.I)
 HEDGES = (
@@ -30,17 +25,16 @@ HEDGES = (
     "|definitely|surely|clearly|obviously|simply|actually|usually|generally|typically|technically"
     "|also|still|then|therefore|thus|indeed|in fact|of course|i think|a resounding|a definite"
 )
-NOT_NO = "one|longer|more|less|fewer|doubt|matter|way|single|different|idea"
-AFTER_LETTER = "because|since|as|for|which|that|or|and|is"
-_HEDGE = HEDGES.replace(" ", r"\s+")
 _SKIP = re.compile(  # one step over what may stand between `the answer is` and the answer
     r"""[\s:;,…"'“”‘’«`*_#>=$(\[{–—-]|\.\.+|(?:the\s+)?(?:correct\s+)?(?:option|choice|letter)\b"""
-    rf"|(?:{_HEDGE})\b",
+    rf"|(?:{HEDGES})\b".replace(" ", r"\s+"),
     re.I,
 )
 _END_OF_WORD = r"(?!\w)(?!['’-]\w)"
-_YES_NO = re.compile(
-    rf"(yes|no){_END_OF_WORD}(?!\s+(?:{NOT_NO})\b)(?!\s*(?:/|and\b|or\b)\s*(?:yes|no)\b)",
+_YES_NO = re.compile(  # not `no longer`, and not `yes or no`
+    rf"(yes|no){_END_OF_WORD}"
+    r"(?!\s+(?:one|longer|more|less|fewer|doubt|matter|way|single|different|idea)\b)"
+    r"(?!\s*(?:/|and\b|or\b)\s*(?:yes|no)\b)",
     re.I,
 )
 
@@ -69,12 +63,12 @@ def _answer_at(text: str, at: int, question: Question) -> str | None:
     if not question.choices:
         m = _YES_NO.match(text, at)
         return m and m[1].lower()
-    rules = _option_rules(question.choices)
-    if m := rules.bracketed.match(text, at):
+    bracketed, option, bare, letter_of = _option_rules(question.choices)
+    if m := bracketed.match(text, at):
         return m[1].upper()
-    if m := rules.text.match(text, at):
-        return rules.letter_of.get(_normal(m[1]), "")
-    m = rules.bare.match(text, at)
+    if m := option.match(text, at):
+        return letter_of.get(_normal(m[1]), "")
+    m = bare.match(text, at)
     return m and m[0].upper()
 
 
@@ -88,30 +82,21 @@ def words_pattern(texts) -> str:
     return "|".join(r"\s+".join(map(re.escape, t.split())) for t in texts) or r"(?!)"
 
 
-class _OptionRules(NamedTuple):
-    bracketed: re.Pattern  # (C)
-    text: re.Pattern  # the text of an option, an article allowed
-    bare: re.Pattern  # C.
-    letter_of: dict[str, str]  # normalised text -> letter, "" where two options share it
-
-
 @functools.lru_cache(512)
-def _option_rules(choices: tuple[str, ...]) -> _OptionRules:
+def _option_rules(choices: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern, re.Pattern, dict]:
+    """(`(C)`, the text of an option, `C.`, normalised text -> letter or "" where two share it)."""
     letters, words = LETTERS[: len(choices)], words_pattern(choices)
     any_case = letters + letters.lower()
     letter_of: dict[str, str] = {}
-    for letter, choice in zip(letters, choices):
-        letter_of[_normal(choice)] = "" if _normal(choice) in letter_of else letter
+    for letter, text in zip(letters, map(_normal, choices)):
+        letter_of[text] = "" if text in letter_of else letter
     stop = r"""[)\]}:]|[.,;!?"'”’*]+(?!\w)|\s*\Z|[^\S\n]*\n|\s+[(=–—-]"""
-    bare = rf"[{any_case}](?={stop}|\s+(?i:{AFTER_LETTER})\b)"
+    bare = rf"[{any_case}](?={stop}|\s+(?i:because|since|as|for|which|that|or|and|is)\b)"
     if letters[1:]:  # an upper-case A before a word may be an article, B to E may not
         bare += rf"|[{letters[1:]}](?![\w.'’-])"
-    return _OptionRules(
-        re.compile(rf"[(\[{{]\s*([{any_case}])\s*[)\]}}]"),
-        re.compile(rf"(?:(?:an?|the|to)\s+)?({words}){_END_OF_WORD}", re.I),
-        re.compile(bare),
-        letter_of,
-    )
+    bracketed = rf"[(\[{{]\s*([{any_case}])\s*[)\]}}]"
+    option = re.compile(rf"(?:(?:an?|the|to)\s+)?({words}){_END_OF_WORD}", re.I)
+    return re.compile(bracketed), option, re.compile(bare), letter_of
 
 
 # --- answer statements: read from a teacher, by the lenient metric, and stripped ---------------
@@ -121,12 +106,10 @@ def _option_rules(choices: tuple[str, ...]) -> _OptionRules:
 #
 #   (A) has none. The correct choice would be **C**.       C   a first mention never counts
 #   So the answer is not (B) but (C).                      C   a correction; without `but`: -
-#   Yes, it can. / (C) fits. / (C) is correct.             -   discussions say so of any option
-#   I would say no. / It must be (C). / Not (A), so (B).   -   the same
+#   (C) fits. / It must be (C). / I would say no.          -   discussions say so of any option
 #   The answer can't be (A). / is unclear. / is (A)?       -   a statement of nothing
 #   Some say the answer is no. / If so, it would be no.    -   doubted or hypothetical
-#   The answer is yes. Wait, dogs can't fly.               -   taken back
-#   The answer is yes. Question: Can cats? Answer: no      -   it asks itself another question
+#   The answer is yes. Wait, dogs can't fly.               -   taken back; or it asks a new question
 
 _GOOD = r"(?:(?:final|correct|right|best|closest|short|true|logical|likely|most \w+) )"
 _NOUN = rf"(?:{_GOOD}*answer(?: choice| option)?|{_GOOD}+(?:choice|option))"
@@ -174,12 +157,6 @@ _TAKEN_BACK = re.compile(  # behind the end of a sentence or a dash
     r"[.!?\n(…–—-]\s*(?:but |or )?(?:wait|hmm|actually|correction|sorry|rather|on second)\b", re.I
 )
 _NEXT_QUESTION = re.compile(r"^\W{0,4}(?:Q|Question)(?: \d+)?\W{0,3}[:：]", re.I | re.M)
-
-
-def statements(text: str, question: Question) -> list[tuple[int, int, str | None]]:
-    """(where it starts, where its answer starts, the canonical answer or None) of each answer
-    statement in `text`."""
-    return [(m.start(), m.end(), _said(text, m, question)) for m in _ANY_FORM.finditer(text)]
 
 
 def stated_answer(text: str, question: Question) -> str | None:

@@ -6,7 +6,6 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 from sert_min.answers import HEDGES, words_pattern
 from sert_min.io.errors import need
@@ -19,9 +18,7 @@ EARLY_KINDS = PATTERN_KINDS[:2]  # nothing mends them; a direct answer may get a
 def parse_patterns(text: str) -> tuple[str, ...]:
     """The kinds that `--patterns` drops, comma-separated, in any order; `none` drops nothing."""
     kinds = {part.strip() for part in text.split(",")} - {""}
-    if kinds == {"none"}:
-        return ()
-    known = kinds and not kinds - set(PATTERN_KINDS)
+    known = kinds == {"none"} or kinds and kinds <= set(PATTERN_KINDS)
     need(known, f"--patterns takes {','.join(PATTERN_KINDS)} or none, not {text!r}")
     return tuple(kind for kind in PATTERN_KINDS if kind in kinds)
 
@@ -30,14 +27,11 @@ def parse_patterns(text: str) -> tuple[str, ...]:
 #
 # imitative   `Question:` or `Answer:` stands in the text, in this spelling; or a special token other
 #             than end-of-text (`<|im_start|>`) ended the path (filters.verdict).
-# options     Lists two or more different options back:
-#             by label: (A) and (B) with at most LABEL_WORDS words, no verb of PROSE and no sentence
-#             end between them (option texts aside: `(A) bank. (B) mall` is a list; `(B) is wrong,
-#             (C) fits` is prose), or `A. bank B. mall`; or
-#             by text: three option texts, or two that fill a sentence or line of their own, with
-#             only commas, `or`, `and`, articles, labels or line breaks between them (`a bank is
-#             likelier than a library`, `a bank or a mall has one` are prose).
-#             A yes/no question has options too: labels as above, and `yes or no`, `yes/no`.
+# options     Lists two or more different options back, by label: (A) and (B) with at most LABEL_WORDS
+#             words, no verb of PROSE and no sentence end between them, option texts aside; or by text:
+#             three option texts, or two that fill a sentence or line of their own, with only commas,
+#             `or`, `and`, articles, labels or line breaks between them. So `(B) is wrong, (C) fits`
+#             and `a bank or a mall has one` are prose. For a yes/no question: `yes or no`, `yes/no`.
 # direct      The whole text states an answer: optional `The answer is` or `It is` and a hedge, then
 #             yes or no, a label, an option's text, or label and text. Known at the end only: a
 #             second sentence may still come.
@@ -49,17 +43,16 @@ PROSE = re.compile(
     r"\b(?:is|are|was|were|be|isn['’]t|aren['’]t|would|could|should|can|cannot|can['’]t|will|won['’]t"
     r"|may|might|must|has|have|had|does|do|did|doesn['’]t|don['’]t|seems?|makes?|because|since|if|than"
     r"|not|which|that|it|they|he|she|you|so|but)\b|[.!?](?=\s)",
-    re.IGNORECASE,
+    re.I,
 )
 _LABEL = re.compile(rf"\(([{LETTERS}{LETTERS.lower()}])\)")
 _MARK = rf"[(\[]?[{LETTERS}{LETTERS.lower()}\d][).\]:]"  # (B)  B.  2)  before a listed text
-_GAP = (  # what may stand between two listed texts; short, so that no run of spaces is slow
-    rf"""(?:[\s"'“”‘’*_,;/|.•-]|\b(?:and/or|and|or|an?|the)\b|{_MARK}){{1,12}}"""
-)
+# What may stand between two listed texts; short, so that no run of spaces is slow.
+_GAP = rf"""(?:[\s"'“”‘’*_,;/|.•-]|\b(?:and/or|and|or|an?|the)\b|{_MARK}){{1,12}}"""
 _LEAD = re.compile(  # what stands before a list that fills a sentence or line
     rf"""(?:\A|[.!?:]|\n|\b(?:options|choices)\ are\b)
     (?:[\s"'“”‘’)\]*_•-]|\b(?:either|an?|the)\b|{_MARK})*\Z""",
-    re.VERBOSE | re.IGNORECASE,
+    re.X | re.I,
 )
 _TAIL = re.compile(r"""["'”’)\]*_]*(?:[.!?]+["'”’)\]]*\s|[^\S\n]*\n)""")  # .. and after it
 _TAIL_AT_END = re.compile(r"""["'”’)\]*_]*[.!?]*["'”’)\]]*\s*\Z""")
@@ -67,19 +60,14 @@ _TAIL_AT_END = re.compile(r"""["'”’)\]*_]*[.!?]*["'”’)\]]*\s*\Z""")
 _AFTER = r"(?=(?P<after>[^\w'’\ufffd-]|\Z))"
 _YES_OR_NO = re.compile(
     rf"""\b(?:yes["'”’]?\s*(?:/|,?\s?or\b)\s*["'“‘]?no|no["'”’]?\s*(?:/|,?\s?or\b)\s*["'“‘]?yes){_AFTER}""",
-    re.IGNORECASE,
+    re.I,
 )
 
 
-class _ChoicePatterns(NamedTuple):
-    words: re.Pattern  # any option's text
-    pair: re.Pattern  # two option texts as in a list: a cheap first look
-    each: tuple[re.Pattern, ...]  # one per different text, as whole words
-    direct: re.Pattern
-
-
 @functools.lru_cache(512)
-def _choice_patterns(choices: tuple[str, ...]) -> _ChoicePatterns:
+def _choice_patterns(choices: tuple[str, ...]) -> tuple:
+    """Regular expressions: any option's text; two of them as in a list, a cheap first look; one for
+    each different text as whole words; a direct answer."""
     words = words_pattern(choices)
     different = sorted({" ".join(c.lower().split()) for c in choices} - {""})
     label = rf"[(\[]?[{LETTERS}{LETTERS.lower()}][)\]]?[.:]?"
@@ -90,18 +78,16 @@ def _choice_patterns(choices: tuple[str, ...]) -> _ChoicePatterns:
         rf"(?:(?:{HEDGES}) )?(?:(?:option|choice) )?"
         rf"(?:{label}(?:[ :,–-]{{0,3}}(?:{text}))?|{text})[)\].!?]*"
     )
-    return _ChoicePatterns(
-        re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE),
-        re.compile(rf"(?<!\w)(?:{words}){_GAP}(?:{words})", re.IGNORECASE),
-        tuple(
-            re.compile(rf"(?<!\w){words_pattern([t])}{_AFTER}", re.IGNORECASE) for t in different
-        ),
-        re.compile(direct, re.IGNORECASE),
+    return (
+        re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.I),
+        re.compile(rf"(?<!\w)(?:{words}){_GAP}(?:{words})", re.I),
+        [re.compile(rf"(?<!\w){words_pattern([t])}{_AFTER}", re.I) for t in different],
+        re.compile(direct, re.I),
     )
 
 
-_GAP_ONLY = re.compile(_GAP, re.IGNORECASE)
-_HAS_MARK = re.compile(rf"(?<![^\W_]){_MARK}", re.IGNORECASE)
+_GAP_ONLY = re.compile(_GAP, re.I)
+_HAS_MARK = re.compile(rf"(?<![^\W_]){_MARK}", re.I)
 
 
 def pattern_break(
@@ -144,12 +130,12 @@ def earliest(breaks: dict[str, int], kinds: Sequence[str]) -> str:
 
 
 def _label_list_end(text: str, question: Question) -> int | None:
-    labels = list(_LABEL.finditer(text))
+    labels, (words, *_) = list(_LABEL.finditer(text)), _choice_patterns(question.choices)
     for a, b in zip(labels, labels[1:]):
         between = text[a.end() : b.start()]
         if a[1].upper() == b[1].upper() or len(between) > 200:
             continue
-        rest, n_texts = _choice_patterns(question.choices).words.subn("", between)
+        rest, n_texts = words.subn("", between)
         rest = rest.strip(" .") if n_texts else rest
         if len(rest.split()) <= LABEL_WORDS and not PROSE.search(rest):
             return b.end()
@@ -160,20 +146,18 @@ def _text_list_end(text: str, question: Question, final: bool) -> int | None:
     if not question.choices:
         m = _YES_OR_NO.search(text)
         return m.end("after") if m and (m["after"] or final) else None
-    patterns = _choice_patterns(question.choices)
-    if not patterns.pair.search(text):
+    _, pair, each, _ = _choice_patterns(question.choices)
+    if not pair.search(text):
         return None
     spans = sorted(
         (m.start(), m.end(), option)
-        for option, pattern in enumerate(patterns.each)
+        for option, pattern in enumerate(each)
         for m in pattern.finditer(text)
         if m["after"] or final
     )
     # Which options a list ending at each span can hold; `alone`: lists that begin a sentence or
     # line. Overlapping texts (bus, bus stop) both count: so a longer text never mends a list.
-    listed: list[set[int]] = []
-    alone: list[set[int]] = []
-    ends = []
+    listed, alone, ends = [], [], []
     for j, (start, end, option) in enumerate(spans):
         window = text[max(0, start - 60) : start]
         begins = _LEAD.search(window if start <= 60 else "x" + window)
@@ -202,7 +186,7 @@ def _text_list_end(text: str, question: Question, final: bool) -> int | None:
 
 def _is_direct(text: str, question: Question) -> bool:
     plain = " ".join(re.sub(r"""["“”‘*_`]""", "", text).split()).strip("' ")
-    return len(plain) < 500 and bool(_choice_patterns(question.choices).direct.fullmatch(plain))
+    return len(plain) < 500 and bool(_choice_patterns(question.choices)[-1].fullmatch(plain))
 
 
 # --- tokens and characters -------------------------------------------------------------------

@@ -14,8 +14,7 @@ from sert_min.questions import Question, stem
 from sert_min.rationales import Output
 
 # The outputs of text-davinci-002, zero-shot CoT, greedy, for StrategyQA: the paper's own teacher, at a
-# pinned public commit. Its SHA-256 is not published; the number of its entries tells whether it is
-# whole.
+# pinned public commit. Its hash is not published; the number of its entries shows that it is whole.
 DAVINCI = f"{DATA_URL.rpartition('/')[0]}/log/strategyqa_zero_shot_cot.log"
 ENTRIES = 2290
 
@@ -25,9 +24,9 @@ def davinci_log(task: str) -> Path:
     need(task == "strategy_qa", "--teacher-file davinci is for --task strategy_qa")
     path = cache() / "teacher" / DAVINCI.rpartition("/")[2]
     if not path.is_file() or len(log_entries(path.read_bytes())) != ENTRIES:
-        data = download(DAVINCI)
+        found = len(log_entries(data := download(DAVINCI)))
         need(
-            (found := len(log_entries(data))) == ENTRIES,
+            found == ENTRIES,
             f"{DAVINCI} has {found} entries instead of {ENTRIES}; repeat (a cut download?), or get "
             "the file elsewhere and give its path",
         )
@@ -65,15 +64,12 @@ def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, O
     return found, left
 
 
-def read_rows(
-    rows: Iterable[dict], questions: list[Question], source: str
-) -> tuple[dict[str, Output], Counter]:
+def read_rows(rows: Iterable[dict], questions: list[Question], source: str):
     """Join rows to questions by id (or row number) if the text agrees, else by text. Of two outputs
     for one question the first holds."""
     by_id = {q.id: q for q in questions}
     by_text = {stem(q.text): q for q in reversed(questions)}
-    found: dict[str, Output] = {}
-    left: Counter = Counter()
+    found, left = {}, Counter()
     for row in rows:
         text = row["question"].strip()
         q = by_id.get(str(row.get("id", row.get("index"))))
@@ -86,34 +82,27 @@ def read_rows(
         if completion is None and "teacher_answer" in row:  # our own record: read and cleaned
             answer = row["teacher_answer"]
             completion, finish = f"{q.write(answer)}." if answer else "", "stop"
-        said = as_text(row["rationale"]) or ""  # null: the teacher said nothing
-        found[q.id] = Output(said, as_text(completion), finish, source)
+        said = row["rationale"]  # null: the teacher said nothing
+        if not isinstance(said, str | None) or not isinstance(completion, str | None):
+            raise ValueError("rationale or teacher_completion is no text")
+        found[q.id] = Output(said or "", completion, finish, source)
     return found, left
 
 
-def as_text(value) -> str | None:
-    """A string or None; a row with anything else has another form."""
-    if value is None or isinstance(value, str):
-        return value
-    raise ValueError(f"a {type(value).__name__} where a text was expected")
-
-
-LOG_TRIGGER = re.compile(
-    r"\nTherefore, (?:among [A-Z] through [A-Z], )?the answer(?: \([^)\n]*\))? is\b"
-)
+TRIGGER = r"\nTherefore, (?:among [A-Z] through [A-Z], )?the answer(?: \([^)\n]*\))? is\b"
 
 
 def log_entries(log: bytes) -> list[dict]:
     """The entries of a zero_shot_cot log as rows. An entry has the question, the reasoning, the
-    trigger of the second request on a line of its own (the last such line, because reasoning may say
-    "Therefore, the .. is" as well) and `pred_before`, the answer as the teacher gave it. It is read
-    in steps, because a single regular expression would take hours on a file that is no log."""
+    trigger of the second request on a line of its own (the last such line counts, because reasoning
+    may say it as well) and `pred_before`, the answer as the teacher gave it. It is read in steps,
+    because a single regular expression would take hours on a file that is no log."""
     entries, before, after = [], "\npred_before : ", "\npred_after :"
     for block in re.split(r"^\*{20,}$", log.decode("utf-8", "replace"), flags=re.MULTILINE):
         _, found, text = ("\n" + block).partition("\nQ: ")
         question, told, text = text.partition("\nA: Let's think step by step.")
         last = text.rfind(before, 0, max(0, text.rfind(after)))
-        triggers = [m for m in LOG_TRIGGER.finditer(text) if m.end() <= last]
+        triggers = [m for m in re.finditer(TRIGGER, text) if m.end() <= last]
         if found and told and triggers:
             answer = text[text.find(before, triggers[-1].end()) + len(before) :]
             entries.append({
@@ -124,19 +113,18 @@ def log_entries(log: bytes) -> list[dict]:
     return entries
 
 
-def read_step_by_step(path: Path, questions: list[Question]) -> tuple[dict[str, Output], Counter]:
+def read_step_by_step(path: Path, questions: list[Question]):
     """distilling-step-by-step: train_CoT_N.json holds the outputs from N * 1000 on, in the order of
     the train set. An output may run on into a made-up next question. Only the order ties outputs to
     questions, so at least the options that answers name must be those of their questions."""
-    found: dict[str, Output] = {}
-    left: Counter = Counter()
-    named: list[bool] = []  # does an answer name an option of its question?
+    found, left = {}, Counter()
+    named = []  # does an answer name an option of its question?
     for file in sorted(path.glob("train_CoT_*.json")) if path.is_dir() else [path]:
-        number = re.search(r"_(\d+)\.json$", file.name)
         outputs = json.loads(file.read_bytes())
-        if number is None or not isinstance(outputs, list):
-            raise ValueError(f"{file.name} does not end in _N.json or is no list")
-        belongs = questions[int(number[1]) * 1000 :][:1000]
+        if not isinstance(outputs, list):
+            raise ValueError(f"{file.name} is no list")
+        first = 1000 * int(file.stem.rpartition("_")[2])
+        belongs = questions[first : first + 1000]
         left["other questions"] += max(0, len(outputs) - len(belongs))
         for q, output in zip(belongs, outputs):
             rationale, trigger, said = output.split("Q:")[0].partition("So the answer is")

@@ -262,7 +262,7 @@ def test_other_settings_are_refused_with_both_values(tmp_path):
     assert "kinds" not in one_line(e) and "gone" not in one_line(e) and "--out-dir" in one_line(e)
     files.check_settings(path, {"top_p": 0.95, **new}, "", defaults={"new": 2})
     path.write_text('{"top_p": 0.9')
-    with pytest.raises(SertError, match="not valid JSON"):
+    with pytest.raises(SertError, match="not JSON"):
         files.check_settings(path, {}, "")
 
 

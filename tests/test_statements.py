@@ -11,11 +11,17 @@ from sert_min.answers import (
     extract_answer,
     extract_lenient,
     stated_answer,
-    statements,
     strip_answer_sentence,
     without_thinking,
 )
 from sert_min.questions import Question
+
+
+def statements(text, question):
+    """(where it starts, where its answer starts, the answer or None) of each statement."""
+    found = answers._ANY_FORM.finditer(text)
+    return [(m.start(), m.end(), answers._said(text, m, question)) for m in found]
+
 
 MALL = Question(
     "commonsense_qa", "q", "Where? Answer choices: (A) home, ..", "B",

@@ -29,7 +29,7 @@ def parse_json(data: bytes, where: str, fix: str) -> dict:
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as e:
-        raise SertError(f"{where} is not valid JSON ({str(e)[:80]}); {fix}") from None
+        raise SertError(f"{where} is not JSON ({str(e)[:80]}); {fix}") from None
     need(isinstance(value, dict), f"{where} is not a JSON object; {fix}")
     return value
 

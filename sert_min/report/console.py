@@ -49,46 +49,44 @@ def print_funnel(funnel: Mapping) -> None:
 
 def print_paths(folder: Path) -> None:
     """Three selected paths of paths.jsonl, and rejected ones of three different verdicts."""
-    selected: list[dict] = []
-    rejected: dict[str, dict] = {}  # one of each verdict
+    selected, rejected = [], {}  # of the rejected ones one of each verdict
     for r in read_jsonl(folder / "paths.jsonl"):
         if r["verdict"] == "selected":
             selected.append(r)
         elif r["verdict"] != "kept":
             rejected.setdefault(r["verdict"], r)
-        if len(selected) >= 3 and len(rejected) >= 3:
+        if min(len(selected), len(rejected)) >= 3:
             break
     for title, some in (("selected", selected), ("rejected", list(rejected.values()))):
         print(f"\n{title}:")
         for r in some[:3]:
             p = r["perplexity"]
             facts = "no tokens" if p is None else f"perplexity {p:.2f}, rep-2 {r['rep2']:.2f}"
-            print(f"  Q: {printable(r['question'])[:200]}")
-            print(f"     {printable(r['text'])[:300] or '(empty)'}")
-            print(f"     -> {r['verdict']} ({facts}, branch {r['branch']})")
+            print(f"  Q: {printable(r['question'])[:200]}\n"
+                  f"     {printable(r['text'])[:300] or '(empty)'}\n"
+                  f"     -> {r['verdict']} ({facts}, branch {r['branch']})")  # fmt: skip
 
 
 def print_before_after(questions, before, after, tokenizer, limits) -> None:
     """The table of what training changed in greedy decoding, and three outputs side by side."""
     print(f"\ngreedy decoding, {len(questions)} test questions{'before':>14}{'after':>10}")
-    rows = []
+    columns = []
     for records in (before, after):
         m = summarize(records, questions)
         shown = [
             filters.reasons(q, r["text"], tokenizer, limits) for q, r in zip(questions, records)
         ]
-        rows.append((sum(shown) / len(shown), m["acc"], m["acc_lenient"][0], m["unparseable"]))
-    (r0, a0, l0, u0), (r1, a1, l1, u1) = rows
-    print(f"{'reasoning outputs':<40}{r0:>10.1%}{r1:>10.1%}")
-    print(f"{'accuracy (lenient: any answer word)':<40}{l0:>10.1%}{l1:>10.1%}")
-    print(
-        f"{'accuracy (strict)':<40}{a0[0]:>10.1%}{a1[0]:>10.1%}   95 % {a1[1]:.1%} to {a1[2]:.1%}"
-    )
-    print(f"{'no readable answer':<40}{u0:>10}{u1:>10}")
+        shares = sum(shown) / len(shown), m["acc_lenient"][0], m["acc"][0]
+        columns.append([*(f"{x:>10.1%}" for x in shares), f"{m['unparseable']:>10}"])
+    columns[1][2] += f"   95 % {m['acc'][1]:.1%} to {m['acc'][2]:.1%}"
+    names = ("reasoning outputs", "accuracy (lenient: also other wordings)", "accuracy (strict)",
+             "no readable answer")  # fmt: skip
+    for name, *cells in zip(names, *columns):
+        print(f"{name:<40}{''.join(cells)}")
     for q, b, a in list(zip(questions, before, after))[:3]:
-        print(f"\n  Q: {printable(q.text)[:160]}  [{q.answer}]")
-        print(f"     before: {printable(b['text'])[:160]}")
-        print(f"     after:  {printable(a['text'])[:240]}")
+        print(f"\n  Q: {printable(q.text)[:160]}  [{q.answer}]\n"
+              f"     before: {printable(b['text'])[:160]}\n"
+              f"     after:  {printable(a['text'])[:240]}")  # fmt: skip
 
 
 def print_metrics(title: str, m: dict) -> None:

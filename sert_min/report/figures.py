@@ -5,7 +5,7 @@ Importing this file imports matplotlib, which takes a second: scripts do so only
 
 import json
 from collections.abc import Iterable
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import matplotlib
@@ -21,62 +21,50 @@ matplotlib.use("Agg")  # draws without a screen
 # Okabe and Ito's colours: told apart with any colour vision, and by lightness in print.
 ORANGE, SKY, GREEN, BLUE, RED, GREY = (
     "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#8C8C8C")  # fmt: skip
-TOKENS = ("#DCE9F5", "#BFD8EC", "#9CC3E1", "#78ADD4", "#5596C6")  # Token 0..4, a family
 INK = "#333333"
+TOKENS = ("#DCE9F5", "#BFD8EC", "#9CC3E1", "#78ADD4", "#5596C6")  # Token 0..4, a family
+BARS = dict(zip((f"Token {b}" for b in range(5)), TOKENS)) | {
+    "Token All": BLUE, "Raw": GREY, "Raw SERT": ORANGE}  # fmt: skip
 # Fig. 4's curves. Later marks are smaller: where curves lie on one another, all marks show.
 STYLES = (("--", "o", GREY, 9), ("-", "s", SKY, 8.5), ("-", "^", GREEN, 7.5), ("-", "D", ORANGE, 5),
           ("-", "v", RED, 3.5), ("-", "P", BLUE, 3))  # fmt: skip
-
-
-def canvas(out: Path, *shape, **options):
-    """(figure, axes) for a picture `out`, whose folder is made."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fig, axes = plt.subplots(*shape, layout="constrained", squeeze=False, **options)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color("#AAAAAA")
-        ax.tick_params(colors=INK, length=0)
-        ax.grid(axis="y", color="#E8E8E8", linewidth=0.8)
-        ax.set_axisbelow(True)
-    return fig, axes
+plt.rcParams.update({
+    "figure.constrained_layout.use": True, "savefig.dpi": 150, "legend.frameon": False,
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#AAAAAA",
+    "xtick.major.size": 0, "ytick.major.size": 0, "axes.axisbelow": True, "axes.grid": True,
+    "axes.grid.axis": "y", "grid.color": "#E8E8E8", "axes.titlelocation": "left",
+})  # fmt: skip
 
 
 def save(fig, png: Path, title: str = "", **legend) -> None:
     """Put a title over all panels and the legend of the first below, then write and close a figure.
     The file holds no version and no date, so that equal data gives equal bytes."""
     if title:
-        fig.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
-        handles = fig.axes[0].get_legend_handles_labels()
-        fig.legend(*handles, loc="outside lower center", frameon=False, **legend)
-    fig.savefig(png, dpi=150, metadata={"Software": None})
+        fig.suptitle(title, x=0.01, ha="left", fontsize=12)
+        fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", **legend)
+    png.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(png, metadata={"Software": None})
     plt.close(fig)
 
 
 def plot_training(metrics: Path, png: Path, title: str) -> None:
-    """The loss of each step with a centred mean over a fortieth of the run. With --holdout also the
-    validation loss of each epoch and, below, the validation accuracy."""
+    """The loss of each step with a centred mean over a fortieth of the run, and with --holdout the
+    validation loss of each epoch."""
     records = list(read_jsonl(metrics))
     steps = [r for r in records if "loss" in r]
     epochs = [r for r in records if "validation_loss" in r]
     x, y = [r["step"] for r in steps], [r["loss"] for r in steps]
     half = max(1, len(y) // 80)
     smooth = [sum(w) / len(w) for w in (y[max(0, i - half) : i + half + 1] for i in range(len(y)))]
-
-    rows, size = (2, (7, 5)) if epochs else (1, (7, 3.6))
-    ratios = [2.2, 1] if epochs else None
-    fig, axes = canvas(png, rows, 1, figsize=size, sharex=True, height_ratios=ratios)
-    top, bottom = axes[0, 0], axes[-1, 0]
-    top.plot(x, y, color=SKY, linewidth=0.7, label="each batch")
-    top.plot(x, smooth, color=BLUE, linewidth=1.8, label=f"mean of {2 * half + 1} steps")
-    top.set(ylabel="loss (nats per token)", ylim=(0, None))
-    top.set_title(title, loc="left")
+    fig, ax = plt.subplots(figsize=(7, 3.6))
+    ax.plot(x, y, color=SKY, linewidth=0.7, label="each batch")
+    ax.plot(x, smooth, color=BLUE, linewidth=1.8, label=f"mean of {2 * half + 1} steps")
     if epochs:
         at, losses = [r["step"] for r in epochs], [r["validation_loss"] for r in epochs]
-        top.plot(at, losses, "o-", color=RED, markersize=4, label="validation")
-        bottom.plot(at, [r["validation_acc"] for r in epochs], "s-", color=GREEN, markersize=4)
-        bottom.set(ylabel="validation accuracy", ylim=(0, 1))
-    bottom.set_xlabel("step")
-    top.legend(frameon=False)
+        ax.plot(at, losses, "o-", color=RED, markersize=4, label="validation")
+    ax.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None), title=title)
+    ax.legend()
     save(fig, png)
 
 
@@ -132,13 +120,12 @@ def ablation_numbers(curves: dict[str, list[dict]]) -> dict:
     """Fig. 4's numbers: criterion -> curve -> mean, n and share of the outputs per bin; none for no
     scores."""
     numbers: dict[str, dict] = {}
-    for key in KEYS:
-        for name, some in curves.items():
-            if values := [r["scores"][key] for r in some if r["scores"][key] is not None]:
-                n, bins = len(values), list(map(bin_of, values))
-                shares = [round(bins.count(b) / n, 4) for b in range(5)]
-                found = {"mean": round(sum(values) / n, 4), "n": n, "shares": shares}
-                numbers.setdefault(key, {})[name] = found
+    for key, (name, some) in product(KEYS, curves.items()):
+        if values := [r["scores"][key] for r in some if r["scores"][key] is not None]:
+            n, bins = len(values), list(map(bin_of, values))
+            shares = [round(bins.count(b) / n, 4) for b in range(5)]
+            found = {"mean": round(sum(values) / n, 4), "n": n, "shares": shares}
+            numbers.setdefault(key, {})[name] = found
     return numbers
 
 
@@ -163,36 +150,34 @@ def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
     then draw them; print what is missing for the others."""
     folders = [p for p in (top, *sorted(top.rglob("*"))) if p.is_dir()]
     models = [p for p in folders if any((p / k).is_dir() for k in (f"paths-{split}", "rd", "sert"))]
+    where = {"paths": f"paths-{split}/seed*", "raw": f"paths-raw-{split}/seed*",
+             "raw sert": f"sert/seed*/paths-raw-{split}", "sert-rd": "sert-rd/seed*",
+             "rd": "rd/seed*"}  # fmt: skip
     numbers: dict = {}
     pictures: list[tuple] = []  # (function, data, its name, title)
     criteria: dict[str, dict] = {}  # task -> model -> method -> criterion -> (mean, low, high)
     for model in models:
         task, name = model.parent.name or "task", model.name
-        where = {"paths": f"paths-{split}/seed*", "raw": f"paths-raw-{split}/seed*",
-                 "raw sert": f"sert/seed*/paths-raw-{split}", "sert-rd": "sert-rd/seed*",
-                 "rd": "rd/seed*"}  # fmt: skip
         found = {what: scores(model, folders, judge) for what, folders in where.items()}
-        paths = found["paths"]
-        title = name if name == task else f"{task}, {name}"
-        file = title.replace(", ", "-")
+        paths, title = found["paths"], name if name == task else f"{task}, {name}"
+        fig1, fig4 = (f"fig{n}-{title.replace(', ', '-')}" for n in (1, 4))
         if paths and found["raw"]:
-            groups = token_groups(paths, found["raw"], found["raw sert"])
-            numbers[f"fig1-{file}"] = groups
-            n = len({r["id"] for r in paths})
-            pictures.append((plot_tokens, groups, f"fig1-{file}", f"{title}, {n} questions"))
+            numbers[fig1] = token_groups(paths, found["raw"], found["raw sert"])
+            about = f"{title}, {len({r['id'] for r in paths})} questions"
+            pictures.append((plot_tokens, numbers[fig1], fig1, about))
         if paths:
-            curves = ablation(paths)
-            numbers[f"fig4-{file}"] = ablation_numbers(curves)
-            pictures.append((plot_ablation, curves, f"fig4-{file}", title))
+            numbers[fig4] = ablation_numbers(curves := ablation(paths))
+            pictures.append((plot_ablation, curves, fig4, title))
         if found["sert-rd"] and found["rd"]:
             stats = {method: summary(found[method], 0) for method in ("sert-rd", "rd")}
-            criteria.setdefault(task, {})[name] = {
-                method: {k: of[k] for k in KEYS} for method, of in stats.items()
-            }
+            stats = {method: {k: of[k] for k in KEYS} for method, of in stats.items()}
+            criteria.setdefault(task, {})[name] = stats
         if missing := [folders for what, folders in where.items() if not found[what]]:
             print(f"{model}: no judged {', '.join(missing)}; what needs them is left out")
+    sizes = ["gpt2", "gpt2-medium", "gpt2-large"]
     for task, by_model in criteria.items():
-        by_model = {model: by_model[model] for model in sorted(by_model, key=size_order)}
+        order = sorted(by_model, key=lambda m: (sizes.index(m) if m in sizes else 3, m))
+        by_model = {model: by_model[model] for model in order}
         numbers[f"fig3-{task}"] = {
             model: {m: {k: round(v[0], 4) for k, v in of.items()} for m, of in methods.items()}
             for model, methods in by_model.items()
@@ -210,57 +195,43 @@ def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
     print("\n".join(f"wrote {path}" for path in sorted(out.glob("fig*.png"))))
 
 
-def size_order(model: str) -> tuple[int, str]:
-    """Sorts gpt2 before gpt2-medium before gpt2-large; other names behind them."""
-    names = ("distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-    return (names.index(model) if model in names else len(names)), model
-
-
 def plot_tokens(groups: dict[str, list[float]], png: Path, title: str) -> None:
     """Fig. 1: per score bin the share of questions with at least one such output."""
-    colors = dict(zip((f"Token {b}" for b in range(5)), TOKENS))
-    colors |= {"Token All": BLUE, "Raw": GREY, "Raw SERT": ORANGE}
-    fig, axes = canvas(png, 1, 1, figsize=(11, 4.6))
-    ax, width = axes[0, 0], 0.86 / 8
+    fig, ax = plt.subplots(figsize=(11, 4.6))
+    width = 0.86 / 8
     for name, shares in groups.items():
-        of = list(colors).index(name)
+        of = list(BARS).index(name)
         gap = 0.02 if of >= 5 else 0  # sets the 25-sample bars apart from the 5-sample ones
         x = [b + (of - 3.5) * width + gap for b in range(5)]
-        ax.bar(x, shares, width * 0.92, color=colors[name], label=name)
-        for at, share in zip(x, shares) if of >= 5 else ():
-            text = "1" if share == 1 else f"{share:.2f}".removeprefix("0") if share else ""
-            ax.text(at, share + 0.012, text, ha="center", fontsize=8, color=INK)
+        bars = ax.bar(x, shares, width * 0.92, color=BARS[name], label=name)
+        if of >= 5:
+            ax.bar_label(bars, [f"{v:.2f}" if v else "" for v in shares], fontsize=7, padding=2)
     ax.set_xticks(range(5), BINS)
     ax.set_xlabel("mean of the four judge scores (Token 0 to 4: 5 samples per question each; the "
-                  "others: 25)", color=INK)  # fmt: skip
-    ax.set_ylabel("share of questions", color=INK)
-    ax.set_ylim(0, 1.08)
-    ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+                  "others: 25)")  # fmt: skip
+    ax.set(ylabel="share of questions", ylim=(0, 1.08))
     title = f"Questions with at least one output of a quality: {title}"
     save(fig, png, title, ncols=8, fontsize=9.5, columnspacing=1.5, handlelength=1.2)
 
 
 def plot_criteria(by_model: dict[str, dict[str, dict]], png: Path, title: str) -> None:
     """Fig. 3: (mean, low, high) of each criterion's scores, SERT+RD against RD; a panel per model."""
-    fig, axes = canvas(png, 1, len(by_model), figsize=(1.2 + 4.4 * len(by_model), 4), sharey=True)
-    styles = (("sert-rd", "SERT+RD", BLUE, -1), ("rd", "RD", ORANGE, 1))
-    most = 0.0
+    n = len(by_model)
+    fig, axes = plt.subplots(1, n, figsize=(1.2 + 4.4 * n, 4), sharey=True, squeeze=False)
+    styles = (("sert-rd", "SERT+RD", BLUE, -0.2), ("rd", "RD", ORANGE, 0.2))
     for ax, (model, methods) in zip(axes[0], by_model.items()):
         for method, label, color, side in styles:
             means, lows, highs = zip(*methods[method].values())
-            x, most = [i + side * 0.2 for i in range(len(KEYS))], max(most, *means)
-            ax.bar(x, means, 0.36, color=color, label=label)
-            for at, mean, low, high in zip(x, means, lows, highs):
-                ax.plot((at, at), (low, high), "_-", color=INK, linewidth=1, markersize=5)
-                ax.text(
-                    at, max(mean, high) + 0.15, f"{mean:.2f}", ha="center", fontsize=8, color=INK
-                )
-        ax.set_xticks(range(len(KEYS)), [key.replace(" ", "\n") for key in KEYS])
-        ax.tick_params(axis="x", labelsize=9)
-        ax.set_title(model, fontsize=10.5, color=INK)
-        ax.set_yticks(range(0, 11, 2))
-    axes[0, 0].set_ylim(0, min(10, most) + 1)
-    axes[0, 0].set_ylabel("mean judge score", color=INK)
+            x = [i + side for i in range(len(KEYS))]
+            spans = [
+                [m - low for m, low in zip(means, lows)],
+                [h - m for h, m in zip(highs, means)],
+            ]
+            bars = ax.bar(x, means, 0.36, color=color, label=label, yerr=spans, ecolor=INK)
+            ax.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+        ax.set_xticks(range(len(KEYS)), [key.replace(" ", "\n") for key in KEYS], fontsize=9)
+        ax.set_title(model, fontsize=10.5)
+    axes[0, 0].set_ylabel("mean judge score")
     save(fig, png, f"Reasoning of greedy outputs: {title}", ncols=2)
 
 
@@ -269,20 +240,16 @@ def plot_ablation(curves: dict[str, list[dict]], png: Path, title: str) -> None:
     a panel per criterion."""
     numbers = ablation_numbers(curves)
     styles = dict(zip(curves, cycle(STYLES)))
-    fig, axes = canvas(png, 2, 2, figsize=(9.6, 6.6), sharex=True, sharey=True)
+    fig, axes = plt.subplots(2, 2, figsize=(9.6, 6.6), sharex=True, sharey=True)
     for ax, key in zip(axes.flat, KEYS, strict=True):
         for name, found in numbers.get(key, {}).items():
             line, marker, color, size = styles[name]
             ax.plot(range(5), found["shares"], line, marker=marker, color=color, linewidth=1.7,
                     markersize=size, label=f"{name} ({len(curves[name]):,} paths)")  # fmt: skip
         means = " → ".join(f"{v['mean']:.1f}" for v in numbers.get(key, {}).values())
-        ax.set_title(f"{key}    mean {means}", loc="left", fontsize=10, color=INK)
+        ax.set_title(f"{key}    mean {means}", fontsize=10)
         ax.set_xticks(range(5), BINS)
-    top = max(share for of in numbers.values() for v in of.values() for share in v["shares"])
-    axes[0, 0].set_ylim(-0.035 * top, 1.08 * top)  # shared by all; whole marks
-    for ax in axes[1]:
-        ax.set_xlabel("judge score", color=INK)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("share of paths", color=INK)
+    plt.setp(axes[1], xlabel="judge score")
+    plt.setp(axes[:, 0], ylabel="share of paths")
     title = f"Each rule includes the ones before it: {title}"
     save(fig, png, title, ncols=len(curves), fontsize=8.5, columnspacing=1.2)

@@ -76,23 +76,15 @@ def parse_scores(reply: str) -> dict[str, float | None]:
     reply = without_thinking(reply)  # a draft of the scores doesn't count
     for key, pattern in _SCORES.items():
         said = [rest for rest in pattern.findall(reply) if "<number>" not in rest.lower()]
-        scores[key] = read_number(said[-1]) if said else None
+        m = _NUMBER.match(said[-1]) if said else None
+        value, of = (float((s or "10").replace(",", ".")) for s in m.groups()) if m else (-1, 10)
+        scores[key] = value if of == 10 and 0 <= value <= 10 else None
     return scores
-
-
-def read_number(text: str) -> float | None:
-    """The score at the beginning of `text`: 7, 7.5, 7,5, **7**, [7], 7/10, 7 out of 10."""
-    m = _NUMBER.match(text)
-    if not m or (m["of"] and float(m["of"].replace(",", ".")) != 10):
-        return None
-    value = float(m["n"].replace(",", "."))
-    return value if 0 <= value <= 10 else None
 
 
 def mean_score(scores: dict) -> float | None:
     """The mean of the four scores; None if one is missing."""
-    values = [scores.get(key) for key in KEYS]
-    return None if None in values else math.fsum(values) / len(values)
+    return None if None in scores.values() else math.fsum(scores.values()) / len(scores)
 
 
 # --- who judges -----------------------------------------------------------------------------------
@@ -141,10 +133,9 @@ def write_scores(records: list[dict], questions: dict, judge: Judge | None, out:
         scored = [score_record(r, judge.program(questions[r["id"]], r["text"])) for r in records]
     else:
         readable = Readable(
-            lambda ask, replies: mean_score(parse_scores(replies[0]["text"])) is not None,
+            lambda ask, replies: None not in parse_scores(replies[0]["text"]).values(),
             "hold all four scores",
-            "Look at responses.jsonl, and choose another --judge-model or a larger "
-            "--judge-max-tokens",
+            "Look at responses.jsonl; choose another --judge-model or a larger --judge-max-tokens",
         )
         asks, e = list(map(make_ask, records)), judge.endpoint
         collection, failures = endpoint.ask_all(judge.folder, asks, e, readable)
@@ -157,13 +148,10 @@ def write_scores(records: list[dict], questions: dict, judge: Judge | None, out:
 def score_record(record: dict, scores: dict) -> dict:
     """One line of scores-NAME.jsonl. The scores of a path also name its branch and sample."""
     names = ("task", "id", "branch", "sample", "verdict")
-    rounded = {k: None if scores[k] is None else round(float(scores[k]), 4) for k in KEYS}
-    mean = mean_score(rounded)
-    return {
-        **{k: record[k] for k in names if k in record},
-        "scores": rounded,
-        "mean": None if mean is None else round(mean, 4),
-    }
+    scores = {k: None if scores[k] is None else round(float(scores[k]), 4) for k in KEYS}
+    mean = mean_score(scores)
+    about = {k: record[k] for k in names if k in record}
+    return {**about, "scores": scores, "mean": mean and round(mean, 4)}
 
 
 def summary(scored: list[dict], total: int) -> dict:

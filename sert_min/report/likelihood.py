@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from kernels import score
 from sert_min.answers import strip_answer_sentence
@@ -35,9 +36,7 @@ class Tree(NamedTuple):
     positions: list[int]
     option: list[int]  # which option a token belongs to; -1 for the context
     start: int
-    told: list[
-        tuple[int, int, int]
-    ]  # of each token of an option: (index that predicts it, id, option)
+    told: list[tuple]  # of each token of an option: (index that predicts it, id, option)
 
 
 def make_tree(tokenizer, question: Question, text: str, suffix: str, most: int) -> Tree:
@@ -59,17 +58,17 @@ def make_tree(tokenizer, question: Question, text: str, suffix: str, most: int) 
     return Tree(ids, positions, option, start, told)
 
 
-def tree_mask(trees: list[Tree]) -> Tensor:
-    """bool [B, 1, T, T]: a token sees the context and its own option, up to itself. Padding sees
-    itself only, so that no row of the softmax is empty."""
-    T = max(len(tree.ids) for tree in trees)
-    option = torch.full((len(trees), T), -2)
-    for row, tree in enumerate(trees):
-        option[row, : len(tree.ids)] = torch.tensor(tree.option)
+def padded(rows: list[list[int]], fill: int = 0) -> Tensor:
+    """[B, T] of rows of several lengths."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+
+
+def tree_mask(option: Tensor) -> Tensor:
+    """bool [B, 1, T, T] of the options [B, T], -2 for padding: a token sees the context and its own
+    option, up to itself. Padding sees itself only, so that no row of the softmax is empty."""
     seen = (option[:, None, :] == -1) | (option[:, None, :] == option[:, :, None])
-    seen &= torch.ones(T, T, dtype=torch.bool).tril()
     seen &= (option != -2)[:, :, None]
-    return (seen | torch.eye(T, dtype=torch.bool))[:, None]
+    return (seen.tril() | torch.eye(option.shape[1], dtype=torch.bool))[:, None]
 
 
 @torch.inference_mode()
@@ -83,19 +82,16 @@ def answer_logprobs(
     for i in range(0, len(questions), ROWS):
         some = list(zip(questions[i : i + ROWS], texts[i : i + ROWS]))
         trees = [make_tree(tokenizer, q, text, suffix, most) for q, text in some]
-        T = max(len(tree.ids) for tree in trees)
-        ids, positions = torch.zeros(2, len(trees), T, dtype=torch.long)
-        for row, tree in enumerate(trees):
-            ids[row, : len(tree.ids)] = torch.tensor(tree.ids)
-            positions[row, : len(tree.ids)] = torch.tensor(tree.positions)
-        mask = tree_mask(trees).to(device)
+        ids = padded([tree.ids for tree in trees]).to(device)
+        positions = padded([tree.positions for tree in trees]).to(device)
+        mask = tree_mask(padded([tree.option for tree in trees], -2)).to(device)
 
         def attend(layer, q, k, v, mask=mask):  # [B, T, H, D]
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             given = {"scale": 1.0, "enable_gqa": True}
             return F.scaled_dot_product_attention(q, k, v, mask, **given).transpose(1, 2)
 
-        hidden = model(ids.to(device), positions.to(device), attend)  # [B, T, C]
+        hidden = model(ids, positions, attend)  # [B, T, C]
         told = [(row, *t) for row, tree in enumerate(trees) for t in tree.told]
         rows, at, targets = torch.tensor(told, device=device).T[:3]
         logprobs = score(hidden[rows, at], weight, targets).tolist()
@@ -105,10 +101,8 @@ def answer_logprobs(
         for tree, (q, _), values in zip(trees, some, sums):
             if not all(map(math.isfinite, values)):
                 why = first_broken(model, tree.ids[: tree.start])
-                raise SertError(
-                    f"question {q.id}: an answer's log-prob is NaN or infinite ({why}); check the "
-                    "model's weights, or use --dtype fp32"
-                )
+                why = f"question {q.id}: an answer's log-prob is NaN or infinite ({why}); "
+                raise SertError(why + "check the model's weights, or use --dtype fp32")
             out.append({a: round(v, 4) for a, v in zip(q.answers, values)})
     return out
 

@@ -17,19 +17,17 @@ from sert_min import filters, patterns
 from sert_min.io.errors import need
 from sert_min.io.files import read_json, read_jsonl, write_atomic
 from sert_min.questions import Question, choices_of
-from sert_min.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LIMIT = 200  # questions of a page; 5.4 MB if every path has 128 tokens
 
 
 def write_page(
-    folder: Path, out: Path | str, tokenizer: Tokenizer, title: str = "", limit: int = LIMIT
+    folder: Path, out: Path | str, tokenizer, title: str = "", limit: int = LIMIT
 ) -> int:
     """Write the page of a run folder of sample.py to `out`; returns how many questions it shows.
     These are the first `limit`; the chart of the rules counts all. `tokenizer` is the one of the
     model that sampled the paths."""
-    need(limit >= 1, "a page needs at least one question")
     settings, funnel = read_json(folder / "settings.json"), read_json(folder / "funnel.json")
     vocab: dict[int, int] = {}  # the page's own numbers of tokens, in order of their first use
     questions: dict[tuple, dict] = {}
@@ -71,7 +69,7 @@ def token_texts(token_bytes: Sequence[bytes]) -> list[str]:
     return [text[a:b] for a, b in zip([0, *ends], ends)]
 
 
-def compact_path(r: Mapping, tokenizer: Tokenizer, vocab: dict[int, int]) -> list:
+def compact_path(r: Mapping, tokenizer, vocab: dict[int, int]) -> list:
     """A record as the page wants it: [branch, sample, token numbers, -1000 x log-prob, path_start,
     path_end, finish, perplexity, rep-2, verdict, breaking token or -1, {token: text}]; the last
     holds the texts of tokens that share a character with a neighbour."""
@@ -89,7 +87,7 @@ def compact_path(r: Mapping, tokenizer: Tokenizer, vocab: dict[int, int]) -> lis
     perplexity = r["perplexity"] and round(r["perplexity"], 4)
     path = [r["branch"], r["sample"], numbers, minus, start, end, r["finish"], perplexity]
     path += [round(r["rep2"], 4), r["verdict"], breaking_token(r, token_bytes)]
-    return [*path, split] if split else path
+    return path + [split] * bool(split)
 
 
 def breaking_token(r: Mapping, token_bytes: Sequence[bytes]) -> int:
@@ -105,22 +103,17 @@ def breaking_token(r: Mapping, token_bytes: Sequence[bytes]) -> int:
 # --- the page -------------------------------------------------------------------------------------
 
 
-def content_policy(template: str) -> str:
-    """A policy that allows this very style and script and nothing else, above all no request."""
-    policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
-    for tag in ("style", "script"):
-        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        policy += f"; {tag}-src 'sha256-{digest}'"
-    return policy
-
-
 def fill_template(data: dict) -> str:
     """The whole page. All slots are filled in one pass, so text in the data that looks like a slot
-    stays text. The JSON is ASCII without any character that has a meaning in HTML."""
+    stays text. The JSON is ASCII without any character that has a meaning in HTML. The policy allows
+    this very style and script and nothing else, above all no request."""
     template = TEMPLATE.read_text(encoding="utf-8")
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    policy = content_policy(template)
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'"
+    for tag in ("style", "script"):
+        (code,) = re.findall(rf"<{tag}>(.*?)</{tag}>", template, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
     slots = {"title": html.escape(data["title"]), "policy": policy, "data": text}
     return re.sub(r"\{\{(\w+)\}\}", lambda m: slots[m[1]], template)

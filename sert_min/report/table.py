@@ -6,6 +6,7 @@ questions, so more seeds do not make more questions. `in` and `out` say whether 
 lies in our interval.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,8 @@ from sert_min.io.errors import need, printable_lines
 from sert_min.io.files import read_json, write_atomic
 
 METHODS = ("finetune", "sert", "sert-rd", "rd")  # in the paper's order
-METRICS = ("acc", "fmt", "len", "rep")
+COLUMNS = {"acc": "Acc % [95 %]", "acc_likelihood": "by likelihood", "fmt": "Fmt", "len": "Len",
+           "rep": "Rep"}  # fmt: skip
 NAMES = {"base": "base", "finetune": "Finetune", "sert": "SERT", "sert-rd": "SERT+RD", "rd": "RD",
          "teacher": "zero-shot CoT"}  # fmt: skip
 TEACHER = "GPT-3.5"
@@ -55,20 +57,12 @@ PAPER = {
 }
 
 
-class Value(NamedTuple):
-    """One number with its 95 % interval; NaN where there is none."""
-
-    mean: float
-    low: float
-    high: float
-
-
 class Row(NamedTuple):
     model: str
     method: str
     n: int  # test questions; 0: not evaluated
     seeds: int
-    ours: dict[str, Value]  # metric -> value; Acc in %
+    ours: dict[str, tuple]  # metric -> (mean, low, high), NaN for no interval; Acc in %
     paper: dict[str, float]
 
 
@@ -86,7 +80,7 @@ def find_metrics(folder: Path) -> list[dict]:
     return found
 
 
-def pooled(values: Iterable) -> Value | None:
+def pooled(values: Iterable, scale: float) -> tuple | None:
     """(value, low, high) of several seeds as one; None without any value."""
     values = [v for v in values if v and v[0] is not None]
     if not values:
@@ -94,71 +88,49 @@ def pooled(values: Iterable) -> Value | None:
     spans = [v for v in values if None not in v]
     mean, n = math.fsum(v[0] for v in values) / len(values), len(spans) or math.nan
     below, above = math.fsum(v[0] - v[1] for v in spans), math.fsum(v[2] - v[0] for v in spans)
-    return Value(mean, mean - below / n, mean + above / n)
+    return scale * mean, scale * (mean - below / n), scale * (mean + above / n)
 
 
 def table_rows(metrics: list[dict], task: str) -> list[Row]:
     """One row per model and method: the paper's cells, and what else was evaluated."""
-    metrics = [m for m in metrics if m["task"] == task]
-    paper = PAPER.get(task, {})
-    models = list(dict.fromkeys([model for model, _ in paper] + [m["model"] for m in metrics]))
-    rows = []
-    for model in models:
-        for method in ("teacher", "base", *METHODS):
-            some = [m for m in metrics if (m["model"], m["method"]) == (model, method)]
-            printed = paper.get((model, method))
-            # a model that the paper lacks gets its four rows too: missing cells stay empty
-            if not some and not printed and (method not in METHODS or model == TEACHER):
-                continue
-            ours = {k: pooled(m.get(k) for m in some) for k in (*METRICS, "acc_likelihood")}
-            for k in ("acc", "acc_likelihood"):
-                ours[k] = ours[k] and Value(*(100 * x for x in ours[k]))
-            if method == "finetune":  # answers only: the paper prints accuracy alone
-                ours |= {k: None for k in ("fmt", "len", "rep")}
-            n = min((m["n"] for m in some), default=0)
-            ours = {k: v for k, v in ours.items() if v}
-            theirs = {k: v for k, v in zip(METRICS, printed or ()) if v is not None}
-            rows.append(Row(model, method, n, len(some), ours, theirs))
+    paper, rows = PAPER.get(task, {}), []
+    models = dict.fromkeys([model for model, _ in paper] + [m["model"] for m in metrics])
+    for model, method in itertools.product(models, ("teacher", "base", *METHODS)):
+        some = [m for m in metrics if (m["model"], m["method"]) == (model, method)]
+        printed = paper.get((model, method), ())
+        # a model that the paper lacks gets its four rows too: missing cells stay empty
+        if not some and not printed and (method not in METHODS or model == TEACHER):
+            continue
+        # Finetune gives answers only: the paper prints its accuracy alone
+        keys = [k for k in COLUMNS if method != "finetune" or k.startswith("acc")]
+        ours = {k: pooled((m.get(k) for m in some), 100 if k[:3] == "acc" else 1) for k in keys}
+        ours = {k: v for k, v in ours.items() if v}
+        theirs = {k: v for k, v in zip(("acc", "fmt", "len", "rep"), printed) if v is not None}
+        n = min((m["n"] for m in some), default=0)
+        rows.append(Row(model, method, n, len(some), ours, theirs))
     return rows
 
 
-def mark(ours: Value | None, paper: float | None) -> str:
-    """Does the paper's number lie in our interval?"""
-    if ours is None or paper is None or math.isnan(ours.low):
-        return ""
-    return "in" if ours.low <= paper <= ours.high else "out"
-
-
-def head_lines(metrics: list[dict], task: str) -> list[str]:
-    """Which questions were asked, and the accuracy of always giving the same answer."""
-    sets = {(m["n"], *m["majority"]) for m in metrics if m["task"] == task}
-    return [
-        f"{task} test, {n:,} questions; always saying {answer} scores {100 * share:.2f} %"
-        for n, answer, share in sorted(sets, reverse=True)
-    ]
+def cell(ours: tuple | None, paper: float | None, interval: bool) -> str:
+    """Our value, its interval where asked for, and the paper's number with its mark."""
+    text = f"{ours[0]:.2f}" if ours else ""
+    if ours and interval:
+        text += f" [{ours[1]:.1f}, {ours[2]:.1f}]"
+    if paper is not None:
+        known = ours and not math.isnan(ours[1])
+        mark = "" if not known else ", in" if ours[1] <= paper <= ours[2] else ", out"
+        text += f" (paper {paper:.2f}{mark})"
+    return text.strip()
 
 
 def grid(rows: list[Row]) -> list[list[str]]:
-    """The table as text, a header line first. A cell holds our value, for Acc its interval, and the
-    paper's number with its mark."""
-    columns = {"acc": "Acc % [95 %]", "acc_likelihood": "by likelihood", "fmt": "Fmt", "len": "Len",
-               "rep": "Rep"}  # fmt: skip
-    if not any("acc_likelihood" in row.ours for row in rows):
-        del columns["acc_likelihood"]
-    lines = [["", *columns.values(), "n"]]
+    """The table as text, a header line first."""
+    keys = [k for k in COLUMNS if k != "acc_likelihood" or any(k in row.ours for row in rows)]
+    lines = [["", *(COLUMNS[k] for k in keys), "n"]]
     for row in rows:
-        line = [f"{row.model} {NAMES[row.method]}"]
-        for k in columns:
-            ours, paper = row.ours.get(k), row.paper.get(k)
-            text = f"{ours.mean:.2f}" if ours else ""
-            if ours and k == "acc":
-                text += f" [{ours.low:.1f}, {ours.high:.1f}]"
-            if paper is not None:
-                inside = mark(ours, paper)
-                text += f" (paper {paper:.2f}{', ' + inside if inside else ''})"
-            line.append(text.strip())
+        cells = [cell(row.ours.get(k), row.paper.get(k), k == "acc") for k in keys]
         n = f"{row.n:,}" + (f" x {row.seeds} seeds" if row.seeds > 1 else "")
-        lines.append([*line, n if row.n else ""])
+        lines.append([f"{row.model} {NAMES[row.method]}", *cells, n if row.n else ""])
     return lines
 
 
@@ -166,7 +138,11 @@ def tables(metrics: list[dict]) -> tuple[str, str]:
     """(aligned text, Markdown) of all tasks that were evaluated."""
     text, markdown = [], []
     for task in sorted({m["task"] for m in metrics}):
-        head, lines = head_lines(metrics, task), grid(table_rows(metrics, task))
+        some = [m for m in metrics if m["task"] == task]
+        sets = sorted({(m["n"], *m["majority"]) for m in some}, reverse=True)
+        head = [f"{task} test, {n:,} questions; always saying {answer} scores {100 * share:.2f} %"
+                for n, answer, share in sets]  # fmt: skip
+        lines = grid(table_rows(some, task))
         widths = [max(map(len, column)) for column in zip(*lines)]
         text += [*head, ""]
         text += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines] + [""]

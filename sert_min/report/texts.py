@@ -23,28 +23,27 @@ def question_of(row: dict, task: str, known: Callable[[], dict]) -> Question:
     answer, text = row.get("answer"), row.get("question")
     if answer not in (*LETTERS, "yes", "no"):
         raise ValueError(f"answer {answer!r} is not one of A to E, yes, no")
-    text, options = text if isinstance(text, str) else "", ()
-    name = str(row.get("id", row.get("index", "")))
-    if answer in LETTERS:
-        options = choices_of(text)
-        if not text:
-            options = ("",) * 5
-        elif not options:
-            q = known().get(name) or known().get(stem(text))
-            if q is None:
-                raise ValueError("its question shows no options and is not in the dataset; --task?")
-            if q.answer != answer:
-                raise ValueError(f"the answer of question {q.id} is {q.answer} in the dataset")
-            text, options = q.text, q.choices
+    name, text = str(row.get("id", row.get("index", ""))), text if isinstance(text, str) else ""
+    options = choices_of(text) if answer in LETTERS else ()
+    if answer in LETTERS and not text:
+        options = ("",) * 5
+    elif answer in LETTERS and not options:
+        q = known().get(name) or known().get(stem(text))
+        if q is None:
+            raise ValueError("its question shows no options and is not in the dataset; --task?")
+        if q.answer != answer:
+            raise ValueError(f"the answer of question {q.id} is {q.answer} in the dataset")
+        text, options = q.text, q.choices
     return Question(str(row.get("task", task)), name, text, answer, options)
 
 
 def text_of(row: dict) -> str:
     """A record's text, or a teacher's rationale with its answer."""
-    if isinstance(row.get("text"), str):
-        return row["text"]
-    if isinstance(row.get("rationale"), str) and isinstance(row.get("teacher_completion"), str):
-        return f"{row['rationale']} So the answer is {row['teacher_completion']}"
+    text, *taught = (row.get(k) for k in ("text", "rationale", "teacher_completion"))
+    if isinstance(text, str):
+        return text
+    if all(isinstance(part, str) for part in taught):
+        return " So the answer is ".join(taught)
     raise ValueError("it has neither text nor rationale and teacher_completion")
 
 
