@@ -2,9 +2,8 @@
 
 [SERT §II-C] (a) Collect a rationale per question with `Question: {q}\\nAnswer: Let's think step by
 step.` (b) Train on `.. step by step. {R} So the answer is {a}.` Starting from a SERT checkpoint
-gives SERT+RD, starting from the raw student gives RD. The paper's teacher, text-davinci-002, was
-shut down: the teacher here is any OpenAI-compatible endpoint, a file of existing rationales, or, in
-the micro-world, a program.
+gives SERT+RD, from the raw student RD. The paper's teacher, text-davinci-002, was shut down: ours is
+any OpenAI-compatible endpoint, a file of rationales, or, in the micro-world, a program.
 
     python distill.py                                    # micro-world, offline
     python distill.py --task strategy_qa --teacher-file davinci   # the paper's teacher, public log
@@ -18,65 +17,55 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sert_min import prompts, tasks
-from sert_min.gpt2 import read_config
 from sert_min.io import endpoint, parallel
 from sert_min.io.endpoint import Ask, Endpoint
 from sert_min.io.errors import need, printable, printable_lines, run_script
 from sert_min.io.files import clean_name, read_jsonl, to_line, write_atomic
+from sert_min.models import read_config
 from sert_min.questions import Question, describe
 from sert_min.rationales import Output, rationale_records, teacher_answer
+from sert_min.report import console
 from sert_min.script import Student, add_flags, open_student, parser
 from sert_min.teacher_files import read_teacher_file
 from sert_min.tokenizer import load_tokenizer
-from train import add_training_flags, options, train_student
+from train import Options, add_training_flags, options, prepare, train_student
 
 ASK_ANSWER = "Therefore, the answer is"  # the second request of --two-step, as in zero-shot CoT
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     p = parser(__doc__)
+    # fmt: off
     g = p.add_argument_group("teacher")
-    g.add_argument(
-        "--teacher-file",
-        help="existing rationales instead of a model's: davinci (a public log), a rationales.jsonl "
-        "of ours, a zero_shot_cot .log, a folder of distilling-step-by-step's train_CoT_N.json, or "
-        '.jsonl rows of your own with question, rationale, teacher_completion ("(B)."; null: the '
-        'rationale states it), and optionally id and finish ("stop": the rationale is whole; else '
-        "its last half sentence is cut off)",
-    )
+    g.add_argument("--teacher-file", help="existing rationales: davinci (a public log), a .log of "
+                   "zero_shot_cot, distilling-step-by-step's folder, or .jsonl (docs/usage.md)")
     endpoint.add_flags(g, "teacher")
-    g.add_argument("--teacher-suffix", default="", help="text to add to the prompt, e.g. to ask "
-                   "for a closing 'So the answer is ..'")  # fmt: skip
+    g.add_argument("--teacher-suffix", default="", help="added to the prompt, e.g. to ask for an answer")
     g.add_argument("--two-step", action="store_true", help="ask for the answer in a second request")
     g = p.add_argument_group("what is learnt")
-    g.add_argument("--keep", choices=("right", "all"), default="right",
-                   help="only rationales whose answer is right, or all (default: %(default)s)")  # fmt: skip
+    g.add_argument("--keep", choices=("right", "all"), default="right", help="by their answers")
     g.add_argument("--collect-only", action="store_true", help="collect and clean, do not train")
+    # fmt: on
     add_flags(g, "--dry-run")
     add_training_flags(p)
     return p.parse_args(argv)
 
 
-# --- the run --------------------------------------------------------------------------------------
-
-
 def main(args) -> None:
     parallel.start()
     if parallel.RANK > 0 and (args.dry_run or args.collect_only):
-        return  # process 0 asks the teacher alone; the others only train
+        return None  # process 0 asks the teacher alone; the others only train
     o, teacher = options(args), teacher_from_flags(args)
-    questions = tasks.load(args.task, "train", args.data_dir)
+    questions = tasks.load(o.task, "train", o.data_dir)
     print(describe(questions, "train"))
-    questions = questions[: args.limit]
+    questions = questions[: o.limit]
     if teacher and args.dry_run:
         asks = [teacher.ask(q) for q in questions]
-        print(f"\nprompt of question {printable(asks[0].id)}, to {teacher.endpoint.url()}:")
-        print("  " + printable_lines(asks[0].messages[0]["content"]).replace("\n", "\n  ") + "\n")
-        return endpoint.print_plan(
-            "plan", teacher.folder, asks, teacher.endpoint, teacher.ask_answer
-        )
-    student, method = pick_student(args.model, args.task, args.seed, args.out_dir)
-    out = Path(args.out_dir or f"out/{args.task}/{student.label}/{method}/seed{args.seed}")
+        e, prompt = teacher.endpoint, printable_lines(asks[0].messages[0]["content"])
+        print(f"\nprompt of question {printable(asks[0].id)}, to {e.url()}:\n{prompt}\n")
+        return endpoint.print_plan("plan", teacher.folder, asks, e, teacher.ask_answer)
+    student, method = pick_student(args.model, o)
+    out = Path(o.out_dir or f"out/{o.task}/{student.label}/{method}/seed{o.s.seed}")
 
     if parallel.RANK == 0:
         # 1. Collect an output of the teacher for each question.
@@ -85,17 +74,18 @@ def main(args) -> None:
             outputs, failures = ask_teacher(teacher, questions, args.keep)
         elif args.teacher_file:
             outputs, left = read_teacher_file(args.teacher_file, questions)
-            for what, n in left.items():
-                print(f"{args.teacher_file}: {n:,} outputs for {what} are left out")
+            console.print_counts(f"outputs in {args.teacher_file} that are left out", left)
         else:
-            outputs = program_outputs(questions, tasks.get(args.task).teacher)
+            outputs = program_outputs(questions, tasks.get(o.task).teacher)
 
         # 2. Clean the outputs and choose those to learn from.
-        fits = fits_context(student.folder)
+        encode, c = load_tokenizer(student.folder).encode, read_config(student.folder)
+
+        def fits(q: Question, rationale: str) -> bool:
+            return sum(len(encode(text)) for text in prompts.rd_pair(q, rationale)) <= c.n_positions
+
         records, counts = rationale_records(questions, outputs, args.keep, fits)
-        print(f"{len(records):,} rationales for {len(questions):,} questions:")
-        for what, n in counts.items():
-            print(f"  {what:<34}{n:>8,}")
+        console.print_counts(f"{len(records):,} outputs for {len(questions):,} questions", counts)
         if args.dry_run:
             return None
         save_records(out, records)
@@ -109,43 +99,28 @@ def main(args) -> None:
     kept = [r for r in read_jsonl(out / "rationales.jsonl") if r["kept"]]
     need(kept, f"no rationale was kept; look at {out}/rationales.jsonl, or use --keep all")
     pairs = [(by_id[r["id"]], *prompts.rd_pair(by_id[r["id"]], r["rationale"])) for r in kept]
-    source = args.teacher_file or args.teacher_model or args.task
+    source = args.teacher_file or args.teacher_model or o.task
     o = o._replace(out_dir=str(out), limit=None)  # the questions were limited, not the examples
-    train_student(student, method, pairs, prompts.COT_SUFFIX, source, o)
-    return None
+    return train_student(prepare(student, method, pairs, prompts.COT_SUFFIX, source, o))
 
 
-def pick_student(
-    name: str | None, task: str, seed: int, out_dir: str | None
-) -> tuple[Student, str]:
+def pick_student(name: str | None, o: Options) -> tuple[Student, str]:
     """(student, method): without a name the SERT checkpoint of this task and seed if there is one,
     else the task's raw student."""
-    student = open_student(name, task)
-    sert = Path(f"out/{task}/{student.label}/sert/seed{seed}")
+    student = open_student(name, o.task)
+    sert = Path(f"out/{o.task}/{student.label}/sert/seed{o.s.seed}")
     if name is None and (sert / "last" / "config.json").exists():
-        print(
-            f"starting from the SERT checkpoint {sert} (SERT+RD); --model {student.name} gives RD"
-        )
-        student = open_student(str(sert), task)
+        print(f"starting from the SERT checkpoint {sert} (SERT+RD)")
+        student = open_student(str(sert), o.task)
     elif name is None:
         print(f"no SERT checkpoint at {sert}: starting from the raw student {student.name} (RD)")
     before = student.sert.get("method")
     need(
-        out_dir or before not in ("finetune", "rd", "sert-rd"),
+        o.out_dir or before not in ("finetune", "rd", "sert-rd"),
         f"--model {student.name} was trained by {before} already: distillation starts from a raw "
-        "student or from SERT; choose one of these, or give --out-dir to go on from this one anyway",
+        "student or from SERT; choose one of these, or give --out-dir",
     )
     return student, "sert-rd" if before == "sert" else "rd"
-
-
-def fits_context(student: Path) -> Callable[[Question, str], bool]:
-    """fits(question, rationale): does its training text fit the student's context?"""
-    tokenizer, context = load_tokenizer(student), read_config(student).n_positions
-
-    def fits(q: Question, rationale: str) -> bool:
-        return sum(len(tokenizer.encode(text)) for text in prompts.rd_pair(q, rationale)) <= context
-
-    return fits
 
 
 def save_records(out: Path, records: list[dict]) -> None:
@@ -174,8 +149,7 @@ class Teacher(NamedTuple):
         return Ask(q.task, q.id, 0, ({"role": "user", "content": text},))
 
     def ask_answer(self, ask: Ask, record: dict) -> Ask | None:
-        """With --two-step the request that follows a rationale: its answer. No request follows an
-        empty rationale or an answer."""
+        """With --two-step the request for the answer that follows a rationale, if it is not empty."""
         said, last = record["text"].strip(), ask.messages[-1]["content"]
         if not self.two_step or not said or last.endswith(ASK_ANSWER):
             return None
@@ -188,51 +162,47 @@ class Teacher(NamedTuple):
 
     def output(self, replies: list[dict]) -> Output:
         """The output that one reply or, with --two-step, two replies make."""
-        first, *second = replies
-        completion = second[0]["text"] if second else None
-        return Output(first["text"], completion, first.get("finish"), self.endpoint.model)
+        first, answer = replies[0], replies[1]["text"] if len(replies) > 1 else None
+        return Output(first["text"], answer, first.get("finish"), self.endpoint.model)
 
 
 def teacher_from_flags(args) -> Teacher | None:
     """The teacher that the flags name; None if it is a file or the task's program."""
-    need(not (args.teacher_file and args.teacher_model),
-         "give --teacher-file or --teacher-model, not both")  # fmt: skip
+    file, model = args.teacher_file, args.teacher_model
+    need(not (file and model), "give --teacher-file or --teacher-model, not both")
     need(
-        args.teacher_file or args.teacher_model or tasks.get(args.task).teacher,
+        file or model or tasks.get(args.task).teacher,
         f"--task {args.task} needs a teacher: --teacher-model NAME (any OpenAI-compatible "
         "endpoint, see --base-url) or --teacher-file FILE",
     )
-    if not args.teacher_model:
+    if not model:
         for flag in ("base_url", "max_requests", "max_cost", "two_step"):
             need(not getattr(args, flag), f"--{flag.replace('_', '-')} needs --teacher-model")
         return None
     # The replies are shared by all students of a task unless --out-dir is given.
-    folder = args.out_dir or f"out/{args.task}/teacher-{clean_name(args.teacher_model)}"
+    folder = args.out_dir or f"out/{args.task}/teacher-{clean_name(model)}"
     e = endpoint.from_flags(args, "teacher")
     return Teacher(e, Path(folder), args.teacher_suffix, args.two_step)
 
 
-def ask_teacher(
-    teacher: Teacher, questions: list[Question], keep: str
-) -> tuple[dict[str, Output], list[str]]:
-    """Ask the teacher for what is missing; (outputs by question id, why others are missing)."""
+def ask_teacher(teacher: Teacher, questions: list[Question], keep: str) -> tuple[dict, list[str]]:
+    """Ask for what is missing; (outputs by question id, why others are missing)."""
     asks, by_id = [teacher.ask(q) for q in questions], {q.id: q for q in questions}
     readable = endpoint.Readable(
         lambda ask, replies: teacher_answer(teacher.output(replies), by_id[ask.id]) is not None,
         "state an answer that can be read",
-        "Ask for it with --teacher-suffix ' End with: So the answer is ..', or use --two-step, or "
-        "raise --teacher-max-tokens; --keep all goes on",
+        "Ask for it with --teacher-suffix ' End with: So the answer is ..' or --two-step, or raise "
+        "--teacher-max-tokens; --keep all goes on",
     )
-    collection, failures = endpoint.ask_all(
-        teacher.folder, asks, teacher.endpoint, readable if keep == "right" else None,
-        teacher.ask_answer,
-    )  # fmt: skip
+    wanted = readable if keep == "right" else None
+    e, follow_up = teacher.endpoint, teacher.ask_answer
+    collection, failures = endpoint.ask_all(teacher.folder, asks, e, wanted, follow_up)
     walks = ((ask, *collection.walk(ask)) for ask in asks)
     return {ask.id: teacher.output(replies) for ask, replies, now in walks if not now}, failures
 
 
 def program_outputs(questions: list[Question], teacher: Callable) -> dict[str, Output]:
-    """What a task's own teacher (tasks.Task.teacher) writes; its answers are always right."""
+    """What a task's own teacher writes; its answers are always right."""
     return {q.id: Output(teacher(q), q.write() + ".", "stop", q.task) for q in questions}
 
 

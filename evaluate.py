@@ -1,8 +1,7 @@
 """Evaluation: what a student answers, how well it reasons, and the paper's table and figures.
 
-[SERT §III] Greedy outputs for a test set give Acc, Fmt, Len and Rep with 95 % intervals, and a judge
-model scores the reasoning (in the micro-world a program does). The paper does not say how it decodes
-for its table: we decode greedily, up to 512 new tokens. Repeating a command continues it: outputs
+[SERT §III] Greedy outputs for a test set (up to 512 new tokens; the paper does not say how it
+decodes) give Acc, Fmt, Len and Rep with 95 % intervals, and a judge scores the reasoning. Outputs
 lie in block files under OUT/outputs-HASH/, and everything else is derived from them anew.
 
     python evaluate.py                                   # micro-world: the student and what came of it
@@ -15,20 +14,20 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from sert_min import prompts, script, tasks
-from sert_min.gpt2 import load_model, read_config
 from sert_min.io import endpoint, files
 from sert_min.io.errors import need, printable_lines, run_script
 from sert_min.io.files import to_line, write_atomic
 from sert_min.io.hub import find_model, model_label, weights_hash
 from sert_min.io.machine import resolve_machine
 from sert_min.metrics import grade, greedy, summarize, without_nan
+from sert_min.models import load_model, read_config
 from sert_min.questions import Question, data_hash, describe
 from sert_min.report import console, judge, table, texts
 from sert_min.report.likelihood import answer_logprobs, likelihood_record
@@ -38,17 +37,17 @@ from sert_min.tokenizer import load_tokenizer
 
 def parse_args(argv=None) -> argparse.Namespace:
     p = script.parser(__doc__)
+    # fmt: off
     g = p.add_argument_group("what to evaluate")
-    several = dict(nargs="+", help="checkpoints, run folders, names or hub ids (default: the "
-                   "task's student and all that was trained from it under out/)")  # fmt: skip
+    several = dict(nargs="+", help="checkpoints, run folders, names or hub ids (default: the task's "
+                   "student and all that was trained from it under out/)")
     script.add_flags(g, "--task", "--data-dir", "--limit", "--model", model=several)
     g.add_argument("--split", choices=tasks.SPLITS, default="test", help="default: %(default)s")
     g.add_argument("--prompt-suffix", help="what follows `Answer:` (default: as in training)")
     g.add_argument("--by", choices=("generation", "likelihood"), default="generation",
-                   help="likelihood: also the option whose answer sentence is most likely")  # fmt: skip
+                   help="likelihood: also the option whose answer sentence is most likely")
     g.add_argument("--max-new-tokens", type=int, help="of an output (512; micro: the task's)")
-    where = dict(help="default: the run folder, or out/TASK/MODEL/base")
-    script.add_flags(g, "--out-dir", out_dir=where)
+    g.add_argument("--out-dir", help="default: the run folder, or out/TASK/MODEL/base")
     g = p.add_argument_group("instead of decoding")
     g.add_argument("--predictions", help="existing texts (text, answer), or a teacher's file")
     g.add_argument("--paths", nargs="+", help="judge the paths of these paths.jsonl files")
@@ -58,10 +57,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("how it runs")
     g.add_argument("--block-questions", type=int, default=64, help="decoded together (64)")
     script.add_flags(g, "--device", "--dtype", "--dry-run")
+    # fmt: on
     return p.parse_args(argv)
-
-
-# --- which checkpoints, and where their results go ------------------------------------------------
 
 
 class Cell(NamedTuple):
@@ -81,8 +78,7 @@ class Cell(NamedTuple):
 
 
 def cell_of(name: str, task: str, split: str, suffix=None, out_dir=None) -> Cell:
-    """The cell of the checkpoint `name`, by what its sert.json says. `suffix` and `out_dir` replace
-    the prompt suffix that it was trained with and the folder that follows from its name."""
+    """The cell of the checkpoint `name`, by its sert.json; `suffix` and `out_dir` override it."""
     student = script.open_student(name, task)
     sert, folder = student.sert, student.folder
     method = sert.get("method") if sert.get("method") in table.METHODS else "base"
@@ -103,7 +99,6 @@ def cell_of(name: str, task: str, split: str, suffix=None, out_dir=None) -> Cell
 
 
 def short_hash(text: str) -> str:
-    """8 hex digits for a name."""
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -114,9 +109,6 @@ def default_models(task: str) -> list[str]:
     runs = (Path(f"out/{task}/{label}") / method for method in table.METHODS)
     done = [seed for run in runs for seed in sorted(run.glob("seed*"))]
     return [name, *(str(seed) for seed in done if (seed / "last" / "config.json").exists())]
-
-
-# --- one checkpoint -------------------------------------------------------------------------------
 
 
 class Job(NamedTuple):
@@ -137,18 +129,15 @@ def evaluate(cell: Cell, job: Job) -> dict:
         settings, device, blocks = settle(cell, job)
         blocks.folder.mkdir(exist_ok=True)
         files.check_settings(blocks.folder / "evaluation.json", settings, "use another --out-dir")
-
-        @cache
-        def load():
-            """The model and its tokenizer, read when first asked for."""
-            dtype = torch.bfloat16 if settings["dtype"] == "bf16" else torch.float32
-            folder = cell.student.folder
-            return load_model(folder, device, dtype), load_tokenizer(folder)
+        folder, cap = cell.student.folder, settings["max_new_tokens"]
+        dtype = torch.bfloat16 if settings["dtype"] == "bf16" else torch.float32
+        model = load_model(folder, device, dtype), load_tokenizer(folder)
 
         # 1. Greedy outputs.
+        kept: dict = {}  # a GPU's graphs, from block to block
+
         def decode(block: list[Question], progress) -> list[dict]:
-            cap, n = settings["max_new_tokens"], len(block)
-            outputs = greedy(*load(), block, cell.suffix, cap, rows=n, progress=progress)
+            outputs = greedy(*model, block, cell.suffix, cap, len(block), progress, kept)
             return [{"text": text, "finish": finish} for text, finish in outputs]
 
         if blocks.missing():
@@ -164,11 +153,10 @@ def evaluate(cell: Cell, job: Job) -> dict:
         said = {r["id"]: r["text"] for r in records}
 
         def weigh(block: list[Question], progress) -> list[dict]:
-            found = answer_logprobs(*load(), block, [said[q.id] for q in block], cell.suffix)
+            found = answer_logprobs(*model, block, [said[q.id] for q in block], cell.suffix)
             return [{"logprobs": logprobs} for logprobs in found]
 
-        blocks = blocks._replace(ending=".likelihood.jsonl")
-        weighed: list[dict] = []
+        blocks, weighed = blocks._replace(ending=".likelihood.jsonl"), []
         if job.likelihood or not blocks.missing():
             found = complete(blocks, weigh, "answer likelihood")
             weighed = [likelihood_record(q, r["logprobs"]) for q, r in zip(questions, found)]
@@ -188,14 +176,10 @@ def evaluate(cell: Cell, job: Job) -> dict:
 
 
 def settle(cell: Cell, job: Job) -> tuple[dict, torch.device, script.Blocks]:
-    """(everything that decides the bytes of the outputs, the device, the block files). The blocks lie
-    in a folder that is named by a hash of the settings, so outputs of other settings or other weights
-    are neither lost nor mixed in."""
-    need(
-        not (cell.out / "evaluation.json").exists(),
-        f"{cell.out} holds an evaluation by an earlier version; move its evaluation.json and "
-        "predictions.jsonl elsewhere, or choose another --out-dir",
-    )
+    """(what decides the bytes of the outputs, the device, the block files). Their folder is named by a
+    hash of the settings, so outputs of other settings or weights are neither lost nor mixed in."""
+    older = (cell.out / "evaluation.json").exists()
+    need(not older, f"{cell.out} holds an evaluation by an earlier version; move it away")
     c = read_config(cell.student.folder)
     n_params = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd  # near enough for choices
     device, machine = resolve_machine(job.device, job.dtype, {}, n_params)
@@ -214,10 +198,10 @@ def settle(cell: Cell, job: Job) -> tuple[dict, torch.device, script.Blocks]:
 def complete(blocks: script.Blocks, make: Callable, what: str) -> list[dict]:
     """The records of all blocks, in order. `make(questions, progress)` computes those of a missing
     block, which is written before the next one begins."""
-    n = sum(len(blocks.block(i)) for i in blocks.missing())
+    missing = {i: blocks.block(i) for i in blocks.missing()}
+    n = sum(map(len, missing.values()))
     with console.TokenBar(n, disable=not n, desc=what) as bar:
-        for i in blocks.missing():
-            block = blocks.block(i)
+        for i, block in missing.items():
             made = make(block, bar.count)
             blocks.write(i, [{"id": q.id, "question": q.text, **r} for q, r in zip(block, made)])
             bar.update(len(block))
@@ -235,40 +219,34 @@ def print_plan(cell: Cell, job: Job) -> None:
     """--dry-run: how much there is to decode and to judge."""
     blocks, cap = settle(cell, job)[2], job.settings["max_new_tokens"]
     n = sum(len(blocks.block(i)) for i in blocks.missing())
-    print(
-        f"{cell.title}: {n:,} of {len(job.questions):,} outputs to decode, at most {n * cap:,} "
-        f"tokens, to {cell.out}"
-    )
     prompt = printable_lines(prompts.question_prompt(job.questions[0], cell.suffix))
-    print("  prompt: " + prompt.replace("\n", "\n          "))
+    print(f"{cell.title}: {n:,} of {len(job.questions):,} outputs to decode, at most {n * cap:,} "
+          f"tokens, to {cell.out}\nthe first prompt:\n{prompt}")  # fmt: skip
     longest = {"text": "x" * 5 * cap}  # what judging an output can cost at most
     stored = (blocks.read(i) or [longest] * len(blocks.block(i)) for i in blocks.numbers())
-    said = [r["text"] for records in stored for r in records]
+    said = (r["text"] for records in stored for r in records)
     records = [grade(q, text, None) for q, text in zip(job.questions, said)]
     judge.print_plan(records, job.judge, "  judge")
-
-
-# --- the run --------------------------------------------------------------------------------------
 
 
 def main(args) -> None:
     script.check_counts(args, "limit", "block_questions", "max_new_tokens")
     task, split = args.task, args.split
-    load = partial(tasks.load, task, data_dir=args.data_dir)
-    for folder in (args.table, args.figures):
-        need(not folder or Path(folder).is_dir(), f"{folder}: no such folder")
+    folder = Path(args.table or args.figures or ".")
+    need(folder.is_dir(), f"{folder}: no such folder")
     chosen = judge.choose(args, tasks.get(task).judge)  # bad flags end here, not hours later
     model_judge = chosen if args.judge_model else None
     if args.table:
-        return table.print_table(Path(args.table))
+        return table.print_table(folder)
     if args.figures:
         from sert_min.report import figures  # late: matplotlib takes a second
 
-        out = Path(args.out_dir or Path(args.figures) / "figures")
-        return figures.draw_figures(Path(args.figures), out, split, model_judge and chosen.name)
+        out = Path(args.out_dir or folder / "figures")
+        return figures.draw_figures(folder, out, split, model_judge and chosen.name)
     if args.paths:
         need(chosen, "--paths needs --judge-model (only the micro-world has a judge program)")
         return texts.judge_paths(args.paths, task, args.limit, chosen, args.dry_run)
+    load = partial(tasks.load, task, data_dir=args.data_dir)
     if args.predictions:
         what = args.predictions, {"task": task, "split": split}, load, model_judge
         return texts.evaluate_texts(*what, args.limit, args.out_dir, args.dry_run)
@@ -283,8 +261,8 @@ def main(args) -> None:
         "max_new_tokens": given(args.max_new_tokens, tasks.get(task).greedy_cap),
         "block_questions": args.block_questions,
     }
-    some, by_likelihood = everything[: args.limit], args.by == "likelihood"
-    job = Job(settings, some, by_likelihood, args.device, args.dtype, chosen)
+    some = everything[: args.limit]
+    job = Job(settings, some, args.by == "likelihood", args.device, args.dtype, chosen)
     cells = [cell_of(name, task, split, args.prompt_suffix, args.out_dir) for name in names]
     done = [print_plan(cell, job) if args.dry_run else evaluate(cell, job) for cell in cells]
     if len(done) > 1 and not args.dry_run and not any(cell.variant for cell in cells):

@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import json
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,13 +25,14 @@ import torch
 from sert_min import filters, script, tasks
 from sert_min.decode import fitting_rows
 from sert_min.generate import SampleSettings, check_lengths, sample_paths
-from sert_min.gpt2 import GPT2, load_model
+from sert_min.gpt2 import GPT2
 from sert_min.io import files
 from sert_min.io.errors import SertError, need, printable, printable_lines, run_script
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.io.hub import weights_hash
 from sert_min.io.machine import MACHINE, resolve_machine
 from sert_min.io.parallel import RANK, WORLD
+from sert_min.models import load_model
 from sert_min.patterns import EARLY_KINDS
 from sert_min.prompts import question_prompt
 from sert_min.questions import Question, data_hash, describe
@@ -101,7 +102,9 @@ def main(args) -> None:
     questions, model, m = run.blocks.questions, run.model, run.settings
     prompts = [question_prompt(q, run.student.suffix) for q in questions]
     names = [f"question {q.id}" for q in questions]
-    check_lengths(list(map(run.tokenizer.encode, prompts)), names, model, run.s.max_new_tokens)
+    check_lengths(
+        list(map(run.tokenizer.encode_prompt, prompts)), names, model, run.s.max_new_tokens
+    )
     if RANK == 0:
         console.print_sampling(m, run.limits, model.n_params(), len(questions), run.out)
     if args.dry_run:
@@ -171,9 +174,9 @@ def prepare(args) -> Run:
 
 
 def sample_settings(args, max_new_tokens: int) -> SampleSettings:
-    names, rows = (f.name for f in fields(SampleSettings)), SampleSettings.rows
-    chosen = script.chosen(args, names, max_new_tokens=max_new_tokens, rows=rows)
-    return SampleSettings(**chosen).check()
+    named = SampleSettings.__annotations__
+    flags = script.chosen(args, named, max_new_tokens=max_new_tokens, rows=SampleSettings.rows)
+    return SampleSettings(**flags).check()
 
 
 def default_folder(task: str, split: str, student: Student, s: SampleSettings) -> Path:

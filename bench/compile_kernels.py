@@ -65,9 +65,9 @@ def variants() -> list[tuple]:
             for J in (1, 25):
                 block_d, block_j, block_p, own_warps, warps = a.tiles(J, D, DTYPES[dtype])
                 tile = {"D": D, "BLOCK_D": block_d, "BLOCK_J": block_j, "BLOCK_P": block_p}
-                tile["PRECISION"] = "ieee" if dtype == "fp32" else "tf32"
+                tile |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32", "GROUP": 1}
                 found.append((a.prompt_kernel, tile, dtype, warps, 2))
-            tile = {"D": D, "BLOCK_D": block_d, "CHUNK": CHUNK}
+            tile = {"D": D, "BLOCK_D": block_d, "CHUNK": CHUNK, "GROUP": 3 if D == 64 else 1}
             found.append((a.own_kernel, tile, dtype, own_warps, 3))
     return found
 

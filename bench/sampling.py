@@ -29,7 +29,8 @@ from kernels import bf16_pieces, fp32_product
 from kernels.fast import cpu
 from kernels.reference import BLOCK
 from sert_min.generate import SampleSettings, sample_block
-from sert_min.gpt2 import GPT2, GPT2Config, product, save_model
+from sert_min.gpt2 import GPT2, GPT2Config, product
+from sert_min.models import save_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {  # layers, heads, width
@@ -38,7 +39,9 @@ SHAPES = {  # layers, heads, width
     "355M": (24, 16, 1024),
     "774M": (36, 20, 1280),
 }
-NEVER = SimpleNamespace(n_vocab=50257, eot=-1)  # in place of a tokenizer: no row ends early
+NEVER = SimpleNamespace(
+    n_vocab=50257, eot=-1, ends={}
+)  # in place of a tokenizer: no row ends early
 
 
 def make_model(shape: str) -> GPT2:

@@ -47,8 +47,9 @@ from sert_min.finetune import (
     sparse_embedding,
     train_step,
 )
-from sert_min.gpt2 import GPT2, load_model, save_model
+from sert_min.gpt2 import GPT2
 from sert_min.io.machine import keep_freed_memory
+from sert_min.models import load_model, save_model
 
 LR = 3e-4
 # Tokens of prompt + completion, GPT-2's BPE, of every 76th question of CommonsenseQA's train split

@@ -3,8 +3,9 @@
 A row is one continuation of a prompt. Its query attends to the prompt's keys, of which there is one
 copy for all J rows, and to the keys of its own tokens; both meet in one softmax.
 
-Letters: n rows, G prompts of J rows each, P prompt tokens (padded), H heads of width D. The own keys
-of a row stand in pieces ("chunks") of CHUNK tokens: piece c of all rows is contiguous.
+Letters: n rows, G prompts of J rows each, P prompt tokens (padded), H heads of width D. Keys and
+values may have fewer heads, K of them: each then serves H / K heads of queries, which stand side by
+side. The own keys of a row stand in pieces ("chunks") of CHUNK tokens: piece c of all rows is contiguous.
 """
 
 from typing import NamedTuple
@@ -18,22 +19,23 @@ CHUNK = 32  # own tokens of a row in one piece
 class Keys(NamedTuple):
     """What the rows attend to, keys and values. What lies behind their tokens must be finite."""
 
-    shared_k: Tensor  # [G, H, P, D], the prompts
+    shared_k: Tensor  # [G, K, P, D], the prompts
     shared_v: Tensor
     lengths: Tensor  # [G], tokens of each prompt
-    own_k: Tensor  # [chunks, n, H, CHUNK, D], the rows' own tokens
+    own_k: Tensor  # [chunks, n, K, CHUNK, D], the rows' own tokens
     own_v: Tensor
 
 
 def own_scores(q: Tensor, own_k: Tensor) -> Tensor:
-    """Each query [n, H, D] times its row's own keys [chunks, n, H, CHUNK, D]: [n, H, chunks * CHUNK]."""
-    return torch.cat([(q[:, :, None] @ x.mT)[:, :, 0] for x in own_k], -1)
+    """Each query [n, H, D] times its row's own keys [chunks, n, K, CHUNK, D]: [n, H, chunks * CHUNK]."""
+    q = q.unflatten(1, (own_k.shape[2], -1))  # [n, K, H / K, D]
+    return torch.cat([q @ x.mT for x in own_k], -1).flatten(1, 2)
 
 
 def own_sum(w: Tensor, own_v: Tensor) -> Tensor:
-    """Sum [n, H, D] of each row's own values [chunks, n, H, CHUNK, D], weighted by [n, H, chunks * CHUNK]."""
-    pieces = zip(w[:, :, None].split(CHUNK, -1), own_v)
-    return sum((weights @ x)[:, :, 0] for weights, x in pieces)
+    """Sum [n, H, D] of each row's own values [chunks, n, K, CHUNK, D], weighted by [n, H, chunks * CHUNK]."""
+    pieces = zip(w.unflatten(1, (own_v.shape[2], -1)).split(CHUNK, -1), own_v)
+    return sum(weights @ x for weights, x in pieces).flatten(1, 2)
 
 
 def shared_attention(
@@ -45,7 +47,7 @@ def shared_attention(
     for a slot without a row, whose output means nothing; no two rows have one place. `own_scores`
     and `own_sum` may be quicker ways (fast/cpu.py)."""
     shared_k, shared_v, lengths, own_k, own_v = keys
-    (n, H, _), (G, _, P, _), T = q.shape, shared_k.shape, own_k.shape[0] * CHUNK
+    (n, H, _), (G, K, P, _), T = q.shape, shared_k.shape, own_k.shape[0] * CHUNK
     if n == 0:
         return q
     at, heads = place.clamp(max=G * J - 1), torch.arange(H, device=q.device)
@@ -55,10 +57,10 @@ def shared_attention(
     there = (row * H + heads[:, None]).flatten()  # [G * H * J] of n * H
     back = ((at // J * H)[:, None] + heads) * J + (at % J)[:, None]  # [n, H] of G * H * J
 
-    def by_prompt(x: Tensor) -> Tensor:  # [n, H, X] -> [G, H, J, X]
-        return x.flatten(0, 1).index_select(0, there).view(G, H, J, x.shape[-1])
+    def by_prompt(x: Tensor) -> Tensor:  # [n, H, X] -> [G, K, H / K * J, X]
+        return x.flatten(0, 1).index_select(0, there).view(G, K, -1, x.shape[-1])
 
-    def by_row(x: Tensor) -> Tensor:  # [G, H, J, X] -> [n, H, X]
+    def by_row(x: Tensor) -> Tensor:  # [G, K, H / K * J, X] -> [n, H, X]
         return x.flatten(0, 2).index_select(0, back.flatten()).view(n, H, x.shape[-1])
 
     ends = torch.stack([lengths[at // J], t], 1)[:, :, None]  # [n, 2, 1]

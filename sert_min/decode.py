@@ -6,7 +6,7 @@ softmax. When a row ends, the next one that waits takes its place. The decoder d
 row is drawn or when it is ended early: generate.py does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from sert_min.gpt2 import GPT2, causal_attention
 
 @dataclass
 class Prompts:
-    """What prefill leaves of Q prompts: keys and values [L, Q, H, P, D], shared by their rows."""
+    """What prefill leaves of Q prompts: keys and values [L, Q, K, P, D], shared by their rows."""
 
     keys: Tensor
     values: Tensor
@@ -42,14 +42,14 @@ def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
         ids[i, : len(p)] = torch.tensor(p)
     lengths = torch.tensor([len(p) for p in prompts])
     padding = (torch.arange(P) >= lengths[:, None]).to(device)[..., None, None]  # [Q, P, 1, 1]
-    size = (c.n_layer, len(prompts), c.n_head, P, c.n_embd // c.n_head)
+    size = (c.n_layer, len(prompts), c.n_kv_head, P, c.head_dim)
     dtype = model.h[0].attn.c_attn.weight.dtype
     if device.type == "cpu" and not cpu.has_bf16():
         dtype = torch.float32  # bf16 numbers, kept so that nothing has to be converted
     keys = torch.empty(size, dtype=dtype, device=device)
     values = torch.empty_like(keys)
 
-    def attend(layer, q, k, v):  # [Q, P, H, D]
+    def attend(layer, q, k, v):  # [Q, P, H, D], k and v [Q, P, K, D]
         q, k, v = (x.to(dtype) for x in (q, k, v))
         k, v = (x.masked_fill(padding, 0) for x in (k, v))  # no NaN that a weight of 0 would spread
         keys[layer], values[layer] = k.transpose(1, 2), v.transpose(1, 2)
@@ -61,10 +61,10 @@ def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
 
 
 def own_memory(prompts: Prompts, n_slots: int, cap: int) -> tuple[Tensor, Tensor]:
-    """Own keys and values of n_slots rows, each [L, chunks, n_slots, H, CHUNK, D], finite; on a CPU
+    """Own keys and values of n_slots rows, each [L, chunks, n_slots, K, CHUNK, D], finite; on a CPU
     the keys lie in memory as kernels/fast/cpu.py wants them."""
-    L, _, H, _, D = prompts.keys.shape
-    size = (L, -(-cap // CHUNK), n_slots, H)
+    L, _, K, _, D = prompts.keys.shape
+    size = (L, -(-cap // CHUNK), n_slots, K)
     values = prompts.keys.new_zeros(*size, CHUNK, D)
     on_cpu = values.device.type == "cpu"
     return (values.new_zeros(*size, D, CHUNK).mT if on_cpu else torch.zeros_like(values)), values
@@ -77,7 +77,7 @@ class Decoder:
     The block has R = Q J rows, J of each prompt in order; a row takes at most `cap` tokens. Slot i
     of n holds row `row[i]` (R: no row), of which t[i] tokens are known and ids[i] is the last. The
     own key of token t stands in keys[layer, t // CHUNK, slot, :, t % CHUNK] (`own_memory`); what
-    lies behind a row's tokens is stale, but finite, and masked away.
+    lies behind a row's tokens is stale, but finite, and masked away. A row ends at any of `ends`.
     `draw(hidden [n, C], streams [n], t [n])` gives tokens and log-probs [n]."""
 
     def __init__(
@@ -88,11 +88,11 @@ class Decoder:
         draw: Callable,
         J: int,
         cap: int,
-        eot: int,
+        ends: Iterable[int],
     ):
         device = prompts.lengths.device
         self.model, self.prompts, self.draw = model, prompts, draw
-        self.J, self.cap, self.eot = J, cap, eot
+        self.J, self.cap, self.ends = J, cap, torch.tensor([*ends], dtype=torch.long, device=device)
         self.keys, self.values = own
         R, N = self.R, self.n_slots = len(prompts.lengths) * J, self.keys.shape[2]
         self.gpu = on_gpu(prompts.lengths)
@@ -215,7 +215,7 @@ class Decoder:
         places = self.prompts.lengths[(row // J).clamp(max=self.R // J - 1)] + t - 1  # in the text
         slots, chunk, at = torch.arange(n, device=t.device), (t - 1) // CHUNK, (t - 1) % CHUNK
 
-        def attend(layer, q, k, v):  # [n, H, D]
+        def attend(layer, q, k, v):  # [n, H, D], [n, K, D]
             q, k, v = (x.to(self.keys.dtype) for x in (q, k, v))
             self.keys[layer][chunk, slots, :, at] = k
             self.values[layer][chunk, slots, :, at] = v
@@ -228,7 +228,7 @@ class Decoder:
 
         hidden = self.model(self.ids[:n], places, attend)  # [n, C]
         tokens, logprobs = self.draw(hidden, self.stream[row], t)
-        self.ended[:n] = (tokens == self.eot) | (t + 1 >= self.cap)
+        self.ended[:n] = (tokens[:, None] == self.ends).any(1) | (t + 1 >= self.cap)
         self.ids[:n] = tokens.clamp(min=0)  # -1: the logits were NaN; the host will see it
         drawn = row.clone(), tokens, logprobs
         t += 1
@@ -267,10 +267,10 @@ def find_decoder(kept: dict, model: GPT2, shared: Prompts, s, tokenizer) -> Deco
 
     def make(own: tuple[Tensor, Tensor]) -> Decoder:
         draw = make_draw(model, shared, s, n_vocab, n_slots)
-        return Decoder(model, shared, own, draw, J, s.max_new_tokens, tokenizer.eot)
+        return Decoder(model, shared, own, draw, J, s.max_new_tokens, tokenizer.ends)
 
-    L, _, H, P, D = shared.keys.shape
-    key = (shared.keys.dtype, L, H, D, n_slots, s.max_new_tokens)
+    L, _, K, P, D = shared.keys.shape
+    key = (shared.keys.dtype, L, K, D, n_slots, s.max_new_tokens)
     if gpu:  # a decoder holds its model, so that nothing else gets its id
         key += (id(model), s, Q, P)
     if key not in kept:
@@ -285,7 +285,9 @@ def fitting_rows(device: torch.device, model: GPT2, new: int, block: int, paths:
     most 2,000, for `new` tokens each; a block has at least `block` questions of `paths` paths, and
     four times as many paths as rows, so that few slots are empty at a block's end."""
     c = model.config
-    own = 4 * 2 * c.n_layer * c.n_embd * (new + 32)  # bytes of keys and values, fp32 at most
+    own = (
+        4 * 2 * c.n_layer * c.n_kv_head * c.head_dim * (new + 32)
+    )  # bytes of keys and values, fp32 at most
     logits = 3 * 4 * c.vocab_size
     free = torch.cuda.mem_get_info(device)[0] - 2 * 4 * model.n_params()
     rows = min(2000, max(25, int(free / 2 / (own + logits)) // 25 * 25))

@@ -7,10 +7,9 @@
                    latent reasoning is the unlikely rest
     5 select       keeps, per question, the passed path with the lowest rep-2
 
-Each rule sees what the one before it left. A rule is one entry of RULES; flags, the funnel, the page
-and the figures are made from these entries, so a new rule is a new entry and its test. The pattern
-rule looks at the whole sampled text (patterns.py); the others look at the path, which loses its last
-half sentence if the cap cut it.
+Each rule sees what the one before it left. Flags, funnel, page and figures are made from RULES, so a
+new rule is a new entry and its test. The pattern rule looks at the whole sampled text (patterns.py),
+the others at the path, which loses its last half sentence if the cap cut it.
 """
 
 import math
@@ -20,17 +19,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from sert_min import patterns
 from sert_min.answers import SENTENCE_END, strip_answer_sentence
 from sert_min.io.errors import need
-from sert_min.patterns import (
-    PATTERN_KINDS,
-    broken_kinds,
-    characters_complete,
-    decode,
-    earliest,
-    parse_patterns,
-    pattern_breaks,
-)
+from sert_min.patterns import PATTERN_KINDS, decode
 from sert_min.questions import Question
 
 
@@ -69,15 +61,13 @@ def rep2(ids: Sequence) -> float:
 
 def perplexity(logprobs: Sequence[float]) -> float | None:
     """exp(-mean log-prob); None for no tokens."""
-    if not logprobs:
-        return None
-    mean = math.fsum(logprobs) / len(logprobs)
-    return math.exp(min(-mean, 700.0))  # finite: JSON has no infinity
+    mean = math.fsum(logprobs) / max(len(logprobs), 1)
+    return math.exp(min(-mean, 700.0)) if logprobs else None  # finite: JSON has no infinity
 
 
 RULES = (
     Rule(
-        "pattern", "patterns", PATTERN_KINDS, None, lambda path: path.breaks, earliest,
+        "pattern", "patterns", PATTERN_KINDS, None, lambda path: path.breaks, patterns.earliest,
         "drop {}", "kinds to drop, by comma: imitative,options,direct; or none",
     ),
     Rule(
@@ -96,14 +86,11 @@ RULES = (
 )  # fmt: skip
 
 
-# --- limits ---------------------------------------------------------------------------------------
-
-
 def add_flags(group) -> None:
     """A flag per rule."""
     for rule in RULES:
-        kind = str if rule.bounds is None else type(rule.limit)
-        group.add_argument(f"--{rule.flag.replace('_', '-')}", type=kind, help=rule.help)
+        name, kind = rule.flag.replace("_", "-"), type(rule.limit) if rule.bounds else str
+        group.add_argument(f"--{name}", type=kind, help=rule.help)
 
 
 def limits(preset: Mapping, flags: Mapping | None = None) -> dict:
@@ -114,7 +101,7 @@ def limits(preset: Mapping, flags: Mapping | None = None) -> dict:
         limit = (flags or {}).get(rule.flag)
         limit = preset.get(rule.flag, rule.limit) if limit is None else limit
         if rule.bounds is None:
-            limit = parse_patterns(limit) if isinstance(limit, str) else tuple(limit)
+            limit = patterns.parse_patterns(limit) if isinstance(limit, str) else tuple(limit)
         else:
             low, high = rule.bounds
             name, to = rule.flag.replace("_", "-"), f"to {high}" if high < math.inf else "up"
@@ -133,62 +120,64 @@ def words(rule: Rule, limit) -> str:
 
 
 def trim_to_sentence(token_bytes: Sequence[bytes], path_start: int) -> int:
-    """`path_end` of a path that the cap cut: after the token that holds the end of the last full
-    sentence, or all of it if there is none.
+    """`path_end` of a path that the cap cut: behind the last full sentence, if there is one.
 
     >>> trim_to_sentence([b" It", b" rains", b'."', b" So", b" we"], 0)
     3
     """
     path = token_bytes[path_start:]
     ends = [m.end() for m in SENTENCE_END.finditer(decode(path))]
-    if not ends:
-        return len(token_bytes)
-    return path_start + bisect_right(characters_complete(path), ends[-1] - 1) + 1
+    last = bisect_right(patterns.characters_complete(path), ends[-1] - 1) + 1 if ends else len(path)
+    return path_start + last
+
+
+def first_broken(path: Path, limits: Mapping, rules: Sequence[Rule]) -> str | None:
+    """The verdict by the first of `rules` that a path breaks."""
+    for rule in rules:
+        if broken := rule.breaks(rule.measure(path), limits[rule.flag]):
+            return f"{rule.name}:{broken}" if isinstance(broken, str) else rule.name
+    return None
+
+
+def path_breaks(
+    record: Mapping, token_bytes: Sequence[bytes], question: Question
+) -> dict[str, int]:
+    """For each pattern kind that a sampled record breaks, the index in its path of the token that
+    breaks it. A special token that ended the path, such as `<|im_start|>`, is imitative."""
+    special, final = record["finish"] == "special", record["finish"] != "rejected"
+    drawn = token_bytes[record["path_start"] : len(token_bytes) - special]
+    breaks = patterns.broken_kinds(drawn, question, final)
+    return {"imitative": len(drawn), **breaks} if special else breaks
 
 
 def verdict(
     record: Mapping, token_bytes: Sequence[bytes], question: Question, limits: Mapping
 ) -> dict:
     """What follows from a sampled record (`token_ids, logprobs, path_start, finish`): its `text,
-    path_end, perplexity, rep2, verdict`. `token_bytes` are the bytes of each of its `token_ids`,
-    `limits` those of `limits()`. A path that passes every rule is `kept`. The result depends on
-    the stored, rounded log-probs alone, so filtering anew gives the same."""
+    path_end, perplexity, rep2, verdict` (`kept` for a path that passes every rule). `token_bytes`
+    are the bytes of each of its `token_ids`."""
     start, finish = record["path_start"], record["finish"]
-    breaks = broken_kinds(token_bytes[start:], question, final=finish != "rejected")
-    end = trim_to_sentence(token_bytes, start) if finish == "length" else len(token_bytes)
+    breaks = path_breaks(record, token_bytes, question)
+    end = len(token_bytes) - (finish == "special")  # the token that ended it stands behind the path
+    end = trim_to_sentence(token_bytes, start) if finish == "length" else end
     ids, logprobs = record["token_ids"][start:end], record["logprobs"][:end]
     path = Path(ids, logprobs, decode(token_bytes[start:end]), breaks, question)
-    found = "kept"
-    for rule in RULES:
-        broken = rule.breaks(rule.measure(path), limits[rule.flag])
-        if broken:
-            found = f"{rule.name}:{broken}" if isinstance(broken, str) else rule.name
-            break
+    found = first_broken(path, limits, RULES) or "kept"
+    whole = finish != "rejected" or found.startswith("pattern:")
     need(
-        finish != "rejected" or found.startswith("pattern:"),
-        "a path was stopped early by a pattern rule that is now off; give --patterns as in the "
-        "sampling run, or sample again with --no-early-reject into another --out-dir",
+        whole, "these --patterns pass a path that was stopped early; sample with --no-early-reject"
     )
-    return {
-        "text": path.text,
-        "path_end": end,
-        "perplexity": perplexity(logprobs),
-        "rep2": rep2(ids),
-        "verdict": found,
-    }
+    measured = {"perplexity": perplexity(logprobs), "rep2": rep2(ids)}
+    return {"text": path.text, "path_end": end, **measured, "verdict": found}
 
 
 def reasons(question: Question, text: str, tokenizer, limits: Mapping) -> bool:
-    """Is an output reasoning by its form? Without its closing answer sentence it must pass every
-    rule that needs no log-probs."""
+    """Does an output, less its closing answer sentence, pass each rule that needs no log-probs?"""
     text = strip_answer_sentence(text)[0]
-    ids = tokenizer.encode(text)
-    path = Path(ids, [], text, pattern_breaks(text, question), question)
-    rules = [rule for rule in RULES if rule.name != "perplexity"]
-    return not any(rule.breaks(rule.measure(path), limits[rule.flag]) for rule in rules)
+    breaks = patterns.pattern_breaks(text, question)
+    path = Path(tokenizer.encode(text), [], text, breaks, question)
+    return not first_broken(path, limits, [r for r in RULES if r.name != "perplexity"])
 
-
-# --- all paths ------------------------------------------------------------------------------------
 
 RECORD = (  # the keys of a record of paths.jsonl, in order
     "task", "id", "question", "answer", "branch", "sample", "text", "token_ids", "logprobs",
@@ -199,20 +188,26 @@ RECORD = (  # the keys of a record of paths.jsonl, in order
 def path_records(
     sampled: Iterable[Mapping], questions: Sequence[Question], tokenizer, limits: Mapping
 ) -> list[dict]:
-    """The records of paths.jsonl from those of `generate.sample_paths`: verdicts for the paths of
-    whole `questions`, one of them selected per question."""
+    """The records of paths.jsonl from those of `generate.sample_paths`, for all paths of `questions`:
+    with verdicts, and one path selected per question."""
     by_id, records = {q.id: q for q in questions}, []
     for r in sampled:
         q = by_id[r["id"]]
         token_bytes = [tokenizer.to_bytes.get(i, b"") for i in r["token_ids"]]
-        whole = {"task": q.task, "answer": q.answer, **r, **verdict(r, token_bytes, q, limits)}
+        whole = {
+            "task": q.task,
+            "question": q.text,
+            "answer": q.answer,
+            **r,
+            **verdict(r, token_bytes, q, limits),
+        }
         records.append({key: whole[key] for key in RECORD})
     return select(records)
 
 
 def select(records: Iterable[Mapping]) -> list[dict]:
-    """Copies of records with verdicts, in their order: of each question's passed paths the one with
-    the lowest rep-2 (then branch, then sample) is `selected`, the others are `kept` [SERT §II-A-2]."""
+    """Copies of records: of each question's passed paths the one with the lowest rep-2 (then branch,
+    then sample) is `selected`, the others are `kept` [SERT §II-A-2]."""
     records, passed = [dict(r) for r in records], defaultdict(list)
     for r in records:
         if r["verdict"] in ("kept", "selected"):
@@ -229,35 +224,33 @@ class Funnel:
 
     def __init__(self, records: Iterable[Mapping] = ()):
         self.verdicts: Counter = Counter()
-        self.passed: dict[tuple, bool] = {}  # question -> did any of its paths pass?
+        self.passed: Counter = Counter()  # question -> how many of its paths passed
         for r in records:
             self.add(r)
 
     def add(self, r: Mapping) -> Mapping:
         """Count a record with its verdict; returns the record."""
-        key, passes = (r["task"], r["id"]), r["verdict"] in ("kept", "selected")
         self.verdicts[r["verdict"]] += 1
-        self.passed[key] = self.passed.get(key, False) or passes
+        self.passed[r["task"], r["id"]] += r["verdict"] in ("kept", "selected")
         return r
 
     def counts(self) -> dict:
         """All counts as JSON has them; `seen` are the paths that reached each rule."""
-        n, paths = self.verdicts, self.verdicts.total()
+        n, left, seen = self.verdicts, self.verdicts.total(), {}
         dropped = {rule.name: n[rule.name] for rule in RULES}
         dropped |= {f"pattern:{kind}": n[f"pattern:{kind}"] for kind in PATTERN_KINDS}
         dropped["pattern"] = sum(v for k, v in n.items() if k.startswith("pattern:"))
         unknown = set(n) - {*dropped, "kept", "selected"}
         need(not unknown, f"there is no verdict {', '.join(map(repr, unknown))}; sample again")
-        seen, left = {}, paths
         for rule in RULES:
             seen[rule.name] = left
             left -= dropped[rule.name]
         return {
-            "paths": paths,
+            "paths": n.total(),
             "seen": seen,
             "dropped": dropped,
             "passed": left,
             "selected": n["selected"],
             "questions": len(self.passed),
-            "without_path": sum(not passes for passes in self.passed.values()),
+            "without_path": sum(not passed for passed in self.passed.values()),
         }

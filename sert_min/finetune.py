@@ -23,12 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.fast.head_loss import HeadLoss
-from sert_min.gpt2 import GPT2, causal_attention, first_broken
+from sert_min.gpt2 import GPT2, causal_attention
 from sert_min.io import parallel
 from sert_min.io.errors import SertError, need, this_command
 from sert_min.io.files import read_jsonl, set_torn_tail_aside, to_line, write_atomic
 from sert_min.io.machine import keep_freed_memory, stop_signals
 from sert_min.io.state import load_state, save_state
+from sert_min.models import first_broken
 
 IGNORE = -100  # target of a position that has no loss
 CLIP = 1.0  # largest gradient norm (paper silent)
@@ -43,7 +44,7 @@ def encode_example(tokenizer, prompt: str, completion: str, loss_on: str = "answ
     Prompt ids [5, 6], completion ids [7, 8] and end-of-text 9 give the ids [5, 6, 7, 8] and the
     targets [IGNORE, 7, 8, 9], or [6, 7, 8, 9] with loss_on="all".
     """
-    p, c = tokenizer.encode(prompt), tokenizer.encode(completion) + [tokenizer.eot]
+    p, c = tokenizer.encode_prompt(prompt), tokenizer.encode(completion) + [tokenizer.eot]
     targets = (p if loss_on == "all" else [IGNORE] * len(p)) + c
     return (p + c)[:-1], targets[1:]
 

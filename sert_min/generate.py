@@ -13,7 +13,7 @@ way, whatever ran before it, so a run gives the same bytes after any restart.
 import hashlib
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,8 +21,9 @@ from torch import Tensor
 
 from kernels.reference import best_first
 from sert_min.decode import Decoder, Prompts, find_decoder, on_gpu, prefill, rounded
-from sert_min.gpt2 import GPT2, first_broken
+from sert_min.gpt2 import GPT2
 from sert_min.io.errors import SertError, need
+from sert_min.models import first_broken
 from sert_min.patterns import pattern_break
 from sert_min.prompts import question_prompt
 from sert_min.questions import Question
@@ -60,7 +61,7 @@ GREEDY = SampleSettings(branches=1, samples=1, temperature=0.0, raw=True)
 @dataclass
 class Row:
     """One continuation. `token_ids` starts with the branch token (unless raw) and leaves out the
-    closing end-of-text; `logprobs` are at temperature 1 over the full vocabulary, 5 decimals."""
+    closing end-of-text, but not another special token that ended it; `logprobs` are at temperature 1 over the full vocabulary, 5 decimals."""
 
     question: int  # index in the block
     branch: int  # 0-based; -1 for raw samples
@@ -69,7 +70,7 @@ class Row:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     path_start: int = 0  # 1 behind a branch token that is end-of-text
-    finish: str = ""  # eos | length | rejected
+    finish: str = ""  # eos | special | length | rejected
 
 
 # --- a block of questions -------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def sample_paths(
     """The paths of a block of questions as records, without any verdict (filters.py adds it): in
     the order (question, branch, sample). `suffix` stands behind the prompts; a row stops as soon as
     it breaks one of the pattern rules `early_reject`; `progress` and `kept` as in `sample_block`."""
-    prompts = [tokenizer.encode(question_prompt(q, suffix)) for q in questions]
+    prompts = [tokenizer.encode_prompt(question_prompt(q, suffix)) for q in questions]
     names = [f"{q.task}/{q.id}" for q in questions]
 
     def reject(question: int, ids: list[int]) -> bool:
@@ -165,7 +166,7 @@ def sample_block(
             return 0
         room = s.max_new_tokens - len(row.token_ids)
         broken = breaks(row, row.token_ids[row.path_start :])
-        n, row.finish = ending(tokens, room, tokenizer.eot, broken)
+        n, row.finish = ending(tokens, room, tokenizer.ends, broken)
         if row.finish == "nan":
             raise nan_error(row.question, row.token_ids + tokens[:n])
         row.token_ids += tokens[:n]
@@ -173,14 +174,14 @@ def sample_block(
         return n + (row.finish == "eos")
 
     # 2. Branch.
-    rows = first_rows(logits, names, s, tokenizer.eot)
+    rows = first_rows(logits, names, s, tokenizer.eot, tokenizer.ends)
     live = find_decoder(kept, model, shared, s, tokenizer)
     if s.raw:
         for row, token, logprob in draw_first_tokens(live, shared, rows):
             extend(row, [token], [logprob])
     for row in () if s.raw else rows:  # a branch token alone may break a rule or reach the cap
         path, room = row.token_ids[row.path_start :], s.max_new_tokens - row.path_start
-        row.finish = ending(path, room, tokenizer.eot, breaks(row, []))[1]
+        row.finish = ending(path, room, tokenizer.ends, breaks(row, []))[1]
     waiting = [i for i, row in enumerate(rows) if not row.finish]
     first = [(row.token_ids or [0])[0] for row in rows]
     live.load(shared, [row.stream for row in rows], first, waiting)
@@ -210,22 +211,29 @@ def sample_block(
 
 
 def ending(
-    tokens: list[int], room: int, eot: int, reject: Callable[[list[int]], bool] | None = None
+    tokens: list[int],
+    room: int,
+    ends: Mapping[int, str],
+    reject: Callable[[list[int]], bool] | None = None,
 ) -> tuple[int, str]:
-    """(how many of the drawn `tokens` a row takes, how it ends there: eos, length, rejected, nan, or
-    "" if it goes on). The row has room for `room` more tokens; `reject(new)` says whether it breaks
-    a rule with these new tokens, and a rejected row ends with the token that broke it.
+    """(how many of the drawn `tokens` a row takes, how it ends there: eos, special, length, rejected,
+    nan, or "" if it goes on). The row has room for `room` more tokens; `ends` says how a row ends at
+    each special token; `reject(new)` says whether it breaks a rule with these new tokens, and a
+    rejected row ends with the token that broke it.
 
-    >>> ending([6, 9, 6], room=5, eot=9)  # the end-of-text itself is not taken
+    >>> ends = {9: "eos", 8: "special"}
+    >>> ending([6, 9, 6], 5, ends)  # the end-of-text itself is not taken
     (1, 'eos')
-    >>> ending([6, 6, 6], room=2, eot=9)  # the cap
+    >>> ending([6, 8, 6], 5, ends)  # another special token is, as the last
+    (2, 'special')
+    >>> ending([6, 6, 6], 2, ends)  # the cap
     (2, 'length')
-    >>> ending([6, 7, 6], room=5, eot=9, reject=lambda new: 7 in new)
+    >>> ending([6, 7, 6], 5, ends, reject=lambda new: 7 in new)
     (2, 'rejected')
-    >>> ending([6, -1, 6], room=5, eot=9)  # the kernels draw -1 from logits that are NaN
+    >>> ending([6, -1, 6], 5, ends)  # the kernels draw -1 from logits that are NaN
     (1, 'nan')
     """
-    n = min(tokens.index(eot) if eot in tokens else len(tokens), room)
+    n = min(next((i for i, t in enumerate(tokens) if t in ends), len(tokens)), room)
     if -1 in tokens[:n]:
         return tokens.index(-1), "nan"
     if reject and n and reject(tokens[:n]):
@@ -234,7 +242,8 @@ def ending(
         return n, "rejected"
     if n == room:
         return n, "length"
-    return n, "eos" if n < len(tokens) else ""
+    finish = ends[tokens[n]] if n < len(tokens) else ""
+    return n + (finish == "special"), finish
 
 
 # --- before the first step -------------------------------------------------------------------------
@@ -264,9 +273,12 @@ def check_lengths(prompts: list[list[int]], names: list[str], model: GPT2, new: 
             )
 
 
-def first_rows(logits: Tensor, names: list[str], s: SampleSettings, eot: int) -> list[Row]:
+def first_rows(
+    logits: Tensor, names: list[str], s: SampleSettings, eot: int, ends: Iterable[int] = ()
+) -> list[Row]:
     """All rows of a block in order, each with its first token if that is a branch [SERT §II-A-1];
-    logits [Q, V] at the prompts' ends."""
+    logits [Q, V] at the prompts' ends. End-of-text may be a branch, other special tokens (`ends`)
+    may not."""
     rows = []
     if s.raw:
         for q, name in enumerate(names):
@@ -275,7 +287,9 @@ def first_rows(logits: Tensor, names: list[str], s: SampleSettings, eot: int) ->
         return rows
     if s.branches > logits.shape[1]:
         raise SertError(f"--branches {s.branches} is more than the vocabulary holds; lower it")
-    top, ids = best_first(logits, s.branches)  # [Q, K], ties by lowest id
+    special = torch.tensor([i for i in ends if i != eot], dtype=torch.long, device=logits.device)
+    possible = logits.index_fill(1, special, float("-inf"))
+    top, ids = best_first(possible, s.branches)  # [Q, K], ties by lowest id
     logprobs = top - logits.logsumexp(-1, keepdim=True)
     for q, name in enumerate(names):
         for b, (token, lp) in enumerate(zip(ids[q].tolist(), logprobs[q].tolist())):

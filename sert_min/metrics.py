@@ -17,7 +17,7 @@ from sert_min.answers import extract_answer, extract_lenient, stated_answers
 from sert_min.filters import rep2
 from sert_min.generate import GREEDY, sample_block
 from sert_min.gpt2 import GPT2
-from sert_min.io.errors import SertError
+from sert_min.io.errors import need
 from sert_min.prompts import question_prompt
 from sert_min.questions import Question, majority
 
@@ -32,34 +32,30 @@ def greedy(
     max_new_tokens: int = 512,
     rows: int = 64,
     progress: Callable[[int], None] = lambda tokens: None,
+    kept: dict | None = None,
 ) -> list[tuple[str, str]]:
     """(text, finish) of each question's greedy output. Blocks of `rows` questions are decoded
-    together; `max_new_tokens` shrinks to what a block's longest prompt leaves of the context."""
-    outputs, kept = [], {}
+    together; `max_new_tokens` shrinks to what a block's longest prompt leaves of the context. `kept`
+    is that of sample_block: with one dict for many calls, a GPU's graphs are captured once."""
+    outputs, kept = [], {} if kept is None else kept
     for i in range(0, len(questions), rows):
         block = questions[i : i + rows]
-        prompts = [tokenizer.encode(question_prompt(q, suffix)) for q in block]
+        prompts = [tokenizer.encode_prompt(question_prompt(q, suffix)) for q in block]
         room = model.config.n_positions - max(map(len, prompts))
-        if room < 1:
-            raise SertError(
-                f"a question from {block[0].id} to {block[-1].id} fills the model's context of "
-                f"{model.config.n_positions} tokens; leave it out"
-            )
+        names, context = [f"question {q.id}" for q in block], model.config.n_positions
+        some = f"a question from {block[0].id} to {block[-1].id}"
+        need(room > 0, f"{some} fills the model's context of {context} tokens; leave it out")
         s = replace(GREEDY, max_new_tokens=min(max_new_tokens, room), rows=len(block))
-        names = [f"question {q.id}" for q in block]
         drawn = sample_block(model, tokenizer, prompts, names, s, None, progress, kept)
-        for row in drawn:
-            outputs.append((tokenizer.decode(row.token_ids), row.finish))
+        outputs += [(tokenizer.decode(row.token_ids), row.finish) for row in drawn]
     return outputs
 
 
 def grade(question: Question, text: str, finish: str | None) -> dict:
     """The prediction record of an output: what it answers, whether that is right, and its form.
     `finish` is "eos" if the output ended by itself, None if that was not recorded."""
-    words = text.split()
-    extracted = extract_answer(text, question)
-    stated = set(stated_answers(text, question))
-    loop = rep2(words)
+    words, stated = text.split(), set(stated_answers(text, question))
+    extracted, loop = extract_answer(text, question), rep2(words)
     faults = (
         ("finish not recorded", finish is None),
         ("does not end", finish != "eos"),
@@ -114,10 +110,9 @@ def summarize(
     likeliest_right: Sequence[bool] = (),
     judges: dict | None = None,
 ) -> dict:
-    """The metrics of prediction records, each as (value, low, high), and the plain counts.
-    `likeliest_right`: is the likeliest answer of each question right? `judges`: name -> summary
-    (report.judge). Either may be missing."""
-    n, n_likely = len(records), len(likeliest_right)
+    """The metrics of prediction records, each as (value, low, high), and the plain counts; also of
+    `likeliest_right` (is a question's likeliest answer right?) and `judges` (name -> summary)."""
+    n = len(records)
     formats = [r["format_ok"] for r in records if r["format_ok"] is not None]
     lenient = sum(r["extracted_lenient"] == r["answer"] for r in records)
     metrics = {
@@ -131,8 +126,8 @@ def summarize(
         "majority": majority(questions),
         "reasons": dict(Counter(r["reason"] for r in records).most_common()),
     }
-    if n_likely:
-        metrics["acc_likelihood"] = share_interval(sum(likeliest_right), n_likely)
+    if likeliest_right:
+        metrics["acc_likelihood"] = share_interval(sum(likeliest_right), len(likeliest_right))
     return metrics | ({"judges": judges} if judges else {})
 
 

@@ -28,7 +28,8 @@ def parse_patterns(text: str) -> tuple[str, ...]:
 
 # --- 1 pattern -------------------------------------------------------------------------------
 #
-# imitative   `Question:` or `Answer:` stands in the text, in this spelling.
+# imitative   `Question:` or `Answer:` stands in the text, in this spelling; or a special token other
+#             than end-of-text (`<|im_start|>`) ended the path (filters.verdict).
 # options     Lists two or more different options back:
 #             by label: (A) and (B) with at most LABEL_WORDS words, no verb of PROSE and no sentence
 #             end between them (option texts aside: `(A) bank. (B) mall` is a list; `(B) is wrong,

@@ -1,7 +1,6 @@
 """A question: its text as it stands in the prompt, its possible answers, and the right one.
 
-This module imports nothing of ours. What a task adds (how its files are read, which student it
-takes) stands in tasks.py; what the program knows of one question stands here.
+What a task adds (how its files are read, which student it takes) stands in tasks.py.
 """
 
 import hashlib
@@ -42,19 +41,24 @@ class Question:
         return f"({answer})" if self.choices else answer
 
 
-def stem(text: str) -> str:
-    """A question's text without its options: files of other people carry only that."""
-    return text.partition(CHOICES.rstrip())[0].strip()
+def with_choices(stem: str, choices) -> str:
+    """A question with its options, as it stands in the prompt."""
+    return stem + CHOICES + ", ".join(f"({a}) {c}" for a, c in zip(LETTERS, choices))
 
 
-def choices_of(question: str) -> tuple[str, ...]:
-    """The option texts in a question as it stands in the prompt; () for a yes/no question.
+def choices_of(text: str) -> tuple[str, ...]:
+    """The options in a text of `with_choices`; () for a yes/no question.
 
     >>> choices_of("Where? Answer choices: (A) bank, (B) shop, mall")
     ('bank', 'shop, mall')
     """
-    _, found, listed = question.partition(CHOICES + "(A) ")
+    _, found, listed = text.partition(CHOICES + "(A) ")
     return tuple(re.split(rf", \([{LETTERS[1:]}]\) ", listed)) if found else ()
+
+
+def stem(text: str) -> str:
+    """A question's text without its options: files of other people carry only that."""
+    return text.partition(CHOICES.rstrip())[0].strip()
 
 
 def data_hash(questions: list[Question]) -> str:
@@ -65,16 +69,13 @@ def data_hash(questions: list[Question]) -> str:
 
 def majority(questions: list[Question]) -> tuple[str, float]:
     """(most frequent answer, its share): the accuracy of always giving this answer."""
-    answer, count = min(
-        Counter(q.answer for q in questions).items(), key=lambda item: (-item[1], item[0])
-    )
-    return answer, count / len(questions)
+    counts = Counter(q.answer for q in questions)
+    answer = min(counts, key=lambda a: (-counts[a], a))
+    return answer, counts[answer] / len(questions)
 
 
 def describe(questions: list[Question], split: str) -> str:
     """One line for every run: size, content hash, majority class."""
-    if not questions:
-        return f"{split}: 0 questions"
     answer, share = majority(questions)
     return (
         f"{questions[0].task} {split}: {len(questions):,} questions, "

@@ -36,8 +36,7 @@ def teacher_answer(output: Output, q: Question) -> str | None:
 
 def clean(output: Output) -> tuple[str, bool, bool]:
     """(the rationale as the student will read it, did it lose its answer sentence?, did it lose a
-    half sentence?). The result is one paragraph without control characters. A rationale that has no
-    full sentence is left as it is."""
+    half sentence?). The result is one paragraph. A rationale without a full sentence stays as it is."""
     text = without_thinking(output.rationale).strip()
     ends = [m.end() for m in SENTENCE_END.finditer(text)]
     cut = output.finish in (None, "length", "content_filter")
@@ -55,8 +54,7 @@ def rationale_records(
     fits: Callable[[Question, str], bool],
 ) -> tuple[list[dict], Counter]:
     """(a record per question that has an output, in question order; the counts of what happened).
-    `keep` is "right" or "all"; `fits(question, text)` tells whether the student's context can hold
-    it."""
+    `keep` is "right" or "all"; `fits(question, text)`: can the student's context hold it?"""
     records, counts = [], Counter()
     for q in questions:
         output = outputs.get(q.id)

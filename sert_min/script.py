@@ -9,13 +9,15 @@ from typing import NamedTuple
 from sert_min import tasks
 from sert_min.io.errors import need
 from sert_min.io.files import to_line, write_atomic
-from sert_min.io.hub import find_model, model_label, read_sert
+from sert_min.io.hub import commit_of, find_model, model_label, read_sert
 from sert_min.questions import Question
 
 FLAGS: dict[str, dict] = {
     "--task": dict(choices=tasks.TASKS, default=tasks.DEFAULT, help="default: %(default)s"),
     "--data-dir": dict(help="read the datasets here instead of downloading them"),
-    "--model": dict(help="student: a name (gpt2, ..), folder or hub id (default: the task's)"),
+    "--model": dict(
+        help="student: a name (gpt2, smollm2, ..), folder or hub id (default: the task's)"
+    ),
     "--out-dir": dict(help="where results go"),
     "--limit": dict(type=int, help="only the first N questions (default: all)"),
     "--seed": dict(type=int, default=0, help="default: %(default)s"),
@@ -101,6 +103,11 @@ class Student(NamedTuple):
     sert: dict  # sert.json of a checkpoint of ours; {} for a foreign model
 
     @property
+    def commit(self) -> str | None:
+        """The hub commit that it, or the student that it was trained from, was downloaded from."""
+        return self.sert.get("commit") or commit_of(self.folder)
+
+    @property
     def suffix(self) -> str:
         """What stands behind `Answer:` in the prompts that the student was trained with."""
         return self.sert.get("prompt_suffix", "")
@@ -110,4 +117,7 @@ def open_student(name: str | None, task: str) -> Student:
     """Find (and if need be download) the student `name`; None stands for the task's own."""
     name = name or tasks.get(task).student
     folder = find_model(name)
-    return Student(name, folder, model_label(name, folder), read_sert(folder))
+    student = Student(name, folder, model_label(name, folder), read_sert(folder))
+    if student.commit:
+        print(f"{name}: commit {student.commit} of the hub")
+    return student

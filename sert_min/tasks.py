@@ -19,35 +19,26 @@ from typing import NamedTuple
 import numpy as np
 
 from sert_min.io.download import DataFile, data_file
-from sert_min.io.errors import SertError
+from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_json, read_jsonl
 from sert_min.micro import program, world
-from sert_min.questions import CHOICES, LETTERS, Question
+from sert_min.questions import LETTERS, Question, with_choices
 
 SPLITS = ("train", "validation", "test")
 DEFAULT = "micro"
-FILES = {
+FILES = {  # DataFile(under --data-dir, at the source, SHA-256)
     ("commonsense_qa", "train"): DataFile(
-        "commonsense_qa/train_rand_split.jsonl",
-        "CommonsenseQA/train_rand_split.jsonl",
-        "58ffa3c8472410e24b8c43f423d89c8a003d8284698a6ed7874355dedd09a2fb",
-    ),
+        "commonsense_qa/train_rand_split.jsonl", "CommonsenseQA/train_rand_split.jsonl",
+        "58ffa3c8472410e24b8c43f423d89c8a003d8284698a6ed7874355dedd09a2fb"),
     ("commonsense_qa", "test"): DataFile(
-        "commonsense_qa/dev_rand_split.jsonl",
-        "CommonsenseQA/dev_rand_split.jsonl",
-        "3210497fdaae614ac085d9eb873dd7f4d49b6f965a93adadc803e1229fd8a02a",
-    ),
+        "commonsense_qa/dev_rand_split.jsonl", "CommonsenseQA/dev_rand_split.jsonl",
+        "3210497fdaae614ac085d9eb873dd7f4d49b6f965a93adadc803e1229fd8a02a"),
     ("strategy_qa", "all"): DataFile(
-        "strategy_qa/task.json",
-        "StrategyQA/task.json",
-        "60af9081fed20102fd8bb1e02dc7d9f12238efcba33e4c1a56b4d61cb6409803",
-    ),
-}
-PAPER = {  # what flags that are left out stand for [SERT §III-A]; the rules' limits: filters.RULES
-    "max_new_tokens": 128,
-    "early_reject": True,
-    "epochs": 20,
-}
+        "strategy_qa/task.json", "StrategyQA/task.json",
+        "60af9081fed20102fd8bb1e02dc7d9f12238efcba33e4c1a56b4d61cb6409803"),
+}  # fmt: skip
+# What flags that are left out stand for [SERT §III-A]; the rules' limits stand in filters.RULES.
+PAPER = {"max_new_tokens": 128, "early_reject": True, "epochs": 20}
 
 
 class Task(NamedTuple):
@@ -57,9 +48,7 @@ class Task(NamedTuple):
     sizes: dict[str, int]  # questions of train and test; another number is an error
     student: str = "gpt2"  # what --model stands for if it is left out
     preset: dict = PAPER
-    greedy_cap: int = (
-        512  # new tokens of a greedy output: 256 could not give the paper's Len of 257
-    )
+    greedy_cap: int = 512  # tokens of a greedy output: 256 can't give the paper's Len of 257
     report: int = 0  # test questions that train.py answers before and after
     teacher: Callable[[Question], str] | None = None  # a program that writes rationales
     judge: Callable[[Question, str], dict] | None = None  # a program that scores a text
@@ -70,15 +59,13 @@ class Task(NamedTuple):
 
 def read_commonsense_qa(split: str, data_dir: Path | None) -> list[Question]:
     """A file per split, a question per line; the options stand in the question text [SERT Fig. 2]."""
-    path = data_file(FILES["commonsense_qa", split], data_dir)
     questions = []
-    for row in read_jsonl(path):
+    for row in read_jsonl(data_file(FILES["commonsense_qa", split], data_dir)):
         options = sorted(row["question"]["choices"], key=lambda c: c["label"])
         if "".join(c["label"] for c in options) != LETTERS or row["answerKey"] not in LETTERS:
             raise ValueError(f"options of question {row['id']}")
         choices = tuple(c["text"].strip() for c in options)
-        listed = ", ".join(f"({a}) {c}" for a, c in zip(LETTERS, choices))
-        text = row["question"]["stem"].strip() + CHOICES + listed
+        text = with_choices(row["question"]["stem"].strip(), choices)
         questions.append(Question("commonsense_qa", row["id"], text, row["answerKey"], choices))
     return questions
 
@@ -87,11 +74,9 @@ def read_strategy_qa(split: str, data_dir: Path | None) -> list[Question]:
     """The rows of `split`, by the rule of Fine-tune-CoT: of a permutation with seed 0 the first
     70 %, sorted, are train. `id` is the row number in the file: its order matters."""
     rows = read_json(data_file(FILES["strategy_qa", "all"], data_dir))["examples"]
-    order = np.random.RandomState(0).permutation(len(rows))
-    n_train = round(0.7 * len(rows))
-    picked = sorted(int(i) for i in (order[:n_train] if split == "train" else order[n_train:]))
-    questions = []
-    for i in picked:
+    order = np.random.RandomState(0).permutation(len(rows)).tolist()
+    n_train, questions = round(0.7 * len(rows)), []
+    for i in sorted(order[:n_train] if split == "train" else order[n_train:]):
         scores = rows[i]["target_scores"]
         if sorted(scores.values()) != [0, 1]:
             raise ValueError(f"target_scores of row {i}")
@@ -102,8 +87,7 @@ def read_strategy_qa(split: str, data_dir: Path | None) -> list[Question]:
 
 def read_micro(split: str, data_dir: Path | None) -> list[Question]:
     """The embedded micro-world's questions: generated, not read."""
-    if data_dir:
-        raise SertError("the micro task is generated, not read; leave --data-dir out")
+    need(not data_dir, "the micro task is generated, not read; leave --data-dir out")
     return world.questions(split)
 
 
@@ -127,8 +111,7 @@ TASKS = {
 
 def get(name: str) -> Task:
     """The row of a task."""
-    if name not in TASKS:
-        raise SertError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+    need(name in TASKS, f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
     return TASKS[name]
 
 
@@ -136,19 +119,18 @@ def load(name: str, split: str, data_dir: Path | str | None = None) -> list[Ques
     """The questions of a task in a fixed order. `train` is the whole train split, as in the paper;
     `validation` is a fixed tenth of it (`holdout_split`)."""
     task = get(name)
-    if split not in SPLITS:
-        raise SertError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    need(split in SPLITS, f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     if split == "validation":
         return holdout_split(load(name, "train", data_dir))[1]
     try:
         questions = task.read(split, Path(data_dir) if data_dir else None)
     except (KeyError, TypeError, ValueError, IndexError) as e:
         raise SertError(f"the {name} file is not in the expected form ({e!r}); get it again") from e
-    if len(questions) != task.sizes[split]:
-        raise SertError(
-            f"{name} {split} has {len(questions)} questions instead of {task.sizes[split]}; "
-            "use the data files and the numpy of requirements.txt"
-        )
+    need(
+        len(questions) == task.sizes[split],
+        f"{name} {split} has {len(questions)} questions instead of {task.sizes[split]}; "
+        "use the data files and the numpy of requirements.txt",
+    )
     return questions
 
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from kernels.fast import cpu
-from sert_min.gpt2 import GPT2, GPT2Config, save_model
-from sert_min.tokenizer import END, byte_alphabet
+from sert_min.gpt2 import GPT2, GPT2Config
+from sert_min.io.vocabulary import END, byte_alphabet
+from sert_min.models import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # real data; not part of the repository

@@ -66,7 +66,7 @@ SAMPLED = (*sample.DERIVED, *(f"blocks/{i:06d}-2.jsonl" for i in range(3)))
 STUDENT = "--epochs 2 --batch-size 4 --report 0 --save-seconds 0"
 TRAINING = (
     "train.prepare finetune.train_step finetune.fit finetune.note state.save_state "
-    "state.load_state finetune.keep_metrics_before gpt2.save_model figures.plot_training "
+    "state.load_state finetune.keep_metrics_before models.save_model figures.plot_training "
 )
 TRAINED = "last/model.safetensors", "metrics.jsonl"
 COMMANDS = {
@@ -89,7 +89,7 @@ COMMANDS = {
     "evaluate": Command(
         evaluate,
         "--limit 6 --block-questions 2 --max-new-tokens 8 --by likelihood",
-        "evaluate.settle files.check_settings evaluate.missing metrics.greedy evaluate.complete "
+        "evaluate.settle files.check_settings script.missing metrics.greedy evaluate.complete "
         "likelihood.answer_logprobs evaluate.remove_derived judge.write_scores metrics.summarize "
         "evaluate.evaluate",
         ("predictions.jsonl", "likelihood.jsonl", "scores-program.jsonl", "metrics.json"),
@@ -115,7 +115,7 @@ def run_child(command: Command, flags: list[str], kill_at=None, number=0, after=
         try:
             log = os.open(f"/tmp/kill-{os.getppid()}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1), os.dup2(log, 2)
-            if after is None:
+            if not after:
                 kill_itself(command, seen, kill_at, number, write)
             command.script.main(command.script.parse_args(flags))
             sys.settrace(None)
@@ -127,7 +127,7 @@ def run_child(command: Command, flags: list[str], kill_at=None, number=0, after=
             traceback.print_exc()
         os._exit(code)
     os.close(write)
-    if after is not None:
+    if after:
         time.sleep(after)
         os.kill(pid, number)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -136,7 +136,7 @@ def run_child(command: Command, flags: list[str], kill_at=None, number=0, after=
 
 
 def kill_itself(command: Command, seen: Counter, kill_at, number: int, report: int) -> None:
-    """Count the lines of each phase and die at the one asked for."""
+    """Count the lines of each phase, in all threads, and die at the one asked for."""
     real_write, phases = os.write, set(command.phases.split())
 
     def due(phase: str) -> bool:
@@ -160,9 +160,8 @@ def kill_itself(command: Command, seen: Counter, kill_at, number: int, report: i
         return real_write(fd, data)
 
     os.write = torn_write
-    trace = lambda frame, *_: on_line if name_of(frame.f_code) else None  # noqa: E731
-    sys.settrace(trace)
-    threading.settrace(trace)  # a request is noted in a thread of its own
+    threading.settrace(lambda frame, *_: on_line if name_of(frame.f_code) else None)
+    sys.settrace(threading.gettrace())
 
 
 def start_teacher(asked: Path) -> str:
@@ -223,8 +222,7 @@ class Bench:
         self.name, self.command, self.folder, self.rng = name, COMMANDS[name], folder, rng
         self.asked, self.rows = asked, defaultdict(Counter)
         self.flags = ["--model", str(model), "--device", "cpu", *self.command.flags.split()]
-        if name == "distill":
-            self.flags += ["--base-url", url]
+        self.flags += ["--base-url", url] if name == "distill" else []
         self.template = folder / f"{name} from"
         self.template.mkdir()
         if self.command.before:
@@ -260,9 +258,8 @@ class Bench:
             place, _, ended = where.partition("{")
             if status == 0 and ended and not place:
                 break  # it came to its end first: compare, then try again
-            hurt = {-sign} if sign == signal.SIGKILL else {-sign, 128 + sign}
-            if ended and sign == signal.SIGTERM and self.name in ("train", "distill"):
-                hurt = {0}  # while the last state is written: nothing is left to stop
+            # A training that gets SIGTERM while it writes its last state has nothing left to stop.
+            hurt = {0} if ended and sign == signal.SIGTERM else {-sign, 128 + sign}
             assert status in hurt, f"{self.name}, {phase}, {place}: {sign.name} gave {status}"
             killed.append((*jobs.pop(), place or "from outside"))
             time.sleep(0.05)  # what is still on its way reaches the teacher

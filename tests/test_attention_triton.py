@@ -47,7 +47,7 @@ def dirty_memory(monkeypatch):
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
-def make(G, J, P, chunks, D, dtype, H=2, absent=0, empty=0, loud=3.0) -> dict:
+def make(G, J, P, chunks, D, dtype, H=2, K=None, absent=0, empty=0, loud=3.0) -> dict:
     """Random arguments of shared_attention as the decoder has them: parts of larger buffers, rows in
     any order, `absent` places without a row, `empty` slots without one; lengths from 1 and
     numbers of own tokens from 0 to all; huge numbers where nothing is real."""
@@ -67,8 +67,9 @@ def make(G, J, P, chunks, D, dtype, H=2, absent=0, empty=0, loud=3.0) -> dict:
     place = place[torch.randperm(n, generator=g)]
     lengths, t = ends(G, P), ends(n, chunks * CHUNK)
     t[4:5] = 0
-    shared = random(2, 2, G + 2, H, P, D)[:, 1, 1 : 1 + G]  # of a layer and a window of prompts
-    own = random(2, 2, chunks + 1, n + 3, H, CHUNK, D)[:, 1, :chunks, :n]
+    K = K or H
+    shared = random(2, 2, G + 2, K, P, D)[:, 1, 1 : 1 + G]  # of a layer and a window of prompts
+    own = random(2, 2, chunks + 1, n + 3, K, CHUNK, D)[:, 1, :chunks, :n]
     stale = torch.arange(P) >= lengths[:, None]  # [G, P]
     shared.mul_(1 + 1e4 * stale[:, None, :, None])
     stale = torch.arange(chunks * CHUNK).view(-1, 1, CHUNK) >= t[:, None]  # [chunks, n, CHUNK]
@@ -94,9 +95,9 @@ def exact(q, keys, t, place, J) -> torch.Tensor:
         of = at // J
         both = []
         for a, b in ((shared_k, own_k), (shared_v, own_v)):
-            b = b[:, i].transpose(0, 1).flatten(1, 2)  # [H, chunks * CHUNK, D]
+            b = b[:, i].transpose(0, 1).flatten(1, 2)  # [K, chunks * CHUNK, D]
             both.append(torch.cat([a[of, :, : lengths[of]], b[:, : t[i]]], 1))
-        k, v = both  # [H, tokens, D]
+        k, v = (x.repeat_interleave(q.shape[1] // len(x), 0) for x in both)  # [H, tokens, D]
         w = (k.double() @ q[i].double()[:, :, None]).softmax(1)
         out[i] = (w * v.double()).sum(1)
     return out
@@ -113,6 +114,8 @@ CASES = {
     "holes": {"G": 3, "J": 25, "P": 64, "chunks": 2, "D": 16, "absent": 30, "empty": 5},
     "two tiles of rows": {"G": 1, "J": 70, "P": 33, "chunks": 1, "D": 16, "absent": 3, "H": 3},
     "long": {"G": 2, "J": 2, "P": 300, "chunks": 7, "D": 16},
+    "heads in threes": {"G": 2, "J": 5, "P": 40, "chunks": 2, "D": 16, "H": 6, "K": 2, "absent": 2},
+    "one head of keys": {"G": 2, "J": 3, "P": 33, "chunks": 2, "D": 32, "H": 4, "K": 1, "empty": 1},
     "D 24": {"G": 2, "J": 5, "P": 40, "chunks": 2, "D": 24, "absent": 1, "empty": 2},
     "D 8": {"G": 2, "J": 5, "P": 1, "chunks": 1, "D": 8},
     "D 128": {"G": 1, "J": 3, "P": 70, "chunks": 2, "D": 128, "H": 1},

@@ -6,8 +6,9 @@ from conftest import shared
 
 from bench import common, training
 from sert_min import answers, prompts, tasks
-from sert_min.gpt2 import GPT2, GPT2Config, save_model
+from sert_min.gpt2 import GPT2, GPT2Config
 from sert_min.io.files import read_jsonl
+from sert_min.models import save_model
 from sert_min.tokenizer import load_tokenizer
 
 

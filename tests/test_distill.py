@@ -304,7 +304,7 @@ def test_the_sert_checkpoint_is_the_default_student(student, tmp_path, monkeypat
 
 
 def make_sert(student, folder, label, method="sert"):
-    from sert_min.gpt2 import load_model, save_model
+    from sert_min.models import load_model, save_model
 
     folder.parent.mkdir(parents=True)
     save_model(load_model(Path(student)), folder, Path(student), {"method": method, "root": label})

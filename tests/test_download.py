@@ -21,8 +21,8 @@ import tokenizers
 from conftest import ROOT, make_tiny_model
 from safetensors.torch import load_file, save_file
 
-from sert_min.gpt2 import load_model
 from sert_min.io.hub import HUB, weights_hash
+from sert_min.models import load_model
 from sert_min.tokenizer import load_tokenizer
 
 MAIN = "0123456789abcdef0123456789abcdef01234567"  # the commit of `main`
@@ -33,7 +33,7 @@ SHORT = "model.safetensors"
 LOADER = """
 import json, os, sys, time
 import safetensors.torch
-from sert_min.gpt2 import load_model
+from sert_min.models import load_model
 from sert_min.io.errors import SertError
 from sert_min.io.hub import find_model, weights_hash
 from sert_min.tokenizer import load_tokenizer
@@ -216,10 +216,10 @@ def test_unknown_models_are_refused(hub, load, whole, tmp_path):
     other.mkdir()
     hub.add("someone/other", other)
     assert "no config.json" in load("someone/other")["error"]
-    (other / "config.json").write_text('{"model_type": "llama"}')
+    (other / "config.json").write_text('{"model_type": "bert"}')
     (other / SHORT).write_bytes(b"must not be asked for")
     hub.add("someone/other", other, "f" * 40)
-    assert "'llama', not gpt2" in load("someone/other")["error"]
+    assert "type 'bert'" in load("someone/other")["error"]
     assert not [a for a in hub.asked if a.endswith(SHORT)]
     shutil.copy(whole / "config.json", other)
     (other / SHORT).rename(other / "pytorch_model.bin")

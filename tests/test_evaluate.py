@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sert_min import tasks
-from sert_min.gpt2 import load_model
 from sert_min.io.errors import SertError
 from sert_min.metrics import grade, greedy, mean_interval, share_interval, summarize
+from sert_min.models import load_model
 from sert_min.questions import Question
 from sert_min.tokenizer import load_tokenizer
 

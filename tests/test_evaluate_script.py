@@ -15,10 +15,10 @@ from conftest import ROOT, make_tiny_model, shared
 
 import evaluate
 from sert_min import tasks
-from sert_min.gpt2 import load_model
 from sert_min.io.errors import SertError
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.metrics import grade, greedy
+from sert_min.models import load_model
 from sert_min.prompts import answer_sentence, question_prompt
 from sert_min.questions import Question
 from sert_min.report import judge, table

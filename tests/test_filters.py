@@ -257,6 +257,22 @@ def test_rejected_paths():
     assert verdict([" No."], question=YES_NO, **two)["verdict"] == "pattern:direct"
 
 
+def test_a_special_token_behind_a_path_is_imitative():
+    """Guards a chat's `<|im_start|>` in text and statistics, or without a verdict of its own."""
+    words, p = [" It", " is", ".", "<|im_start|>"], {"logprobs": [-1.0, -1.0, -1.0, -9.0]}
+    got = verdict(words, "special", **p)
+    assert got["verdict"] == "kept" and got["text"] == " It is." and got["path_end"] == 3
+    assert got["perplexity"] == pytest.approx(math.e)
+    assert verdict(words, "special", **p, **ALL)["verdict"] == "pattern:imitative"
+    words = [" (A)", " (B)", " Question:", "<|im_start|>"]
+    assert verdict(words, "special", **ALL)["verdict"] == "pattern:options"
+    assert (
+        verdict([" No.", "<|im_start|>"], "special", question=YES_NO, **ALL)["verdict"]
+        == "pattern:direct"
+    )
+    assert verdict(["<|im_start|>"], "special")["verdict"] == "length"
+
+
 def test_an_empty_path_never_passes():
     """Guards exp of nothing, and selecting nothing with all rules off."""
     got = verdict([])

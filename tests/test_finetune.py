@@ -65,7 +65,8 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, relative: float) -> None:
 
 def test_worked_example_of_encode_example():
     """Guards the shift by one and the mask (dropping it leaves a plausible loss curve)."""
-    tokenizer = SimpleNamespace(encode={"p": [5, 6], "c": [7, 8]}.get, eot=9)
+    ids = {"p": [5, 6], "c": [7, 8]}.get
+    tokenizer = SimpleNamespace(encode=ids, encode_prompt=ids, eot=9)
     assert encode_example(tokenizer, "p", "c") == ([5, 6, 7, 8], [IGNORE, 7, 8, 9])
     assert encode_example(tokenizer, "p", "c", "all") == ([5, 6, 7, 8], [6, 7, 8, 9])
 

@@ -25,12 +25,12 @@ import evaluate
 import sample
 import train
 from sert_min import answers, metrics, patterns, rationales, tasks, teacher_files
-from sert_min.gpt2 import load_model, read_config
 from sert_min.io import endpoint
 from sert_min.io.errors import SertError
 from sert_min.io.files import check_settings, stored_settings
 from sert_min.io.hub import model_label, read_sert
 from sert_min.io.machine import resolve_machine
+from sert_min.models import load_model, read_config
 from sert_min.questions import LETTERS, Question
 from sert_min.report import judge
 from sert_min.tokenizer import load_tokenizer

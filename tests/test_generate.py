@@ -31,6 +31,11 @@ class Words(NamedTuple):
 
     n_vocab: int = 61
     eot: int = 60
+    special: tuple = ()
+
+    @property
+    def ends(self) -> dict[int, str]:
+        return dict.fromkeys(self.special, "special") | {self.eot: "eos"}
 
 
 def loud_model(**config) -> GPT2:
@@ -200,22 +205,22 @@ def test_streams_are_sha256():
 
 def test_ending_does_not_depend_on_how_tokens_arrive():
     """Guards a row that ends elsewhere when the host sees eight tokens at once: every list of up to
-    five tokens, with every room, in one piece and one by one (its docstring has the four cases)."""
-    eot = 9
+    four tokens, with every room, in one piece and one by one (its docstring has the five cases)."""
+    ends = {9: "eos", 8: "special"}
 
     def reject(new: list[int]) -> bool:
         return 7 in new
 
-    lists = (itertools.product((6, 7, eot), repeat=n) for n in range(1, 6))
-    for tokens, room in itertools.product(itertools.chain(*lists), range(1, 7)):
+    lists = (itertools.product((6, 7, 8, 9), repeat=n) for n in range(1, 5))
+    for tokens, room in itertools.product(itertools.chain(*lists), range(1, 6)):
         taken, finish = 0, ""
         for token in tokens:
             if not finish:
-                k, finish = ending([token], room - taken, eot, reject)
+                k, finish = ending([token], room - taken, ends, reject)
                 taken += k
-        assert ending(list(tokens), room, eot, reject) == (taken, finish)
-    assert ending([6, 6, 7], 3, eot, reject) == (3, "rejected")  # not length
-    assert ending([6, -1], 1, eot) == (1, "length")  # a NaN behind the end does no harm
+        assert ending(list(tokens), room, ends, reject) == (taken, finish)
+    assert ending([6, 6, 7], 3, ends, reject) == (3, "rejected")  # not length
+    assert ending([6, -1], 1, ends) == (1, "length")  # a NaN behind the end does no harm
 
 
 def test_end_of_text_as_a_branch():
@@ -237,6 +242,26 @@ def test_end_of_text_as_a_branch():
         assert row.path_start == (row.token_ids[0] == eot) and eot not in row.token_ids[1:]
         assert len(row.token_ids) == len(row.logprobs) <= 24
         assert (row.finish == "length") == (len(row.token_ids) == 24)
+    assert logprob_error(model, prompts, got).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_special_tokens_end_paths_and_begin_none(raw):
+    """Guards a path that goes on behind a chat's `<|im_start|>`, that hides it, or that begins with
+    it: branches are the best of the ordinary tokens and end-of-text."""
+    model, (prompts, names) = loud_model(), make_prompts(4)
+    best = [plain_logits(model, prompt, [])[-1].topk(3).indices.tolist() for prompt in prompts]
+    eot = best[0][1]
+    special = {best[0][0], best[1][1], 7, 8, 9} - {eot}
+    words = Words(eot=eot, special=tuple(special))
+    got = sample_block(model, words, prompts, names, replace(PAPER, raw=raw))
+    assert {row.finish for row in got} >= {"eos", "special"}
+    for row in got:
+        assert not special & set(row.token_ids[:-1])
+        assert (row.finish == "special") == bool(special & set(row.token_ids[-1:]))
+        assert len(row.token_ids) == len(row.logprobs) <= 24
+        assert raw or row.token_ids[0] not in special
+    assert raw or got[0].token_ids[0] == eot
     assert logprob_error(model, prompts, got).abs().max() < 1e-4
 
 
@@ -349,8 +374,7 @@ def test_caps(new, raw):
     model, (prompts, names) = loud_model(), make_prompts(4)
     s = SampleSettings(branches=2, max_new_tokens=new, rows=20, raw=raw)
     rows = sample_block(model, Words(eot=-1), prompts, names, s)
-    assert {len(row.token_ids) for row in rows} == {new}
-    assert {row.finish for row in rows} == {"length"}
+    assert {(len(row.token_ids), row.finish) for row in rows} == {(new, "length")}
     assert logprob_error(model, prompts, rows).abs().max() < 1e-4
 
 

@@ -15,11 +15,12 @@ import transformers
 from conftest import one_line, shared, write_tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-from sert_min import gpt2
-from sert_min.gpt2 import GPT2, GPT2Config, load_model, save_model
+from sert_min import models
+from sert_min.gpt2 import GPT2, GPT2Config
 from sert_min.io import hub
 from sert_min.io.errors import SertError
 from sert_min.io.hub import model_label, read_sert
+from sert_min.models import load_model, save_model
 
 CONFIGS = {
     "one layer": {"n_layer": 1, "n_embd": 48, "n_head": 3, "vocab_size": 97, "n_positions": 40},
@@ -84,7 +85,7 @@ def test_aliases_of_the_config_are_read(tmp_path):
     theirs = hf_model(n_embd=48)
     write_hf(theirs, tmp_path, "prefix")
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {alias: config.pop(name) for alias, name in gpt2.ALIASES.items()}
+    config |= {alias: config.pop(name) for alias, name in models.ALIASES.items()}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert logit_difference(load_model(tmp_path), theirs) < 1e-4
 
@@ -164,7 +165,7 @@ def bf16_errors(config: GPT2Config, rows: int, length: int) -> dict[str, tuple[f
     ours.ln_f.bias.data -= 50 * common  # logits near -100, as real GPT-2's
     state = {}
     for name, p in ours.state_dict().items():
-        state[f"transformer.{name}"] = p.t() if name.endswith(gpt2.TRANSPOSED) else p
+        state[f"transformer.{name}"] = p.t() if name.endswith(models.TRANSPOSED) else p
     theirs.load_state_dict(state | {"lm_head.weight": ours.wte.weight})
     g = torch.Generator().manual_seed(2)
     ids = torch.randint(config.vocab_size, (rows, length), generator=g)
@@ -201,7 +202,7 @@ def refused(folder) -> str:
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"model_type": "llama"}, "llama"), ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"model_type": "bert"}, "bert"), ({"add_cross_attention": True}, "add_cross_attention"),
         ({"activation_function": "quick_gelu"}, "quick_gelu"), ({"n_head": 5}, "n_head"),
         ({"activation_function": ["relu"]}, "activation_function"), ({"n_layer": "2"}, "n_layer"),
         ({"n_layer": 2**23}, "n_layer"), ({"n_embd": 2**40}, "n_embd"),  # memory

@@ -12,10 +12,10 @@ import pytest
 from conftest import ROOT
 
 from sert_min import answers, patterns, prompts
-from sert_min.gpt2 import load_model
 from sert_min.io.hub import MICRO, read_sert
 from sert_min.metrics import greedy
 from sert_min.micro import build, measure, program, world
+from sert_min.models import load_model
 from sert_min.questions import Question
 from sert_min.tokenizer import load_tokenizer
 

@@ -15,8 +15,8 @@ import evaluate
 import sample
 import train
 from sert_min import tasks
-from sert_min.gpt2 import first_broken, load_model
 from sert_min.io.errors import SertError
+from sert_min.models import first_broken, load_model
 from sert_min.questions import Question
 from sert_min.report import check
 from sert_min.report.likelihood import answer_logprobs
@@ -44,7 +44,7 @@ def broken_model(folder):
     ("wpe.weight", "first in the embeddings"),
     ("h.1.attn.c_proj.bias", "first in layer 1 of 0 to 1, attention"),
     ("h.0.mlp.c_fc.bias", "first in layer 0 of 0 to 1, MLP"),
-    ("ln_f.bias", "first in the last LayerNorm"),
+    ("ln_f.bias", "first in the last norm"),
     ("wte.weight", "first in the head"),
     (None, "not when run again"),
 ])  # fmt: skip

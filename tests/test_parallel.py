@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT, make_tiny_model
 
 import train
-from sert_min.gpt2 import load_model
 from sert_min.io.files import lock_folder, read_jsonl
+from sert_min.models import load_model
 
 # Three batches of 4, 4, 1 examples an epoch: process 1 has no example in the last of each.
 FLAGS = "--model tiny --method finetune --limit 9 --batch-size 4 --epochs 3 --save-seconds 0"

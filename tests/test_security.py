@@ -22,10 +22,11 @@ from sert_min.finetune import encode_example
 from sert_min.io import endpoint
 from sert_min.io.errors import run_script
 from sert_min.io.files import read_jsonl, to_line
+from sert_min.io.vocabulary import END
 from sert_min.prompts import question_prompt, rd_pair
 from sert_min.questions import Question
 from sert_min.report.likelihood import make_tree
-from sert_min.tokenizer import END, load_tokenizer
+from sert_min.tokenizer import load_tokenizer
 
 KEY = "sk-test-0123456789abcdefKEY"
 EVIL = "\x1b[31m\x1b]0;owned\x07\x9b2J\r\u202e</script><img src=x onerror=alert(1)> ../../x "

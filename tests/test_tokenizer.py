@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from sert_min import tasks
 from sert_min.io.errors import SertError
-from sert_min.tokenizer import END, Tokenizer, load_tokenizer
+from sert_min.io.vocabulary import END
+from sert_min.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB = "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # names in tiktoken's cache
 MERGES_FILE = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
@@ -172,7 +173,7 @@ def small_json(tmp_path_factory):
     [
         {"model__type": "WordPiece"},
         {"model__type": "Unigram", "model__vocab": [["a", 0.5]]},
-        {"model__ignore_merges": True},
+        {"model__byte_fallback": True},
         {"model__end_of_word_suffix": "</w>"},
         {"normalizer": {"type": "Lowercase"}},
         {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}},  # sentencepiece

@@ -190,7 +190,8 @@ def own_scores(q: Tensor, own_k: Tensor) -> Tensor:
     pieces = own_k.mT  # [chunks, n, H, D, CHUNK]
     if not in_rows(pieces):
         return attention.own_scores(q, own_k)
-    rows = row_numbers(pieces.shape, pieces.stride())  # [n, H, chunks, D]
+    group = q.shape[1] // own_k.shape[2]
+    rows = row_numbers(pieces.shape, pieces.stride(), group)  # [n, H, chunks, D]
     sums = bags(rows.flatten(0, 2), q[:, :, None].expand(rows.shape), pieces)
     return sums.view(*q.shape[:2], -1)  # [n, H, chunks * CHUNK]
 
@@ -199,12 +200,13 @@ def own_sum(w: Tensor, own_v: Tensor) -> Tensor:
     """attention.own_sum: the values of all tokens, summed with w as weights."""
     if not in_rows(own_v):
         return attention.own_sum(w, own_v)
-    rows = row_numbers(own_v.shape, own_v.stride())  # [n, H, chunks, CHUNK]
+    group = w.shape[1] // own_v.shape[2]
+    rows = row_numbers(own_v.shape, own_v.stride(), group)  # [n, H, chunks, CHUNK]
     return bags(rows.flatten(2).flatten(0, 1), w, own_v).view(*w.shape[:2], -1)
 
 
 def in_rows(pieces: Tensor) -> bool:
-    """Is the memory of [chunks, n, H, R, X] a table of rows of X numbers, of which it is a part?"""
+    """Is the memory of [chunks, n, K, R, X] a table of rows of X numbers, of which it is a part?"""
     *strides, last = pieces.stride()
     end = sum((n - 1) * s for n, s in zip(pieces.shape, strides))
     whole = last == 1 and not any(s % pieces.shape[-1] for s in strides)
@@ -213,11 +215,13 @@ def in_rows(pieces: Tensor) -> bool:
 
 @lru_cache(4)
 @torch.inference_mode(False)  # what is kept serves any later caller
-def row_numbers(shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """Where the rows of pieces [chunks, n, H, R, X] stand in the table: int32 [n, H, chunks, R]."""
+def row_numbers(shape: tuple[int, ...], strides: tuple[int, ...], group: int) -> Tensor:
+    """Where the rows of pieces [chunks, n, K, R, X] stand in the table: int32 [n, H, chunks, R];
+    `group` heads of queries share a head of keys."""
     chunk, slot, head, row = (
         torch.arange(n, dtype=torch.int32) * (s // shape[-1]) for n, s in zip(shape[:-1], strides)
     )
+    head = head.repeat_interleave(group)  # [H]
     return (slot[:, None] + head)[..., None, None] + chunk[:, None] + row
 
 

@@ -9,8 +9,8 @@ import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
-from sert_min.io.errors import SertError
-from sert_min.io.files import sha256_file, sync_folder
+from sert_min.io.errors import SertError, need
+from sert_min.io.files import sha256_file
 
 DATA_URL = (  # of the authors of zero-shot CoT; SERT_DATA_URL names another place
     "https://raw.githubusercontent.com/kojima-takeshi188/zero_shot_cot/"
@@ -33,19 +33,15 @@ def cache() -> Path:
 
 def data_file(file: DataFile, data_dir: Path | None = None) -> Path:
     """Path of a checked data file: in `data_dir`, or in the cache, downloaded if need be."""
+    path = (data_dir or cache()) / file.local
+    found = sha256_file(path) if path.is_file() else "none"
     if data_dir:
-        path = data_dir / file.local
-        if not path.is_file():
-            raise SertError(f"{path} is missing; check --data-dir, or leave it out to download")
-        found = sha256_file(path)
-        if found != file.sha256:
-            raise SertError(
-                f"{path} has SHA-256 {found}, expected {file.sha256}; "
-                "replace the file, or leave --data-dir out to download the right one"
-            )
-        return path
-    path = cache() / file.local
-    if not (path.is_file() and sha256_file(path) == file.sha256):
+        need(
+            found == file.sha256,
+            f"{path} is missing or another file (SHA-256 {found}, expected {file.sha256}); check "
+            "--data-dir, or leave it out to download the right one",
+        )
+    elif found != file.sha256:
         url = f"{os.environ.get('SERT_DATA_URL') or DATA_URL}/{file.remote}"
         save_checked(path, download(url), file.sha256, url)
     return path
@@ -65,22 +61,18 @@ def download(url: str) -> bytes:
 
 
 def save_checked(path: Path, data: bytes, sha256: str, url: str) -> None:
-    """Write `data` at `path`, whole and durable, if its hash is right; else nothing is kept."""
+    """Write `data` at `path`, whole, if its hash is right; else nothing is kept."""
     found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise SertError(
-            f"{url} gave {len(data):,} bytes with SHA-256 {found}, expected {sha256}; "
-            "repeat (a cut download?), or get the files elsewhere and give --data-dir"
-        )
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    need(
+        found == sha256,
+        f"{url} gave {len(data):,} bytes with SHA-256 {found}, expected {sha256}; "
+        "repeat (a cut download?), or get the files elsewhere and give --data-dir",
+    )
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several runs may download at once
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        part.write_bytes(data)
         os.replace(part, path)
-        sync_folder(path.parent)
     except OSError as e:
         raise SertError(
             f"could not write {path} ({e.strerror}); free space or name a folder with SERT_CACHE"

@@ -30,13 +30,13 @@ def run_script(main, args) -> None:
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory; give a smaller --rows or --block-questions")
     except OSError as e:
+        space = "free some space, then repeat the same command to continue"
+        in_the_way = "a file is in the way, choose a folder with --out-dir"
         hints = {
-            errno.ENOSPC: "free some space, then repeat the same command to continue",
-            errno.EDQUOT: "free some space, then repeat the same command to continue",
-            errno.EROFS: "choose a writable folder with --out-dir",
-            errno.EEXIST: "a file is in the way, choose a folder with --out-dir",
+            **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), space),
+            **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), in_the_way),
             errno.ENOENT: "make its folder first",
-            errno.ENOTDIR: "a file is in the way, choose a folder with --out-dir",
+            errno.EROFS: "choose a writable folder with --out-dir",
             errno.EACCES: "choose a folder that you may use with --out-dir",
         }
         if e.errno not in hints:

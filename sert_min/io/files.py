@@ -20,51 +20,45 @@ from sert_min.io.errors import SertError, need
 # --- reading --------------------------------------------------------------------------------------
 
 
-def no_constant(name: str):
-    """Refuse NaN and Infinity, which Python's reader takes although JSON has no such numbers."""
-    raise ValueError(f"{name} is no number")
+def parse_json(data: bytes, where: str, fix: str) -> dict:
+    """The JSON object in `data`; NaN and Infinity, which Python's reader takes, are refused."""
+
+    def refuse(name: str):
+        raise ValueError(f"{name} is no number")
+
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as e:
+        raise SertError(f"{where} is not valid JSON ({str(e)[:80]}); {fix}") from None
+    need(isinstance(value, dict), f"{where} is not a JSON object; {fix}")
+    return value
+
+
+def there(path: Path | str) -> Path:
+    """`path`, if it is a file."""
+    path = Path(path)
+    need(path.exists(), f"{path} does not exist; check the path")
+    need(not path.is_dir(), f"{path} is a folder, not a file; check the path")
+    return path
 
 
 def read_jsonl(path: Path | str, form: dict | None = None) -> Iterator[dict]:
     """Yield the records of a JSONL file, line by line, so that memory stays flat. A line that is no
     JSON object, or lacks a key of `form` ({key: type or tuple of types}), is an error that names
     its number."""
-    try:
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                where = f"{path} line {number}"
-                try:
-                    record = json.loads(line.decode("utf-8"), parse_constant=no_constant)
-                except (ValueError, RecursionError) as e:
-                    raise SertError(
-                        f"{where} is not JSON ({str(e)[:80]}); remove that line or make the file again"
-                    ) from None
-                need(isinstance(record, dict), f"{where} is not a JSON object; remove that line")
-                for key, kind in (form or {}).items():
-                    whole = isinstance(record.get(key), kind)
-                    need(
-                        whole, f"{where}: {key} is missing or of a wrong kind; make the file again"
-                    )
-                yield record
-    except FileNotFoundError:
-        raise SertError(f"{path} does not exist; check the path") from None
-    except IsADirectoryError:
-        raise SertError(f"{path} is a folder, not a file; check the path") from None
+    with open(there(path), "rb") as f:
+        for number, line in enumerate(f, 1):
+            where = f"{path} line {number}"
+            record = parse_json(line, where, "remove that line or make the file again")
+            for key, kind in (form or {}).items():
+                wrong = f"{where}: {key} is missing or of a wrong kind; make the file again"
+                need(isinstance(record.get(key), kind), wrong)
+            yield record
 
 
 def read_json(path: Path | str) -> dict:
     """The JSON object in `path`."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        value = json.loads(text, parse_constant=no_constant)
-    except FileNotFoundError:
-        raise SertError(f"{path} does not exist; check the path") from None
-    except IsADirectoryError:
-        raise SertError(f"{path} is a folder, not a file; check the path") from None
-    except (ValueError, RecursionError):
-        raise SertError(f"{path} is not valid JSON; make the file again") from None
-    need(isinstance(value, dict), f"{path} is not a JSON object; make the file again")
-    return value
+    return parse_json(there(path).read_bytes(), str(path), "make the file again")
 
 
 def sha256_file(path: Path | str) -> str:
@@ -110,19 +104,16 @@ def append_durable(path: Path | str, text: str) -> None:
     """Append whole lines and wait until they are on the disk. If that fails (a full disk, say), the
     file is cut back to what it held before."""
     set_torn_tail_aside(path)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        before = os.fstat(fd).st_size
+    with open(path, "ab", buffering=0) as f:
+        before = f.tell()
         try:
             data = memoryview(text.encode())
             while data:
-                data = data[os.write(fd, data) :]
-            os.fsync(fd)
+                data = data[os.write(f.fileno(), data) :]
+            os.fsync(f.fileno())
         except OSError as e:
-            os.ftruncate(fd, before)
+            f.truncate(before)
             raise OSError(e.errno, e.strerror, str(path)) from None
-    finally:
-        os.close(fd)
     if before == 0:
         sync_folder(Path(path).parent)
 
@@ -138,10 +129,10 @@ def set_torn_tail_aside(path: Path | str) -> int:
         if f.read() in (b"", b"\n"):
             return 0
         f.seek(0)
-        end = f.read().rfind(b"\n") + 1
-        f.seek(end)
+        whole = f.read()
+        end = whole.rfind(b"\n") + 1
         with open(path.with_name(path.name + ".torn"), "ab") as torn:
-            torn.write(f.read() + b"\n")
+            torn.write(whole[end:] + b"\n")
             torn.flush()
             os.fsync(torn.fileno())
         f.truncate(end)
@@ -169,21 +160,15 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         sync_folder(part)
         if path.exists():
             os.rename(path, old)
-        try:
-            os.rename(part, path)
-        except OSError:
-            if old.exists():
-                os.rename(old, path)
-            raise
+        os.rename(part, path)
         sync_folder(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        recover_folder(path)
 
 
 def recover_folder(path: Path) -> None:
-    """Clear up what a killed `atomic_folder` left beside `path`. If the process died between its two
-    renames, the old folder is put back."""
+    """Clear up what an `atomic_folder` that failed or was killed left beside `path`. If it got no
+    further than between its two renames, the old folder is put back."""
     part, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         os.rename(old, path)
@@ -192,18 +177,17 @@ def recover_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock_folder(folder: Path | str, name: str = ".lock") -> Iterator[None]:
-    """Hold `folder` (made if missing) for this process; a second process is refused. The lock dies
-    with its holder."""
+def lock_folder(folder: Path | str, name: str = ".lock", wait: bool = False) -> Iterator[None]:
+    """Hold `folder` (made if missing) for this process; a second process is refused, or waits. The
+    lock dies with its holder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    taken = f"another process is writing to {folder}; wait for it or choose another --out-dir"
     with open(folder / name, "w") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise SertError(
-                f"another process is writing to {folder}; wait for it or choose another --out-dir"
-            ) from None
+            raise SertError(taken) from None
         yield
 
 

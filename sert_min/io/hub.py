@@ -4,38 +4,44 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sert_min.io import smollm2
 from sert_min.io.errors import SertError
 from sert_min.io.files import atomic_folder, read_json
 
-# Named students: hub id and the commit that the weights are pinned to.
+# Named students: hub id and the commit that they are pinned to (None: whatever `main` is).
 HUB = {
     "gpt2": ("openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"),
     "gpt2-medium": ("openai-community/gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da"),
     "gpt2-large": ("openai-community/gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519"),
     "gpt2-xl": ("openai-community/gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2"),
     "distilgpt2": ("distilbert/distilgpt2", "2290a62682d06624634c1f46a6ad5be0f47f38aa"),
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", None),
+    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M", None),
+    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B", None),
+    "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B", None),
 }
 MICRO = Path(__file__).parents[1] / "micro" / "student"  # embedded
-ARCHITECTURES = ("gpt2",)  # values of model_type in config.json
+ARCHITECTURES = ("gpt2", "llama", "qwen2")  # values of model_type in config.json
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: `micro`, a local folder, a named student or a hub id of GPT-2 form.
+    """The folder of a model: `micro`, `smollm2`, a local folder, a named student or a hub id.
     Hub files are downloaded once into the Hugging Face cache (HF_HUB_OFFLINE, HF_ENDPOINT hold).
     """
     if name == "micro":
         return MICRO
+    if name == smollm2.NAME:
+        return smollm2.smollm2_folder()
     if Path(name).is_dir():  # a model folder, or a run of train.py / distill.py
         return Path(name) / "last" if (Path(name) / "last").is_dir() else Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -48,10 +54,10 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
     """Fetch config, weights and tokenizer files of a hub repository; returns their folder."""
     from huggingface_hub import errors, hf_hub_download  # late: it takes half a second
 
-    def fetch(*files: str) -> Path | None:
-        """The first of `files` that the repository has. Files of a known commit never change, so the
-        cache is asked first. Offline, a file that is not cached may be one that the repository lacks,
-        so all files are tried before that is an error."""
+    def fetch(*files: str, optional: bool = False) -> Path | None:
+        """The first of `files` that the repository has; None if it has none. Files of a known commit
+        never change, so the cache is asked first. Offline, a file that is not cached may be one that
+        the repository lacks, so all files are tried before that is an error."""
         unreachable = None
         tries = [(file, True) for file in files if revision] + [(file, False) for file in files]
         for file, only_cached in tries:
@@ -68,14 +74,14 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
             except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
                 raise SertError(
                     f"model {name} is not on the hub (or is private); choose one of "
-                    f"{', '.join(HUB)}, another GPT-2 hub id, or a local folder"
+                    f"{', '.join(HUB)}, another hub id, or a local folder"
                 ) from None
             except Exception as e:  # requests, httpx or httpx2 errors, by the hub client's version
                 why = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
                 raise SertError(
                     f"model {name}: download of {file} failed ({why}); try again"
                 ) from None
-        if unreachable:
+        if unreachable and not optional:
             raise SertError(
                 f"model {name}: {unreachable} is not in the local cache and the hub can't be "
                 "reached; check the network and HF_ENDPOINT, unset HF_HUB_OFFLINE, or give --model "
@@ -87,7 +93,7 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
     if config is None:
         raise SertError(f"model {name}: the hub repository has no config.json; is it a model?")
     revision = config.parent.name  # the commit: all other files come from the same one
-    read_raw_config(config.parent)  # refuses another architecture before the large download
+    raw = read_raw_config(config.parent)  # refuses another architecture before the large download
     weights = fetch("model.safetensors", "model.safetensors.index.json")
     if weights is None:
         raise SertError(
@@ -98,10 +104,17 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
         for shard in shard_names(weights):
             if fetch(shard) is None:
                 raise SertError(f"model {name}: {shard} is missing on the hub; choose another")
-    tokenizer = fetch("merges.txt", "tokenizer.json")
+    tokenizer = fetch("tokenizer.json", "merges.txt")
     if tokenizer is not None and tokenizer.name == "merges.txt":
-        fetch("vocab.json", "tokenizer.json")
+        fetch("vocab.json")
+    elif raw["model_type"] != "gpt2":
+        fetch("tokenizer_config.json", optional=True)  # transformers opens trained students by it
     return config.parent
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder in the Hugging Face cache was downloaded from."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def read_raw_config(folder: Path) -> dict:
@@ -109,8 +122,8 @@ def read_raw_config(folder: Path) -> dict:
     raw = read_json(folder / "config.json")
     if raw.get("model_type") not in ARCHITECTURES:
         raise SertError(
-            f"{folder} holds a model of type {raw.get('model_type')!r}, not gpt2; "
-            "choose a GPT-2 model"
+            f"{folder} holds a model of type {raw.get('model_type')!r}; choose one of type "
+            f"{', '.join(ARCHITECTURES)}"
         )
     return raw
 
@@ -158,6 +171,8 @@ def read_sert(folder: Path) -> dict:
 def model_label(name: str, folder: Path) -> str:
     """The MODEL part of output folders: the root parent's name, with 8 hex digits of the weights'
     hash for local folders."""
+    if name == smollm2.NAME:
+        return smollm2.LABEL
     if name == "micro" or (name in HUB and not Path(name).is_dir()):
         return name
     if root := read_sert(folder).get("root"):
@@ -182,26 +197,6 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise SertError(
                 f"{file} is not a whole safetensors file ({str(e)[:80]}); download it again"
             ) from None
-
-
-def check_tensors(
-    folder: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]
-) -> None:
-    """Every wanted tensor must be there, of its shape, and hold finite numbers."""
-    for name, shape in wanted.items():
-        if name not in tensors:
-            raise SertError(
-                f"{folder}: tensor {name} is missing; the weights do not fit config.json"
-            )
-        if tensors[name].shape != shape:
-            raise SertError(
-                f"{folder}: {name} has shape {list(tensors[name].shape)}, config.json needs "
-                f"{list(shape)}; the weights do not fit config.json"
-            )
-        if not tensors[name].isfinite().all():
-            raise SertError(
-                f"{folder}: {name} holds NaN or infinite weights; use another checkpoint"
-            )
 
 
 def write_folder(

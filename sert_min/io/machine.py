@@ -4,10 +4,12 @@ import contextlib
 import ctypes
 import os
 import signal
-import time
 from collections.abc import Iterator
+from functools import partial
 
 import torch
+import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 from kernels.fast import cpu
 from sert_min.io.errors import SertError, need
@@ -15,25 +17,18 @@ from sert_min.io.errors import SertError, need
 
 def pick_device(name: str) -> torch.device:
     """The device of a flag. `auto` takes CUDA, then MPS, then the CPU; a missing device is an error."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
-        name = next(kind for kind, ok in there.items() if ok)
-    if name == "cuda" and there["cuda"]:  # under torchrun each process has its own
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if name == "cuda" and cuda:  # under torchrun each process has its own
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    kind = name.split(":")[0]
-    if kind not in there:
-        raise SertError(f"--device {name} is unknown; choose auto, cpu, cuda or mps")
-    if not there[kind]:
-        raise SertError(f"--device {name} is not available here; leave it out or use --device cpu")
+    known = name.split(":")[0] in ("cpu", "cuda", "mps")
+    need(known, f"--device {name} is unknown; choose auto, cpu, cuda or mps")
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise SertError(f"--device {name} is not available here; use --device {kind}") from None
-    if kind == "cuda":  # streams, graphs and Triton take the current device
+        raise SertError(f"--device {name} is not available here; use --device auto") from None
+    if device.type == "cuda":  # streams, graphs and Triton take the current device
         torch.cuda.set_device(device)
     return device
 
@@ -41,39 +36,24 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device, n_params: int) -> torch.dtype:
     """The dtype of a flag. `auto` takes bf16 where its products are fast and the model is not small."""
     if name == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if device.type == "cuda"
-            else device.type == "cpu" and cpu.has_bf16()
-        )
-        name = "bf16" if fast and n_params > 20e6 else "fp32"
+        fast = {"cuda": partial(torch.cuda.is_bf16_supported, including_emulation=False),
+                "cpu": cpu.has_bf16}.get(device.type, bool)  # fmt: skip
+        name = "bf16" if n_params > 20e6 and fast() else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 def pick_threads(n_params: int) -> int:
-    """Set and return the number of PyTorch's CPU threads: OMP_NUM_THREADS if it is set, one for a small
-    model, else the faster of one and all on a product of the model's shape (more threads can be slower
-    where cores are shared)."""
-    if os.environ.get("OMP_NUM_THREADS"):
-        return torch.get_num_threads()
+    """The number of PyTorch's CPU threads: OMP_NUM_THREADS if it is set, one for a small model, else
+    the faster of one and all on a product of the model's shape (more threads can be slower where
+    cores are shared)."""
     everything = torch.get_num_threads()
-    if n_params < 20e6 or everything == 1:
-        torch.set_num_threads(1)
+    if os.environ.get("OMP_NUM_THREADS"):
+        return everything
+    if n_params < 20e6:
         return 1
-    x, w = torch.randn(200, 768), torch.randn(3072, 768)
-
-    def seconds(threads: int) -> float:
-        torch.set_num_threads(threads)
-        times = []
-        for _ in range(8):
-            start = time.perf_counter()
-            torch.nn.functional.linear(x, w)
-            times.append(time.perf_counter() - start)
-        return sorted(times)[4]
-
-    threads = min((1, everything), key=seconds)
-    torch.set_num_threads(threads)
-    return threads
+    data = {"f": F.linear, "x": torch.randn(200, 768), "w": torch.randn(3072, 768)}
+    times = {n: Timer("f(x, w)", globals=data, num_threads=n).timeit(8) for n in (1, everything)}
+    return min(times, key=lambda n: times[n].mean)
 
 
 def keep_freed_memory() -> None:
@@ -113,22 +93,19 @@ def resolve_machine(
     `device` and `dtype` are flags; where they say auto, and for the threads, what the run's `stored`
     settings hold goes on. Another CPU, GPU or torch is refused later (files.check_settings). The
     CPU's name also says whether F.linear serves where `cpu.linear` would use oneDNN."""
-    threads = stored.get("threads", 1)
-    whole = (
-        type(threads) is int and 0 < threads < 2**15 and isinstance(stored.get("device", ""), str)
+    kept = {"device": "auto", "dtype": "fp32", "threads": 1} | stored
+    whole = type(kept["threads"]) is int and 0 < kept["threads"] < 2**15
+    whole = whole and isinstance(kept["device"], str) and kept["dtype"] in ("fp32", "bf16")
+    wrong = (
+        "the settings in this folder are damaged or not of this script; choose another --out-dir"
     )
-    whole = whole and stored.get("dtype", "fp32") in ("fp32", "bf16")
-    need(
-        whole,
-        "the settings in this folder are damaged or not of this script; choose another --out-dir",
-    )
-    where = pick_device(stored.get("device", "auto") if device == "auto" else device)
+    need(whole, wrong)
+    where = pick_device(kept["device"] if device == "auto" else device)
     wanted = stored.get("dtype", "auto") if dtype == "auto" else dtype
-    wanted = pick_dtype(wanted, where, n_params)
+    name = "bf16" if pick_dtype(wanted, where, n_params) is torch.bfloat16 else "fp32"
     threads = stored.get("threads") or pick_threads(n_params)
     torch.set_num_threads(threads)
     gpu = torch.cuda.get_device_name(where) if where.type == "cuda" else None
-    name = "bf16" if wanted is torch.bfloat16 else "fp32"
     kind = torch.backends.cpu.get_cpu_capability() + (" with bf16" if cpu.has_bf16() else "")
     if torch.backends.mkldnn.is_available() and not cpu.onednn_is_right():
         kind += " without oneDNN"

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-BUCKET = 2**23  # numbers that are summed at once: copies of the gradients stay small
 
 
 def start() -> None:
@@ -42,12 +41,9 @@ def start() -> None:
         store = torch.distributed.PrefixStore(f"life {life}", store)
     # torchrun notices a process that died. A long wait for process 0 (a teacher's replies, validation)
     # is no failure.
+    backend, wait = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(days=7)
     torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=store,
-        rank=RANK,
-        world_size=WORLD,
-        timeout=timedelta(days=7),
+        backend, store=store, rank=RANK, world_size=WORLD, timeout=wait
     )
 
 
@@ -80,17 +76,8 @@ def sum_up(total: Tensor, parameters: list[Tensor]) -> None:
     adds zeros."""
     if WORLD == 1:
         return
-    torch.distributed.all_reduce(total)
     for p in parameters:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    bucket: list[Tensor] = []
-    for p in [*parameters, None]:
-        if bucket and (p is None or sum(g.numel() for g in bucket) + p.numel() > BUCKET):
-            flat = torch.cat([g.flatten() for g in bucket])
-            torch.distributed.all_reduce(flat)
-            for g, part in zip(bucket, flat.split([g.numel() for g in bucket])):
-                g.copy_(part.view_as(g))
-            bucket = []
-        if p is not None:
-            bucket.append(p.grad)
+    for tensor in (total, *(p.grad for p in parameters)):
+        torch.distributed.all_reduce(tensor)

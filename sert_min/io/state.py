@@ -18,9 +18,8 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path,
     """Replace the state in `folder` by this one."""
     tensors = {}
     for name, p in model.named_parameters():
-        tensors[f"model.{name}"] = p.detach()
-        for key, value in optimizer.state[p].items():
-            tensors[f"{key}.{name}"] = value
+        both = {"model": p.detach(), **optimizer.state[p]}
+        tensors |= {f"{key}.{name}": value for key, value in both.items()}
     with atomic_folder(folder) as part:
         try:
             save_file(tensors, part / "state.safetensors", metadata={"step": str(step)})
@@ -36,6 +35,8 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path)
     recover_folder(folder)
     path = folder / "state.safetensors"
     if not path.exists():
+        old = list(folder.glob("step-*"))
+        need(not old, f"{folder} is of an earlier version; choose another --out-dir")
         return 0
     try:
         with safe_open(path, framework="pt") as f:
@@ -43,16 +44,14 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path)
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
         raise SertError(f"{path} is damaged ({e}); remove {folder} to start again") from None
-    parameters = dict(model.named_parameters())
-    stored = {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}
-    fits = {k: t.shape for k, t in stored.items()} == {k: p.shape for k, p in parameters.items()}
+    shapes = {f"model.{name}": p.shape for name, p in model.named_parameters()}
+    fits = {k: t.shape for k, t in tensors.items() if k.startswith("model.")} == shapes
     need(fits, f"{folder} belongs to another model; choose another --out-dir")
     keys = {k.split(".", 1)[0] for k in tensors} - {"model"}  # none before the first step
-    moments = [{key: tensors[f"{key}.{name}"] for key in keys} for name in parameters]
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(stored[name])
-    state = dict(enumerate(moments)) if keys else {}
+    state = {}
+    for i, (name, p) in enumerate(model.named_parameters()):
+        p.data.copy_(tensors[f"model.{name}"])
+        state |= {i: {key: tensors[f"{key}.{name}"] for key in keys}} if keys else {}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     print(f"going on from step {step:,}")
     return step

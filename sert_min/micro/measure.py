@@ -12,16 +12,17 @@ from pathlib import Path
 from sert_min import filters, prompts
 from sert_min.finetune import TrainSettings, encode_example, fit
 from sert_min.generate import SampleSettings, sample_paths
-from sert_min.gpt2 import load_model
 from sert_min.io.hub import read_sert
 from sert_min.metrics import grade, greedy
 from sert_min.micro import program, world
+from sert_min.models import load_model
 from sert_min.patterns import pattern_break
 from sert_min.questions import Question
 from sert_min.tokenizer import load_tokenizer
 
 KINDS = ("direct", "imitative", "options", "reasoning", "other")
 SETTINGS = SampleSettings(max_new_tokens=world.PRESET["max_new_tokens"])
+FORMS = {"yes_no": False, "five": True}  # has it choices?
 CHECKS = ("facts", "relation", "verdict", "gold")
 
 
@@ -29,11 +30,6 @@ def behaviour(question, text):
     """Which of Figure 2's kinds an output is; reasoning states a fact of this world."""
     stated = "reasoning" if program.check_path(question, text)["stated"] else "other"
     return pattern_break(text, question) or stated
-
-
-def shares(found, of):
-    """{x: share of `found` that is x}."""
-    return {x: sum(f == x for f in found) / max(1, len(found)) for x in of}
 
 
 def sampled(model, tokenizer, questions, settings):
@@ -68,37 +64,39 @@ def report(folder, n=200):
     test, train = world.questions("test", seed)[:n], world.questions("train", seed)
     by_id, facts = {q.id: q for q in test}, world.make_world(seed)
 
-    def line(name, shares):
+    def line(name, found):  # {what: [is it so?]}
+        shares = {k: sum(v) / max(1, len(v)) for k, v in found.items()}
         print(f"{name:<34}" + "  ".join(f"{k} {v:.1%}" for k, v in shares.items()))
+
+    def kinds(records):
+        found = [behaviour(by_id[r["id"]], r["text"]) for r in records]
+        return {kind: [f == kind for f in found] for kind in KINDS}
 
     def checks(name, records):
         found = [program.check_path(by_id[r["id"]], r["text"]) for r in records]
-        line(name, {k: sum(c[k] for c in found) / max(1, len(found)) for k in CHECKS})
+        line(name, {k: [c[k] for c in found] for k in CHECKS})
 
-    def by_form(name, records, right):
-        forms = [(bool(by_id[r["id"]].choices), right(r)) for r in records]
-        parts = {k: [ok for f, ok in forms if f == x] for k, x in (("yes_no", 0), ("five", 1))}
-        line(name, {k: sum(part) / max(1, len(part)) for k, part in parts.items()})
+    def by_form(name, records, key):
+        right = [(r[key] == r["answer"], bool(by_id[r["id"]].choices)) for r in records]
+        line(name, {k: [ok for ok, f in right if f == five] for k, five in FORMS.items()})
 
     print(f"world seed {seed}, {len(test)} test questions (never in the corpus)")
-    outputs, raw = answered(model, tokenizer, test), replace(SETTINGS, raw=True)
-    line("greedy", shares([behaviour(by_id[r["id"]], r["text"]) for r in outputs], KINDS))
-    plain = sampled(model, tokenizer, test, raw)
-    line("25 plain samples", shares([behaviour(by_id[r["id"]], r["text"]) for r in plain], KINDS))
+    outputs = answered(model, tokenizer, test)
+    line("greedy", kinds(outputs))
+    line("25 plain samples", kinds(sampled(model, tokenizer, test, replace(SETTINGS, raw=True))))
     asked = [(world.ASK_HOME.format(p=p), t) for p, t in facts.home.items()]
     asked += [(world.RELATIONS[name].ask.format(t=t), v) for (name, t), v in facts.value.items()]
     asked = [Question("micro", str(i), text, a) for i, (text, a) in enumerate(asked)]
-    known = [
-        r["text"].rstrip(" .").endswith(r["answer"]) for r in answered(model, tokenizer, asked, 16)
-    ]
-    line("facts known when asked", {"all": sum(known) / len(known)})
-    by_form("direct answers right", outputs, lambda r: r["extracted_lenient"] == r["answer"])
+    known = [(r["text"].rstrip(" ."), r["answer"]) for r in answered(model, tokenizer, asked, 16)]
+    line("facts known when asked", {"all": [text.endswith(a) for text, a in known]})
+    by_form("direct answers right", outputs, "extracted_lenient")
     for epochs in (5, 15):
         tuned = answered(finetuned(model, tokenizer, train, epochs), tokenizer, test)
-        by_form(f"  after {epochs} epochs on 400 labels", tuned, lambda r: r["correct"])
+        by_form(f"  after {epochs} epochs on 400 labels", tuned, "extracted")
     paths = sampled(model, tokenizer, test, SETTINGS)
-    reasoning = [r for r in paths if behaviour(by_id[r["id"]], r["text"]) == "reasoning"]
-    some = len({r["id"] for r in reasoning}) / len(test)
-    line("5 x 5 branched samples", {"reasoning": len(reasoning) / len(paths), "questions": some})
+    shown = kinds(paths)["reasoning"]
+    reasoning = [r for r, ok in zip(paths, shown) if ok]
+    some = {r["id"] for r in reasoning}
+    line("5 x 5 branched samples", {"reasoning": shown, "questions": [i in some for i in by_id]})
     checks("  reasoning paths, right", reasoning)
     checks("selected paths, right", [r for r in paths if r["verdict"] == "selected"])

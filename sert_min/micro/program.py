@@ -1,20 +1,10 @@
 """The programs of the micro-world: its teacher and its judge, which know the facts."""
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from sert_min.micro.world import (
-    FACT_NOTE,
-    FACTS,
-    HOME_NOTES,
-    HOMES,
-    RELATIONS,
-    World,
-    make_world,
-)
-from sert_min.questions import CHOICES, Question
-
-# --- teacher and judge --------------------------------------------------------------------------
+from sert_min.micro.world import FACT_NOTE, FACTS, HOME_NOTES, HOMES, RELATIONS, World, make_world
+from sert_min.questions import Question, stem
 
 TEACHER_HOME = "To begin with, {p} lives in {t}."
 TEACHER_FACT = "Now, the {name} of {t} is {v}."
@@ -27,15 +17,13 @@ TEACHER_VERDICT = {  # the test in the question's terms, as in latent paths: ano
 
 def teacher_rationale(question: Question) -> str:
     """A right explanation of any question of this world, in sentences that no latent path uses."""
-    asked = parse_question(question)
-    p, t = asked.person, asked.world.home[asked.person]
-    v = asked.world.value[asked.relation, t]
-    sentences = TEACHER_HOME, TEACHER_FACT, TEACHER_VERDICT[asked.value and asked.value == v]
-    return " ".join(sentences).format(p=p, t=t, name=asked.relation, v=v, asked=asked.value)
+    world, p, name, asked = parse_question(question)
+    v = world.value[name, t := world.home[p]]
+    sentences = TEACHER_HOME, TEACHER_FACT, TEACHER_VERDICT[asked and asked == v]
+    return " ".join(sentences).format(p=p, t=t, name=name, v=v, asked=asked)
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """What a question asks; `value` is None for five choices."""
 
     world: World
@@ -46,7 +34,7 @@ class Asked:
 
 def pattern(template: str, **slots: str) -> re.Pattern:
     """A wording as a regular expression; its first letter may be of either case."""
-    text = re.escape(template.rstrip("."))
+    text = re.escape(template.rstrip(".?"))
     for slot, expression in slots.items():
         text = text.replace(re.escape("{" + slot + "}"), expression)
     if template[0].isalpha():
@@ -55,34 +43,26 @@ def pattern(template: str, **slots: str) -> re.Pattern:
 
 
 PERSON, TOWN = r"(?P<p>[A-Z][a-z]+)", r"(?P<t>[A-Z][a-z]+ [A-Z][a-z]+)"
-
-
-def patterns() -> tuple[list, dict, dict, dict]:
-    """Regular expressions: home statements; per relation fact statements, verdicts, questions."""
-    homes = [pattern(w, p=PERSON, t=TOWN) for w in HOMES + HOME_NOTES]
-    facts, verdicts, asks = {}, {}, {}
-    for name, r in RELATIONS.items():
-        v = f"(?P<v>{'|'.join(r.values)})"
-        facts[name] = [pattern(w, name=name, t=TOWN, v=v) for w in (*FACTS, FACT_NOTE, r.note)]
-        verdicts[name] = [
-            re.compile(rf"\b(?:[Ss]o|asked:) the {name} is(?P<n> not)?(?: indeed)? {v}\b"),
-            re.compile(rf"\b[Aa]mong the choices this is(?P<n> not)? {v}\b"),
-        ]
-        asks[name] = [pattern(w[:-1], p=PERSON, v=v) for w in r.yes_no + r.choice]
-    return homes, facts, verdicts, asks
-
-
-HOME_PATTERNS, FACT_PATTERNS, VERDICT_PATTERNS, ASK_PATTERNS = patterns()
+VALUE = {name: f"(?P<v>{'|'.join(r.values)})" for name, r in RELATIONS.items()}
+HOME_PATTERNS = [pattern(w, p=PERSON, t=TOWN) for w in HOMES + HOME_NOTES]
+FACT_PATTERNS = [(name, pattern(w, name=name, t=TOWN, v=VALUE[name]))
+                 for name, r in RELATIONS.items() for w in (*FACTS, FACT_NOTE, r.note)]  # fmt: skip
+ASK_PATTERNS = [(name, pattern(w, p=PERSON, v=VALUE[name]))
+                for name, r in RELATIONS.items() for w in r.yes_no + r.choice]  # fmt: skip
+VERDICT_PATTERNS = {
+    name: re.compile(rf"\b(?:(?:[Ss]o|asked:) the {name} is|[Aa]mong the choices this is)"
+                     rf"(?P<n> not)?(?: indeed)? {value}\b")
+    for name, value in VALUE.items()
+}  # fmt: skip
 
 
 def parse_question(question: Question) -> Asked:
     """Asked of a question of this world; ValueError for any other text."""
     seed = re.match(r"w(\d+)-", question.id)
-    for name, asks in ASK_PATTERNS.items():
-        for ask in asks:
-            found = ask.match(question.text.partition(CHOICES)[0])
-            if found and seed:
-                return Asked(make_world(int(seed[1])), found["p"], name, found.groupdict().get("v"))
+    for name, ask in ASK_PATTERNS:
+        found = ask.match(stem(question.text))
+        if found and seed:
+            return Asked(make_world(int(seed[1])), found["p"], name, found.groupdict().get("v"))
     raise ValueError(f"not a question of the micro-world: {question.id!r} {question.text!r}")
 
 
@@ -95,35 +75,24 @@ def check_path(question: Question, text: str) -> dict:
     gold: the verdict is there and gives the gold answer.
     """
     asked = parse_question(question)
-    world, home = asked.world, asked.world.home
+    home, value = asked.world.home, asked.world.value
     homes = [(m["p"], m["t"]) for h in HOME_PATTERNS for m in h.finditer(text)]
-    values = [
-        (name, m["t"], m["v"])
-        for name, group in FACT_PATTERNS.items()
-        for f in group
-        for m in f.finditer(text)
-    ]
+    values = [(name, m["t"], m["v"]) for name, f in FACT_PATTERNS for m in f.finditer(text)]
     wrong = sum(home.get(p) != t for p, t in homes)
-    wrong += sum(world.value.get((name, t)) != v for name, t, v in values)
+    wrong += sum(value.get((name, t)) != v for name, t, v in values)
     town = next((t for p, t in homes if p == asked.person), None)
-    about = [(name, v) for name, t, v in values if t == town]
-    said = next((v for name, v in about if name == asked.relation), None)
-    verdicts = [m for v in VERDICT_PATTERNS[asked.relation] for m in v.finditer(text)]
-    verdict = max(verdicts, key=lambda m: m.start(), default=None)
-    consistent = gives = None
-    if verdict:
-        negated = verdict["n"] is not None
-        about_value = verdict.groupdict().get("v", asked.value)
-        consistent = said is not None and (about_value == said) != negated
-        if asked.value:
-            consistent = consistent and about_value == asked.value
-            gives = ("no" if negated else "yes") if about_value == asked.value else None
-        else:
-            gives = None if negated else about_value
+    about = {name: v for name, t, v in reversed(values) if t == town}  # the first of each counts
+    said = about.get(asked.relation)
+    *_, verdict = None, *VERDICT_PATTERNS[asked.relation].finditer(text)
+    follows, gives = False, None
+    if verdict and asked.value in (None, verdict["v"]):
+        v, negated = verdict["v"], bool(verdict["n"])
+        follows = said is not None and (v == said) != negated
+        gives = ("no" if negated else "yes") if asked.value else None if negated else v
     return {
         "facts": bool(town and about and not wrong),
         "relation": said is not None,
-        "verdict": bool(consistent),
+        "verdict": follows,
         "gold": gives == question.write(),
         "home": town is not None,
         "wrong": wrong,
@@ -134,19 +103,17 @@ def check_path(question: Question, text: str) -> dict:
 
 def judge(question: Question, text: str) -> dict[str, float]:
     """Four scores of 0-10 for any text: coherence, relevance, logical consistency, completeness."""
-    got = check_path(question, text)
-    words = text.split()
-    distinct = len(set(words)) / len(words) if words else 0.0
-    stated = got["stated"]
+    got, words = check_path(question, text), text.split()
+    stated, concluded = got["stated"], got["concluded"]
+    distinct = len(set(words)) / max(1, len(words))
+    true = 1 - got["wrong"] / stated if stated else 0.0
     return {
         # statements of this world in readable order, not repeated
-        "coherence": round(10 * min(1, (stated + got["concluded"]) / 3) * min(1, 2 * distinct), 2),
+        "coherence": round(10 * min(1, (stated + concluded) / 3) * min(1, 2 * distinct), 2),
         # about the person and the attribute that were asked for
         "relevance": 4.0 * got["home"] + 6.0 * got["relation"],
         # nothing false, and a verdict that follows from what was stated
-        "logical consistency": (5.0 * (1 - got["wrong"] / stated) + 5.0 * got["verdict"])
-        if stated
-        else 0.0,
+        "logical consistency": 5.0 * true + 5.0 * got["verdict"],
         # both facts and the verdict are there
-        "completeness": round(10 * (got["home"] + got["relation"] + got["concluded"]) / 3, 2),
+        "completeness": round(10 * (got["home"] + got["relation"] + concluded) / 3, 2),
     }

@@ -1,19 +1,16 @@
-"""The micro-world: a small closed world of generated facts, its questions, corpus, judge, teacher.
+"""The facts of the micro-world, its questions and its corpus.
 
 People live in towns; every town has one flag colour, tree, sport and fruit. A question asks for
 something about the town *where a person lives*, so it needs two facts through a bridge (the town).
 A town has a name of two words, and only both together tell its values. With one word, training on
 labels taught the student to pass the bridge unwritten (43 % of five choices right, chance 20 %).
-
-    python -m sert_min.micro build  --out DIR    # generator -> corpus -> BPE -> pretrained student
-    python -m sert_min.micro report              # what the shipped student does, measured
 """
 
 import random
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
+from typing import NamedTuple
 
-from sert_min.questions import CHOICES, LETTERS, Question
+from sert_min.questions import CHOICES, LETTERS, Question, with_choices
 
 STUDENT_SEED = 7  # world seed of the shipped student
 # fmt: off
@@ -30,22 +27,15 @@ STRANGER_STEMS = ("Bel", "Dom", "Gil", "Hu", "Lin", "Os", "Pe", "Qui", "Sim", "T
 STRANGERS = tuple(stem + end for stem in STRANGER_STEMS for end in ("us", "ette", "ma", "ry"))
 FAR_TOWNS = tuple(f"{first} {second}" for first in ("Green", "West", "Wood")
                   for second in ("Bay", "Cross", "Gate", "Haven"))
-# fmt: on
 # What sample.py and train.py use where a flag is left out (tasks.py). Latent paths here have
 # 20 to 30 tokens, rep-2 up to 0.36 and, once begun, are nearly certain: perplexity 1.1 to 1.4.
 # So the paper's 25 tokens, 0.2 and 5 do not fit.
-PRESET = {
-    "min_tokens": 12,
-    "max_rep2": 0.4,
-    "min_perplexity": 1.05,
-    "max_new_tokens": 64,
-    "early_reject": False,
-    "epochs": 5,
-}  # fmt: skip
+PRESET = {"min_tokens": 12, "max_rep2": 0.4, "min_perplexity": 1.05,
+          "max_new_tokens": 64, "early_reject": False, "epochs": 5}
+# fmt: on
 
 
-@dataclass(frozen=True)
-class Relation:
+class Relation(NamedTuple):
     """What is particular to one attribute of a town; {p} person, {t} town, {v} value."""
 
     values: tuple[str, ...]
@@ -90,17 +80,15 @@ HOME_NOTES = ("We know that {p} lives in {t}.", "The home of {p} is {t}.")  # fa
 FACT_NOTE = "We see that the {name} of {t} is {v}."
 
 
-@dataclass(frozen=True)
-class World:
-    """The facts, and who may be asked what where: `use[p][relation]` is train, test or corpus."""
+class World(NamedTuple):
+    """The facts, and who may be asked what where."""
 
-    seed: int
     home: dict[str, str]  # person -> town
     value: dict[tuple[str, str], str]  # (relation, town) -> value
     use: dict[tuple[str, str], str]  # (person, relation) -> train, test or corpus
 
 
-@lru_cache(maxsize=8)
+@cache
 def make_world(seed: int) -> World:
     """Facts of one world: towns equally large, values equally common, roles balanced.
 
@@ -118,19 +106,13 @@ def make_world(seed: int) -> World:
                 value[name, f"{first} {second}"] = v
     # Every person is asked about once in train and once in test, under two different relations;
     # the other two relations are the corpus's. All 12 ordered pairs are equally common.
-    names = list(RELATIONS)
-    pairs = [(a, b) for a in names for b in names if a != b]
+    pairs = [(a, b) for a in RELATIONS for b in RELATIONS if a != b]
     rng.shuffle(people)
-    use = {(p, name): "corpus" for p in people for name in names}
+    use = {(p, name): "corpus" for p in people for name in RELATIONS}
     for i, p in enumerate(people):
         train, test = pairs[i % len(pairs)]
         use[p, train], use[p, test] = "train", "test"
-    return World(seed, home, value, use)
-
-
-def choice_text(stem: str, options: list[str]) -> str:
-    """CommonsenseQA's form: `{stem} Answer choices: (A) .., (B) .., .. (E) ..`."""
-    return stem + CHOICES + ", ".join(f"({a}) {o}" for a, o in zip(LETTERS, options))
+    return World(home, value, use)
 
 
 def questions(split: str, world_seed: int = STUDENT_SEED) -> list[Question]:
@@ -143,24 +125,22 @@ def questions(split: str, world_seed: int = STUDENT_SEED) -> list[Question]:
     rng = random.Random(f"questions {world_seed} {split}")
     out = []
     for name, relation in RELATIONS.items():
-        people = [p for p in PEOPLE if world.use[p, name] == split]
+        truth = {p: world.value[name, world.home[p]] for p in PEOPLE if world.use[p, name] == split}
+        people = list(truth)
         rng.shuffle(people)
         # by true value, then dealt in turn to yes, choice, no, choice: every kind gets each value
-        people.sort(key=lambda p: relation.values.index(world.value[name, world.home[p]]))
+        people.sort(key=lambda p: relation.values.index(truth[p]))
         yes, no, choice = people[0::4], people[2::4], people[1::2]
-        truth = [world.value[name, world.home[p]] for p in no]
-        asked = rotated_until_different([world.value[name, world.home[p]] for p in yes], truth)
+        asked = rotated_until_different([truth[p] for p in yes], [truth[p] for p in no])
         for p in yes:
-            stem = rng.choice(relation.yes_no).format(p=p, v=world.value[name, world.home[p]])
-            out.append((stem, "yes", ()))
+            out.append((rng.choice(relation.yes_no).format(p=p, v=truth[p]), "yes", ()))
         for p, v in zip(no, asked):
             out.append((rng.choice(relation.yes_no).format(p=p, v=v), "no", ()))
         for i, p in enumerate(choice):
-            right = world.value[name, world.home[p]]
-            options = rng.sample([v for v in relation.values if v != right], 4)
-            options.insert(i % 5, right)
-            stem = rng.choice(relation.choice).format(p=p)
-            out.append((choice_text(stem, options), LETTERS[i % 5], tuple(options)))
+            options = rng.sample([v for v in relation.values if v != truth[p]], 4)
+            options.insert(i % 5, truth[p])
+            text = with_choices(rng.choice(relation.choice).format(p=p), options)
+            out.append((text, LETTERS[i % 5], tuple(options)))
     rng.shuffle(out)
     # An answer is written as the value itself (`oak`), which is a copy: the step from a value to its
     # letter was not learnt, even with documents only for it.
@@ -176,11 +156,9 @@ def rotated_until_different(values: list[str], truth: list[str]) -> list[str]:
     >>> rotated_until_different(["a", "a", "b", "b"], ["a", "a", "b", "b"])
     ['b', 'b', 'a', 'a']
     """
-    for shift in range(len(truth) // 2, len(truth)):
-        moved = [values[(i + shift) % len(values)] for i in range(len(truth))]
-        if all(a != b for a, b in zip(moved, truth)):
-            return moved
-    raise ValueError("no rotation without a match")
+    n = len(truth)
+    turns = ([values[(i + turn) % len(values)] for i in range(n)] for turn in range(n // 2, n))
+    return next(turn for turn in turns if all(a != b for a, b in zip(turn, truth)))
 
 
 # --- corpus -------------------------------------------------------------------------------------
@@ -216,9 +194,8 @@ def corpus_question(world: World, rng, stranger: bool = False, yes_no: float = 0
     if stranger:
         p, t, v = rng.choice(STRANGERS), rng.choice(FAR_TOWNS), rng.choice(relation.values)
     else:
-        p = rng.choice(PEOPLE)
-        while world.use[p, name] != "corpus":
-            p = rng.choice(PEOPLE)
+        while world.use[p := rng.choice(PEOPLE), name] != "corpus":
+            pass
         t = world.home[p]
         v = world.value[name, t]
     others = [u for u in relation.values if u != v]
@@ -227,16 +204,15 @@ def corpus_question(world: World, rng, stranger: bool = False, yes_no: float = 0
         return name, p, t, v, rng.choice(relation.yes_no).format(p=p, v=asked), asked, ()
     options = rng.sample(others, 4)
     options.insert(rng.randrange(5), v)
-    text = choice_text(rng.choice(relation.choice).format(p=p), options)
+    text = with_choices(rng.choice(relation.choice).format(p=p), options)
     return name, p, t, v, text, None, tuple(options)
 
 
 def latent_reasoning(rng, name: str, p: str, t: str, v: str, asked: str | None) -> str:
     """Two facts and the verdict in the question's terms; `asked` is None for five choices."""
-    sentences = rng.choice(HOMES), rng.choice(FACTS), CLAIM if asked else FINDING
+    text = f"{rng.choice(HOMES)} {rng.choice(FACTS)} ".format(p=p, t=t, v=v, name=name)
     how = "indeed" if v == asked else "not"
-    text = " ".join(sentences[:2]).format(p=p, t=t, v=v, name=name)
-    text += " " + sentences[2].format(name=name, how=how, v=asked or v)
+    text += (CLAIM if asked else FINDING).format(name=name, how=how, v=asked or v)
     if rng.random() < 0.5:
         answer = v if asked is None else "yes" if v == asked else "no"
         text += f" So the answer is {answer}."
@@ -248,10 +224,9 @@ def direct_answer(rng, options) -> str:
     if not options:
         label = rng.choice(("yes", "no"))
         return rng.choices((f"{label.capitalize()}.", f"The answer is {label}."), (3, 1))[0]
-    i = rng.randrange(5)
-    return rng.choices(
-        (f"({LETTERS[i]}).", f"The answer is ({LETTERS[i]}).", f"It is {options[i]}."), (2, 1, 1)
-    )[0]
+    letter, option = rng.choice(list(zip(LETTERS, options)))
+    forms = f"({letter}).", f"The answer is ({letter}).", f"It is {option}."
+    return rng.choices(forms, (2, 1, 1))[0]
 
 
 def fact_document(world: World, rng) -> str:
@@ -273,10 +248,9 @@ def drill_document(rng) -> str:
     for name in rng.sample(list(RELATIONS), 4):
         v, t = rng.choice(RELATIONS[name].values), rng.choice(FAR_TOWNS)
         asked = v if rng.random() < 0.5 else rng.choice(RELATIONS[name].values)
+        fact = rng.choice(FACTS).format(name=name, t=t, v=v)
         verdict = CLAIM.format(name=name, how="indeed" if v == asked else "not", v=asked)
-        parts.append(
-            f"Is {asked} the {name}? {rng.choice(FACTS).format(name=name, t=t, v=v)} {verdict}"
-        )
+        parts.append(f"Is {asked} the {name}? {fact} {verdict}")
     return "Check: " + " ".join(parts)
 
 
@@ -289,32 +263,32 @@ def document(world: World, rng) -> str:
         return drill_document(rng)
     if kind == "talk":
         return " ".join(rng.sample(TALK, 3))
-    if kind == "ask":
-        if rng.random() < 0.5:
-            p = rng.choice(PEOPLE)
-            fact = rng.choice(HOMES).format(p=p, t=world.home[p])
-            return f"Question: {ASK_HOME.format(p=p)}\nAnswer: {fact}"
-        name, t = rng.choice(list(RELATIONS)), rng.choice(TOWNS)
-        fact = rng.choice(FACTS).format(name=name, t=t, v=world.value[name, t])
-        return f"Question: {RELATIONS[name].ask.format(t=t)}\nAnswer: {fact}"
     if kind == "puzzle":  # yes/no more often: its verdict, a test of equality, is the harder one
         stranger = rng.random() < 0.5
-        name, p, t, v, text, asked, _ = corpus_question(world, rng, stranger, yes_no=0.65)
-        path = rng.choice(LEADS) + latent_reasoning(rng, name, p, t, v, asked)
+        *about, text, asked, _ = corpus_question(world, rng, stranger, yes_no=0.65)
+        path = rng.choice(LEADS) + latent_reasoning(rng, *about, asked)
         return f"Puzzle: {text}\nSolution: {path}"
-    name, p, t, v, text, asked, options = corpus_question(world, rng)
-    while kind == "options" and not options:
-        name, p, t, v, text, asked, options = corpus_question(world, rng)
-    if kind == "reasoning":
-        return f"Question: {text}\nAnswer: {latent_reasoning(rng, name, p, t, v, asked)}"
-    if kind == "options":
-        listed = ", ".join(f"({a}) {o}" for a, o in zip(LETTERS, options))
-        return f"Question: {text}\nAnswer: {listed}"
-    if kind == "direct":
-        return f"Question: {text}\nAnswer: {direct_answer(rng, options)}"
-    # imitative: the reply is, or goes on with, another question
-    _, _, _, _, other, _, other_options = corpus_question(world, rng)
-    if rng.random() < 0.7:
-        reply = direct_answer(rng, other_options)
-        return f"Question: {text}\nAnswer: Question: {other}\nAnswer: {reply}"
-    return f"Question: {text}\nAnswer: {direct_answer(rng, options)}\nQuestion: {other}"
+    if kind == "ask" and rng.random() < 0.5:
+        p = rng.choice(PEOPLE)
+        text, reply = ASK_HOME.format(p=p), rng.choice(HOMES).format(p=p, t=world.home[p])
+    elif kind == "ask":
+        name, t = rng.choice(list(RELATIONS)), rng.choice(TOWNS)
+        text = RELATIONS[name].ask.format(t=t)
+        reply = rng.choice(FACTS).format(name=name, t=t, v=world.value[name, t])
+    else:
+        *about, text, asked, options = corpus_question(world, rng)
+        while kind == "options" and not options:
+            *about, text, asked, options = corpus_question(world, rng)
+        if kind == "reasoning":
+            reply = latent_reasoning(rng, *about, asked)
+        elif kind == "options":
+            reply = text.partition(CHOICES)[2]
+        elif kind == "direct":
+            reply = direct_answer(rng, options)
+        else:  # imitative: the reply is, or goes on with, another question
+            *_, other, _, other_options = corpus_question(world, rng)
+            if rng.random() < 0.7:
+                reply = f"Question: {other}\nAnswer: {direct_answer(rng, other_options)}"
+            else:
+                reply = f"{direct_answer(rng, options)}\nQuestion: {other}"
+    return f"Question: {text}\nAnswer: {reply}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sert_min.filters import RULES, reasons, words
+from sert_min import filters
 from sert_min.io.errors import printable
 from sert_min.io.files import read_jsonl
 from sert_min.metrics import summarize
@@ -15,7 +15,7 @@ from sert_min.patterns import PATTERN_KINDS
 
 def print_sampling(m: Mapping, limits: Mapping, n_params: int, n_questions: int, out: Path) -> None:
     """What sample.py is about to do, with everything that was resolved: `m` are its settings."""
-    rules = "; ".join(words(rule, limits[rule.flag]) for rule in RULES)
+    rules = "; ".join(filters.words(rule, limits[rule.flag]) for rule in filters.RULES)
     blocks = -(-n_questions // m["block_questions"])
     print(
         f"model {m['model']} ({n_params / 1e6:.1f}M parameters), {m['device']}, {m['dtype']}, "
@@ -25,14 +25,20 @@ def print_sampling(m: Mapping, limits: Mapping, n_params: int, n_questions: int,
     )
 
 
+def print_counts(title: str, counts: Mapping[str, int]) -> None:
+    """A title and, if there are any, the counts below it."""
+    if counts:
+        print(f"{title}:", *(f"  {what:<34}{n:>8,}" for what, n in counts.items()), sep="\n")
+
+
 def print_funnel(funnel: Mapping) -> None:
     """How many paths each rule saw and dropped; `funnel` is what funnel.json holds."""
     c, limits = funnel["counts"], funnel["rules"]
     print(f"\n{'rule':<22}{'saw':>9}{'dropped':>9}{'share':>8}   limit")
-    for rule in RULES:
+    for rule in filters.RULES:
         saw, dropped = c["seen"][rule.name], c["dropped"][rule.name]
         text = f"{rule.name:<22}{saw:>9,}{dropped:>9,}{dropped / max(saw, 1):>8.1%}"
-        print(f"{text}   {words(rule, limits[rule.flag])}")
+        print(f"{text}   {filters.words(rule, limits[rule.flag])}")
         for kind in PATTERN_KINDS if rule.name == "pattern" else ():
             print(f"  {kind:<20}{'':>9}{c['dropped'][f'pattern:{kind}']:>9,}")
     print(
@@ -68,7 +74,9 @@ def print_before_after(questions, before, after, tokenizer, limits) -> None:
     rows = []
     for records in (before, after):
         m = summarize(records, questions)
-        shown = [reasons(q, r["text"], tokenizer, limits) for q, r in zip(questions, records)]
+        shown = [
+            filters.reasons(q, r["text"], tokenizer, limits) for q, r in zip(questions, records)
+        ]
         rows.append((sum(shown) / len(shown), m["acc"], m["acc_lenient"][0], m["unparseable"]))
     (r0, a0, l0, u0), (r1, a1, l1, u1) = rows
     print(f"{'reasoning outputs':<40}{r0:>10.1%}{r1:>10.1%}")
@@ -109,6 +117,16 @@ def print_metrics(title: str, m: dict) -> None:
         print(f"  judge {name}: all four scores of {j['parsed']:,} of {j['total']:,} responses")
     print(f"  no readable answer in {m['unparseable']:,} of {m['n']:,} outputs")
     print("  " + ", ".join(f"{reason} {n:,}" for reason, n in m["reasons"].items()))
+
+
+def draw_curve(out: Path, title: str) -> None:
+    """Draw loss.png from the log. A picture that fails is one line, and no reason to stop."""
+    try:
+        from sert_min.report.figures import plot_training  # late: matplotlib takes a second
+
+        plot_training(out / "metrics.jsonl", out / "loss.png", title)
+    except Exception as e:  # of matplotlib, its backend or its settings
+        print(f"loss.png was not drawn ({type(e).__name__}: {printable(str(e))[:100]})")
 
 
 class TokenBar(tqdm):

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from kernels import score
 from sert_min.answers import strip_answer_sentence
-from sert_min.gpt2 import GPT2, first_broken
+from sert_min.gpt2 import GPT2
 from sert_min.io.errors import SertError
+from sert_min.models import first_broken
 from sert_min.prompts import answer_sentence, question_prompt
 from sert_min.questions import Question
 
@@ -42,7 +43,7 @@ class Tree(NamedTuple):
 def make_tree(tokenizer, question: Question, text: str, suffix: str, most: int) -> Tree:
     """The row of an output `text`. The end of the reasoning is cut off so that no option ends behind
     `most` tokens. Context and options are tokenised apart: ` So` starts a word, so nothing merges."""
-    prompt = tokenizer.encode(question_prompt(question, suffix))
+    prompt = tokenizer.encode_prompt(question_prompt(question, suffix))
     reasoning = strip_answer_sentence(text)[0]
     path = tokenizer.encode(" " + reasoning) if reasoning else []
     options = [tokenizer.encode(f" {answer_sentence(question, a)}") for a in question.answers]
@@ -91,7 +92,8 @@ def answer_logprobs(
 
         def attend(layer, q, k, v, mask=mask):  # [B, T, H, D]
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0).transpose(1, 2)
+            given = {"scale": 1.0, "enable_gqa": True}
+            return F.scaled_dot_product_attention(q, k, v, mask, **given).transpose(1, 2)
 
         hidden = model(ids.to(device), positions.to(device), attend)  # [B, T, C]
         told = [(row, *t) for row, tree in enumerate(trees) for t in tree.told]

@@ -97,10 +97,9 @@ def breaking_token(r: Mapping, token_bytes: Sequence[bytes]) -> int:
     rule, _, kind = r["verdict"].partition(":")
     if rule != "pattern" or kind == "direct":  # a bare answer is one as a whole
         return -1
-    start, final = r["path_start"], r["finish"] != "rejected"
     question = Question(r["task"], r["id"], r["question"], r["answer"], choices_of(r["question"]))
-    found = patterns.broken_kinds(token_bytes[start:], question, final=final)
-    return start + found[kind] if kind in found else -1
+    found = filters.path_breaks(r, token_bytes, question)
+    return r["path_start"] + found[kind] if kind in found else -1
 
 
 # --- the page -------------------------------------------------------------------------------------

@@ -1,0 +1,165 @@
+"""The vocabulary of a model folder: tokenizer.json, or GPT-2's older merges.txt and vocab.json.
+
+Known are the byte-level BPEs of GPT-2, SmolLM2, Qwen2 and Llama 3. What is not computed here is refused
+by name. Tokens that merges can't make are *special*: end-of-text, or a chat's `<|im_start|>`.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from sert_min.io.errors import need
+from sert_min.io.files import read_json
+
+END = "<|endoftext|>"
+# How a text is split into words, inside which tokens are merged. GPT-2's way: contractions, words,
+# numbers, other runs, white space (https://github.com/openai/gpt-2/blob/master/src/encoder.py).
+PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# SmolLM2's: each digit apart, then GPT-2's way, for which a digit ends the text before it.
+DIGITS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"""
+# Qwen2's and Llama 3's, as they stand in their tokenizer.json; numbers of one digit, or up to three.
+QWEN2 = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+OFF = ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")  # in tokenizer.json
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character for each byte, as {character: byte}: bytes that print as
+    themselves, then the others moved up behind U+0100."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {chr(b): b for b in visible} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+class Vocabulary(NamedTuple):
+    """What the files say."""
+
+    ranks: dict[bytes, int]  # the merge priority of each ordinary token
+    ids: dict[bytes, int]  # its id in the model; single bytes may have none
+    special: dict[str, int]  # ids of the special tokens
+    eot: list[int]  # those of end-of-text; the first is what training writes
+    pattern: str  # how a text is split into words
+    nfc: bool  # is it brought into Unicode's composed form first?
+    start: list[int]  # ids that stand before every prompt (Llama 3 has one)
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary from the files that `folder` has. Damaged ones are a ValueError or the like."""
+    alphabet = byte_alphabet()
+    if (folder / "tokenizer.json").exists():
+        vocab, merged, pattern, nfc, start = read_tokenizer_json(folder)
+    else:
+        names = ("vocab.json", "merges.txt")
+        there = all((folder / name).exists() for name in names)
+        need(there, f"{folder} has neither tokenizer.json nor merges.txt + vocab.json; add them")
+        texts = [(folder / name).read_text(encoding="utf-8") for name in names]
+        vocab, pattern, nfc, start = json.loads(texts[0]), PATTERN, False, ()
+        merged = joined([m for m in texts[1].split("\n") if m and not m.startswith("#version")])
+        if not alphabet.keys() <= vocab.keys():
+            raise ValueError("a byte has no token")
+    if not all(type(i) is int and 0 <= i < 2**24 for i in vocab.values()):
+        raise ValueError("an id is not a small whole number")
+    if len(set(vocab.values())) < len(vocab):
+        raise ValueError("two tokens have one id")
+    # Merge priority: single bytes in the alphabet's order, then what merges make.
+    tokens = [*alphabet, *merged]
+    as_bytes = [bytes(alphabet[c] for c in token) for token in tokens]
+    ranks = {token: rank for rank, token in enumerate(as_bytes)}
+    ids = {b: vocab[t] for b, t in zip(as_bytes, tokens) if t in vocab or len(b) > 1}
+    ordinary = set(ids.values())
+    special = {t: i for t, i in vocab.items() if i not in ordinary}
+    eot = end_ids(folder, special) or [special[END]]
+    return Vocabulary(ranks, ids, special, eot, pattern, nfc, [vocab[token] for token in start])
+
+
+def end_ids(folder: Path, special: dict[str, int]) -> list[int]:
+    """The end-of-text tokens that config.json names, as far as they are special ones."""
+    path = folder / "config.json"
+    found = read_json(path).get("eos_token_id") if path.exists() else None
+    return [i for i in (found if isinstance(found, list) else [found]) if i in special.values()]
+
+
+def read_tokenizer_json(folder: Path) -> tuple:
+    """(id of each token, tokens that merges make by priority, pattern, nfc, start) of tokenizer.json."""
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    model, normalizer = raw["model"], (raw.get("normalizer") or {}).get("type")
+    pattern = split_pattern(raw.get("pre_tokenizer") or {})
+    start = start_tokens(raw.get("post_processor"))
+    for name, value, fine in (
+        ("model.type", model.get("type"), model.get("type") == "BPE"),
+        ("normalizer", normalizer, normalizer in (None, "NFC")),
+        ("pre_tokenizer", raw.get("pre_tokenizer"), pattern),
+        ("post_processor", raw.get("post_processor"), start is not None),
+        *((f"model.{name}", model.get(name), not model.get(name)) for name in OFF),
+    ):
+        need(
+            fine,
+            f"{folder}/tokenizer.json: {name} {str(value)[:60]!r} is not supported; choose a model "
+            "with the byte-level BPE of GPT-2, SmolLM2, Qwen2 or Llama 3",
+        )
+    added = {t["content"]: t["id"] for t in raw.get("added_tokens", [])}
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    if not model.get("ignore_merges"):
+        merged = joined(merges)
+    else:  # as Llama 3: a token's id is its priority
+        by_id = sorted(model["vocab"].keys() - added.keys(), key=model["vocab"].__getitem__)
+        merged = [token for token in by_id if len(token) > 1]
+        made = [model["vocab"][m.replace(" ", "")] for m in merges]
+        if made != sorted(made):
+            raise ValueError("the merges are not in the order of the ids")
+    return {**model["vocab"], **added}, merged, pattern, normalizer == "NFC", start
+
+
+def split_pattern(pre: dict) -> str:
+    """The regular expression for tokenizer.json's pre_tokenizer; "" if that is none of ours."""
+    match pre.get("pretokenizers", [pre]):
+        case [*first, {"type": "ByteLevel"} as last] if not last.get("add_prefix_space"):
+            match first, last.get("use_regex", True):
+                case [], True:
+                    return PATTERN
+                case [{"type": "Digits", "individual_digits": True}], True:
+                    return DIGITS
+                case [
+                    {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} as split
+                ], False:
+                    return regex if regex in (QWEN2, LLAMA3) and not split.get("invert") else ""
+    return ""
+
+
+def start_tokens(post: dict | None) -> tuple[str, ...] | None:
+    """The tokens that tokenizer.json's post_processor sets before a text; None if it does more."""
+    start: tuple[str, ...] = ()
+    for step in (post or {}).get("processors", [post] if post else []):
+        if step["type"] == "TemplateProcessing" and "Sequence" in step["single"][-1]:
+            start += tuple(piece["SpecialToken"]["id"] for piece in step["single"][:-1])
+        elif step["type"] != "ByteLevel":
+            return None
+    return start
+
+
+def joined(merges: list[str]) -> list[str]:
+    """The tokens that merge lines "a b" make."""
+    if any(m.count(" ") != 1 for m in merges):
+        raise ValueError("a merge line is not a pair")
+    check_merges(merges)
+    return [m.replace(" ", "") for m in merges]
+
+
+def check_merges(merges: list[str]) -> None:
+    """Refuse merge lists for which tiktoken gives other ids than Hugging Face.
+
+    tiktoken joins neighbours if their concatenation is a token, Hugging Face if this very pair is a
+    merge. The two agree if every token, split by the merges, ends in its own pair. BPE training gives
+    only such lists; lists that were edited by hand may not be."""
+    pairs = [tuple(m.split(" ")) for m in merges]
+    rank = {pair: i for i, pair in enumerate(pairs)}
+    for left, right in pairs:
+        parts = list(left + right)
+        while len(parts) > 2:
+            ranks = [rank.get(pair, len(rank)) for pair in zip(parts, parts[1:])]
+            i = ranks.index(min(ranks))
+            if ranks[i] == len(rank):
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if parts != [left, right]:
+            raise ValueError(f"the other merges never lead to the merge {left} {right}")

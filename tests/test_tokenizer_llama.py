@@ -1,0 +1,161 @@
+"""tokenizer.py on the tokenizers of SmolLM2, Qwen2 and Llama 3, against the package `tokenizers`."""
+
+import json
+import random
+import unicodedata
+
+import pytest
+import tokenizers
+from conftest import shared
+from test_tokenizer import AWKWARD, refused
+from tokenizers import Regex, pre_tokenizers, processors
+
+from sert_min import tasks
+from sert_min.io.vocabulary import END, LLAMA3, QWEN2, byte_alphabet
+from sert_min.tokenizer import load_tokenizer
+
+TEXTS = ["the man's 1234 cats, isn't it? It's 15% of 20,000!", "a  b\n\n c 7.5\r\n 日本 ½"] * 3
+MORE = [
+    "don't I'LL 123456 x",
+    "\r\n \r\n y",
+    "e\u0301 ﬁ Å",
+    "  12 !1",
+    "a\u00a0\u00a01",
+    "'s 's1'S",
+]
+
+
+def words(regex: str):
+    split = pre_tokenizers.Split(Regex(regex), "isolated")
+    return [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+
+
+FORMS = {
+    "smollm2": [
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ],
+    "qwen2": words(QWEN2),
+    "llama3": words(LLAMA3),
+}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def pair(request, tmp_path_factory):
+    """A BPE trained with each pre-tokenizer, and the folder of its tokenizer.json. `qwen2` composes
+    Unicode; `llama3` ignores merges, lists every split of a token, and begins a text with a token."""
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.Sequence(FORMS[request.param])
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    special = [] if request.param == "llama3" else [END, "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(byte_alphabet(), key=byte_alphabet().get)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=alphabet, special_tokens=special
+    )
+    texts = TEXTS + [t for t in AWKWARD if request.param != "smollm2"]
+    theirs.train_from_iterator(texts, trainer)
+    if request.param == "qwen2":
+        theirs.normalizer = tokenizers.normalizers.NFC()
+    folder = tmp_path_factory.mktemp(request.param)
+    raw = json.loads(theirs.to_str())
+    if request.param == "smollm2":  # bytes without a token, as 21 of SmolLM2's
+        for byte in (0xF4, 0xFF):
+            raw["model"]["vocab"].pop(next(c for c, b in byte_alphabet().items() if b == byte))
+    if request.param == "llama3":
+        vocab = raw["model"]["vocab"]
+        made = sorted((t for t in vocab if len(t) > 1), key=vocab.get)
+        splits = [[t[:i], t[i:]] for t in made for i in range(1, len(t))]
+        raw["model"] |= {
+            "ignore_merges": True,
+            "merges": [s for s in splits if s[0] in vocab and s[1] in vocab],
+        }
+        raw["added_tokens"] = [
+            dict(id=len(vocab) + i, content=t, special=True, single_word=False, lstrip=False,
+                 rstrip=False, normalized=False)
+            for i, t in enumerate(("<|begin_of_text|>", END, "<|eot_id|>"))
+        ]  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if request.param == "llama3":
+        start = ("<|begin_of_text|>", theirs.token_to_id("<|begin_of_text|>"))
+        template = processors.TemplateProcessing(single=f"{start[0]} $A", special_tokens=[start])
+        theirs.post_processor = processors.Sequence([processors.ByteLevel(), template])
+        theirs.save(str(folder / "tokenizer.json"))
+    return theirs, folder
+
+
+def test_ids_equal_tokenizers(pair):
+    """Guards the splitting of digits, contractions, line ends and white space, Unicode's composed
+    form, merge priorities that are ids, and the token that begins a text."""
+    theirs, folder = pair
+    ours, rng = load_tokenizer(folder), random.Random(0)
+    texts = [*TEXTS, *AWKWARD, *MORE]
+    texts += ["".join(rng.choices(AWKWARD + MORE, k=5)) for _ in range(300)]
+    for text in texts:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+        assert ours.encode_prompt(text) == theirs.encode(text).ids, text
+        if ours.nfc:
+            assert ours.decode(ours.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+def test_special_tokens_end_paths_and_are_seen(pair):
+    """Guards special tokens that decode to nothing, that text can make, or that nothing ends at."""
+    _, folder = pair
+    (folder / "config.json").unlink(missing_ok=True)
+    ours = load_tokenizer(folder)
+    names = [b.decode() for b in map(ours.to_bytes.get, ours.ends)]
+    assert ours.eot == next(i for i in ours.ends if ours.to_bytes[i] == END.encode())
+    assert len(names) == 3 and ours.decode(list(ours.ends)) == "".join(names)
+    assert [ours.ends[i] for i in ours.ends if i != ours.eot] == ["special"] * 2
+    assert not set(ours.encode("".join(names))) & ours.ends.keys()
+    assert ours.decode(ours.encode("".join(names))) == "".join(names)
+
+
+def test_config_names_the_end_of_text(pair):
+    """Guards `<|im_end|>` taken for a special token like others, and lists of ends."""
+    _, folder = pair
+    *_, other = load_tokenizer(folder).ends
+    for eos, wanted in ((other, {other}), ([other, 0], {other}), (5, None), (None, None)):
+        (folder / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+        ours = load_tokenizer(folder)
+        found = {i for i, finish in ours.ends.items() if finish == "eos"}
+        if 0 in ours.ends and isinstance(eos, list):
+            wanted = wanted | {0}
+        if wanted is None:
+            wanted = {i for i in ours.ends if ours.to_bytes[i] == END.encode()}
+        assert found == wanted and ours.eot in found
+    (folder / "config.json").unlink()
+
+
+def test_what_is_not_computed_is_refused(pair, tmp_path):
+    """Guards silent differences: other expressions, tokens behind a text, merges in another order."""
+    raw = json.loads((pair[1] / "tokenizer.json").read_text())
+
+    def change(**values) -> str:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw | values))
+        return refused(tmp_path)
+
+    steps = [{"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated"}]
+    steps.append({"type": "ByteLevel", "use_regex": False})
+    assert "pre_tokenizer" in change(pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    single = [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": END}}]
+    assert "post_processor" in change(
+        post_processor={"type": "TemplateProcessing", "single": single}
+    )
+    assert "normalizer" in change(normalizer={"type": "NFKC"})
+    if raw["model"]["ignore_merges"]:
+        merges = raw["model"]["merges"][::-1]
+        assert "order of the ids" in change(model=raw["model"] | {"merges": merges})
+
+
+@pytest.mark.parametrize("step", [40, pytest.param(1, marks=pytest.mark.slow)])
+def test_ids_equal_tokenizers_on_real_questions(pair, step):
+    """Guards the same on the 13,252 real questions, bare and as prompts."""
+    theirs, folder = pair
+    ours, texts = load_tokenizer(folder), []
+    for task in ("strategy_qa", "commonsense_qa"):
+        for split in ("train", "test"):
+            texts += [q.text for q in tasks.load(task, split, shared("data"))]
+    texts = texts[::step] + [f"Question: {t}\nAnswer:" for t in texts[::step]]
+    wanted = [e.ids for e in theirs.encode_batch(texts, add_special_tokens=False)]
+    assert [ours.encode(text) for text in texts] == wanted
