@@ -32,10 +32,12 @@ def greedy(
     max_new_tokens: int = 512,
     rows: int = 64,
     progress: Callable[[int], None] = lambda tokens: None,
+    kept: dict | None = None,
 ) -> list[tuple[str, str]]:
     """(text, finish) of each question's greedy output. Blocks of `rows` questions are decoded
-    together; `max_new_tokens` shrinks to what a block's longest prompt leaves of the context."""
-    outputs, kept = [], {}
+    together; `max_new_tokens` shrinks to what a block's longest prompt leaves of the context. `kept`
+    is that of sample_block: with one dict for many calls, a GPU's graphs are captured once."""
+    outputs, kept = [], {} if kept is None else kept
     for i in range(0, len(questions), rows):
         block = questions[i : i + rows]
         prompts = [tokenizer.encode_prompt(question_prompt(q, suffix)) for q in block]

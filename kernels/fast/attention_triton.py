@@ -153,7 +153,7 @@ def tiles(J: int, D: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
 def launch(q: Tensor, keys: Keys, t: Tensor, place: Tensor, J: int) -> Tensor:
     """attention.shared_attention for what is `supported`; n > 0."""
     shared_k, shared_v, lengths, own_k, own_v = keys
-    (n, H, D), (G, _, P, _), (chunks, _, _, chunk, _) = q.shape, shared_k.shape, own_k.shape
+    (n, H, D), (G, K, P, _), (chunks, _, _, chunk, _) = q.shape, shared_k.shape, own_k.shape
     block_d, block_j, block_p, own_warps, warps = tiles(J, D, q.dtype)
     out = torch.empty(n, H, D, dtype=q.dtype, device=q.device)
     own_acc = torch.empty(n, H, D, dtype=torch.float32, device=q.device)
@@ -164,13 +164,13 @@ def launch(q: Tensor, keys: Keys, t: Tensor, place: Tensor, J: int) -> Tensor:
     own_kernel[(n * H,)](
         *queries, own_k, own_v, *own_k.stride()[:4], t, place, G * J, chunks,
         slot_at, own_max, own_sum, own_acc, out, H,
-        D=D, BLOCK_D=block_d, CHUNK=chunk, GROUP=H // shared_k.shape[1], num_warps=own_warps, **FUSION,
+        D=D, BLOCK_D=block_d, CHUNK=chunk, GROUP=H // K, num_warps=own_warps, **FUSION,
     )  # fmt: skip
     prompt_kernel[(G * H, triton.cdiv(J, block_j))](
         *queries, shared_k, shared_v, *shared_k.stride()[:3], lengths, place, slot_at,
         own_max, own_sum, own_acc, out, n, J, P, H,
         D=D, BLOCK_D=block_d, BLOCK_J=block_j, BLOCK_P=block_p,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", GROUP=H // shared_k.shape[1],
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", GROUP=H // K,
         num_warps=warps, num_stages=2, **FUSION,
     )  # fmt: skip
     return out
