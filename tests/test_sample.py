@@ -14,7 +14,6 @@ import sample
 from sert_min import filters
 from sert_min.io.errors import SertError
 from sert_min.io.files import read_json, read_jsonl
-from sert_min.report import console
 from sert_min.tokenizer import Tokenizer
 
 FIELDS = ["task", "id", "question", "answer", "branch", "sample", "text", "token_ids", "logprobs",
@@ -234,8 +233,7 @@ def test_a_new_rule_is_one_entry(model, tmp_path, monkeypatch, capsys):
         "stops", "max_stops", 1, (0, 100), lambda path: path.text.count("."),
         lambda n, most: n > most, "at most {} full stops", "ours: 1",
     )  # fmt: skip
-    for module in (filters, console):
-        monkeypatch.setattr(module, "RULES", (*module.RULES, rule))
+    monkeypatch.setattr(filters, "RULES", (*filters.RULES, rule))
     flags = ["--model", "micro", "--limit", "2", "--min-tokens", "2", "--max-rep2", "1"]
     records = run(model, tmp_path, *flags, "--max-new-tokens", "30", "--max-stops", "1")
     assert "at most 1 full stops" in capsys.readouterr().out
