@@ -44,8 +44,9 @@ def write_run(folder: Path, tokenizer, questions: dict, draw) -> Path:
             said, finish = draw(name, i // 5, i % 5)
             ids = tokenizer.encode(said)
             logprobs = [round(-((k * 7 + i) % 11) / 3, 5) for k in range(len(ids))]
-            sampled.append({"id": name, "branch": i // 5, "sample": i % 5, "token_ids": ids,
-                            "logprobs": logprobs, "path_start": 0, "finish": finish})  # fmt: skip
+            sampled.append({"id": name, "question": text, "branch": i // 5, "sample": i % 5,
+                            "token_ids": ids, "logprobs": logprobs, "path_start": 0,
+                            "finish": finish})  # fmt: skip
         lines += map(
             to_line, map(funnel.add, filters.path_records(sampled, [q], tokenizer, LIMITS))
         )

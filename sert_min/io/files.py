@@ -75,9 +75,9 @@ def to_line(record: dict) -> str:
     return json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk, or the renames and new names in a folder."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:
@@ -97,7 +97,7 @@ def write_atomic(path: Path | str, chunks: str | Iterable[str]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def append_durable(path: Path | str, text: str) -> None:
@@ -115,7 +115,7 @@ def append_durable(path: Path | str, text: str) -> None:
             f.truncate(before)
             raise OSError(e.errno, e.strerror, str(path)) from None
     if before == 0:
-        sync_folder(Path(path).parent)
+        sync(Path(path).parent)
 
 
 def set_torn_tail_aside(path: Path | str) -> int:
@@ -131,10 +131,10 @@ def set_torn_tail_aside(path: Path | str) -> int:
         f.seek(0)
         whole = f.read()
         end = whole.rfind(b"\n") + 1
-        with open(path.with_name(path.name + ".torn"), "ab") as torn:
-            torn.write(whole[end:] + b"\n")
-            torn.flush()
-            os.fsync(torn.fileno())
+        torn = path.with_name(path.name + ".torn")
+        with open(torn, "ab") as aside:
+            aside.write(whole[end:] + b"\n")
+        sync(torn)
         f.truncate(end)
         os.fsync(f.fileno())
     return size - end
@@ -154,14 +154,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
-        for file in part.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-        sync_folder(part)
+        for name in (*part.iterdir(), part):
+            sync(name)
         if path.exists():
             os.rename(path, old)
         os.rename(part, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     finally:
         recover_folder(path)
 

@@ -75,7 +75,7 @@ def evaluate_texts(file: str, about: dict, load: Callable, to: Judge | None, lim
     out.mkdir(parents=True, exist_ok=True)
     failures = judge.write_scores(records, {}, to, out)
     judges = judge.summaries(out, len(records)) if to else None
-    about = {**about, "model": Path(file).stem, "method": "predictions"}
+    about = about | {"model": Path(file).stem, "method": "predictions"}
     metrics = without_nan(about | summarize(records, questions, judges=judges))
     print_metrics(file, metrics)
     if out_dir:
