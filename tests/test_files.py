@@ -282,7 +282,7 @@ def said_of(problem: BaseException):
         (SertError("bad\nthing \x1b[31m; mend it"), "error: bad thing  [31m; mend it"),
         (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; free"),
         (OSError(errno.EROFS, "Read-only", "/x\n"), "error: Read-only: /x ; choose a writable"),
-        (PermissionError(errno.EACCES, "Permission denied", "/x"), "choose a folder"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "choose a writable folder"),
         (torch.OutOfMemoryError("CUDA out of memory"), "--rows"),
     ],
 )

@@ -30,15 +30,10 @@ def run_script(main, args) -> None:
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory; give a smaller --rows or --block-questions")
     except OSError as e:
-        space = "free some space, then repeat the same command to continue"
-        in_the_way = "a file is in the way, choose a folder with --out-dir"
-        hints = {
-            **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), space),
-            **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), in_the_way),
-            errno.ENOENT: "make its folder first",
-            errno.EROFS: "choose a writable folder with --out-dir",
-            errno.EACCES: "choose a folder that you may use with --out-dir",
-        }
+        blocked = (errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
+        hints = dict.fromkeys(blocked, "choose a writable folder with --out-dir")
+        hints[errno.ENOENT] = "make its folder first"
+        hints[errno.ENOSPC] = hints[errno.EDQUOT] = "free some space, then repeat the same command"
         if e.errno not in hints:
             raise
         where = f": {printable(str(e.filename))}" if e.filename else ""  # writes carry no name

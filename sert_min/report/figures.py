@@ -52,17 +52,15 @@ def plot_training(metrics: Path, png: Path, title: str) -> None:
     """The loss of each step with a centred mean over a fortieth of the run, and with --holdout the
     validation loss of each epoch."""
     records = list(read_jsonl(metrics))
-    steps = [r for r in records if "loss" in r]
-    epochs = [r for r in records if "validation_loss" in r]
-    x, y = [r["step"] for r in steps], [r["loss"] for r in steps]
+    epochs = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+    x, y = zip(*((r["step"], r["loss"]) for r in records if "loss" in r))
     half = max(1, len(y) // 80)
     smooth = [sum(w) / len(w) for w in (y[max(0, i - half) : i + half + 1] for i in range(len(y)))]
     fig, ax = plt.subplots(figsize=(7, 3.6))
     ax.plot(x, y, color=SKY, linewidth=0.7, label="each batch")
     ax.plot(x, smooth, color=BLUE, linewidth=1.8, label=f"mean of {2 * half + 1} steps")
     if epochs:
-        at, losses = [r["step"] for r in epochs], [r["validation_loss"] for r in epochs]
-        ax.plot(at, losses, "o-", color=RED, markersize=4, label="validation")
+        ax.plot(*zip(*epochs), "o-", color=RED, markersize=4, label="validation")
     ax.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None), title=title)
     ax.legend()
     save(fig, png)

@@ -67,11 +67,10 @@ def evaluate_texts(file: str, about: dict, load: Callable, to: Judge | None, lim
             raise SertError(f"{file} line {number}: {e}") from None
     if dry_run:
         return judge.print_plan(records, to, file)
-    out = Path(out_dir or Path(file).parent)
+    out, whole = Path(out_dir or Path(file).parent), Path(file).name == "predictions.jsonl"
     other = out_dir and any(out.glob("outputs-*"))
     need(not other, f"{out} holds a model's evaluation; choose another --out-dir")
-    own = out_dir or Path(file).name == "predictions.jsonl"
-    need(own or not to, "give --out-dir for the scores of these texts")
+    need(out_dir or whole or not to, "give --out-dir for the scores of these texts")
     out.mkdir(parents=True, exist_ok=True)
     failures = judge.write_scores(records, {}, to, out)
     judges = judge.summaries(out, len(records)) if to else None
