@@ -131,7 +131,9 @@ class TokenBar(tqdm):
     """A progress bar over questions that also shows tokens per second, and moves inside a block."""
 
     def __init__(self, total: int, disable: bool = False, **settings):
-        super().__init__(total=total, unit="question", miniters=0, disable=disable, **settings)
+        # smoothing=0: the time that is left comes from the whole run, since blocks end all at once.
+        settings |= {"miniters": 0, "smoothing": 0}
+        super().__init__(total=total, unit="question", disable=disable, **settings)
         self.tokens, self.start, self.note = 0, time.perf_counter(), ""
 
     def count(self, tokens: int) -> None:
