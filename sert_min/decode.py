@@ -6,8 +6,9 @@ softmax. When a row ends, the next one that waits takes its place. The decoder d
 row is drawn or when it is ended early: generate.py does.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +32,13 @@ class Prompts:
 
 
 def prefill(model: GPT2, prompts: list[list[int]]) -> Prompts:
-    """Run each prompt once. Padding stands on the right, where causal attention never looks; on a
-    GPU to a multiple of 64, so that most blocks have one shape."""
+    """Run each prompt once. Padding stands on the right, where causal attention never looks. On a
+    GPU the width is a multiple of 64, so that most blocks have one shape."""
     c, device = model.config, model.wte.weight.device
     P = max(map(len, prompts))
     if device.type == "cuda":
         P = min(-(-P // 64) * 64, c.n_positions)
-    ids = torch.zeros(len(prompts), P, dtype=torch.long)
-    for i, p in enumerate(prompts):
-        ids[i, : len(p)] = torch.tensor(p)
+    ids = torch.tensor([p + [0] * (P - len(p)) for p in prompts])  # [Q, P]
     lengths = torch.tensor([len(p) for p in prompts])
     padding = (torch.arange(P) >= lengths[:, None]).to(device)[..., None, None]  # [Q, P, 1, 1]
     size = (c.n_layer, len(prompts), c.n_kv_head, P, c.head_dim)
@@ -71,33 +70,24 @@ def own_memory(prompts: Prompts, n_slots: int, cap: int) -> tuple[Tensor, Tensor
 
 
 class Decoder:
-    """The live rows of a block with their own keys and values: all of it stands on the device, in
-    buffers that stay where they are, so that `step` needs no host and can be a CUDA graph.
+    """The live rows of a block with their own keys and values. All of it stands on the device, in
+    buffers that stay where they are, so `step` needs no host and can be a CUDA graph.
 
     The block has R = Q J rows, J of each prompt in order; a row takes at most `cap` tokens. Slot i
     of n holds row `row[i]` (R: no row), of which t[i] tokens are known and ids[i] is the last. The
-    own key of token t stands in keys[layer, t // CHUNK, slot, :, t % CHUNK] (`own_memory`); what
-    lies behind a row's tokens is stale, but finite, and masked away. A row ends at any of `ends`.
-    `draw(hidden [n, C], streams [n], t [n])` gives tokens and log-probs [n]."""
+    own key of token t stands in keys[layer, t // CHUNK, slot, :, t % CHUNK] (`own_memory`). What
+    lies behind a row's tokens is stale, but finite, and masked away."""
 
-    def __init__(
-        self,
-        model: GPT2,
-        prompts: Prompts,
-        own: tuple[Tensor, Tensor],
-        draw: Callable,
-        J: int,
-        cap: int,
-        ends: Iterable[int],
-    ):
-        device = prompts.lengths.device
-        self.model, self.prompts, self.draw = model, prompts, draw
-        self.J, self.cap, self.ends = J, cap, torch.tensor([*ends], dtype=torch.long, device=device)
+    def __init__(self, model: GPT2, prompts: Prompts, own: tuple[Tensor, Tensor], s, tokenizer):
+        device, J = prompts.lengths.device, s.branches * s.samples
+        self.model, self.prompts, self.J, self.cap = model, prompts, J, s.max_new_tokens
+        self.ends = torch.tensor([*tokenizer.ends], dtype=torch.long, device=device)
         self.keys, self.values = own
         R, N = self.R, self.n_slots = len(prompts.lengths) * J, self.keys.shape[2]
+        self.draw = make_draw(model, prompts, s, tokenizer.n_vocab, N)
         self.gpu = on_gpu(prompts.lengths)
         # By row of the block, and for "no row":
-        self.stream, self.first = (torch.zeros(2, R + 1, dtype=torch.long, device=device)).unbind()
+        self.stream, self.first = torch.zeros(2, R + 1, dtype=torch.long, device=device).unbind()
         self.stopped = torch.zeros(R + 1, dtype=torch.bool, device=device)  # ended by the host
         self.order = torch.full((R + 1,), R, device=device)  # rows that wait, in order
         # By slot:
@@ -108,9 +98,7 @@ class Decoder:
         self.graphs: dict[tuple[int, int], Callable] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.row.is_cuda else None  # of all graphs
 
-    def load(
-        self, prompts: Prompts, streams: list[int], first: list[int], waiting: list[int]
-    ) -> None:
+    def begin(self, prompts: Prompts, streams: list[int], first: list[int], waiting: list[int]):
         """Begin a block: its prompts, its rows' random streams and first tokens, and the rows that
         are to be decoded, in order."""
         if prompts is not self.prompts:
@@ -140,10 +128,7 @@ class Decoder:
     def stop(self, rows: list[int]) -> None:
         """The host has ended these rows of the block."""
         if rows:
-            at = torch.tensor(rows)
-            at = (
-                at.pin_memory() if self.row.is_cuda else at
-            )  # else the copy would wait for the device
+            at = torch.tensor(rows, pin_memory=self.row.is_cuda)  # so nothing waits
             self.stopped.index_fill_(0, at.to(self.row.device, non_blocking=True), True)
 
     def shrink_to(self, left: int) -> None:
@@ -157,16 +142,15 @@ class Decoder:
         if n == self.n:
             return
         self.refill()
-        holes = (self.row[:n] == self.R).nonzero()[:, 0]
         movers = (self.row[n : self.n] != self.R).nonzero()[:, 0] + n
-        holes = holes[: len(movers)]
+        holes = (self.row[:n] == self.R).nonzero()[: len(movers), 0]
         for x in (*self.keys.flatten(0, 1), *self.values.flatten(0, 1), self.row, self.t, self.ids):
             x[holes] = x[movers]
         self.n = n
 
     def look(self, steps: int) -> Callable[[], Iterator[tuple[int, list[int], list[float]]]]:
-        """Go some steps. Returns a function that waits for them, and then gives what rows drew: row,
-        tokens, log-probs."""
+        """Take some steps. The function that is returned waits for them, then yields what each row
+        drew: row, tokens, log-probs."""
         drawn = torch.empty(2, self.n, steps, dtype=torch.long, device=self.row.device)
         scores = torch.empty(self.n, steps, device=self.row.device)
         for i in range(steps):
@@ -180,12 +164,10 @@ class Decoder:
             if self.gpu:
                 done.synchronize()
             for who, tokens, logprobs in zip(*drawn.tolist(), rounded(scores).tolist()):
-                start = 0
-                for i in range(1, steps + 1):  # a slot may have passed to another row
-                    if i == steps or who[i] != who[start]:
-                        if who[start] < self.R:
-                            yield who[start], tokens[start:i], logprobs[start:i]
-                        start = i
+                for row, group in groupby(range(steps), who.__getitem__):  # a slot changes its row
+                    at = list(group)
+                    if row < self.R:
+                        yield row, tokens[at[0] : at[-1] + 1], logprobs[at[0] : at[-1] + 1]
 
         return read
 
@@ -200,8 +182,8 @@ class Decoder:
         return self.graphs[self.n, chunks]()
 
     def run(self, chunks: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """A step. With `chunks`, its shapes and addresses depend on nothing but n and chunks; without,
-        it takes those questions and chunks that have live rows."""
+        """A step. With `chunks`, its shapes and addresses depend on n and chunks alone; without, it
+        takes the questions and chunks that have live rows."""
         self.refill()
         n, J = self.n, self.J
         row, t = self.row[:n], self.t[:n]
@@ -212,7 +194,7 @@ class Decoder:
             last += 1
         place = (row - first * J).clamp(max=(last - first) * J)
         lengths = self.prompts.lengths[first:last]
-        places = self.prompts.lengths[(row // J).clamp(max=self.R // J - 1)] + t - 1  # in the text
+        positions = self.prompts.lengths[(row // J).clamp(max=self.R // J - 1)] + t - 1
         slots, chunk, at = torch.arange(n, device=t.device), (t - 1) // CHUNK, (t - 1) % CHUNK
 
         def attend(layer, q, k, v):  # [n, H, D], [n, K, D]
@@ -220,13 +202,11 @@ class Decoder:
             self.keys[layer][chunk, slots, :, at] = k
             self.values[layer][chunk, slots, :, at] = v
             own_k, own_v = (x[layer, :chunks, :n] for x in (self.keys, self.values))
-            prompt_k, prompt_v = (
-                x[layer, first:last] for x in (self.prompts.keys, self.prompts.values)
-            )
-            keys = Keys(prompt_k, prompt_v, lengths, own_k, own_v)
+            shared_k, shared_v = self.prompts.keys[layer], self.prompts.values[layer]
+            keys = Keys(shared_k[first:last], shared_v[first:last], lengths, own_k, own_v)
             return shared_attention(q, keys, t, place, J)
 
-        hidden = self.model(self.ids[:n], places, attend)  # [n, C]
+        hidden = self.model(self.ids[:n], positions, attend)  # [n, C]
         tokens, logprobs = self.draw(hidden, self.stream[row], t)
         self.ended[:n] = (tokens[:, None] == self.ends).any(1) | (t + 1 >= self.cap)
         self.ids[:n] = tokens.clamp(min=0)  # -1: the logits were NaN; the host will see it
@@ -238,18 +218,18 @@ class Decoder:
 # --- how tokens are drawn, and what is kept from block to block ------------------------------------
 
 
-def make_draw(model: GPT2, shared: Prompts, s, n_vocab: int, n_rows: int) -> Callable:
+def make_draw(model: GPT2, prompts: Prompts, s, n_vocab: int, n_rows: int) -> Callable:
     """`draw(hidden [n, C], streams [n], position [n])` -> tokens and log-probs [n]: the head and the
     draw. A model in bf16 has its head read in bf16 too, without its errors (kernels/)."""
+    n_vocab = min(n_vocab, model.config.vocab_size)
     weight = model.head_weight[:n_vocab]  # fp32 [V, C]
-    bf16, kind = shared.keys.dtype is torch.bfloat16, weight.device.type
+    bf16, kind = prompts.keys.dtype is torch.bfloat16, weight.device.type
     in_pieces = bf16 and kind == "cuda"
     if in_pieces:
-        weight = bf16_pieces(weight, weight=True)
-        weight = F.pad(weight, (0, 0, 0, -n_vocab % 64))  # rows
+        weight = F.pad(bf16_pieces(weight, weight=True), (0, 0, 0, -n_vocab % 64))  # rows
     elif bf16 and kind == "cpu":
-        weight = cpu.prepare(weight, shared.hidden, n_rows)
-    given = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p, "seed": s.seed}
+        weight = cpu.prepare(weight, prompts.hidden, n_rows)
+    given = {name: getattr(s, name) for name in ("temperature", "top_k", "top_p", "seed")}
     given["n_vocab"] = n_vocab
 
     def draw(hidden: Tensor, streams: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,25 +239,19 @@ def make_draw(model: GPT2, shared: Prompts, s, n_vocab: int, n_rows: int) -> Cal
     return draw
 
 
-def find_decoder(kept: dict, model: GPT2, shared: Prompts, s, tokenizer) -> Decoder:
-    """A decoder for a block. On a GPU, the last block's if it fits, with its graphs; on a CPU, a new
-    one with the last one's memory for own keys and values, as new memory is slow."""
-    Q, J, gpu = len(shared.lengths), s.branches * s.samples, on_gpu(shared.keys)
-    n_slots, n_vocab = min(s.rows, Q * J), min(tokenizer.n_vocab, model.config.vocab_size)
-
-    def make(own: tuple[Tensor, Tensor]) -> Decoder:
-        draw = make_draw(model, shared, s, n_vocab, n_slots)
-        return Decoder(model, shared, own, draw, J, s.max_new_tokens, tokenizer.ends)
-
-    L, _, K, P, D = shared.keys.shape
-    key = (shared.keys.dtype, L, K, D, n_slots, s.max_new_tokens)
+def find_decoder(kept: dict, model: GPT2, prompts: Prompts, s, tokenizer) -> Decoder:
+    """A decoder for a block. On a GPU it is the last block's, with its graphs, if that fits; on a CPU
+    a new one with the last one's memory for own keys and values, because new memory is slow."""
+    L, Q, K, P, D = prompts.keys.shape
+    n_slots, gpu = min(s.rows, Q * s.branches * s.samples), on_gpu(prompts.keys)
+    key = (prompts.keys.dtype, L, K, D, n_slots, s.max_new_tokens)
     if gpu:  # a decoder holds its model, so that nothing else gets its id
         key += (id(model), s, Q, P)
     if key not in kept:
         kept.clear()  # its memory first
-        own = own_memory(shared, n_slots, s.max_new_tokens)
-        kept[key] = make(own) if gpu else own
-    return kept[key] if gpu else make(kept[key])
+        own = own_memory(prompts, n_slots, s.max_new_tokens)
+        kept[key] = Decoder(model, prompts, own, s, tokenizer) if gpu else own
+    return kept[key] if gpu else Decoder(model, prompts, kept[key], s, tokenizer)
 
 
 def fitting_rows(device: torch.device, model: GPT2, new: int, block: int, paths: int) -> tuple:
@@ -285,12 +259,10 @@ def fitting_rows(device: torch.device, model: GPT2, new: int, block: int, paths:
     most 2,000, for `new` tokens each; a block has at least `block` questions of `paths` paths, and
     four times as many paths as rows, so that few slots are empty at a block's end."""
     c = model.config
-    own = (
-        4 * 2 * c.n_layer * c.n_kv_head * c.head_dim * (new + 32)
-    )  # bytes of keys and values, fp32 at most
-    logits = 3 * 4 * c.vocab_size
+    own = 2 * c.n_layer * c.n_kv_head * c.head_dim * (new + 32)  # numbers of keys and values
+    logits = 3 * c.vocab_size
     free = torch.cuda.mem_get_info(device)[0] - 2 * 4 * model.n_params()
-    rows = min(2000, max(25, int(free / 2 / (own + logits)) // 25 * 25))
+    rows = min(2000, max(25, int(free / 2 / (4 * (own + logits))) // 25 * 25))  # fp32 at most
     return rows, max(block, 4 * rows // paths)
 
 

