@@ -1,8 +1,7 @@
-"""GPT-2.
+"""GPT-2: a decoder-only transformer with learned positions, LayerNorm before each half of a block, and
+a head that shares the token embedding (Radford et al. 2019; names follow the published weights).
 
-GPT-2 is a decoder-only transformer with learned positions, LayerNorm before each half of a block, and
-a head that shares the token embedding (Radford et al. 2019; names follow the published weights). One
-thing is unusual here: `forward` takes the attention as a function, so training, prefill and the
+One thing is unusual here: `forward` takes the attention as a function, so training, prefill and the
 sampler's decoding over shared prompts (decode.py) all run this one model.
 
 Linear layers compute in their weights' dtype (fp32 or bf16). The residual stream, LayerNorm, embeddings
@@ -14,6 +13,7 @@ good as fp32's: decode.make_draw.)
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class GPT2Config:
 
     @property
     def n_kv_head(self) -> int:
-        """Heads of the keys and values: as many as queries have (llama.py may have fewer)."""
+        """Heads of the keys and values; a Llama may have fewer than of queries."""
         return self.n_head
 
     @property
@@ -98,18 +98,15 @@ class MLP(nn.Module):
         self.act = ACTIVATIONS[c.activation_function]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.act is None:
-            return product(product(x, self.c_fc, gelu_tanh=True), self.c_proj)
-        return product(self.act(product(x, self.c_fc)), self.c_proj)
+        x = product(x, self.c_fc, gelu_tanh=self.act is None)
+        return product(self.act(x) if self.act else x, self.c_proj)
 
 
 class Block(nn.Module):
-    def __init__(self, c: GPT2Config, layer: int):
+    def __init__(self, norm: Callable[[], nn.Module], attn: nn.Module, mlp: nn.Module):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(c.n_embd, eps=c.layer_norm_epsilon)
-        self.attn = Attention(c, layer)
-        self.ln_2 = nn.LayerNorm(c.n_embd, eps=c.layer_norm_epsilon)
-        self.mlp = MLP(c)
+        self.ln_1, self.attn = norm(), attn
+        self.ln_2, self.mlp = norm(), mlp
 
     def forward(self, x: Tensor, attend) -> Tensor:
         x = x + self.attn(self.ln_1(x), attend)  # fp32 residual + dtype of the products
@@ -120,17 +117,16 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         c = self.config = config
-        # Empty, because init_weights_ or models.load_model fills them, and drawing takes a second.
-        tokens, positions = (torch.empty(n, c.n_embd) for n in (c.vocab_size, c.n_positions))
-        self.wte = nn.Embedding(*tokens.shape, _weight=tokens)
-        self.wpe = nn.Embedding(*positions.shape, _weight=positions)
-        self.h = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
-        self.ln_f = nn.LayerNorm(c.n_embd, eps=c.layer_norm_epsilon)
+        norm = partial(nn.LayerNorm, c.n_embd, c.layer_norm_epsilon)
+        self.wte = nn.Embedding(c.vocab_size, c.n_embd)
+        self.wpe = nn.Embedding(c.n_positions, c.n_embd)
+        self.h = nn.ModuleList(Block(norm, Attention(c, i), MLP(c)) for i in range(c.n_layer))
+        self.ln_f = norm()
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.n_embd, c.vocab_size, False)
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, attend=causal_attention):
-        """Hidden states after the last LayerNorm, fp32: ids [B, T] -> [B, T, C]. With an
-        `attend` that knows what the rows are, ids [N] -> [N, C] (decoding, packed training).
+        """Hidden states after the last LayerNorm, fp32: ids [B, T] -> [B, T, C]. With an `attend`
+        that knows what the rows are, ids [N] -> [N, C] (decoding, packed training).
 
         `positions` has the shape of ids (default 0..T-1 along the last axis);
         `attend(layer, q, k, v)` maps [.., H, D] queries, scaled, to [.., H, D]."""

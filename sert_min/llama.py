@@ -9,12 +9,13 @@ keys and values come from one product, and so do the two halves of the gated MLP
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sert_min.gpt2 import GPT2, causal_attention, product
+from sert_min.gpt2 import GPT2, Block, causal_attention, product
 
 
 @dataclass
@@ -86,26 +87,14 @@ class MLP(nn.Module):
         return product(F.silu(gate) * up, self.c_proj)
 
 
-class Block(nn.Module):
-    def __init__(self, c: LlamaConfig, layer: int):
-        super().__init__()
-        self.ln_1 = nn.RMSNorm(c.n_embd, c.rms_norm_eps)
-        self.attn = Attention(c, layer)
-        self.ln_2 = nn.RMSNorm(c.n_embd, c.rms_norm_eps)
-        self.mlp = MLP(c)
-
-    def forward(self, x: Tensor, attend) -> Tensor:
-        x = x + self.attn(self.ln_1(x), attend)
-        return x + self.mlp(self.ln_2(x))
-
-
 class Llama(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         c = self.config = config
+        norm = partial(nn.RMSNorm, c.n_embd, c.rms_norm_eps)
         self.wte = nn.Embedding(c.vocab_size, c.n_embd)
-        self.h = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
-        self.ln_f = nn.RMSNorm(c.n_embd, c.rms_norm_eps)
+        self.h = nn.ModuleList(Block(norm, Attention(c, i), MLP(c)) for i in range(c.n_layer))
+        self.ln_f = norm()
         self.lm_head = None if c.tie_word_embeddings else nn.Linear(c.n_embd, c.vocab_size, False)
 
     head_weight, logits, n_params = GPT2.head_weight, GPT2.logits, GPT2.n_params
@@ -115,10 +104,11 @@ class Llama(nn.Module):
         """As GPT2.forward; k and v that `attend` gets are [.., K, D]."""
         if positions is None:
             positions = torch.arange(ids.shape[-1], device=ids.device)
-        turn = rotation(self.config, positions)
-        x = self.wte(ids)  # [.., C]
+        turn, x = rotation(self.config, positions), self.wte(ids)  # x [.., C]
+
+        def attend_turned(layer, q, k, v):
+            return attend(layer, rotate(q, *turn), rotate(k, *turn), v)
+
         for block in self.h:
-            x = block(
-                x, lambda layer, q, k, v: attend(layer, rotate(q, *turn), rotate(k, *turn), v)
-            )
+            x = block(x, attend_turned)
         return self.ln_f(x)

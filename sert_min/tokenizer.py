@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tiktoken
 
-from sert_min.io.errors import SertError
+from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_json
 from sert_min.io.vocabulary import Vocabulary, read_vocabulary
 
@@ -53,18 +53,19 @@ class Tokenizer:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a model folder. All but byte-level BPE is refused."""
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    eos = config.get("eos_token_id")
     try:
-        tokenizer = Tokenizer(read_vocabulary(folder))
+        tokenizer = Tokenizer(read_vocabulary(folder, eos if isinstance(eos, list) else [eos]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise SertError(
             f"{folder}: the tokenizer files are damaged or not byte-level BPE "
             f"({type(e).__name__}: {str(e)[:60]}); download the model again"
         ) from None
-    if (folder / "config.json").exists():
-        size = read_json(folder / "config.json").get("vocab_size", tokenizer.n_vocab)
-        if isinstance(size, int) and size < tokenizer.n_vocab:
-            raise SertError(
-                f"{folder}: the tokenizer has {tokenizer.n_vocab} ids, config.json's vocab_size "
-                f"only {size}; use the model's own tokenizer files"
-            )
+    n, size = tokenizer.n_vocab, config.get("vocab_size")
+    need(
+        not isinstance(size, int) or n <= size,
+        f"{folder}: the tokenizer has {n} ids, config.json's vocab_size only {size}; use the model's "
+        "own tokenizer files",
+    )
     return tokenizer

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sert_min.io.errors import need
-from sert_min.io.files import read_json
 
 END = "<|endoftext|>"
 # How a text is split into words, inside which tokens are merged. GPT-2's way: contractions, words,
@@ -43,18 +42,19 @@ class Vocabulary(NamedTuple):
     start: list[int]  # ids that stand before every prompt (Llama 3 has one)
 
 
-def read_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary from the files that `folder` has. Damaged ones are a ValueError or the like."""
+def read_vocabulary(folder: Path, ends: list) -> Vocabulary:
+    """The vocabulary from the files that `folder` has. `ends` are the ids of end-of-text; those that
+    are no special tokens do not count. Damaged files are a ValueError or the like."""
     alphabet = byte_alphabet()
     if (folder / "tokenizer.json").exists():
-        vocab, merged, pattern, nfc, start = read_tokenizer_json(folder)
+        vocab, merged, pattern, nfc, start = read_tokenizer_json(folder / "tokenizer.json")
     else:
-        names = ("vocab.json", "merges.txt")
-        there = all((folder / name).exists() for name in names)
+        paths = [folder / "vocab.json", folder / "merges.txt"]
+        there = all(path.exists() for path in paths)
         need(there, f"{folder} has neither tokenizer.json nor merges.txt + vocab.json; add them")
-        texts = [(folder / name).read_text(encoding="utf-8") for name in names]
-        vocab, pattern, nfc, start = json.loads(texts[0]), PATTERN, False, ()
-        merged = joined([m for m in texts[1].split("\n") if m and not m.startswith("#version")])
+        vocab, merges = json.loads(paths[0].read_text("utf-8")), paths[1].read_text("utf-8")
+        merged = merge([m for m in merges.split("\n") if m and not m.startswith("#version")])
+        pattern, nfc, start = PATTERN, False, ()
         if not alphabet.keys() <= vocab.keys():
             raise ValueError("a byte has no token")
     if not all(type(i) is int and 0 <= i < 2**24 for i in vocab.values()):
@@ -62,29 +62,20 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     if len(set(vocab.values())) < len(vocab):
         raise ValueError("two tokens have one id")
     # Merge priority: single bytes in the alphabet's order, then what merges make.
-    tokens = [*alphabet, *merged]
-    as_bytes = [bytes(alphabet[c] for c in token) for token in tokens]
-    ranks = {token: rank for rank, token in enumerate(as_bytes)}
-    ids = {b: vocab[t] for b, t in zip(as_bytes, tokens) if t in vocab or len(b) > 1}
+    tokens = {bytes(alphabet[c] for c in token): token for token in (*alphabet, *merged)}
+    ranks = {as_bytes: rank for rank, as_bytes in enumerate(tokens)}
+    ids = {b: vocab[token] for b, token in tokens.items() if token in vocab or len(b) > 1}
     ordinary = set(ids.values())
-    special = {t: i for t, i in vocab.items() if i not in ordinary}
-    eot = end_ids(folder, special) or [special[END]]
+    special = {token: i for token, i in vocab.items() if i not in ordinary}
+    eot = [i for i in ends if i in special.values()] or [special[END]]
     return Vocabulary(ranks, ids, special, eot, pattern, nfc, [vocab[token] for token in start])
 
 
-def end_ids(folder: Path, special: dict[str, int]) -> list[int]:
-    """The end-of-text tokens that config.json names, as far as they are special ones."""
-    path = folder / "config.json"
-    found = read_json(path).get("eos_token_id") if path.exists() else None
-    return [i for i in (found if isinstance(found, list) else [found]) if i in special.values()]
-
-
-def read_tokenizer_json(folder: Path) -> tuple:
+def read_tokenizer_json(path: Path) -> tuple:
     """(id of each token, tokens that merges make by priority, pattern, nfc, start) of tokenizer.json."""
-    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    raw = json.loads(path.read_text("utf-8"))
     model, normalizer = raw["model"], (raw.get("normalizer") or {}).get("type")
-    pattern = split_pattern(raw.get("pre_tokenizer") or {})
-    start = start_tokens(raw.get("post_processor"))
+    pattern, start = split_pattern(raw.get("pre_tokenizer") or {}), start_tokens(raw)
     for name, value, fine in (
         ("model.type", model.get("type"), model.get("type") == "BPE"),
         ("normalizer", normalizer, normalizer in (None, "NFC")),
@@ -94,42 +85,42 @@ def read_tokenizer_json(folder: Path) -> tuple:
     ):
         need(
             fine,
-            f"{folder}/tokenizer.json: {name} {str(value)[:60]!r} is not supported; choose a model "
-            "with the byte-level BPE of GPT-2, SmolLM2, Qwen2 or Llama 3",
+            f"{path}: {name} {str(value)[:60]!r} is not supported; choose a model with the "
+            "byte-level BPE of GPT-2, SmolLM2, Qwen2 or Llama 3",
         )
-    added = {t["content"]: t["id"] for t in raw.get("added_tokens", [])}
+    vocab, added = model["vocab"], {t["content"]: t["id"] for t in raw.get("added_tokens", [])}
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     if not model.get("ignore_merges"):
-        merged = joined(merges)
+        merged = merge(merges)
     else:  # as Llama 3: a token's id is its priority
-        by_id = sorted(model["vocab"].keys() - added.keys(), key=model["vocab"].__getitem__)
+        by_id = sorted(vocab.keys() - added.keys(), key=vocab.__getitem__)
         merged = [token for token in by_id if len(token) > 1]
-        made = [model["vocab"][m.replace(" ", "")] for m in merges]
+        made = [vocab[m.replace(" ", "")] for m in merges]
         if made != sorted(made):
             raise ValueError("the merges are not in the order of the ids")
-    return {**model["vocab"], **added}, merged, pattern, normalizer == "NFC", start
+    return {**vocab, **added}, merged, pattern, normalizer == "NFC", start
 
 
 def split_pattern(pre: dict) -> str:
     """The regular expression for tokenizer.json's pre_tokenizer; "" if that is none of ours."""
-    match pre.get("pretokenizers", [pre]):
-        case [*first, {"type": "ByteLevel"} as last] if not last.get("add_prefix_space"):
-            match first, last.get("use_regex", True):
-                case [], True:
-                    return PATTERN
-                case [{"type": "Digits", "individual_digits": True}], True:
-                    return DIGITS
-                case [
-                    {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"} as split
-                ], False:
-                    return regex if regex in (QWEN2, LLAMA3) and not split.get("invert") else ""
+    *first, last = pre.get("pretokenizers", [pre])
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return ""
+    match first, last.get("use_regex", True):
+        case [], True:
+            return PATTERN
+        case [{"type": "Digits", "individual_digits": True}], True:
+            return DIGITS
+        case [{"type": "Split", "behavior": "Isolated", "pattern": {"Regex": found}} as one], False:
+            return found if found in (QWEN2, LLAMA3) and not one.get("invert") else ""
     return ""
 
 
-def start_tokens(post: dict | None) -> tuple[str, ...] | None:
+def start_tokens(raw: dict) -> tuple[str, ...] | None:
     """The tokens that tokenizer.json's post_processor sets before a text; None if it does more."""
+    post = raw.get("post_processor")
     start: tuple[str, ...] = ()
-    for step in (post or {}).get("processors", [post] if post else []):
+    for step in post.get("processors", [post]) if post else ():
         if step["type"] == "TemplateProcessing" and "Sequence" in step["single"][-1]:
             start += tuple(piece["SpecialToken"]["id"] for piece in step["single"][:-1])
         elif step["type"] != "ByteLevel":
@@ -137,21 +128,16 @@ def start_tokens(post: dict | None) -> tuple[str, ...] | None:
     return start
 
 
-def joined(merges: list[str]) -> list[str]:
-    """The tokens that merge lines "a b" make."""
-    if any(m.count(" ") != 1 for m in merges):
-        raise ValueError("a merge line is not a pair")
-    check_merges(merges)
-    return [m.replace(" ", "") for m in merges]
-
-
-def check_merges(merges: list[str]) -> None:
-    """Refuse merge lists for which tiktoken gives other ids than Hugging Face.
+def merge(merges: list[str]) -> list[str]:
+    """The tokens that merge lines "a b" make. Lists for which tiktoken gives other ids than Hugging
+    Face are refused.
 
     tiktoken joins neighbours if their concatenation is a token, Hugging Face if this very pair is a
     merge. The two agree if every token, split by the merges, ends in its own pair. BPE training gives
     only such lists; lists that were edited by hand may not be."""
     pairs = [tuple(m.split(" ")) for m in merges]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError("a merge line is not a pair")
     rank = {pair: i for i, pair in enumerate(pairs)}
     for left, right in pairs:
         parts = list(left + right)
@@ -163,3 +149,4 @@ def check_merges(merges: list[str]) -> None:
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         if parts != [left, right]:
             raise ValueError(f"the other merges never lead to the merge {left} {right}")
+    return [left + right for left, right in pairs]
