@@ -280,7 +280,7 @@ def test_a_trained_student_has_its_own_folder_and_prompt(model, tmp_path, monkey
     [
         (["--top-p", "0"], "--top-p must be above 0"),
         (["--temperature", "nan"], "--temperature must be from 0"),
-        (["--branches", "999"], "--branches 999 is more than the vocabulary"),
+        (["--branches", "999"], "--branches 999 exceeds the vocabulary"),
         (["--seed", "-1"], "--seed must be from 0"),
         (["--max-new-tokens", "600"], "exceeds the context of 512; lower --max-new-tokens"),
         (["--model", "./nowhere"], "no such folder"),
