@@ -203,7 +203,7 @@ def plot_tokens(groups: dict[str, list[float]], png: Path, title: str) -> None:
         x = [b + (of - 3.5) * width + gap for b in range(5)]
         bars = ax.bar(x, shares, width * 0.92, color=BARS[name], label=name)
         if of >= 5:
-            ax.bar_label(bars, [f"{v:.2f}" if v else "" for v in shares], fontsize=7, padding=2)
+            ax.bar_label(bars, [f"{v:.2f}" if v else "" for v in shares], fontsize=6, padding=2)
     ax.set_xticks(range(5), BINS)
     ax.set_xlabel("mean of the four judge scores (Token 0 to 4: 5 samples per question each; the "
                   "others: 25)")  # fmt: skip
