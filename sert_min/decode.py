@@ -2,8 +2,8 @@
 
 A block's prompts run through the model once (`prefill`); then a `Decoder` takes one token per live
 row and step. A row attends to its prompt's shared keys (25 rows read one copy) and to its own, in one
-softmax. When a row ends, the next one that waits takes its place. The decoder does not know how a
-row is drawn or when it is ended early: generate.py does.
+softmax. When a row ends, the next one that waits takes its place. Whether a rule ends a row early is
+decided in generate.py.
 """
 
 from collections.abc import Callable, Iterator

@@ -107,6 +107,7 @@ def llama_config(raw: dict, where: str) -> LlamaConfig:
 
 
 def check(where: str, config: dict, **fine: bool) -> None:
+    """Refuse the first entry of config.json that is not fine, by its name."""
     for name, ok in fine.items():
         value = config.get(name)
         need(ok, f"{where}: {name} {value!r} is not supported; choose another model")

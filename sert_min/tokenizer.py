@@ -35,8 +35,7 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; `<|endoftext|>` inside it stays ordinary text, and bytes without a
-        token are left out."""
+        """Token ids of `text`. `<|endoftext|>` in it stays ordinary text; bytes without a token drop."""
         ranks = self._bpe.encode_ordinary(unicodedata.normalize("NFC", text) if self.nfc else text)
         known = self._id_of_rank
         return ranks if known is None else [known[r] for r in ranks if r in known]
@@ -46,8 +45,7 @@ class Tokenizer:
         return self.start + self.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD, special tokens their names, and ids
-        without a token nothing."""
+        """Text of `ids`. Bad UTF-8 becomes U+FFFD, special tokens their names, unknown ids nothing."""
         return b"".join(self.to_bytes.get(i, b"") for i in ids).decode("utf-8", errors="replace")
 
 

@@ -1,5 +1,6 @@
 """gguf.py and smollm2.py: a small GGUF file written here, and the real one where its wheel is installed."""
 
+import hashlib
 import importlib.util
 import json
 import struct
@@ -118,7 +119,7 @@ def wheel(small, tmp_path, monkeypatch):
     (package / smollm2.FILE).write_bytes(small[0])
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.setenv("SERT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(smollm2, "SHA256", __import__("hashlib").sha256(small[0]).hexdigest())
+    monkeypatch.setattr(smollm2, "SHA256", hashlib.sha256(small[0]).hexdigest())
     return package / smollm2.FILE
 
 
@@ -131,11 +132,8 @@ def test_a_converted_file_means_the_same(small, wheel):
     state = theirs.state_dict()
     assert all(torch.equal(state[name], x) for name, x in small[1].items())
     assert logit_difference(ours, theirs) < 1e-4
-    assert (ours.config.rope_theta, ours.config.n_kv_head, ours.config.tie_word_embeddings) == (
-        1000.0,
-        K,
-        True,
-    )
+    c = ours.config
+    assert (c.rope_theta, c.n_kv_head, c.tie_word_embeddings) == (1000.0, K, True)
     tokenizer = load_tokenizer(folder)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for line in ("the 15 cats", "1 2", "<|im_end|>"):

@@ -35,14 +35,18 @@ CONFIGS = {
 STYLES = ("prefix", "bare", "sharded")  # the forms that are met on the hub
 
 
-def hf_model(**config):
-    """A transformers GPT-2 whose every parameter is random: zero biases would hide mistakes."""
-    small = {"vocab_size": 131, "n_positions": 33, "n_embd": 64, "n_layer": 2, "n_head": 4}
+def make_loud(model, std: float):
+    """Every parameter random: zero biases would hide mistakes, and so would nearly even attention."""
     torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**small, **config})).eval()
     for p in model.parameters():
-        p.data.normal_(1.0 if p.dim() == 1 and float(p.data[0]) == 1 else 0.0, 0.1)
-    return model
+        p.data.normal_(1.0 if p.dim() == 1 and float(p.data[0]) == 1 else 0.0, std)
+    return model.eval()
+
+
+def hf_model(**config):
+    """A transformers GPT-2."""
+    small = {"vocab_size": 131, "n_positions": 33, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    return make_loud(transformers.GPT2LMHeadModel(transformers.GPT2Config(**small | config)), 0.1)
 
 
 def write_hf(model, folder, style: str) -> None:

@@ -69,6 +69,7 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
     is the commit. What the cache holds of a known commit is not asked for again."""
     from huggingface_hub import errors, hf_hub_download, snapshot_download  # late: half a second
 
+    unknown = errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError
     try:
         folder = Path(hf_hub_download(repo, "config.json", revision=revision)).parent
         read_raw_config(folder)  # refuses another architecture before the large download
@@ -83,11 +84,7 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
         )
     except errors.EntryNotFoundError:
         why = "has no config.json on the hub; is it a model?"
-    except (
-        errors.HFValidationError,
-        errors.RepositoryNotFoundError,
-        errors.RevisionNotFoundError,
-    ):
+    except unknown:
         known = ", ".join(HUB)
         why = f"is no folder and not on the hub (or private); choose {known}, a hub id, or a folder"
     except Exception as e:  # of requests, httpx or httpx2, by the hub client's version

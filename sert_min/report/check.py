@@ -40,9 +40,8 @@ def check_known_outputs(model: GPT2, tokenizer) -> None:
 def print_prompt_samples(model: GPT2, tokenizer, text: str, settings: SampleSettings) -> None:
     """Print `settings.samples` plain samples that continue `text`."""
     settings = replace(settings, raw=True, branches=1)
-    for row in sample_block(
-        model, tokenizer, [tokenizer.encode_prompt(text)], ["the prompt"], settings
-    ):
+    prompts = [tokenizer.encode_prompt(text)]
+    for row in sample_block(model, tokenizer, prompts, ["the prompt"], settings):
         mean = sum(row.logprobs) / max(1, len(row.logprobs))
         said = printable_lines(tokenizer.decode(row.token_ids))
         print(f"--- sample {row.sample}: {len(row.token_ids)} tokens, mean log-prob {mean:.2f}")
