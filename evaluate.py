@@ -69,7 +69,7 @@ class Cell(NamedTuple):
     method: str  # base, finetune, sert, rd, sert-rd
     seed: int | None
     suffix: str  # of the prompt
-    variant: str  # what keeps it out of the table: another split, task, prompt; the best checkpoint
+    variant: str  # "" or why the cell is not in the table: its split, task, prompt or checkpoint
 
     @property
     def title(self) -> str:
@@ -145,7 +145,7 @@ def evaluate(cell: Cell, job: Job) -> dict:
         records = [grade(q, r["text"], r["finish"]) for q, r in zip(questions, outputs)]
         lines, path = "".join(map(to_line, records)), out / "predictions.jsonl"
         if not path.exists() or path.read_bytes() != lines.encode():
-            remove_derived(out)  # what was made of other outputs
+            remove_derived(out)  # these files were derived from other outputs
             write_atomic(path, lines)
 
         # 2. The log-prob of each answer behind the student's own reasoning.
@@ -221,7 +221,7 @@ def print_plan(cell: Cell, job: Job) -> None:
     prompt = printable_lines(prompts.question_prompt(job.questions[0], cell.suffix))
     print(f"{cell.title}: {n:,} of {len(job.questions):,} outputs to decode, at most {n * cap:,} "
           f"tokens, to {cell.out}\nthe first prompt:\n{prompt}")  # fmt: skip
-    longest = {"text": "x" * 5 * cap}  # what judging an output can cost at most
+    longest = {"text": "x" * 5 * cap}  # no output costs the judge more than this one
     stored = (blocks.read(i) or [longest] * len(blocks.block(i)) for i in blocks.numbers())
     said = (r["text"] for records in stored for r in records)
     records = [grade(q, text, None) for q, text in zip(job.questions, said)]

@@ -5,7 +5,7 @@ drop imitation, option lists, direct answers, short, repetitive and too probable
 left, the least repetitive path of each question is selected for self-training (train.py).
 
     python sample.py                                    # the embedded micro-world, offline
-    python sample.py --html paths.html                  # .. and a page to look at the paths
+    python sample.py --html paths.html                  # also writes a page of all paths
     python sample.py --min-perplexity 1.2               # filters the stored samples anew
     python sample.py --task commonsense_qa --limit 100  # real GPT-2, downloads weights and data
     torchrun --nproc-per-node 2 sample.py --task strategy_qa   # the same bytes, two processes
@@ -89,7 +89,7 @@ class Run(NamedTuple):
     blocks: Blocks  # of the first --limit of them
     s: SampleSettings
     limits: dict  # of the rules
-    settings: dict  # what decides the samples; a folder of others is refused
+    settings: dict  # they decide the samples; a folder with other settings is refused
 
 
 # --- the run --------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ _ABOUT = (  # the answer `to your question` is; the answer`, then,` is
 _IS = r"(?:['’]s\b| (?:is|was|would be|will be)\b| (?:is|was|can|could|must)(?= ?(?:not|n?['’]t)))"
 _TEXT = r"(?:(?!\b(?:but|and|or|so|as|since|because|that|than|not|has)\b|n['’]t)[^.!?;\n()]){0,40}?"
 _LABEL = rf"\([a-e]\){_TEXT}|(?:(?<=\boption\s)|{_OPENS})(?:[A-E]|yes|no)\b\W{{0,3}}?"
-FORMS = {  # what stands before the answer; a space may also be Markdown
+FORMS = {  # the words that introduce an answer; a space may also be Markdown
     "So the most likely answer is (C)": _NAME + _ABOUT + _IS,
     "**Final answer (A to E):** C": rf"(?<!/){_NAME}[\s*_`\"']{{0,4}}(?:[:：=]|-?>)",
     "### Answer\n\n**C**": rf"^[#*_]{{0,6}}\x20?{_NOUN}[#*_]{{0,6}}(?=\n)",
