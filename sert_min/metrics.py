@@ -107,11 +107,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def summarize(
     records: list[dict],
     questions: list[Question],
-    likeliest_right: Sequence[bool] = (),
+    likelihood: Sequence[dict] = (),
     judges: dict | None = None,
 ) -> dict:
     """The metrics of prediction records, each as (value, low, high), and the plain counts; also of
-    `likeliest_right` (is a question's likeliest answer right?) and `judges` (name -> summary)."""
+    `likelihood` (records of likelihood.jsonl) and `judges` (name -> summary)."""
     n = len(records)
     formats = [r["format_ok"] for r in records if r["format_ok"] is not None]
     lenient = sum(r["extracted_lenient"] == r["answer"] for r in records)
@@ -126,8 +126,10 @@ def summarize(
         "majority": majority(questions),
         "reasons": dict(Counter(r["reason"] for r in records).most_common()),
     }
-    if likeliest_right:
-        metrics["acc_likelihood"] = share_interval(sum(likeliest_right), len(likeliest_right))
+    by = {"": "acc_likelihood", "_per_token": "acc_text_token", "_per_character": "acc_text"}
+    for how, name in by.items():
+        if right := [r[f"correct{how}"] for r in likelihood if f"correct{how}" in r]:
+            metrics[name] = share_interval(sum(right), len(right))
     return metrics | ({"judges": judges} if judges else {})
 
 

@@ -104,8 +104,11 @@ def print_metrics(title: str, m: dict) -> None:
     right = f"   {round(m['acc'][0] * m['n']):,} right; always {answer}: {100 * share:.2f} %"
     line("Acc, strict", m["acc"], 100, " %", note=right)
     line("Acc, lenient", m["acc_lenient"], 100, " %")
-    if "acc_likelihood" in m:
-        line("Acc, by likelihood", m["acc_likelihood"], 100, " %")
+    likelihoods = {"acc_likelihood": "by likelihood", "acc_text_token": "option text, per token",
+                   "acc_text": "option text, per char."}  # fmt: skip
+    for key, name in likelihoods.items():
+        if key in m:
+            line(f"Acc, {name}", m[key], 100, " %")
     line("Fmt", m["fmt"], digits=3)
     line("Len", m["len"], unit=" words")
     line("Rep", m["rep"], digits=3)
