@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from sert_min import prompts, script, tasks
+from sert_min import filters, prompts, script, tasks
 from sert_min.io import endpoint, files
 from sert_min.io.errors import need, printable_lines, run_script
 from sert_min.io.files import to_line, write_atomic
@@ -166,7 +166,9 @@ def evaluate(cell: Cell, job: Job) -> dict:
         about = {k: settings[k] for k in ("task", "split", "model", "method")}
         about |= {"seed": cell.seed, "variant": cell.variant, "data": settings["data"]}
         judges = judge.summaries(out, len(records))
-        metrics = without_nan(about | summarize(records, questions, weighed, judges))
+        limits = filters.limits(tasks.preset(settings["task"], cell.student.label))
+        shown = [filters.reasons(q, said[q.id], model[1], limits) for q in questions]
+        metrics = without_nan(about | summarize(records, questions, shown, weighed, judges))
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     console.print_metrics(cell.title, metrics)
     print(f"wrote {out}/predictions.jsonl and metrics.json")

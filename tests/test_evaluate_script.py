@@ -359,8 +359,9 @@ def test_differences_are_paired(tmp_path):
         m = metrics(method) | {"seed": seed}
         found.append((folder / "metrics.json", m))
     (row,) = table.differences(found, "strategy_qa")
-    mean, low, high = row["acc"]  # of the questions: +100, 0, +50, 0
-    assert mean == 37.5 and low == pytest.approx(37.5 - 1.959964 * 47.871 / 2, abs=0.01)
+    mean, low, high = row["acc"]  # of the questions: +100, 0, +50, 0; of the seeds: 75, 100
+    half = 1.959964 * (47.871**2 / 4 + 17.678**2 / 2) ** 0.5
+    assert mean == 37.5 and low == pytest.approx(37.5 - half, abs=0.01)
     assert (
         row["methods"] == ["sert", "finetune"] and "fmt" not in row and "acc_likelihood" not in row
     )

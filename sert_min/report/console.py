@@ -72,11 +72,10 @@ def print_before_after(questions, before, after, tokenizer, limits) -> None:
     print(f"\ngreedy decoding, {len(questions)} test questions{'before':>14}{'after':>10}")
     columns = []
     for records in (before, after):
-        m = summarize(records, questions)
-        shown = [
-            filters.reasons(q, r["text"], tokenizer, limits) for q, r in zip(questions, records)
-        ]
-        shares = sum(shown) / len(shown), m["acc_lenient"][0], m["acc"][0]
+        texts = zip(questions, (r["text"] for r in records))
+        shown = [filters.reasons(q, text, tokenizer, limits) for q, text in texts]
+        m = summarize(records, questions, shown)
+        shares = m["reasoning"][0], m["acc_lenient"][0], m["acc"][0]
         columns.append([*(f"{x:>10.1%}" for x in shares), f"{m['unparseable']:>10}"])
     columns[1][2] += f"   95 % {m['acc'][1]:.1%} to {m['acc'][2]:.1%}"
     names = ("reasoning outputs", "accuracy (lenient: also other wordings)", "accuracy (strict)",
@@ -109,6 +108,9 @@ def print_metrics(title: str, m: dict) -> None:
     for key, name in likelihoods.items():
         if key in m:
             line(f"Acc, {name}", m[key], 100, " %")
+    if "reasoning" in m:
+        line("reasoning, by form", m["reasoning"], 100, " %")
+    line("contradicts itself", m["contradictory"], 100, " %")
     line("Fmt", m["fmt"], digits=3)
     line("Len", m["len"], unit=" words")
     line("Rep", m["rep"], digits=3)

@@ -9,6 +9,7 @@ lies in our interval.
 import itertools
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,7 @@ from sert_min.metrics import mean_interval, without_nan
 
 METHODS = ("finetune", "star", "sert", "sert-rd", "rd")  # in the paper's order; STaR is ours
 COLUMNS = {"acc": "Acc % [95 %]", "acc_likelihood": "by likelihood", "acc_text": "of the text",
-           "fmt": "Fmt", "len": "Len", "rep": "Rep"}  # fmt: skip
+           "reasoning": "reasoning", "fmt": "Fmt", "len": "Len", "rep": "Rep"}  # fmt: skip
 NAMES = {"base": "base", "finetune": "Finetune", "star": "STaR", "sert": "SERT", "sert-rd": "SERT+RD", "rd": "RD",
          "teacher": "zero-shot CoT"}  # fmt: skip
 TEACHER = "GPT-3.5"
@@ -107,7 +108,9 @@ def table_rows(metrics: list[dict], task: str) -> list[Row]:
             continue
         # Finetune gives answers only: the paper prints its accuracy alone
         keys = [k for k in COLUMNS if method != "finetune" or k.startswith("acc")]
-        ours = {k: pooled((m.get(k) for m in some), 100 if k[:3] == "acc" else 1) for k in keys}
+        ours = {
+            k: pooled((m.get(k) for m in some), 100 if k[:3] in ("acc", "rea") else 1) for k in keys
+        }
         ours = {k: v for k, v in ours.items() if v}
         theirs = {k: v for k, v in zip(("acc", "fmt", "len", "rep"), printed) if v is not None}
         n = min((m["n"] for m in some), default=0)
@@ -125,20 +128,30 @@ VALUES = {  # of a record of predictions.jsonl or likelihood.jsonl, by the name 
 }  # fmt: skip
 
 
-def question_values(folders: list[Path], metric: str) -> dict[str, float]:
-    """Each question's mean value of a metric over the seeds in `folders`; {} if one lacks it."""
-    values, key = defaultdict(list), VALUES[metric]
-    for folder in folders:
-        path = folder / ("likelihood.jsonl" if metric.startswith("acc_") else "predictions.jsonl")
-        for r in read_jsonl(path) if path.exists() else ():
-            if r.get(key) is not None:
-                values[r["id"]].append(r[key])
-    return {id: sum(v) / len(v) for id, v in values.items() if len(v) == len(folders)}
+def question_values(folder: Path, metric: str) -> dict[str, float]:
+    """Each question's value of a metric in one evaluated folder."""
+    path = folder / ("likelihood.jsonl" if metric.startswith("acc_") else "predictions.jsonl")
+    records = read_jsonl(path) if path.exists() else ()
+    return {r["id"]: r[VALUES[metric]] for r in records if r.get(VALUES[metric]) is not None}
+
+
+def difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> tuple | None:
+    """(mean, low, high) of a - b, two lists of question values, one per seed. The 95 % interval
+    covers the choice of questions, paired, and of seeds; None if no question has all values."""
+    ids = set(a[0]).intersection(*a, *b)
+    if not ids:
+        return None
+    x, y = ([math.fsum(seed[id] for seed in some) / len(some) for id in ids] for some in (a, b))
+    mean, low, _ = mean_interval([u - v for u, v in zip(x, y)])
+    by_seed = ([math.fsum(seed[id] for id in ids) / len(ids) for seed in some] for some in (a, b))
+    of_seeds = sum(statistics.variance(some) / len(some) for some in by_seed if len(some) > 1)
+    half = math.hypot(mean - low, 1.959964 * math.sqrt(of_seeds))
+    return mean, mean - half, mean + half
 
 
 def differences(found: list[tuple[Path, dict]], task: str) -> list[dict]:
     """For each model and two of its students, how far the first lies above the second on the same
-    questions: metric -> (mean, low, high), a 95 % interval over questions."""
+    questions: metric -> (mean, low, high), accuracies in points."""
     folders = defaultdict(list)
     for path, m in found:
         if m["task"] == task:
@@ -147,10 +160,10 @@ def differences(found: list[tuple[Path, dict]], task: str) -> list[dict]:
     for model, (a, b) in itertools.product(dict.fromkeys(m for m, _ in folders), PAIRS):
         row: dict = {"model": model, "methods": [a, b]}
         for metric in VALUES if folders.keys() >= {(model, a), (model, b)} else ():
-            x, y = (question_values(folders[model, method], metric) for method in (a, b))
-            if both := [x[id] - y[id] for id in x if id in y]:
+            sides = ([question_values(f, metric) for f in folders[model, m]] for m in (a, b))
+            if found_one := difference(*sides):
                 scale = 100 if metric.startswith("acc") else 1
-                row[metric] = tuple(scale * v for v in mean_interval(both))
+                row[metric] = tuple(scale * v for v in found_one)
         rows += [row] if len(row) > 2 else []
     return rows
 
@@ -187,7 +200,7 @@ def cell(ours: tuple | None, paper: float | None, interval: bool) -> str:
 
 def grid(rows: list[Row]) -> list[list[str]]:
     """The table as text, a header line first."""
-    keys = [k for k in COLUMNS if k[:4] != "acc_" or any(k in row.ours for row in rows)]
+    keys = [k for k in COLUMNS if any(k in (*row.ours, *row.paper) for row in rows)]
     lines = [["", *(COLUMNS[k] for k in keys), "n"]]
     for row in rows:
         cells = [cell(row.ours.get(k), row.paper.get(k), k == "acc") for k in keys]
