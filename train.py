@@ -141,7 +141,7 @@ def sert_pairs(
     of its own, so that only the gold answer is stated. `select(records, [question])` gives the
     records of all paths of a question their verdicts anew."""
     by_text = {(q.id, q.text): q for q in questions}
-    pairs, stripped, empty = [], 0, 0
+    pairs, stripped, empty, wrong = [], 0, 0, 0
     form = {"verdict": str, "id": str, "question": str, "text": str}
     form |= filters.SAMPLED if select else {}
     records = files.read_jsonl(paths, form)
@@ -153,10 +153,12 @@ def sert_pairs(
                 continue
             text, had_one = strip_answer_sentence(r["text"])
             stripped, empty = stripped + had_one, empty + (not text)
+            wrong += filters.answers_stated(r["text"], q) == "wrong"
             if text:
                 pairs.append((q, *prompts.sert_pair(q, text)))
     print(f"{len(pairs):,} selected paths of {len(questions):,} questions; {stripped} lost a closing "
-          f"answer sentence of their own, {empty} were nothing else and are left out")  # fmt: skip
+          f"answer sentence of their own, {empty} were nothing else and are left out; {wrong} state "
+          "another answer than the right one (--answer consistent leaves these out)")  # fmt: skip
     return pairs
 
 

@@ -66,11 +66,11 @@ def perplexity(logprobs: Sequence[float]) -> float | None:
     return math.exp(min(-mean, 700.0)) if logprobs else None  # finite: JSON has no infinity
 
 
-def answers_stated(path: Path) -> str:
+def answers_stated(text: str, question: Question) -> str:
     """What a path states of the answer at its beginning or in its last answer statement: `right`,
     `wrong` (also if these two differ) or `none`."""
-    said = {f(path.text, path.question) for f in (leading_answer, stated_answer)} - {None}
-    return "none" if not said else "right" if said == {path.question.answer} else "wrong"
+    said = {f(text, question) for f in (leading_answer, stated_answer)} - {None}
+    return "none" if not said else "right" if said == {question.answer} else "wrong"
 
 
 DROPPED = {"any": (), "consistent": ("wrong",), "right": ("wrong", "none")}  # by --answer
@@ -113,8 +113,8 @@ RULES = (
         operator.lt, "perplexity at least {}", "paper: 5; 0: off",
     ),
     Rule(
-        "answer", "answer", "any", parse_answer, answers_stated,
-        lambda stated, limit: stated in DROPPED[limit], "{} answer",
+        "answer", "answer", "any", parse_answer,
+        lambda path: answers_stated(path.text, path.question), lambda stated, limit: stated in DROPPED[limit], "{} answer",
         "any: off (paper); consistent: drop paths that state a wrong answer; right: also those that "
         "state none, as STaR does",
     ),

@@ -360,7 +360,7 @@ def test_the_answer_that_a_path_states(text, stated):
     """Guards the poison of a real model: a path that begins with the wrong word and gets the right
     answer appended teaches contradiction."""
     path = filters.Path([], [], text, {}, YES_NO)
-    assert filters.answers_stated(path) == stated
+    assert filters.answers_stated(text, YES_NO) == stated
     rule = filters.RULES[-1]
     found = {
         limit: filters.first_broken(path, {"answer": limit}, [rule]) for limit in filters.DROPPED

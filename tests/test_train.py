@@ -242,7 +242,7 @@ def write_paths(folder: Path, tiny: Path) -> Path:
     return folder / "selected.jsonl"
 
 
-def test_sert_and_star_from_one_folder(run, tmp_path, tiny, monkeypatch):
+def test_sert_and_star_from_one_folder(run, tmp_path, tiny, monkeypatch, capsys):
     """Guards a baseline that changes what SERT learns from, or the other way round, and rules that
     are not written down."""
     paths, learnt = write_paths(tmp_path / "paths", tiny), {}
@@ -253,6 +253,8 @@ def test_sert_and_star_from_one_folder(run, tmp_path, tiny, monkeypatch):
         for method in order.split():
             flags = "--max-rep2 1" if method == "star" else ""
             run(f"--method {method} {flags} --out-dir {order[:4]}-{method}", paths=str(paths))
+    printed = capsys.readouterr().out
+    assert "; 8 state another answer" in printed and "; 0 state another answer" in printed
     assert ["golf golf" in pair[2] for pair in learnt["sert"]] == [False] * 8
     assert ["golf golf" in pair[2] for pair in learnt["star"]] == [True] * 8
     assert all(pair[2].count(" is ") == 1 for pairs in learnt.values() for pair in pairs)

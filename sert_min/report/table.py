@@ -241,7 +241,7 @@ def print_table(folder: Path) -> None:
     tasks = sorted({m["task"] for _, m in found})
     numbers = {
         task: {
-            "rows": [row._asdict() for row in table_rows([m for _, m in found], task)],
+            "rows": [r._asdict() for r in table_rows([m for _, m in found], task) if r.n],
             "differences": differences(found, task),
         }
         for task in tasks
