@@ -153,12 +153,14 @@ def sert_pairs(
                 continue
             text, had_one = strip_answer_sentence(r["text"])
             stripped, empty = stripped + had_one, empty + (not text)
-            wrong += filters.answers_stated(r["text"], q) == "wrong"
             if text:
                 pairs.append((q, *prompts.sert_pair(q, text)))
+                wrong += filters.answers_stated(r["text"], q) == "wrong"
     print(f"{len(pairs):,} selected paths of {len(questions):,} questions; {stripped} lost a closing "
-          f"answer sentence of their own, {empty} were nothing else and are left out; {wrong} state "
-          "another answer than the right one (--answer consistent leaves these out)")  # fmt: skip
+          f"answer sentence of their own, {empty} were nothing else and are left out")  # fmt: skip
+    if wrong:
+        print(f"{wrong:,} of these paths state another answer than the gold one that is appended to "
+              "them; --answer consistent leaves such paths out")  # fmt: skip
     return pairs
 
 

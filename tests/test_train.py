@@ -254,7 +254,9 @@ def test_sert_and_star_from_one_folder(run, tmp_path, tiny, monkeypatch, capsys)
             flags = "--max-rep2 1" if method == "star" else ""
             run(f"--method {method} {flags} --out-dir {order[:4]}-{method}", paths=str(paths))
     printed = capsys.readouterr().out
-    assert "; 8 state another answer" in printed and "; 0 state another answer" in printed
+    assert (
+        printed.count("8 of these paths state another answer") == 2
+    )  # twice for sert, never for star
     assert ["golf golf" in pair[2] for pair in learnt["sert"]] == [False] * 8
     assert ["golf golf" in pair[2] for pair in learnt["star"]] == [True] * 8
     assert all(pair[2].count(" is ") == 1 for pairs in learnt.values() for pair in pairs)

@@ -20,10 +20,12 @@ from sert_min.io.files import read_json, read_jsonl, write_atomic
 from sert_min.metrics import mean_interval, without_nan
 
 METHODS = ("finetune", "star", "sert", "sert-rd", "rd")  # in the paper's order; STaR is ours
-COLUMNS = {"acc": "Acc % [95 %]", "acc_likelihood": "by likelihood", "acc_text": "of the text",
-           "reasoning": "reasoning", "fmt": "Fmt", "len": "Len", "rep": "Rep"}  # fmt: skip
-NAMES = {"base": "base", "finetune": "Finetune", "star": "STaR", "sert": "SERT", "sert-rd": "SERT+RD", "rd": "RD",
-         "teacher": "zero-shot CoT"}  # fmt: skip
+COLUMNS = {  # shares in % up to `contradictory`
+    "acc": "Acc % [95 %]", "acc_likelihood": "by likelihood", "acc_text": "of the text",
+    "reasoning": "reasoning", "contradictory": "contradicts", "fmt": "Fmt", "len": "Len", "rep": "Rep",
+}  # fmt: skip
+NAMES = {"base": "base", "finetune": "Finetune", "star": "STaR", "sert": "SERT", "sert-rd": "SERT+RD",
+         "rd": "RD", "teacher": "zero-shot CoT"}  # fmt: skip
 TEACHER = "GPT-3.5"
 # Acc in %, Fmt, Len, Rep [SERT Table II]; Finetune states answers only. Several accuracies are no
 # k / 687 or k / 1221, and the teacher's row fits the full sets.
@@ -109,7 +111,8 @@ def table_rows(metrics: list[dict], task: str) -> list[Row]:
         # Finetune gives answers only: the paper prints its accuracy alone
         keys = [k for k in COLUMNS if method != "finetune" or k.startswith("acc")]
         ours = {
-            k: pooled((m.get(k) for m in some), 100 if k[:3] in ("acc", "rea") else 1) for k in keys
+            k: pooled((m.get(k) for m in some), 1 if k in ("fmt", "len", "rep") else 100)
+            for k in keys
         }
         ours = {k: v for k, v in ours.items() if v}
         theirs = {k: v for k, v in zip(("acc", "fmt", "len", "rep"), printed) if v is not None}
@@ -238,14 +241,11 @@ def print_table(folder: Path) -> None:
     need(found, f"no metrics.json under {folder}; run evaluate.py on some checkpoints first")
     text, markdown = tables(found)
     print(printable_lines(text), end="")
-    tasks = sorted({m["task"] for _, m in found})
-    numbers = {
-        task: {
-            "rows": [r._asdict() for r in table_rows([m for _, m in found], task) if r.n],
-            "differences": differences(found, task),
-        }
-        for task in tasks
-    }
+    numbers = {}
+    for task in sorted({m["task"] for _, m in found}):
+        rows = table_rows([m for _, m in found if m["task"] == task], task)
+        rows = [row._asdict() for row in rows if row.n]
+        numbers[task] = {"rows": rows, "differences": differences(found, task)}
     write_atomic(folder / "table.json", json.dumps(without_nan(numbers), indent=1) + "\n")
     write_atomic(folder / "table.txt", text)
     write_atomic(folder / "table.md", markdown)
