@@ -259,13 +259,13 @@ def train_student(run: Run) -> None:
         parallel.end()
         if not main:
             return None
-        console.draw_curve(out, f"{m['method']}, {o.task}, {m['model']}")
         save_model(run.model, out / "last", run.student.folder, {**run.sert, "step": steps})
         if asked:
             after = greedy_records(run, asked, m["prompt_suffix"])
             limits = filters.limits(tasks.preset(o.task, run.student.label))
             console.print_before_after(asked, before, after, run.tokenizer, limits)
-    print(f"\nwrote {out}/last (Hugging Face format), {out}/metrics.jsonl and {out}/loss.png")
+        print(f"\nwrote {out}/last (Hugging Face format) and {out}/metrics.jsonl")
+        console.draw_curve(out, f"{m['method']}, {o.task}, {m['model']}")
 
 
 def validate(run: Run) -> dict:

@@ -102,6 +102,19 @@ def test_finished_run_does_nothing_on_repeat(run, capsys):
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_a_picture_that_fails_costs_nothing(run, monkeypatch, capsys):
+    """Guards a picture that is drawn before the model is saved: a notebook's backend once failed it."""
+
+    def plot(metrics, png, title):
+        assert (png.parent / "last/model.safetensors").exists()
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("sert_min.report.figures.plot_training", plot)
+    out = run("--max-steps 1")
+    assert "loss.png was not drawn (RuntimeError: no fonts)" in capsys.readouterr().out
+    assert not (out / "loss.png").exists()
+
+
 def test_more_epochs_continue(run, tmp_path):
     """The flags --epochs and --max-steps may be raised, also of a folder that was moved or was begun
     when `clip` and `compile` were settings still: the result is that of a longer run."""

@@ -128,6 +128,7 @@ def draw_curve(out: Path, title: str) -> None:
         from sert_min.report.figures import plot_training  # late: matplotlib takes a second
 
         plot_training(out / "metrics.jsonl", out / "loss.png", title)
+        print(f"wrote {out}/loss.png")
     except Exception as e:  # of matplotlib, its backend or its settings
         print(f"loss.png was not drawn ({type(e).__name__}: {printable(str(e))[:100]})")
 

@@ -4,19 +4,18 @@ Importing this file imports matplotlib, which takes a second: scripts do so only
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from itertools import cycle, product
 from pathlib import Path
 
-import matplotlib
+os.environ["MPLBACKEND"] = "Agg"  # draws without a screen; a notebook's shell names its own
 import matplotlib.pyplot as plt
 
 from sert_min.filters import RULES
 from sert_min.io.errors import need
 from sert_min.io.files import clean_name, read_jsonl, stored_settings, write_atomic
 from sert_min.report.judge import KEYS, summary
-
-matplotlib.use("Agg")  # draws without a screen
 
 # Okabe and Ito's colours: told apart with any colour vision, and by lightness in print.
 ORANGE, SKY, GREEN, BLUE, RED, GREY = (
@@ -28,6 +27,7 @@ BARS = dict(zip((f"Token {b}" for b in range(5)), TOKENS)) | {
 # Fig. 4's curves. Later marks are smaller: where curves lie on one another, all marks show.
 STYLES = (("--", "o", GREY, 9), ("-", "s", SKY, 8.5), ("-", "^", GREEN, 7.5), ("-", "D", ORANGE, 5),
           ("-", "v", RED, 3.5), ("-", "P", BLUE, 3))  # fmt: skip
+plt.rcdefaults()  # no matplotlibrc, with LaTeX for example, has a say
 plt.rcParams.update({
     "figure.constrained_layout.use": True, "savefig.dpi": 150, "legend.frameon": False,
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
