@@ -196,6 +196,31 @@ def test_one_poisonous_question_does_not_stop_the_rest(tmp_path):
     ]
 
 
+def test_other_forms_of_content(tmp_path, monkeypatch):
+    """A list of parts is text; a reply that only thinks says where its text went."""
+    monkeypatch.setattr(endpoint, "TRIES", 1)
+    parts = [
+        {"type": "text", "text": "Ice "},
+        {"type": "image"},
+        {"type": "text", "text": "is cold."},
+    ]
+    thought = {"role": "assistant", "content": None, "reasoning_content": "Is it?"}
+    with FakeServer(ok(message={"content": parts}), ok(message=thought)) as server:
+        collection, failures = run(tmp_path, server, 2, at(server, concurrency=1))
+    assert [r["text"] for r in collection.replies.values()] == ["Ice is cold."]
+    assert "it only thinks: raise --teacher-max-tokens" in failures[0]
+
+
+@pytest.mark.parametrize(
+    "name, value", [("ALL_PROXY", "socks://proxy:1080"), ("SSL_CERT_FILE", "/no/such/file.pem")]
+)
+def test_a_client_that_does_not_start_names_the_variable(name, value, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SertError, match=f"check or unset .*{name}"):
+        endpoint.make_client(Endpoint("m", "https://example.org/v1"))
+
+
 def test_dead_server(tmp_path):
     """Nothing listens: an answer in seconds, with the likely cause, and nothing counts as billed."""
     with FakeServer(ok()) as server:

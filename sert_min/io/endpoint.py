@@ -47,6 +47,14 @@ DRAIN = 30.0  # seconds that an interrupted collection waits for requests in fli
 FIRST = 20  # replies after which a collection checks whether they are of use
 FINAL = ("length", "content_filter", "refusal")  # finish reasons that explain an empty text
 USAGE = ("prompt_tokens", "completion_tokens")
+CLIENT_VARIABLES = (
+    "ALL_PROXY",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+)
 
 
 # --- where to ask ---------------------------------------------------------------------------------
@@ -232,10 +240,23 @@ def make_client(e: Endpoint):
 
     import openai  # here, because it takes half a second that --help does not need
 
-    http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not e.is_local())
-    return openai.OpenAI(
-        api_key=key or "none", base_url=e.url(), max_retries=0, timeout=e.timeout, http_client=http
-    )
+    try:
+        http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not e.is_local())
+        return openai.OpenAI(
+            api_key=key or "none",
+            base_url=e.url(),
+            max_retries=0,
+            timeout=e.timeout,
+            http_client=http,
+        )
+    except (
+        Exception
+    ) as error:  # a proxy scheme without its package, a certificate file that is gone
+        names = [n for n in os.environ if n.upper() in CLIENT_VARIABLES and os.environ[n]]
+        raise SertError(
+            f"the HTTP client does not start ({type(error).__name__}: {server_text(str(error))}); check "
+            f"or unset {', '.join(names) or 'the proxy settings of this machine'}"
+        ) from None
 
 
 def attempt(client, e: Endpoint, messages: list[dict]) -> dict:
@@ -272,9 +293,14 @@ def read_reply(body, e: Endpoint, request_id: str | None = None) -> dict:
     message = message if isinstance(message, dict) else {}
     finish = "refusal" if message.get("refusal") else choices[0].get("finish_reason")
     text = message.get("text" if e.completions else "content")
+    if isinstance(text, list):  # of parts: {"type": "text", "text": ..}
+        parts = (part.get("text") for part in text if isinstance(part, dict))
+        text = "".join(part for part in parts if isinstance(part, str))
     text = text if isinstance(text, str) else ""
     if not text.strip() and finish not in FINAL:
-        raise Retry("a 200 reply with empty text")
+        thought = any(message.get(k) for k in ("reasoning_content", "reasoning"))
+        hint = f"; it only thinks: raise {flag(e.who, 'max_tokens')}" if thought else ""
+        raise Retry(f"a 200 reply with empty text{hint}")
     if len(text) > MAX_REPLY:
         text, finish = text[:MAX_REPLY], "length"
     return {
