@@ -28,7 +28,7 @@ from sert_min.report import console
 from sert_min.script import Student, add_flags, open_student, parser
 from sert_min.teacher_files import read_teacher_file
 from sert_min.tokenizer import load_tokenizer
-from train import Options, add_training_flags, options, prepare, train_student
+from train import add_training_flags, options, prepare, train_student
 
 ASK_ANSWER = "Therefore, the answer is"  # the second request of --two-step, as in zero-shot CoT
 
@@ -55,16 +55,17 @@ def main(args) -> None:
     parallel.start()
     if parallel.RANK > 0 and (args.dry_run or args.collect_only):
         return None  # process 0 asks the teacher alone; the others only train
-    o, teacher = options(args), teacher_from_flags(args)
-    questions = tasks.load(o.task, "train", o.data_dir)
+    teacher = teacher_from_flags(args)
+    questions = tasks.load(args.task, "train", args.data_dir)
     print(describe(questions, "train"))
-    questions = questions[: o.limit]
+    questions = questions[: args.limit]
     if teacher and args.dry_run:
         asks = [teacher.ask(q) for q in questions]
         e, prompt = teacher.endpoint, printable_lines(asks[0].messages[0]["content"])
         print(f"\nprompt of question {printable(asks[0].id)}, to {e.url()}:\n{prompt}\n")
         return endpoint.print_plan("plan", teacher.folder, asks, e, teacher.ask_answer)
-    student, method = pick_student(args.model, o)
+    student, method = pick_student(args)
+    o = options(args, student.label)
     out = Path(o.out_dir or f"out/{o.task}/{student.label}/{method}/seed{o.s.seed}")
 
     if parallel.RANK == 0:
@@ -100,24 +101,25 @@ def main(args) -> None:
     kept = [r for r in read_jsonl(out / "rationales.jsonl") if r["kept"]]
     need(kept, f"no rationale was kept; look at {out}/rationales.jsonl, or use --keep all")
     pairs = [(by_id[r["id"]], *prompts.rd_pair(by_id[r["id"]], r["rationale"])) for r in kept]
-    source = args.teacher_file or args.teacher_model or o.task
+    about = {"source": args.teacher_file or args.teacher_model or o.task}
     o = o._replace(out_dir=str(out), limit=None)  # the questions were limited, not the examples
-    return train_student(prepare(student, method, pairs, prompts.COT_SUFFIX, source, o))
+    return train_student(prepare(student, method, pairs, prompts.COT_SUFFIX, about, o))
 
 
-def pick_student(name: str | None, o: Options) -> tuple[Student, str]:
-    """(student, method): without a name the SERT checkpoint of this task and seed if there is one,
+def pick_student(args) -> tuple[Student, str]:
+    """(student, method): without --model the SERT checkpoint of this task and seed if there is one,
     else the task's raw student."""
-    student = open_student(name, o.task)
-    sert = Path(f"out/{o.task}/{student.label}/sert/seed{o.s.seed}")
+    name, task = args.model, args.task
+    student = open_student(name, task)
+    sert = Path(f"out/{task}/{student.label}/sert/seed{args.seed}")
     if name is None and (sert / "last" / "config.json").exists():
         print(f"starting from the SERT checkpoint {sert} (SERT+RD)")
-        student = open_student(str(sert), o.task)
+        student = open_student(str(sert), task)
     elif name is None:
         print(f"no SERT checkpoint at {sert}: starting from the raw student {student.name} (RD)")
     before = student.sert.get("method")
     need(
-        o.out_dir or before not in ("finetune", "rd", "sert-rd"),
+        args.out_dir or before not in ("finetune", "star", "rd", "sert-rd"),
         f"--model {student.name} was trained by {before} already: distillation starts from a raw "
         "student or from SERT; choose one of these, or give --out-dir",
     )

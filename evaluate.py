@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from sert_min import prompts, script, tasks
+from sert_min import filters, prompts, script, tasks
 from sert_min.io import endpoint, files
 from sert_min.io.errors import need, printable_lines, run_script
 from sert_min.io.files import to_line, write_atomic
@@ -30,7 +30,7 @@ from sert_min.metrics import grade, greedy, summarize, without_nan
 from sert_min.models import load_model, read_config
 from sert_min.questions import Question, data_hash, describe
 from sert_min.report import console, judge, table, texts
-from sert_min.report.likelihood import answer_logprobs, likelihood_record
+from sert_min.report.likelihood import likelihood_record, weigh_answers
 from sert_min.script import given
 from sert_min.tokenizer import load_tokenizer
 
@@ -152,21 +152,23 @@ def evaluate(cell: Cell, job: Job) -> dict:
         said = {r["id"]: r["text"] for r in records}
 
         def weigh(block: list[Question], progress) -> list[dict]:
-            found = answer_logprobs(*model, block, [said[q.id] for q in block], cell.suffix)
-            return [{"logprobs": logprobs} for logprobs in found]
+            return weigh_answers(*model, block, [said[q.id] for q in block], cell.suffix)
 
-        blocks, weighed = blocks._replace(ending=".likelihood.jsonl"), []
+        blocks, weighed = blocks._replace(ending=".answers.jsonl"), []
         if job.likelihood or not blocks.missing():
             found = complete(blocks, weigh, "answer likelihood")
-            weighed = [likelihood_record(q, r["logprobs"]) for q, r in zip(questions, found)]
+            pairs = zip(questions, found)
+            weighed = [likelihood_record(q, r["sentences"], r["options"]) for q, r in pairs]
             write_atomic(out / "likelihood.jsonl", map(to_line, weighed))
 
         # 3. The judge's scores, then all metrics.
         failures = judge.write_scores(records, {q.id: q for q in questions}, job.judge, out)
         about = {k: settings[k] for k in ("task", "split", "model", "method")}
         about |= {"seed": cell.seed, "variant": cell.variant, "data": settings["data"]}
-        right, judges = [r["correct"] for r in weighed], judge.summaries(out, len(records))
-        metrics = without_nan(about | summarize(records, questions, right, judges))
+        judges = judge.summaries(out, len(records))
+        limits = filters.limits(tasks.preset(settings["task"], cell.student.label))
+        shown = [filters.reasons(q, said[q.id], model[1], limits) for q in questions]
+        metrics = without_nan(about | summarize(records, questions, shown, weighed, judges))
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     console.print_metrics(cell.title, metrics)
     print(f"wrote {out}/predictions.jsonl and metrics.json")
@@ -260,7 +262,8 @@ def main(args) -> None:
     cells = [cell_of(name, task, split, args.prompt_suffix, args.out_dir) for name in names]
     done = [print_plan(cell, job) if args.dry_run else evaluate(cell, job) for cell in cells]
     if len(done) > 1 and not args.dry_run and not any(cell.variant for cell in cells):
-        print("\n" + table.tables(done)[0], end="")
+        found = [(cell.out / "metrics.json", m) for cell, m in zip(cells, done)]
+        print("\n" + table.tables(found)[0], end="")
     return None
 
 

@@ -137,9 +137,9 @@ def prepare(args) -> Run:
     script.check_counts(args, "limit", "block_questions")
     parent = Path(args.html or ".").absolute().parent
     need(parent.is_dir(), f"--html {args.html}: its folder does not exist; make it first")
-    preset = tasks.get(args.task).preset
-    s, limits = sample_settings(args, preset["max_new_tokens"]), filters.limits(preset, vars(args))
     student = script.open_student(args.model, args.task)
+    preset = tasks.preset(args.task, student.label)
+    s, limits = sample_settings(args, preset["max_new_tokens"]), filters.limits(preset, vars(args))
     tokenizer, model = load_tokenizer(student.folder), load_model(student.folder)
     questions = tasks.load(args.task, args.split, args.data_dir)
     if RANK == 0:
@@ -263,8 +263,7 @@ def convert(run: Run) -> None:
     if not {rule.flag for rule in filters.RULES} & files.read_json(path).keys():
         return
     need(WORLD == 1, f"{run.out} is of an earlier version; run once without torchrun to convert it")
-    form = {"id": str, "question": str, "branch": int, "sample": int, "token_ids": list,
-            "logprobs": list, "path_start": int, "finish": str}  # fmt: skip
+    form = filters.SAMPLED
     with contextlib.suppress(SertError):  # the file is torn, or not there yet
         for _ in read_jsonl(old, form):
             n += 1

@@ -2,7 +2,9 @@
 
 [SERT §II-B, §III-A] `Question: {q}\\nAnswer: {path} So the answer is {a}.` with the gold answer;
 Adam, batch 8, learning rate 3e-4, 20 epochs. The loss covers what follows the prompt (the paper can
-be read both ways: --loss-on all). `--method finetune` is the baseline without any reasoning.
+be read both ways: --loss-on all). Two baselines: `--method finetune` learns labels without any
+reasoning, `--method star` only from paths that state the right answer (STaR, arXiv 2203.14465, one
+round without rationalisation).
 
     python train.py                               # micro-world, on what `python sample.py` selected
     python train.py --task commonsense_qa         # real GPT-2, same thing
@@ -12,8 +14,10 @@ be read both ways: --loss-on all). `--method finetune` is the baseline without a
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -46,9 +50,9 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     out = dict(help="default: out/TASK/MODEL/METHOD/seedN")
     add_flags(g, "--task", "--data-dir", "--model", "--limit", "--out-dir", out_dir=out)
     g = p.add_argument_group("optimisation [SERT §III-A]")
-    g.add_argument("--epochs", type=int, help="default: the task's (paper: 20); can be raised later")
-    g.add_argument("--batch-size", type=int, default=d.batch_size, help="default: %(default)s")
-    g.add_argument("--lr", type=float, default=d.lr, help="default: %(default)s, constant")
+    g.add_argument("--epochs", type=int, help="paper: 20; smollm2: 2; can be raised later")
+    g.add_argument("--batch-size", type=int, help="paper: 8; smollm2: 4")
+    g.add_argument("--lr", type=float, help="constant; paper: 3e-4; smollm2: 1e-4")
     g.add_argument("--max-steps", type=int, help="stop after so many steps; can be raised later")
     g.add_argument("--accumulate", type=int, default=d.accumulate, help="split a batch in N parts")
     g.add_argument("--loss-on", choices=("answer", "all"), default="answer", help="all: prompt too")
@@ -63,8 +67,10 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
 
 def parse_args(argv=None) -> argparse.Namespace:
     p = script.parser(__doc__)
-    p.add_argument("--method", choices=("sert", "finetune"), default="sert")
+    p.add_argument("--method", choices=("sert", "finetune", "star"), default="sert")
     p.add_argument("--paths", help="selected.jsonl (default: where sample.py put it for this task)")
+    g = p.add_argument_group("rules: given one, or star, train.py selects anew from paths.jsonl")
+    filters.add_flags(g)
     add_training_flags(p)
     return p.parse_args(argv)
 
@@ -85,50 +91,76 @@ class Options(NamedTuple):
     dtype: str
 
 
-def options(args) -> Options:
-    """Check the training flags; the task gives the number of epochs and what to report."""
+def options(args, label: str) -> Options:
+    """Check the training flags; the task, or the student `label`, gives those that are left out."""
     script.check_counts(args, "limit")
-    task = tasks.get(args.task)
-    flags = script.chosen(args, TrainSettings.__annotations__, epochs=task.preset["epochs"])
-    s = TrainSettings(**flags).check()
-    return Options(s, **script.chosen(args, Options._fields[1:], report=task.report))
+    flags = script.chosen(args, TrainSettings.__annotations__, **tasks.preset(args.task, label))
+    s, report = TrainSettings(**flags).check(), tasks.get(args.task).report
+    return Options(s, **script.chosen(args, Options._fields[1:], report=report))
 
 
 def main(args) -> None:
     parallel.start()
-    o, student = options(args), open_student(args.model, args.task)
+    student = open_student(args.model, args.task)
+    o = options(args, student.label)
     questions = tasks.load(o.task, "train", o.data_dir)
     print(describe(questions, "train"))
     if args.method == "finetune":
-        pairs, source = [(q, *prompts.finetune_pair(q)) for q in questions], "labels"
+        pairs, about = [(q, *prompts.finetune_pair(q)) for q in questions], {"source": "labels"}
     else:
-        default = f"out/{o.task}/{student.label}/paths-train/seed{o.s.seed}/selected.jsonl"
-        paths = Path(args.paths or default)
-        need(
-            paths.exists(),
-            f"{paths} does not exist; run `python sample.py --task {o.task} --model {student.name} "
-            f"--seed {o.s.seed}` to its end first, or give --paths",
-        )
-        pairs, source = sert_pairs(paths, questions), str(paths)
-    train_student(prepare(student, args.method, pairs, "", source, o))
+        pairs, about = self_training_pairs(args, student, questions)
+    train_student(prepare(student, args.method, pairs, "", about, o))
 
 
-def sert_pairs(paths: Path, questions: list[Question]) -> list[Pair]:
+def self_training_pairs(
+    args, student: Student, questions: list[Question]
+) -> tuple[list[Pair], dict]:
+    """(the pairs of the selected paths, where they come from). Without a flag of a rule sample.py has
+    selected them; with one, and for STaR, they are selected here, and selected.jsonl stays."""
+    default = f"out/{args.task}/{student.label}/paths-train/seed{args.seed}/selected.jsonl"
+    paths, preset = Path(args.paths or default), tasks.preset(args.task, student.label)
+    anew = args.method == "star" or any(getattr(args, r.flag) is not None for r in filters.RULES)
+    paths = paths.with_name("paths.jsonl") if anew else paths
+    need(
+        paths.exists(),
+        f"{paths} does not exist; run `python sample.py --task {args.task} --model {student.name} "
+        f"--seed {args.seed}` to its end first, or give --paths",
+    )
+    if not anew:
+        return sert_pairs(paths, questions), {"source": str(paths)}
+    preset |= {"answer": "right"} if args.method == "star" else {}
+    rules, tokenizer = filters.limits(preset, vars(args)), load_tokenizer(student.folder)
+    select = partial(filters.path_records, tokenizer=tokenizer, limits=rules)
+    return sert_pairs(paths, questions, select), {"source": str(paths), "rules": rules}
+
+
+def sert_pairs(
+    paths: Path, questions: list[Question], select: Callable | None = None
+) -> list[Pair]:
     """(question, prompt, completion) of each selected path. A path loses a closing answer sentence
-    of its own, so that only the gold answer is stated."""
+    of its own, so that only the gold answer is stated. `select(records, [question])` gives the
+    records of all paths of a question their verdicts anew."""
     by_text = {(q.id, q.text): q for q in questions}
-    pairs, stripped, empty = [], 0, 0
-    for r in files.read_jsonl(paths, {"verdict": str, "id": str, "question": str, "text": str}):
-        if r["verdict"] != "selected":
-            continue
-        q = by_text.get((r["id"], r["question"]))
-        need(q, f"{paths}: question {r['id']} is not in this task's train split; give its --task")
-        text, had_one = strip_answer_sentence(r["text"])
-        stripped, empty = stripped + had_one, empty + (not text)
-        if text:
-            pairs.append((q, *prompts.sert_pair(q, text)))
+    pairs, stripped, empty, wrong = [], 0, 0, 0
+    form = {"verdict": str, "id": str, "question": str, "text": str}
+    form |= filters.SAMPLED if select else {}
+    records = files.read_jsonl(paths, form)
+    for (name, question), some in itertools.groupby(records, lambda r: (r["id"], r["question"])):
+        q = by_text.get((name, question))
+        need(q, f"{paths}: question {name} is not in this task's train split; give its --task")
+        for r in select(list(some), [q]) if select else some:
+            if r["verdict"] != "selected":
+                continue
+            text, had_one = strip_answer_sentence(r["text"])
+            stripped, empty = stripped + had_one, empty + (not text)
+            if text:
+                pairs.append((q, *prompts.sert_pair(q, text)))
+                wrong += filters.answers_stated(r["text"], q) == "wrong"
     print(f"{len(pairs):,} selected paths of {len(questions):,} questions; {stripped} lost a closing "
           f"answer sentence of their own, {empty} were nothing else and are left out")  # fmt: skip
+    if wrong:
+        print(f"{wrong:,} of these paths state another answer than the gold one that is appended to "
+              "them; --answer consistent leaves such paths out")  # fmt: skip
     return pairs
 
 
@@ -148,10 +180,10 @@ class Run(NamedTuple):
 
 
 def prepare(
-    student: Student, method: str, pairs: list[Pair], suffix: str, source: str, o: Options
+    student: Student, method: str, pairs: list[Pair], suffix: str, about: dict, o: Options
 ) -> Run:
     """Read the student, choose and encode the examples, collect what decides the result. `suffix` is
-    the prompts' one, `source` says where the completions come from."""
+    the prompts' one, `about` says where the completions come from."""
     folder, label = student.folder, student.label
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     out = Path(o.out_dir or f"out/{o.task}/{label}/{method}/seed{o.s.seed}")
@@ -179,7 +211,7 @@ def prepare(
         "parents": parents,
         "commit": student.commit,
         **same,
-        "source": source,
+        **about,
     }
     sert["settings"] = settings
     examples = [encode_example(tokenizer, *texts, o.loss_on) for _, *texts in pairs + held]
@@ -227,13 +259,13 @@ def train_student(run: Run) -> None:
         parallel.end()
         if not main:
             return None
-        console.draw_curve(out, f"{m['method']}, {o.task}, {m['model']}")
         save_model(run.model, out / "last", run.student.folder, {**run.sert, "step": steps})
         if asked:
             after = greedy_records(run, asked, m["prompt_suffix"])
-            limits = filters.limits(tasks.get(o.task).preset)
+            limits = filters.limits(tasks.preset(o.task, run.student.label))
             console.print_before_after(asked, before, after, run.tokenizer, limits)
-    print(f"\nwrote {out}/last (Hugging Face format), {out}/metrics.jsonl and {out}/loss.png")
+        print(f"\nwrote {out}/last (Hugging Face format) and {out}/metrics.jsonl")
+        console.draw_curve(out, f"{m['method']}, {o.task}, {m['model']}")
 
 
 def validate(run: Run) -> dict:

@@ -67,10 +67,10 @@ def ours(model: GPT2, prompts: list[list[int]], new: int):
 def transformers_generate(folder: str, model: GPT2, prompts: list[list[int]], new: int, **cache):
     """`generate` on the same weights, and log-probs from the logits that it returns: one log-softmax
     a step, as compute_transition_scores would do at once on a stack of all of them."""
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
 
     dtype, device = model.h[0].mlp.c_fc.weight.dtype, model.wte.weight.device
-    theirs = GPT2LMHeadModel.from_pretrained(folder, dtype=dtype).eval().to(device)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
     theirs.generation_config.eos_token_id = None
     ids = torch.tensor(prompts, device=device)
     settings = dict(do_sample=True, top_k=TOP_K, top_p=TOP_P, num_return_sequences=25)
@@ -153,7 +153,7 @@ def largest_error(model: GPT2, prompts: list[list[int]], found: tuple[Tensor, Te
 def measure(args, name: str, folder: str, model: GPT2) -> dict:
     """All figures of one dtype."""
     g = torch.Generator().manual_seed(1)
-    prompts = torch.randint(0, 50257, (args.questions, args.prompt_tokens), generator=g).tolist()
+    prompts = torch.randint(0, 49152, (args.questions, args.prompt_tokens), generator=g).tolist()
     model.cast_(DTYPES[name])
     rows, few = 25 * args.questions, max(2, args.new_tokens // 32)
     candidates, failed = {"ours": ours(model, prompts, args.new_tokens)}, {}

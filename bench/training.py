@@ -4,7 +4,7 @@ Batches of 8 examples (--batch) with the lengths of real CommonsenseQA examples 
 weights of a GPT-2 shape, Adam at 3e-4, gradient norm clipped at 1, the loss on the completion alone:
 the same weights, batches, dtype and loss for both.
     ours            sert_min/finetune.py, train_step
-    transformers    GPT2LMHeadModel and the step of its Trainer, without the Trainer's logging (it
+    transformers    its model and the step of its Trainer, without the Trainer's logging (it
                     needs `accelerate`): padded batch, labels -100 where there is no loss, autocast
                     for bf16, clip_grad_norm_, fused Adam
 Both start from the same weights and take the same batches in turn, so the timed steps are also a
@@ -84,7 +84,7 @@ def make_batches(n: int, size: int, paths: bool) -> list[list[Example]]:
     for i in range(n * size):
         prompt, completion = lengths[i % len(lengths)]
         completion = completion if paths else LABEL
-        ids = torch.randint(0, 50257, (prompt + completion,), generator=g).tolist()
+        ids = torch.randint(0, 49152, (prompt + completion,), generator=g).tolist()
         if i % size == 0:
             batches.append([])
         batches[-1].append((ids[:-1], [IGNORE] * (prompt - 1) + ids[prompt:]))
@@ -103,9 +103,9 @@ def ours(folder: str, device: str, bf16: bool) -> Callable:
 
 def transformers_step(folder: str, device: str, bf16: bool) -> Callable:
     """One step as transformers' Trainer takes it."""
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
 
-    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
 
     def step(batch: list[Example]) -> float:

@@ -177,6 +177,11 @@ def _said(text: str, form: re.Match, question: Question) -> str | None:
     return _answer_right_after(_NOT_BUT.sub("", after), 0, question)
 
 
+def leading_answer(text: str, question: Question) -> str | None:
+    """The canonical answer with which `text` begins (`No, ..`, `(C) ..`, an option's text), or None."""
+    return _answer_right_after(text, 0, question)
+
+
 SHORT = 25  # words: less than the 25 tokens of reasoning; a longer text discusses first
 _NO = re.compile(r"\b(?:yes\b|no\b(?=\s*(?:[^\w\s]|\Z)))", re.I)  # `no dog` is a determiner
 

@@ -5,7 +5,8 @@
     3 repetition   drops paths with rep-2 above 0.2
     4 perplexity   drops paths below 5: what the model finds likely are its direct answers, and
                    latent reasoning is the unlikely rest
-    5 select       keeps, per question, the passed path with the lowest rep-2
+    5 answer       off, as in the paper; can drop paths that contradict the gold answer
+    6 select       keeps, per question, the passed path with the lowest rep-2
 
 Each rule sees what the one before it left. Flags, funnel, page and figures are made from RULES, so a
 new rule is a new entry and its test. The pattern rule looks at the whole sampled text (patterns.py),
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from sert_min import patterns
-from sert_min.answers import SENTENCE_END, strip_answer_sentence
+from sert_min.answers import SENTENCE_END, leading_answer, stated_answer, strip_answer_sentence
 from sert_min.io.errors import need
 from sert_min.patterns import PATTERN_KINDS, decode
 from sert_min.questions import Question
@@ -42,7 +43,7 @@ class Rule(NamedTuple):
     name: str  # the verdict of the paths that it drops
     flag: str  # --min-tokens is min_tokens
     limit: object  # the paper's
-    bounds: tuple[float, float] | None  # values of the limit that have a meaning
+    parse: Callable[[object, str], object]  # (a flag's value, the flag) -> the limit, or an error
     measure: Callable[[Path], object]
     breaks: Callable[[object, object], object]  # (measure, limit); a string names the kind of break
     words: str  # how the limit reads in the funnel
@@ -65,32 +66,67 @@ def perplexity(logprobs: Sequence[float]) -> float | None:
     return math.exp(min(-mean, 700.0)) if logprobs else None  # finite: JSON has no infinity
 
 
+def answers_stated(text: str, question: Question) -> str:
+    """What a path states of the answer at its beginning or in its last answer statement: `right`,
+    `wrong` (also if these two differ) or `none`."""
+    said = {f(text, question) for f in (leading_answer, stated_answer)} - {None}
+    return "none" if not said else "right" if said == {question.answer} else "wrong"
+
+
+DROPPED = {"any": (), "consistent": ("wrong",), "right": ("wrong", "none")}  # by --answer
+
+
+def number(low: float, high: float = math.inf) -> Callable:
+    """A parser of limits from `low` to `high`."""
+
+    def parse(limit, flag: str):
+        to = f"to {high}" if high < math.inf else "up"
+        inside = low <= limit <= high and limit < math.inf
+        need(inside, f"{flag} must be from {low} {to}, not {limit}")
+        return limit
+
+    return parse
+
+
+def parse_answer(limit, flag: str) -> str:
+    need(limit in DROPPED, f"{flag} takes {', '.join(DROPPED)}, not {limit!r}")
+    return limit
+
+
 RULES = (
     Rule(
-        "pattern", "patterns", PATTERN_KINDS, None, lambda path: path.breaks, patterns.earliest,
+        "pattern", "patterns", PATTERN_KINDS, patterns.parse_patterns, lambda path: path.breaks,
+        patterns.earliest,
         "drop {}", "kinds to drop, by comma: imitative,options,direct; or none",
     ),
     Rule(
-        "length", "min_tokens", 25, (0, math.inf), lambda path: len(path.ids),
+        "length", "min_tokens", 25, number(0), lambda path: len(path.ids),
         lambda n, least: n < max(least, 1),  # an empty path never passes
         "at least {} tokens", "paper: 25; 0: off",
     ),
     Rule(
-        "repetition", "max_rep2", 0.2, (0, 1), lambda path: rep2(path.ids), operator.gt,
+        "repetition", "max_rep2", 0.2, number(0, 1), lambda path: rep2(path.ids), operator.gt,
         "rep-2 at most {}", "share of repeated bigrams, paper: 0.2; 1: off",
     ),
     Rule(
-        "perplexity", "min_perplexity", 5.0, (0, math.inf), lambda path: perplexity(path.logprobs),
+        "perplexity", "min_perplexity", 5.0, number(0), lambda path: perplexity(path.logprobs),
         operator.lt, "perplexity at least {}", "paper: 5; 0: off",
     ),
+    Rule(
+        "answer", "answer", "any", parse_answer,
+        lambda path: answers_stated(path.text, path.question), lambda stated, limit: stated in DROPPED[limit], "{} answer",
+        "any: off (paper); consistent: drop paths that state a wrong answer; right: also those that "
+        "state none, as STaR does",
+    ),
 )  # fmt: skip
+FORM = RULES[:3]  # what can be seen of a text alone
 
 
 def add_flags(group) -> None:
     """A flag per rule."""
     for rule in RULES:
-        name, kind = rule.flag.replace("_", "-"), type(rule.limit) if rule.bounds else str
-        group.add_argument(f"--{name}", type=kind, help=rule.help)
+        kind = type(rule.limit) if type(rule.limit) in (int, float) else str
+        group.add_argument(f"--{rule.flag.replace('_', '-')}", type=kind, help=rule.help)
 
 
 def limits(preset: Mapping, flags: Mapping | None = None) -> dict:
@@ -100,20 +136,14 @@ def limits(preset: Mapping, flags: Mapping | None = None) -> dict:
     for rule in RULES:
         limit = (flags or {}).get(rule.flag)
         limit = preset.get(rule.flag, rule.limit) if limit is None else limit
-        if rule.bounds is None:
-            limit = patterns.parse_patterns(limit) if isinstance(limit, str) else tuple(limit)
-        else:
-            low, high = rule.bounds
-            name, to = rule.flag.replace("_", "-"), f"to {high}" if high < math.inf else "up"
-            inside = low <= limit <= high and limit < math.inf
-            need(inside, f"--{name} must be from {low} {to}, not {limit}")
-        chosen[rule.flag] = limit
+        chosen[rule.flag] = rule.parse(limit, f"--{rule.flag.replace('_', '-')}")
     return chosen
 
 
 def words(rule: Rule, limit) -> str:
     """How a limit reads: `at least 25 tokens`."""
-    return rule.words.format(limit if rule.bounds else ", ".join(limit) or "no pattern")
+    listed = isinstance(limit, tuple | list)
+    return rule.words.format(", ".join(limit) or "no pattern" if listed else limit)
 
 
 # --- one path -------------------------------------------------------------------------------------
@@ -134,7 +164,7 @@ def trim_to_sentence(token_bytes: Sequence[bytes], path_start: int) -> int:
 def first_broken(path: Path, limits: Mapping, rules: Sequence[Rule]) -> str | None:
     """The verdict by the first of `rules` that a path breaks."""
     for rule in rules:
-        if broken := rule.breaks(rule.measure(path), limits[rule.flag]):
+        if broken := rule.breaks(rule.measure(path), limits.get(rule.flag, rule.limit)):
             return f"{rule.name}:{broken}" if isinstance(broken, str) else rule.name
     return None
 
@@ -170,13 +200,17 @@ def verdict(record: Mapping, token_bytes: list[bytes], question: Question, limit
 
 
 def reasons(question: Question, text: str, tokenizer, limits: Mapping) -> bool:
-    """Does an output, less its closing answer sentence, pass each rule that needs no log-probs?"""
+    """Does an output, less its closing answer sentence, pass the rules that look at its form?"""
     text = strip_answer_sentence(text)[0]
     breaks = patterns.pattern_breaks(text, question)
     path = Path(tokenizer.encode(text), [], text, breaks, question)
-    return not first_broken(path, limits, [r for r in RULES if r.name != "perplexity"])
+    return not first_broken(path, limits, FORM)
 
 
+SAMPLED = {  # what a sampled record holds (generate.sample_paths); all else follows from it
+    "id": str, "question": str, "branch": int, "sample": int, "token_ids": list, "logprobs": list,
+    "path_start": int, "finish": str,
+}  # fmt: skip
 RECORD = (  # the keys of a record of paths.jsonl, in order
     "task", "id", "question", "answer", "branch", "sample", "text", "token_ids", "logprobs",
     "path_start", "path_end", "finish", "perplexity", "rep2", "verdict",

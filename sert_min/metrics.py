@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from sert_min.answers import extract_answer, extract_lenient, stated_answers
+from sert_min.answers import extract_answer, extract_lenient, leading_answer, stated_answers
 from sert_min.filters import rep2
 from sert_min.generate import GREEDY, sample_block
 from sert_min.gpt2 import GPT2
@@ -107,27 +107,37 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def summarize(
     records: list[dict],
     questions: list[Question],
-    likeliest_right: Sequence[bool] = (),
+    reasoning: Sequence[bool] = (),
+    likelihood: Sequence[dict] = (),
     judges: dict | None = None,
 ) -> dict:
     """The metrics of prediction records, each as (value, low, high), and the plain counts; also of
-    `likeliest_right` (is a question's likeliest answer right?) and `judges` (name -> summary)."""
+    `reasoning` (does an output reason by form?, filters.reasons), `likelihood` (records of
+    likelihood.jsonl) and `judges` (name -> summary)."""
     n = len(records)
     formats = [r["format_ok"] for r in records if r["format_ok"] is not None]
     lenient = sum(r["extracted_lenient"] == r["answer"] for r in records)
+    begun = [leading_answer(r["text"], q) for q, r in zip(questions, records)]
+    turned = sum(None not in (a, r["extracted"]) and a != r["extracted"]
+                 for a, r in zip(begun, records))  # fmt: skip
     metrics = {
         "n": n,
         "acc": share_interval(sum(r["correct"] for r in records), n),
         "acc_lenient": share_interval(lenient, n),
         "unparseable": sum(r["extracted"] is None for r in records),
+        "contradictory": share_interval(turned, n),  # begins with another answer than it ends with
         "fmt": share_interval(sum(formats), len(formats)),
         "len": mean_interval([r["words"] for r in records]),
         "rep": mean_interval([r["rep1"] for r in records]),
         "majority": majority(questions),
         "reasons": dict(Counter(r["reason"] for r in records).most_common()),
     }
-    if likeliest_right:
-        metrics["acc_likelihood"] = share_interval(sum(likeliest_right), len(likeliest_right))
+    if reasoning:
+        metrics["reasoning"] = share_interval(sum(reasoning), n)
+    by = {"": "acc_likelihood", "_per_token": "acc_text_token", "_per_character": "acc_text"}
+    for how, name in by.items():
+        if right := [r[f"correct{how}"] for r in likelihood if f"correct{how}" in r]:
+            metrics[name] = share_interval(sum(right), len(right))
     return metrics | ({"judges": judges} if judges else {})
 
 

@@ -15,11 +15,12 @@ PATTERN_KINDS = ("imitative", "options", "direct")  # ties go to the first
 EARLY_KINDS = PATTERN_KINDS[:2]  # nothing mends them; a direct answer may get a second sentence
 
 
-def parse_patterns(text: str) -> tuple[str, ...]:
+def parse_patterns(kinds, flag: str = "--patterns") -> tuple[str, ...]:
     """The kinds that `--patterns` drops, comma-separated, in any order; `none` drops nothing."""
-    kinds = {part.strip() for part in text.split(",")} - {""}
-    known = kinds == {"none"} or kinds and kinds <= set(PATTERN_KINDS)
-    need(known, f"--patterns takes {','.join(PATTERN_KINDS)} or none, not {text!r}")
+    if isinstance(kinds, str):
+        kinds = {part.strip() for part in kinds.split(",")} - {""} or {"nothing"}
+    known = set(kinds) == {"none"} or set(kinds) <= set(PATTERN_KINDS)
+    need(known, f"{flag} takes {','.join(PATTERN_KINDS)} or none, not {','.join(sorted(kinds))!r}")
     return tuple(kind for kind in PATTERN_KINDS if kind in kinds)
 
 

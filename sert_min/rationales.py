@@ -15,6 +15,8 @@ from sert_min.io.errors import printable
 from sert_min.questions import Question
 
 ANSWER_TRIGGER = " So the answer is "
+# Finish reasons of a text that is whole; after any other, unknown ones too, it may be cut.
+WHOLE = ("stop", "eos", "end_turn", "stop_sequence", "completed", "STOP")
 
 
 class Output(NamedTuple):
@@ -39,7 +41,7 @@ def clean(output: Output) -> tuple[str, bool, bool]:
     half sentence?). The result is one paragraph. A rationale without a full sentence stays as it is."""
     text = without_thinking(output.rationale).strip()
     ends = [m.end() for m in SENTENCE_END.finditer(text)]
-    cut = output.finish in (None, "length", "content_filter")
+    cut = output.finish not in WHOLE
     halved = cut and bool(ends) and ends[-1] < len(text)
     if halved:
         text = text[: ends[-1]]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sert_min.io import smollm2
 from sert_min.io.download import DataFile, data_file
 from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_json, read_jsonl
@@ -38,7 +39,10 @@ FILES = {  # DataFile(under --data-dir, at the source, SHA-256)
         "60af9081fed20102fd8bb1e02dc7d9f12238efcba33e4c1a56b4d61cb6409803"),
 }  # fmt: skip
 # What flags that are left out stand for [SERT §III-A]; the rules' limits stand in filters.RULES.
-PAPER = {"max_new_tokens": 128, "early_reject": True, "epochs": 20}
+PAPER = {"max_new_tokens": 128, "early_reject": True, "epochs": 20, "batch_size": 8, "lr": 3e-4}
+STUDENTS = {  # what a student wants instead, by its label; the rules stay the paper's (docs/choices.md)
+    smollm2.LABEL: {"epochs": 2, "batch_size": 4, "lr": 1e-4},
+}
 
 
 class Task(NamedTuple):
@@ -113,6 +117,11 @@ def get(name: str) -> Task:
     """The row of a task."""
     need(name in TASKS, f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def preset(name: str, label: str = "") -> dict:
+    """What flags that are left out stand for, with the student `label`."""
+    return PAPER | get(name).preset | STUDENTS.get(label, {})
 
 
 def load(name: str, split: str, data_dir: Path | str | None = None) -> list[Question]:

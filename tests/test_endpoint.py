@@ -61,11 +61,11 @@ TABLE = [
     ("429 quota", [error(429, "exceeded", "insufficient_quota")], 1, "stop", "add credit"),
     ("402", [error(402, "Insufficient Balance")], 1, "stop", "add credit"),
     ("401", [error(401, "Incorrect API key")], 1, "stop", "OPENAI_API_KEY"),
-    ("403", [error(403, "Country not supported")], 1, "stop", "OPENAI_API_KEY"),
+    ("403", [error(403, "Country not supported")], 3, "stop", "OPENAI_API_KEY"),
     ("404", [error(404, "no such model", "model_not_found")], 1, "stop", "--teacher-model"),
     ("404 HTML", [raw(404, b"<h1>404</h1>")], 1, "stop", "/v1"),
-    ("400", [error(400, OLD_NAME, "unsupported_parameter", "max_tokens")], 1, "stop", "--token-parameter"),
-    ("400, body is a list", [json_reply(400, [{"error": "x"}])], 1, "stop", "--teacher-temperature"),
+    ("400", [error(400, OLD_NAME, "unsupported_parameter", "max_tokens")], 3, "stop", "--token-parameter"),
+    ("400, body is a list", [json_reply(400, [{"error": "x"}])], 3, "stop", "--teacher-temperature"),
     ("500 twice", [error(500, "oops"), error(500, "oops"), ok()], 3, "reply", "stop"),
     ("503 for ever", [error(503, "loading")], 6, "missing", "HTTP 503"),
     ("hang once", [hang(0.6), ok()], 2, "reply", "stop"),
@@ -194,6 +194,59 @@ def test_one_poisonous_question_does_not_stop_the_rest(tmp_path):
     assert len(collection.replies) == 11 and failures == [
         "t/0: a 200 reply with empty text (6 attempts)"
     ]
+
+
+def test_other_forms_of_content(tmp_path, monkeypatch):
+    """A list of parts is text; a reply that only thinks says where its text went."""
+    monkeypatch.setattr(endpoint, "TRIES", 1)
+    parts = [
+        {"type": "text", "text": "Ice "},
+        {"type": "image"},
+        {"type": "text", "text": "is cold."},
+    ]
+    thought = {"role": "assistant", "content": None, "reasoning_content": "Is it?"}
+    with FakeServer(ok(message={"content": parts}), ok(message=thought)) as server:
+        collection, failures = run(tmp_path, server, 2, at(server, concurrency=1))
+    assert [r["text"] for r in collection.replies.values()] == ["Ice is cold."]
+    assert "it only thinks: raise --teacher-max-tokens" in failures[0]
+
+
+@pytest.mark.parametrize(
+    "name, value", [("ALL_PROXY", "socks://proxy:1080"), ("SSL_CERT_FILE", "/no/such/file.pem")]
+)
+def test_a_client_that_does_not_start_names_the_variable(name, value, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SertError, match=f"check or unset .*{name}"):
+        endpoint.make_client(Endpoint("m", "https://example.org/v1"))
+
+
+def test_a_refused_question_does_not_stop_the_rest(tmp_path, capsys):
+    """A content filter's 400 stopped a collection there, now and at every repetition."""
+
+    @by_body
+    def step(body):
+        return error(400, "Content Exists Risk") if "q3" in str(body) or "q0" in str(body) else ok()
+
+    with FakeServer(step) as server:
+        collection, failures = run(tmp_path, server, 8)
+        assert (
+            not failures
+            and "t/3 is left out: HTTP 400: Content Exists Risk" in capsys.readouterr().out
+        )
+        sent = len(server.bodies)
+        assert sent == 8 and run(tmp_path, server, 8)[1] == [] and len(server.bodies) == sent
+    refused = [r for r in collection.replies.values() if r["finish"] == "refused"]
+    assert sorted(r["id"] for r in refused) == ["0", "3"] and not collection.open_bills()
+    assert all(r["text"] == "" and "Content Exists Risk" in r["reason"] for r in refused)
+
+
+def test_three_refused_questions_and_no_reply_stop(tmp_path):
+    with FakeServer(error(403, "moderation")) as server:
+        with pytest.raises(SertError, match="HTTP 403"):
+            run(tmp_path, server, 8)
+        assert len(server.bodies) == 3
+    assert not stored(tmp_path).replies
 
 
 def test_dead_server(tmp_path):

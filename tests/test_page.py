@@ -287,7 +287,7 @@ def test_opens_from_a_file_and_asks_for_nothing(browser, pages):
     browser.open(pages / "one.html")
     assert browser.js("return [location.hash, scrollY]") == ["", 0]  # starts with the explanation
     assert open_verdict(browser) == "★ selected"
-    counts = {".path": 25, ".branch": 5, ".path.open .rules li": 5, ".path.open .curve": 2,
+    counts = {".path": 25, ".branch": 5, ".path.open .rules li": 6, ".path.open .curve": 2,
               "#list a": 12}  # fmt: skip
     assert {css: browser.count(css) for css in counts} == counts
     assert browser.count(".t.off") > 0  # behind path_end

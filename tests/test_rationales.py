@@ -236,6 +236,9 @@ def test_palm_counts():
         ("It is wet. It also", None, "It is wet."),
         ("It is wet. It also", "content_filter", "It is wet."),
         ("It is wet. It also", "stop", "It is wet. It also"),
+        ("It is wet. It also", "MAX_TOKENS", "It is wet."),  # an unknown reason is no success
+        ("It is wet. It also", "sensitive", "It is wet."),
+        ("It is wet. It also", "end_turn", "It is wet. It also"),
         ("It is wet. So the answer is", "length", "It is wet."),
         ("It is wet. So the answer is yes. And on", "length", "It is wet."),
         ("no full sentence", "length", "no full sentence"),

@@ -230,7 +230,7 @@ def test_an_older_run_that_was_killed_goes_on(model, tmp_path, sampled, monkeypa
 def test_a_new_rule_is_one_entry(model, tmp_path, monkeypatch, capsys):
     """Guards the promise that flag, funnel, verdict and limit follow from an entry of RULES."""
     rule = filters.Rule(
-        "stops", "max_stops", 1, (0, 100), lambda path: path.text.count("."),
+        "stops", "max_stops", 1, filters.number(0, 100), lambda path: path.text.count("."),
         lambda n, most: n > most, "at most {} full stops", "ours: 1",
     )  # fmt: skip
     monkeypatch.setattr(filters, "RULES", (*filters.RULES, rule))

@@ -13,13 +13,14 @@ import transformers
 from conftest import make_tiny_model
 
 import train
-from sert_min import tasks
+from sert_min import filters, tasks
 from sert_min.io import hub, machine
 from sert_min.io.errors import SertError
-from sert_min.io.files import read_json, read_jsonl, to_line
+from sert_min.io.files import read_json, read_jsonl, to_line, write_atomic
 from sert_min.io.hub import read_sert
 from sert_min.models import load_model
 from sert_min.prompts import answer_sentence
+from sert_min.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,19 @@ def test_finished_run_does_nothing_on_repeat(run, capsys):
     assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+def test_a_picture_that_fails_costs_nothing(run, monkeypatch, capsys):
+    """Guards a picture that is drawn before the model is saved: a notebook's backend once failed it."""
+
+    def plot(metrics, png, title):
+        assert (png.parent / "last/model.safetensors").exists()
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("sert_min.report.figures.plot_training", plot)
+    out = run("--max-steps 1")
+    assert "loss.png was not drawn (RuntimeError: no fonts)" in capsys.readouterr().out
+    assert not (out / "loss.png").exists()
+
+
 def test_more_epochs_continue(run, tmp_path):
     """The flags --epochs and --max-steps may be raised, also of a folder that was moved or was begun
     when `clip` and `compile` were settings still: the result is that of a longer run."""
@@ -139,7 +153,7 @@ def test_holdout_is_the_fixed_tenth():
     """Guards a tenth of what happens to have a path or to lie under --limit."""
     held = {q.id for q in tasks.load("micro", "validation")}
     with_paths = [(q, "p", "c") for q in tasks.load("micro", "train")[::3]]
-    o = train.options(train.parse_args(["--holdout", "--limit", "50"]))
+    o = train.options(train.parse_args(["--holdout", "--limit", "50"]), "micro")
     rest, out = train.split_pairs(with_paths, o)
     assert len(rest) == 50 and {p[0].id for p in out} == held & {p[0].id for p in with_paths}
     assert not {p[0].id for p in rest} & held
@@ -218,3 +232,50 @@ def test_before_and_after_table(run, capsys):
     printed = capsys.readouterr().out
     assert "greedy decoding, 4 test questions" in printed and "reasoning outputs" in printed
     assert printed.count("before: ") == printed.count("after: ") == 3
+
+
+def write_paths(folder: Path, tiny: Path) -> Path:
+    """paths.jsonl and selected.jsonl of eight questions with two paths each, of which the selected
+    one states the wrong answer, the other one the right answer."""
+    tokenizer, sampled, loose = load_tokenizer(tiny), [], {**tasks.preset("micro"), "max_rep2": 1.0}
+    questions = [q for q in tasks.load("micro", "train") if not q.choices][:8]
+    for q, right in itertools.product(questions, (False, True)):
+        told = {"yes": "no", "no": "yes"}[q.answer] if not right else q.answer
+        text = f" Kalan plays golf{' golf golf' * right} on Sundays. So the answer is {told}."
+        ids = tokenizer.encode(text)
+        about = {"id": q.id, "question": q.text, "branch": int(right), "sample": 0}
+        about |= {"token_ids": ids, "logprobs": [-1.0] * len(ids)}
+        sampled.append({**about, "path_start": 0, "finish": "eos"})
+    records = filters.path_records(sampled, questions, tokenizer, filters.limits(loose))
+    chosen = [r for r in records if r["verdict"] == "selected"]
+    assert [r["branch"] for r in chosen] == [0] * 8
+    folder.mkdir()
+    write_atomic(folder / "paths.jsonl", map(to_line, records))
+    write_atomic(folder / "selected.jsonl", map(to_line, chosen))
+    return folder / "selected.jsonl"
+
+
+def test_sert_and_star_from_one_folder(run, tmp_path, tiny, monkeypatch, capsys):
+    """Guards a baseline that changes what SERT learns from, or the other way round, and rules that
+    are not written down."""
+    paths, learnt = write_paths(tmp_path / "paths", tiny), {}
+    before = {p.name: p.read_bytes() for p in paths.parent.iterdir()}
+    real = train.sert_pairs
+    monkeypatch.setattr(train, "sert_pairs", lambda *a: learnt.setdefault(method, real(*a)))
+    for order in ("sert star", "star sert"):
+        for method in order.split():
+            flags = "--max-rep2 1" if method == "star" else ""
+            run(f"--method {method} {flags} --out-dir {order[:4]}-{method}", paths=str(paths))
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("8 of these paths state another answer") == 2
+    )  # twice for sert, never for star
+    assert ["golf golf" in pair[2] for pair in learnt["sert"]] == [False] * 8
+    assert ["golf golf" in pair[2] for pair in learnt["star"]] == [True] * 8
+    assert all(pair[2].count(" is ") == 1 for pairs in learnt.values() for pair in pairs)
+    for method in ("sert", "star"):
+        assert_same_run(*(tmp_path / f"{first}-{method}" for first in ("sert", "star")))
+    assert {p.name: p.read_bytes() for p in paths.parent.iterdir()} == before
+    rules = read_sert(tmp_path / "star-star/last")["rules"]
+    assert rules["answer"] == "right" and rules["max_rep2"] == 1.0 and rules["min_tokens"] == 12
+    assert "rules" not in read_sert(tmp_path / "sert-sert/last")

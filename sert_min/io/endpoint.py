@@ -5,9 +5,11 @@ hash of all that shapes it, so repeating a command asks only for what is missing
 later and from the file, so a better parser never costs a new request. The openai package sends the
 requests, without its own retries, which differ between versions. This is what follows an attempt:
 
-    stop      authentication, permission, quota, unknown model, bad request or redirect: an error
-              with advice. Only one request is in flight until the first reply arrives, so such a
-              mistake costs one request.
+    stop      authentication, quota, unknown model or redirect: an error with advice. Only one
+              request is in flight until the first reply arrives, so such a mistake costs one request.
+    refused   a bad request, or one that moderation forbids (400, 403, 413, 422): once another
+              question has a reply, this is recorded as final for its question, and the rest goes
+              on; if the first three questions are refused so, it stops as above
     retry     rate limit (all requests honour Retry-After), 5xx, timeout, connection, or a 200
               without a completion: HTML, cut JSON, no choices, empty text
     record    any completion, also an empty one that hit the token limit, was filtered or was
@@ -45,8 +47,17 @@ TRIES = 6  # attempts per request, not counting those that only met a rate limit
 BACKOFF = 0.5  # seconds before the second attempt; doubles with each further one
 DRAIN = 30.0  # seconds that an interrupted collection waits for requests in flight
 FIRST = 20  # replies after which a collection checks whether they are of use
+REFUSED = "refused"  # finish reason of ours: the server refused the request
 FINAL = ("length", "content_filter", "refusal")  # finish reasons that explain an empty text
 USAGE = ("prompt_tokens", "completion_tokens")
+CLIENT_VARIABLES = (
+    "ALL_PROXY",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+)
 
 
 # --- where to ask ---------------------------------------------------------------------------------
@@ -211,6 +222,10 @@ class Retry(Exception):
         self.billed = billed  # the server may have done the work
 
 
+class Refused(SertError):
+    """The server refused this one request; others may pass."""
+
+
 def api_key() -> str:
     return os.environ.get("OPENAI_API_KEY", "").strip()
 
@@ -232,10 +247,23 @@ def make_client(e: Endpoint):
 
     import openai  # here, because it takes half a second that --help does not need
 
-    http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not e.is_local())
-    return openai.OpenAI(
-        api_key=key or "none", base_url=e.url(), max_retries=0, timeout=e.timeout, http_client=http
-    )
+    try:
+        http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not e.is_local())
+        return openai.OpenAI(
+            api_key=key or "none",
+            base_url=e.url(),
+            max_retries=0,
+            timeout=e.timeout,
+            http_client=http,
+        )
+    except (
+        Exception
+    ) as error:  # a proxy scheme without its package, a certificate file that is gone
+        names = [n for n in os.environ if n.upper() in CLIENT_VARIABLES and os.environ[n]]
+        raise SertError(
+            f"the HTTP client does not start ({type(error).__name__}: {server_text(str(error))}); check "
+            f"or unset {', '.join(names) or 'the proxy settings of this machine'}"
+        ) from None
 
 
 def attempt(client, e: Endpoint, messages: list[dict]) -> dict:
@@ -272,9 +300,14 @@ def read_reply(body, e: Endpoint, request_id: str | None = None) -> dict:
     message = message if isinstance(message, dict) else {}
     finish = "refusal" if message.get("refusal") else choices[0].get("finish_reason")
     text = message.get("text" if e.completions else "content")
+    if isinstance(text, list):  # of parts: {"type": "text", "text": ..}
+        parts = (part.get("text") for part in text if isinstance(part, dict))
+        text = "".join(part for part in parts if isinstance(part, str))
     text = text if isinstance(text, str) else ""
     if not text.strip() and finish not in FINAL:
-        raise Retry("a 200 reply with empty text")
+        thought = any(message.get(k) for k in ("reasoning_content", "reasoning"))
+        hint = f"; it only thinks: raise {flag(e.who, 'max_tokens')}" if thought else ""
+        raise Retry(f"a 200 reply with empty text{hint}")
     if len(text) > MAX_REPLY:
         text, finish = text[:MAX_REPLY], "length"
     return {
@@ -304,7 +337,8 @@ def explain(error, e: Endpoint) -> Exception:
         after = retry_after(error.response.headers)
         return Retry(f"HTTP {status}: {said}", after, busy=status == 429, billed=billed)
     if status in (401, 403):
-        return SertError(f"HTTP {status}: the server refused OPENAI_API_KEY; check it ({said})")
+        kind = Refused if status == 403 else SertError
+        return kind(f"HTTP {status}: the server refused OPENAI_API_KEY; check it ({said})")
     if status == 404:
         lacks = f"{e.url()} has no model {e.model} (hosted models get shut down), or lacks /v1"
         return SertError(f"{lacks}; give another {flag(e.who, 'model')} or --base-url ({said})")
@@ -313,7 +347,8 @@ def explain(error, e: Endpoint) -> Exception:
         return SertError(f"{e.url()} redirects to {where}; if that is right, give it as --base-url")
     names = "model", "token_parameter", "max_tokens", "temperature"
     flags = " or ".join(flag(e.who, name) for name in names)
-    return SertError(f"HTTP {status}: {said}; change {flags}")
+    kind = Refused if status in (400, 413, 422) else SertError
+    return kind(f"HTTP {status}: {said}; change {flags}")
 
 
 def retry_after(headers) -> float | None:
@@ -415,6 +450,10 @@ class Collection:
         """The requests that are still to send; equal ones once."""
         now = (self.walk(ask)[1] for ask in asks)
         return list({ask.key(self.e): ask for ask in now if ask}.values())
+
+    def replied(self) -> bool:
+        """Has any question a reply?"""
+        return any(r.get("finish") != REFUSED for r in self.replies.values())
 
     def open_bills(self) -> list:
         """[tokens in, tokens out] at most, of each request whose bill is not known."""
@@ -529,6 +568,7 @@ class Asking:
         self.arrived: queue.SimpleQueue = queue.SimpleQueue()  # of (ask, reply or error)
         self.failures: dict[str, str] = {}  # key -> why
         self.recent: deque[bool] = deque(maxlen=20)  # did the last asks succeed?
+        self.refused: list[tuple[Ask, Refused]] = []  # until another question has a reply
         self.lock, self.closing = threading.Lock(), threading.Event()
         self.sent = 0
         self.resume = 0.0  # no request before this time: a server said so
@@ -559,6 +599,8 @@ class Asking:
                 while self.working and time.monotonic() < end:
                     with contextlib.suppress(SertError):  # the error that led here is to be shown
                         self.receive(wait=0.1)
+        if self.refused:  # and nothing else succeeded
+            raise self.refused[0][1]
         left = [f"{ask.task}/{ask.id}: {self.capped}" for ask in self.todo]
         return [*self.failures.values(), *left]
 
@@ -568,6 +610,7 @@ class Asking:
             return
         walks = [(ask, *self.collection.walk(ask)) for ask in self.asks]
         done = [(ask, records) for ask, records, now in walks if not now]
+        done = [(ask, records) for ask, records in done if records[0]["finish"] != REFUSED]
         if len(done) < FIRST:
             return
         n = sum(self.readable.test(ask, records) for ask, records in done)
@@ -593,6 +636,12 @@ class Asking:
             with self.lock:
                 self.collection.add(ask.key(self.e), ask, result)
         known = self.working.pop(ask.key(self.e), None)  # else it was given up before
+        if isinstance(result, Refused):
+            self.refused.append((ask, result))
+            if len(self.refused) == 3 and not self.collection.replied():
+                raise self.refused[0][1]
+        if self.collection.replied():
+            self.record_refused()
         if isinstance(result, dict):
             self.failures.pop(ask.key(self.e), None)
             self.recent.append(True)
@@ -604,11 +653,21 @@ class Asking:
         if isinstance(result, MayNotLeave):
             self.capped = str(result)
             self.todo.appendleft(ask)
-        elif not isinstance(result, Retry):
+        elif not isinstance(result, Retry | Refused):
             raise result
-        elif known:
+        elif known and isinstance(result, Retry):
             self.fail(ask, str(result))
         return False
+
+    def record_refused(self) -> None:
+        """Store what the server refused as final for its questions; it is never asked again."""
+        for ask, why in self.refused:
+            reply = {"text": "", "finish": REFUSED, "reason": server_text(str(why), 300)}
+            with self.lock:
+                self.collection.add(ask.key(self.e), ask, reply)
+            tqdm.write(f"{printable(f'{ask.task}/{ask.id}')} is left out: {reply['reason']}")
+            self.bar.update()
+        self.refused.clear()
 
     def fail(self, ask: Ask, why: str) -> None:
         """Give one ask up; stop everything when most of the last ones failed."""

@@ -72,11 +72,10 @@ def print_before_after(questions, before, after, tokenizer, limits) -> None:
     print(f"\ngreedy decoding, {len(questions)} test questions{'before':>14}{'after':>10}")
     columns = []
     for records in (before, after):
-        m = summarize(records, questions)
-        shown = [
-            filters.reasons(q, r["text"], tokenizer, limits) for q, r in zip(questions, records)
-        ]
-        shares = sum(shown) / len(shown), m["acc_lenient"][0], m["acc"][0]
+        texts = zip(questions, (r["text"] for r in records))
+        shown = [filters.reasons(q, text, tokenizer, limits) for q, text in texts]
+        m = summarize(records, questions, shown)
+        shares = m["reasoning"][0], m["acc_lenient"][0], m["acc"][0]
         columns.append([*(f"{x:>10.1%}" for x in shares), f"{m['unparseable']:>10}"])
     columns[1][2] += f"   95 % {m['acc'][1]:.1%} to {m['acc'][2]:.1%}"
     names = ("reasoning outputs", "accuracy (lenient: also other wordings)", "accuracy (strict)",
@@ -104,8 +103,14 @@ def print_metrics(title: str, m: dict) -> None:
     right = f"   {round(m['acc'][0] * m['n']):,} right; always {answer}: {100 * share:.2f} %"
     line("Acc, strict", m["acc"], 100, " %", note=right)
     line("Acc, lenient", m["acc_lenient"], 100, " %")
-    if "acc_likelihood" in m:
-        line("Acc, by likelihood", m["acc_likelihood"], 100, " %")
+    likelihoods = {"acc_likelihood": "by likelihood", "acc_text_token": "option text, per token",
+                   "acc_text": "option text, per char."}  # fmt: skip
+    for key, name in likelihoods.items():
+        if key in m:
+            line(f"Acc, {name}", m[key], 100, " %")
+    if "reasoning" in m:
+        line("reasoning, by form", m["reasoning"], 100, " %")
+    line("contradicts itself", m["contradictory"], 100, " %")
     line("Fmt", m["fmt"], digits=3)
     line("Len", m["len"], unit=" words")
     line("Rep", m["rep"], digits=3)
@@ -123,6 +128,7 @@ def draw_curve(out: Path, title: str) -> None:
         from sert_min.report.figures import plot_training  # late: matplotlib takes a second
 
         plot_training(out / "metrics.jsonl", out / "loss.png", title)
+        print(f"wrote {out}/loss.png")
     except Exception as e:  # of matplotlib, its backend or its settings
         print(f"loss.png was not drawn ({type(e).__name__}: {printable(str(e))[:100]})")
 

