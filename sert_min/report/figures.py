@@ -122,11 +122,13 @@ def token_groups(
 
 def ablation(scored: list[dict]) -> dict[str, list[dict]]:
     """Fig. 4's curves: what is left as the rules are switched on one by one. A verdict names the
-    first rule that a path broke, so one set of samples serves all curves."""
+    first rule that a path broke, so one set of samples serves all curves. The answer rule has one
+    only if it is on."""
     left, curves = list(scored), {"raw": scored}
     for rule in RULES:
-        left = [r for r in left if r["verdict"].split(":")[0] != rule.name]
-        curves[f"+ {rule.name}"] = left
+        n, left = len(left), [r for r in left if r["verdict"].split(":")[0] != rule.name]
+        if rule.name != "answer" or len(left) < n:
+            curves[f"+ {rule.name}"] = left
     return curves
 
 
@@ -283,9 +285,9 @@ def plot_ablation(curves: dict[str, list[dict]], png: Path, title: str) -> None:
             ax.plot(range(5), found["shares"], line, marker=marker, color=color, linewidth=1.7,
                     markersize=size, label=f"{name} ({len(curves[name]):,} paths)")  # fmt: skip
         means = " → ".join(f"{v['mean']:.1f}" for v in numbers.get(key, {}).values())
-        ax.set_title(f"{key}    mean {means}", fontsize=10)
+        ax.set_title(f"{key}    mean {means}", fontsize=10 if len(curves) < 6 else 8)
         ax.set_xticks(range(5), BINS)
     plt.setp(axes[1], xlabel="judge score")
     plt.setp(axes[:, 0], ylabel="share of paths")
     title = f"Each rule includes the ones before it: {title}"
-    save(fig, png, title, ncols=len(curves), fontsize=8.5, columnspacing=1.2)
+    save(fig, png, title, ncols=5, fontsize=8.5, columnspacing=1.2)
