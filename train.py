@@ -250,7 +250,10 @@ def train_student(run: Run) -> None:
             # A longer run starts with the very steps of a shorter one: these two may be raised.
             fixed = {k: v for k, v in m.items() if k not in ("epochs", "max_steps")}
             files.check_settings(out / "settings.json", fixed, "choose another --out-dir")
+        title = f"{m['method']}, {o.task}, {m['model']}"
         if parallel.largest(main and read_sert(out / "last").get("step") == steps):
+            if main and not (out / "loss.png").exists():
+                console.draw_curve(out, title)
             return print(f"{out}/last is there already, trained for {steps:,} steps")
         asked = tasks.load(o.task, "test", o.data_dir)[: o.report] if main else []
         before = greedy_records(run, asked, run.student.suffix)
@@ -265,7 +268,7 @@ def train_student(run: Run) -> None:
             limits = filters.limits(tasks.preset(o.task, run.student.label))
             console.print_before_after(asked, before, after, run.tokenizer, limits)
         print(f"\nwrote {out}/last (Hugging Face format) and {out}/metrics.jsonl")
-        console.draw_curve(out, f"{m['method']}, {o.task}, {m['model']}")
+        console.draw_curve(out, title)
 
 
 def validate(run: Run) -> dict:

@@ -113,6 +113,10 @@ def test_a_picture_that_fails_costs_nothing(run, monkeypatch, capsys):
     out = run("--max-steps 1")
     assert "loss.png was not drawn (RuntimeError: no fonts)" in capsys.readouterr().out
     assert not (out / "loss.png").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(out.parents[4])
+    run("--max-steps 1")  # a repeated command draws what is missing
+    assert (out / "loss.png").exists()
 
 
 def test_more_epochs_continue(run, tmp_path):
