@@ -25,7 +25,7 @@ from sert_min.models import read_config
 from sert_min.questions import Question, describe
 from sert_min.rationales import Output, rationale_records, teacher_answer
 from sert_min.report import console
-from sert_min.script import Student, add_flags, open_student, parser
+from sert_min.script import Student, add_flags, open_student, parse, parser
 from sert_min.teacher_files import read_teacher_file
 from sert_min.tokenizer import load_tokenizer
 from train import add_training_flags, options, prepare, train_student
@@ -48,7 +48,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     # fmt: on
     add_flags(g, "--dry-run")
     add_training_flags(p)
-    return p.parse_args(argv)
+    return parse(p, argv)
 
 
 def main(args) -> None:
@@ -174,7 +174,7 @@ def teacher_from_flags(args) -> Teacher | None:
     need(not (file and model), "give --teacher-file or --teacher-model, not both")
     need(
         file or model or tasks.get(args.task).teacher,
-        f"--task {args.task} needs a teacher: --teacher-model NAME (any OpenAI-compatible "
+        f"{tasks.flags(args.task)} needs a teacher: --teacher-model NAME (any OpenAI-compatible "
         "endpoint, see --base-url) or --teacher-file FILE",
     )
     if not model:

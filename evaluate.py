@@ -41,7 +41,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("what to evaluate")
     several = dict(nargs="+", help="checkpoints, run folders, names or hub ids (default: the task's "
                    "student and all that was trained from it under out/)")
-    script.add_flags(g, "--task", "--data-dir", "--limit", "--model", model=several)
+    script.add_flags(g, *script.TASK, "--limit", "--model", model=several)
     g.add_argument("--split", choices=tasks.SPLITS, default="test", help="default: %(default)s")
     g.add_argument("--prompt-suffix", help="what follows `Answer:` (default: as in training)")
     g.add_argument("--by", choices=("generation", "likelihood"), default="generation",
@@ -58,7 +58,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g.add_argument("--block-questions", type=int, default=64, help="decoded together (64)")
     script.add_flags(g, "--device", "--dtype", "--dry-run")
     # fmt: on
-    return p.parse_args(argv)
+    return script.parse(p, argv)
 
 
 class Cell(NamedTuple):
@@ -128,6 +128,7 @@ def evaluate(cell: Cell, job: Job) -> dict:
         settings, device, blocks = settle(cell, job)
         blocks.folder.mkdir(exist_ok=True)
         files.check_settings(blocks.folder / "evaluation.json", settings, "use another --out-dir")
+        blocks.check_order(questions)
         folder, cap = cell.student.folder, settings["max_new_tokens"]
         dtype = torch.bfloat16 if settings["dtype"] == "bf16" else torch.float32
         model = load_model(folder, device, dtype), load_tokenizer(folder)
@@ -155,7 +156,8 @@ def evaluate(cell: Cell, job: Job) -> dict:
             return weigh_answers(*model, block, [said[q.id] for q in block], cell.suffix)
 
         blocks, weighed = blocks._replace(ending=".answers.jsonl"), []
-        if job.likelihood or not blocks.missing():
+        free = any(q.free for q in questions)  # there are no options to weigh
+        if job.likelihood or not (free or blocks.missing()):
             found = complete(blocks, weigh, "answer likelihood")
             pairs = zip(questions, found)
             weighed = [likelihood_record(q, r["sentences"], r["options"]) for q, r in pairs]
@@ -165,6 +167,8 @@ def evaluate(cell: Cell, job: Job) -> dict:
         failures = judge.write_scores(records, {q.id: q for q in questions}, job.judge, out)
         about = {k: settings[k] for k in ("task", "split", "model", "method")}
         about |= {"seed": cell.seed, "variant": cell.variant, "data": settings["data"]}
+        if about["data"] == "own":
+            about["data"] = data_hash(questions)
         judges = judge.summaries(out, len(records))
         limits = filters.limits(tasks.preset(settings["task"], cell.student.label))
         shown = [filters.reasons(q, said[q.id], model[1], limits) for q in questions]
@@ -246,7 +250,7 @@ def main(args) -> None:
         return figures.draw_figures(folder, out, split, model_judge and chosen.name)
     if args.paths:
         need(chosen, "--paths needs --judge-model (only the micro-world has a judge program)")
-        return texts.judge_paths(args.paths, task, args.limit, chosen, args.dry_run)
+        return texts.judge_paths(args.paths, args.limit, chosen, args.dry_run)
     load = partial(tasks.load, task, data_dir=args.data_dir)
     if args.predictions:
         what = args.predictions, {"task": task, "split": split}, load, model_judge
@@ -256,7 +260,11 @@ def main(args) -> None:
     everything = load(split)
     print(describe(everything, split))
     cap, some = given(args.max_new_tokens, tasks.get(task).greedy_cap), everything[: args.limit]
-    settings = {"task": task, "split": split, "data": data_hash(everything)}
+    free = sum(q.free for q in some)
+    need(not free or args.by == "generation", f"--by likelihood weighs options, or yes and no: {free:,} "
+         "questions have numbers or free texts as answers; leave it out")  # fmt: skip
+    data = "own" if tasks.is_own(task) else data_hash(everything)  # rows can be appended
+    settings = {"task": task, "split": split, "data": data}
     settings |= {"max_new_tokens": cap, "block_questions": args.block_questions}
     job = Job(settings, some, args.by == "likelihood", args.device, args.dtype, chosen)
     cells = [cell_of(name, task, split, args.prompt_suffix, args.out_dir) for name in names]

@@ -27,7 +27,7 @@ from sert_min.decode import fitting_rows
 from sert_min.generate import SampleSettings, check_lengths, sample_paths
 from sert_min.gpt2 import GPT2
 from sert_min.io import files
-from sert_min.io.errors import SertError, need, printable, printable_lines, run_script
+from sert_min.io.errors import SertError, need, run_script
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.io.hub import weights_hash
 from sert_min.io.machine import MACHINE, resolve_machine
@@ -48,7 +48,7 @@ def parse_args(argv=None):
     p, d = script.parser(__doc__), SampleSettings()
     # fmt: off
     g = p.add_argument_group("what to sample")
-    add_flags(g, "--task", "--data-dir", "--model", "--limit")
+    add_flags(g, *script.TASK, "--model", "--limit")
     g.add_argument("--split", choices=tasks.SPLITS, default="train", help="default: %(default)s")
     g.add_argument("--out-dir", help="default: out/TASK/MODEL/paths-SPLIT/seedN; RUN/paths-SPLIT for a run")
     g = p.add_argument_group("how paths are drawn [SERT §III-A]")
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     g.add_argument("--check", action="store_true", help="compare gpt2 with known real outputs")
     add_flags(g, "--dry-run")
     # fmt: on
-    return p.parse_args(argv)
+    return script.parse(p, argv)
 
 
 class Run(NamedTuple):
@@ -101,19 +101,19 @@ def main(args) -> None:
     run = prepare(args)
     questions, model, m = run.blocks.questions, run.model, run.settings
     prompts = [question_prompt(q, run.student.suffix) for q in questions]
-    names = [f"question {q.id}" for q in questions]
-    check_lengths(
-        list(map(run.tokenizer.encode_prompt, prompts)), names, model, run.s.max_new_tokens
-    )
+    names = [q.name for q in questions]
+    ids = list(map(run.tokenizer.encode_prompt, prompts))
+    check_lengths(ids, names, model, run.s.max_new_tokens)
     if RANK == 0:
         console.print_sampling(m, run.limits, model.n_params(), len(questions), run.out)
     if args.dry_run:
-        return print(f"\nprompt of {printable(names[0])}:\n{printable_lines(prompts[0])}")
+        return console.print_questions(questions, prompts, list(map(len, ids)))
     with files.lock_folder(run.out, f".lock-{RANK}"):
         while RANK > 0 and not (run.out / "settings.json").exists():
             time.sleep(0.02)  # process 0 writes it
         fix = "--refilter changes rules only" if args.refilter else "choose another --out-dir"
         files.check_settings(run.out / "settings.json", m, fix)
+        run.blocks.check_order(run.split)
         convert(run)
         if not args.refilter:
             sample_missing(run)
@@ -128,7 +128,7 @@ def main(args) -> None:
             n = page.write_page(run.out, args.html, run.tokenizer)
             print(f"wrote {args.html} ({n:,} questions); open it in a browser")
         if m["split"] == "train" and not run.s.raw:
-            student = f"--task {m['task']} --model {run.student.name}"
+            student = f"{tasks.flags(m['task'])} --model {run.student.name}"
             print(f"next: python train.py {student} --paths {selected}")
 
 
@@ -159,7 +159,7 @@ def prepare(args) -> Run:
     settings = {
         "task": args.task,
         "split": args.split,
-        "data": data_hash(questions),
+        "data": "own" if tasks.is_own(args.task) else data_hash(questions),  # rows can be appended
         "model": student.label,
         "weights": weights_hash(student.folder),
         "prompt_suffix": student.suffix,

@@ -48,7 +48,7 @@ def add_training_flags(p: argparse.ArgumentParser) -> None:
     # fmt: off
     g = p.add_argument_group("data and model")
     out = dict(help="default: out/TASK/MODEL/METHOD/seedN")
-    add_flags(g, "--task", "--data-dir", "--model", "--limit", "--out-dir", out_dir=out)
+    add_flags(g, *script.TASK, "--model", "--limit", "--out-dir", out_dir=out)
     g = p.add_argument_group("optimisation [SERT §III-A]")
     g.add_argument("--epochs", type=int, help="paper: 20; smollm2: 2; can be raised later")
     g.add_argument("--batch-size", type=int, help="paper: 8; smollm2: 4")
@@ -72,7 +72,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     g = p.add_argument_group("rules: given one, or star, train.py selects anew from paths.jsonl")
     filters.add_flags(g)
     add_training_flags(p)
-    return p.parse_args(argv)
+    return script.parse(p, argv)
 
 
 class Options(NamedTuple):
@@ -123,7 +123,7 @@ def self_training_pairs(
     paths = paths.with_name("paths.jsonl") if anew else paths
     need(
         paths.exists(),
-        f"{paths} does not exist; run `python sample.py --task {args.task} --model {student.name} "
+        f"{paths} does not exist; run `python sample.py {tasks.flags(args.task)} --model {student.name} "
         f"--seed {args.seed}` to its end first, or give --paths",
     )
     if not anew:
@@ -218,7 +218,7 @@ def prepare(
     for (q, _, _), (ids, _) in zip(pairs + held, examples):
         n, context = len(ids), model.config.n_positions
         told = (
-            f"question {q.id}: its training text has {n} tokens, the model's context is {context}"
+            f"{q.name}: its training text has {n} tokens, the model's context is {context}"
         )
         need(n <= context, f"{told}; leave that record out")
     model.to(device)

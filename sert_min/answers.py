@@ -2,6 +2,8 @@
 
 import functools
 import re
+import unicodedata
+from fractions import Fraction
 
 from sert_min.questions import LETTERS, Question
 
@@ -51,6 +53,8 @@ def stated_answers(text: str, question: Question) -> list[str | None]:
 
 
 def _answer_right_after(text: str, at: int, question: Question) -> str | None:
+    if question.free:
+        return free_answer(text[at:], question.answer)
     found = _answer_at(text, at, question)
     while found is None and (skip := _SKIP.match(text, at)):
         at = skip.end()
@@ -91,12 +95,61 @@ def _option_rules(choices: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern, re.
     for letter, text in zip(letters, map(_normal, choices)):
         letter_of[text] = "" if text in letter_of else letter
     stop = r"""[)\]}:]|[.,;!?"'”’*]+(?!\w)|\s*\Z|[^\S\n]*\n|\s+[(=–—-]"""
-    bare = rf"[{any_case}](?={stop}|\s+(?i:because|since|as|for|which|that|or|and|is)\b)"
-    if letters[1:]:  # an upper-case A before a word may be an article, B to E may not
-        bare += rf"|[{letters[1:]}](?![\w.'’-])"
+    reason = r"(?<![Ii])\s+(?i:because|since|as|for|which|that|or|and|is)\b"
+    bare = rf"[{any_case}](?={stop}|{reason})"
+    if safe := letters[1:].replace("I", ""):  # before a word, A and I may be English words
+        bare += rf"|[{safe}](?![\w.'’-])"
     bracketed = rf"[(\[{{]\s*([{any_case}])\s*[)\]}}]"
     option = re.compile(rf"(?:(?:an?|the|to)\s+)?({words}){_END_OF_WORD}", re.I)
     return re.compile(bracketed), option, re.compile(bare), letter_of
+
+
+# --- free answers: a number or a text, to the end of the sentence -----------------------------------
+#
+#   gold 30: 30 / $30.00. / 5 x 6 = 30 / 30 apples    right, by value; 1,000 = 1000, 0.5 = 1/2
+#   gold 30: 2 or 30 / not 30 / 30-40 / 3:30          -   two numbers, or none
+#   gold Eiffel Tower: the "Eiffel tower".            right, as SQuAD compares: without case, articles
+#                                                     and punctuation
+
+_STATEMENT_END = re.compile(
+    rf"{SENTENCE_END.pattern}|\n|[,;]?\s+\(?(?:because|since|as|which)\b|\}}", re.I
+)
+_NUMBER = re.compile(r"(?<![\w-])[-+]?\.?\d(?:[\d.,:/^-]*\d)?(?:e[-+]?\d{1,2}\b)?", re.I)
+_VALUE = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:e[-+]?\d+)?|\d+/0*[1-9]\d*)", re.I)
+_DASHES = str.maketrans("−–⁄", "--/")
+
+
+def number_in(text: str, alone: bool = False) -> Fraction | None:
+    """The value of the only number in a text; None if there is none or several. With `alone` nothing
+    but a currency sign or `%` may stand beside it."""
+    text = unicodedata.normalize("NFKC", text[:500]).translate(_DASHES).rpartition("=")[2]
+    found = [m[0] for m in _NUMBER.finditer(text)]
+    if len(found) != 1 or not _VALUE.fullmatch(found[0]) or re.search(r"\bnot\b|n['’]t\b", text, re.I):
+        return None
+    beside = text.replace(found[0], "", 1).strip(" $€£%")
+    return None if alone and beside else Fraction(found[0].replace(",", ""))
+
+
+def plain_answer(text: str) -> str:
+    """A free answer as answers are compared: SQuAD's normal form (arXiv 1606.05250)."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    bare = re.sub(r"(?<!\d)[^\w\s]|[^\w\s](?!\d)|_", "", text)  # 3:30 keeps its colon
+    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", bare).split()) or " ".join(text.split())
+
+
+def free_answer(text: str, gold: str) -> str | None:
+    """What `text`, which stands behind `the answer is`, states: `gold` if it is that value or text,
+    else what stands there; None for nothing, and for no number where `gold` is one."""
+    text, value = text.lstrip(" \t:*_`\"'“"), number_in(gold, alone=True)
+    ends = [m.start() for m in _STATEMENT_END.finditer(text)] + [len(text)]
+    said = text[: ends[0]].strip()
+    if value is not None:
+        found = number_in(said)
+        return gold if found == value else None if found is None else str(found)
+    for end in ends[: 1 + len(_STATEMENT_END.findall(gold))]:  # `St. Louis` holds an end
+        if plain_answer(text[:end]) == plain_answer(gold):
+            return gold
+    return plain_answer(said) or None
 
 
 # --- answer statements: read from a teacher, by the lenient metric, and stripped ---------------
@@ -121,7 +174,7 @@ _ABOUT = (  # the answer `to your question` is; the answer`, then,` is
 )
 _IS = r"(?:['’]s\b| (?:is|was|would be|will be)\b| (?:is|was|can|could|must)(?= ?(?:not|n?['’]t)))"
 _TEXT = r"(?:(?!\b(?:but|and|or|so|as|since|because|that|than|not|has)\b|n['’]t)[^.!?;\n()]){0,40}?"
-_LABEL = rf"\([a-e]\){_TEXT}|(?:(?<=\boption\s)|{_OPENS})(?:[A-E]|yes|no)\b\W{{0,3}}?"
+_LABEL = rf"\([a-z]\){_TEXT}|(?:(?<=\boption\s)|{_OPENS})(?:[A-Z]|yes|no)\b\W{{0,3}}?"
 FORMS = {  # the words that introduce an answer; a space may also be Markdown
     "So the most likely answer is (C)": _NAME + _ABOUT + _IS,
     "**Final answer (A to E):** C": rf"(?<!/){_NAME}[\s*_`\"']{{0,4}}(?:[:：=]|-?>)",
@@ -132,7 +185,7 @@ FORMS = {  # the words that introduce an answer; a space may also be Markdown
     "(C) mall is the right answer": rf"(?=(?:{_LABEL}) (?:is|would be)(?: (?!not|never)\w+)? the "
     rf"(?:{_GOOD}*answer|{_GOOD}+(?:choice|option))\b)",  # nothing: the answer itself comes first
 }
-_STARTS = r"(?<![^\W_])(?=\w|\([a-e]\)|\\|^[#*_])"  # so most places are passed quickly
+_STARTS = r"(?<![^\W_])(?=\w|\([a-z]\)|\\|^[#*_])"  # so most places are passed quickly
 _ANY_FORM = re.compile(
     rf"{_STARTS}(?:{'|'.join(FORMS.values())})".replace(" ", r"(?:[\s*_`#]{1,8})"), re.I | re.M
 )
@@ -149,7 +202,7 @@ _DOUBT = re.compile(  # in `words before \0 the form \0 rest of the sentence`
         (?:(?!\b(?:so|thus|hence|therefore|then|but|because|since|and)\b)[^,;:\0])*\0
     |\bif\b[^\0]*(?:\bthen\ \0|\0[^\0]*would\ be\0)|would\ be\0.*\bif\b|\?\Z
     |\0[^\0]*\0[^,;:–—-]*\b(?:if|unless)\b
-    |\0[^\0]*\0\W*[a-e]\)?(?:\s+(?!as|since|because)\w+){0,3}?
+    |\0[^\0]*\0\W*[a-z]\)?(?:\s+(?!as|since|because)\w+){0,3}?
         \s+is(?:n['’]t|\ not|\ wrong|\ incorrect)""",
     re.I | re.X,
 )
@@ -178,8 +231,9 @@ def _said(text: str, form: re.Match, question: Question) -> str | None:
 
 
 def leading_answer(text: str, question: Question) -> str | None:
-    """The canonical answer with which `text` begins (`No, ..`, `(C) ..`, an option's text), or None."""
-    return _answer_right_after(text, 0, question)
+    """The canonical answer with which `text` begins (`No, ..`, `(C) ..`, an option's text), or None;
+    always None where answers are free."""
+    return None if question.free else _answer_right_after(text, 0, question)
 
 
 SHORT = 25  # words: less than the 25 tokens of reasoning; a longer text discusses first
@@ -191,8 +245,8 @@ def extract_lenient(text: str, question: Question) -> str | None:
     SHORT words without a statement, the first mention of an answer."""
     if (answer := extract_answer(text, question)) or _ANY_FORM.search(text):
         return answer or stated_answer(text, question)
-    if len(text.split()) > SHORT:
-        return None
+    if len(text.split()) > SHORT or question.free:
+        return _answer_right_after(text, 0, question) if len(text.split()) <= SHORT else None
     words = (_NO if not question.choices else re.compile(r"(?<![\w'’])[\w(\[]")).finditer(text)
     return next(filter(None, (_answer_at(text, m.start(), question) for m in words)), None)
 

@@ -260,7 +260,8 @@ def check_lengths(prompts: list[list[int]], names: list[str], model: GPT2, new: 
         need(
             len(ids) + new <= context,
             f"{name} has {len(ids)} tokens; with --max-new-tokens {new} that exceeds the context of "
-            f"{context}; lower --max-new-tokens",
+            f"{context}; "
+            + ("lower --max-new-tokens" if len(ids) < context else "leave that question out"),
         )
 
 

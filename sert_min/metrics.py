@@ -42,8 +42,8 @@ def greedy(
         block = questions[i : i + rows]
         prompts = [tokenizer.encode_prompt(question_prompt(q, suffix)) for q in block]
         room = model.config.n_positions - max(map(len, prompts))
-        names, context = [f"question {q.id}" for q in block], model.config.n_positions
-        some = f"a question from {block[0].id} to {block[-1].id}"
+        names, context = [q.name for q in block], model.config.n_positions
+        some = f"one of {block[0].name} to {block[-1].name}"
         need(room > 0, f"{some} fills the model's context of {context} tokens; leave it out")
         s = replace(GREEDY, max_new_tokens=min(max_new_tokens, room), rows=len(block))
         drawn = sample_block(model, tokenizer, prompts, names, s, None, progress, kept)

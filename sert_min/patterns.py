@@ -6,8 +6,9 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
-from sert_min.answers import HEDGES, words_pattern
+from sert_min.answers import HEDGES, strip_answer_sentence, words_pattern
 from sert_min.io.errors import need
 from sert_min.questions import LETTERS, Question
 
@@ -36,6 +37,9 @@ def parse_patterns(kinds, flag: str = "--patterns") -> tuple[str, ...]:
 # direct      The whole text states an answer: optional `The answer is` or `It is` and a hedge, then
 #             yes or no, a label, an option's text, or label and text. Known at the end only: a
 #             second sentence may still come.
+#
+# Where answers are free there are no options to list, and direct is a text that is nothing but an
+# answer statement.
 
 _IMITATIVE = re.compile(r"Question:|Answer:")
 LABEL_WORDS = 8
@@ -45,15 +49,6 @@ PROSE = re.compile(
     r"|may|might|must|has|have|had|does|do|did|doesn['’]t|don['’]t|seems?|makes?|because|since|if|than"
     r"|not|which|that|it|they|he|she|you|so|but)\b|[.!?](?=\s)",
     re.I,
-)
-_LABEL = re.compile(rf"\(([{LETTERS}{LETTERS.lower()}])\)")
-_MARK = rf"[(\[]?[{LETTERS}{LETTERS.lower()}\d][).\]:]"  # (B)  B.  2)  before a listed text
-# What may stand between two listed texts; short, so that no run of spaces is slow.
-_GAP = rf"""(?:[\s"'“”‘’*_,;/|.•-]|\b(?:and/or|and|or|an?|the)\b|{_MARK}){{1,12}}"""
-_LEAD = re.compile(  # what stands before a list that fills a sentence or line
-    rf"""(?:\A|[.!?:]|\n|\b(?:options|choices)\ are\b)
-    (?:[\s"'“”‘’)\]*_•-]|\b(?:either|an?|the)\b|{_MARK})*\Z""",
-    re.X | re.I,
 )
 _TAIL = re.compile(r"""["'”’)\]*_]*(?:[.!?]+["'”’)\]]*\s|[^\S\n]*\n)""")  # .. and after it
 _TAIL_AT_END = re.compile(r"""["'”’)\]*_]*[.!?]*["'”’)\]]*\s*\Z""")
@@ -65,13 +60,31 @@ _YES_OR_NO = re.compile(
 )
 
 
+class _Patterns(NamedTuple):
+    """Regular expressions for a question's options."""
+
+    label: re.Pattern  # (B)
+    gap: re.Pattern  # what may stand between two listed texts
+    mark: re.Pattern  # (B)  B.  2)  before a listed text
+    lead: re.Pattern  # what stands before a list that fills a sentence or line
+    option: re.Pattern  # any option's text
+    pair: re.Pattern  # two of them as in a list: a cheap first look
+    each: list[re.Pattern]  # one for each different text as whole words
+    direct: re.Pattern  # a direct answer
+
+
 @functools.lru_cache(512)
-def _choice_patterns(choices: tuple[str, ...]) -> tuple:
-    """Regular expressions: any option's text; two of them as in a list, a cheap first look; one for
-    each different text as whole words; a direct answer."""
+def _patterns(choices: tuple[str, ...]) -> _Patterns:
+    letters = LETTERS[: max(5, len(choices))]
+    letters += letters.lower()
+    mark = rf"[(\[]?[{letters}\d][).\]:]"
+    # Short, so that no run of spaces is slow.
+    gap = rf"""(?:[\s"'“”‘’*_,;/|.•-]|\b(?:and/or|and|or|an?|the)\b|{mark}){{1,12}}"""
+    lead = rf"""(?:\A|[.!?:]|\n|\b(?:options|choices)\ are\b)
+        (?:[\s"'“”‘’)\]*_•-]|\b(?:either|an?|the)\b|{mark})*\Z"""
     words = words_pattern(choices)
     different = sorted({" ".join(c.lower().split()) for c in choices} - {""})
-    label = rf"[(\[]?[{LETTERS}{LETTERS.lower()}][)\]]?[.:]?"
+    label = rf"[(\[]?[{letters}][)\]]?[.:]?"
     text = rf"yes|no|(?:(?:an?|the)\s)?(?:{words})"
     direct = (
         r"(?:(?:so|thus|therefore|hence),? )?"
@@ -79,16 +92,17 @@ def _choice_patterns(choices: tuple[str, ...]) -> tuple:
         rf"(?:(?:{HEDGES}) )?(?:(?:option|choice) )?"
         rf"(?:{label}(?:[ :,–-]{{0,3}}(?:{text}))?|{text})[)\].!?]*"
     )
-    return (
+    return _Patterns(
+        re.compile(rf"\(([{letters}])\)"),
+        re.compile(gap, re.I),
+        re.compile(rf"(?<![^\W_]){mark}", re.I),
+        re.compile(lead, re.X | re.I),
         re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.I),
-        re.compile(rf"(?<!\w)(?:{words}){_GAP}(?:{words})", re.I),
+        re.compile(rf"(?<!\w)(?:{words}){gap}(?:{words})", re.I),
         [re.compile(rf"(?<!\w){words_pattern([t])}{_AFTER}", re.I) for t in different],
         re.compile(direct, re.I),
     )
 
-
-_GAP_ONLY = re.compile(_GAP, re.I)
-_HAS_MARK = re.compile(rf"(?<![^\W_]){_MARK}", re.I)
 
 
 def pattern_break(
@@ -106,7 +120,8 @@ def pattern_breaks(text: str, question: Question, final: bool = True) -> dict[st
     if m := _IMITATIVE.search(text):
         breaks["imitative"] = m.end()
     ends = [_label_list_end(text, question), _text_list_end(text, question, final)]
-    if ends := [end for end in ends if end is not None]:
+    ends = [end for end in ends if end is not None and not question.free]
+    if ends:
         breaks["options"] = min(ends)
     if final and _is_direct(text, question):
         breaks["direct"] = len(text)
@@ -131,12 +146,13 @@ def earliest(breaks: dict[str, int], kinds: Sequence[str]) -> str:
 
 
 def _label_list_end(text: str, question: Question) -> int | None:
-    labels, (words, *_) = list(_LABEL.finditer(text)), _choice_patterns(question.choices)
+    p = _patterns(question.choices)
+    labels = list(p.label.finditer(text))
     for a, b in zip(labels, labels[1:]):
         between = text[a.end() : b.start()]
         if a[1].upper() == b[1].upper() or len(between) > 200:
             continue
-        rest, n_texts = words.subn("", between)
+        rest, n_texts = p.option.subn("", between)
         rest = rest.strip(" .") if n_texts else rest
         if len(rest.split()) <= LABEL_WORDS and not PROSE.search(rest):
             return b.end()
@@ -147,12 +163,12 @@ def _text_list_end(text: str, question: Question, final: bool) -> int | None:
     if not question.choices:
         m = _YES_OR_NO.search(text)
         return m.end("after") if m and (m["after"] or final) else None
-    _, pair, each, _ = _choice_patterns(question.choices)
-    if not pair.search(text):
+    p = _patterns(question.choices)
+    if not p.pair.search(text):
         return None
     spans = sorted(
         (m.start(), m.end(), option)
-        for option, pattern in enumerate(each)
+        for option, pattern in enumerate(p.each)
         for m in pattern.finditer(text)
         if m["after"] or final
     )
@@ -161,7 +177,7 @@ def _text_list_end(text: str, question: Question, final: bool) -> int | None:
     listed, alone, ends = [], [], []
     for j, (start, end, option) in enumerate(spans):
         window = text[max(0, start - 60) : start]
-        begins = _LEAD.search(window if start <= 60 else "x" + window)
+        begins = p.lead.search(window if start <= 60 else "x" + window)
         listed.append({option})
         alone.append({option} if begins else set())
         marked = False
@@ -169,12 +185,12 @@ def _text_list_end(text: str, question: Question, final: bool) -> int | None:
             if start - spans[i][0] > LIST_REACH:
                 break
             gap = text[spans[i][1] : start]
-            if not gap or not _GAP_ONLY.fullmatch(gap):
+            if not gap or not p.gap.fullmatch(gap):
                 continue
             listed[j] |= listed[i]
             if alone[i]:
                 alone[j] |= alone[i] | {option}
-            marked |= spans[i][2] != option and bool(_HAS_MARK.search(gap))
+            marked |= spans[i][2] != option and bool(p.mark.search(gap))
         if len(listed[j]) >= 3 or marked:
             ends.append(min(end + 1, len(text)))
         if len(alone[j]) >= 2:
@@ -186,8 +202,10 @@ def _text_list_end(text: str, question: Question, final: bool) -> int | None:
 
 
 def _is_direct(text: str, question: Question) -> bool:
+    if question.free:
+        return strip_answer_sentence(text) == ("", True)
     plain = " ".join(re.sub(r"""["“”‘*_`]""", "", text).split()).strip("' ")
-    return len(plain) < 500 and bool(_choice_patterns(question.choices)[-1].fullmatch(plain))
+    return len(plain) < 500 and bool(_patterns(question.choices).direct.fullmatch(plain))
 
 
 # --- tokens and characters -------------------------------------------------------------------

@@ -5,29 +5,40 @@ What a task adds (how its files are read, which student it takes) stands in task
 
 import hashlib
 import json
-import re
+import string
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-LETTERS = "ABCDE"
+LETTERS = string.ascii_uppercase
 CHOICES = " Answer choices: "  # between a question and its options, in the prompt
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a task; `answer` is canonical: A..E, yes or no."""
+    """One question of a task; `answer` is canonical: a letter, yes or no, or a free text."""
 
     task: str
     id: str
     text: str  # options included: "... Answer choices: (A) .., (B) .."
     answer: str
-    choices: tuple[str, ...] = ()  # option texts in order A, B, ..; empty for yes/no questions
+    choices: tuple[str, ...] = ()  # option texts in order A, B, ..; empty without options
     written: tuple[str, ...] = ()  # how each of `answers` is written; empty: `(C)`, `yes`
+    free: bool = False  # the answer is a number or a text of its own (own.py)
+    where: str = field(default="", compare=False)  # its file and line, for messages
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """The canonical answers that are possible: A, B, .. or yes, no."""
+        """The canonical answers that are possible: A, B, .. or yes, no; none are listed for a free
+        answer."""
+        if self.free:
+            return ()
         return tuple(LETTERS[: len(self.choices)]) if self.choices else ("yes", "no")
+
+    @property
+    def name(self) -> str:
+        """How messages call the question."""
+        return f"question {self.id}" + (f" ({self.where})" if self.where else "")
 
     def write(self, answer: str | None = None) -> str:
         """How an answer (default: the gold one) stands in a text.
@@ -47,13 +58,26 @@ def with_choices(stem: str, choices) -> str:
 
 
 def choices_of(text: str) -> tuple[str, ...]:
-    """The options in a text of `with_choices`; () for a yes/no question.
+    """The options in a text of `with_choices`; () if it shows none.
 
     >>> choices_of("Where? Answer choices: (A) bank, (B) shop, mall")
     ('bank', 'shop, mall')
     """
-    _, found, listed = text.partition(CHOICES + "(A) ")
-    return tuple(re.split(rf", \([{LETTERS[1:]}]\) ", listed)) if found else ()
+    _, found, rest = text.partition(CHOICES + "(A) ")
+    choices = []
+    for letter in LETTERS[1:]:
+        choice, more, rest = rest.partition(f", ({letter}) ")
+        choices.append(choice)
+        if not more:
+            break
+    return tuple(choices + [rest] * bool(more)) if found else ()
+
+
+def question_in(record: Mapping) -> Question:
+    """The question of a record of paths.jsonl (task, id, question, answer)."""
+    about = record["task"], record["id"], record["question"], record["answer"]
+    choices = choices_of(record["question"])
+    return Question(*about, choices, free=not choices and record["answer"] not in ("yes", "no"))
 
 
 def stem(text: str) -> str:

@@ -8,12 +8,16 @@ from typing import NamedTuple
 
 from sert_min import tasks
 from sert_min.io.errors import need
-from sert_min.io.files import to_line, write_atomic
+from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.io.hub import commit_of, find_model, model_label, read_sert
 from sert_min.questions import Question
 
+TASK = ("--task", "--fields", "--test-file", "--data-dir")  # what names the questions
 FLAGS: dict[str, dict] = {
-    "--task": dict(choices=tasks.TASKS, default=tasks.DEFAULT, help="default: %(default)s"),
+    "--task": dict(default=tasks.DEFAULT, metavar="TASK", help=f"{', '.join(tasks.TASKS)}, or a file of "
+                   "your questions, .jsonl or .csv (docs/usage.md); default: %(default)s"),
+    "--fields": dict(metavar="OURS=THEIRS,..", help="names of the file's fields: question=prompt,.."),
+    "--test-file": dict(help="the test questions of a file (default: its split field, or a fifth)"),
     "--data-dir": dict(help="read the datasets here instead of downloading them"),
     "--model": dict(
         help="student: a name (gpt2, smollm2, ..), folder or hub id (default: the task's)"
@@ -37,6 +41,13 @@ def add_flags(group, *names: str, **changes) -> None:
     """Add the shared flags `names`; `changes` (limit=dict(help=..)) override what FLAGS says."""
     for name in names:
         group.add_argument(name, **FLAGS[name] | changes.get(name[2:].replace("-", "_"), {}))
+
+
+def parse(p: argparse.ArgumentParser, argv=None) -> argparse.Namespace:
+    """The flags; a file of questions in `--task` is read, and its name becomes that of its task."""
+    args = p.parse_args(argv)
+    args.task = tasks.open_task(args.task, args.fields, args.test_file)
+    return args
 
 
 def given(value, otherwise):
@@ -64,6 +75,17 @@ class Blocks(NamedTuple):
     size: int
     each: int = 1
     ending: str = ".jsonl"
+
+    def check_order(self, split: list[Question]) -> None:
+        """Refuse to go on if a stored block holds other questions than `split` has at its place: rows
+        may be appended to a file, but a row before them moves all others to other blocks."""
+        for path in sorted(self.folder.glob(f"[0-9]*{self.ending}")):
+            number, n = map(int, path.name.removesuffix(self.ending).split("-"))
+            here = split[number * self.size :][:n]
+            for r, q in zip(list(read_jsonl(path))[:: self.each], here):
+                same = (r["id"], r["question"]) == (q.id, q.text)
+                need(same, f"{self.folder} has question {r['id']} where the file has {q.name} now; "
+                     "append new rows at the end, or choose another --out-dir")  # fmt: skip
 
     def numbers(self) -> range:
         return range(-(-len(self.questions) // self.size))

@@ -8,22 +8,26 @@ read from `--data-dir`, where the same hashes are asked for. One StrategyQA ques
 Bob Marley's face in most smoke shops?") stands in the source twice and falls into train and test:
 we keep the paper's split, so a test accuracy carries that one known question.
 
-A task is a row of TASKS. Another one needs a reader and a row, and nothing elsewhere.
+A task is a row of TASKS. Another one needs a reader and a row, and nothing elsewhere. A file of your
+own questions (own.py) becomes a row when a script is started with `--task FILE`.
 """
 
 import hashlib
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from sert_min import own
 from sert_min.io import smollm2
 from sert_min.io.download import DataFile, data_file
 from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_json, read_jsonl
+from sert_min.io.parallel import RANK
 from sert_min.micro import program, world
-from sert_min.questions import LETTERS, Question, with_choices
+from sert_min.questions import Question, with_choices
 
 SPLITS = ("train", "validation", "test")
 DEFAULT = "micro"
@@ -49,13 +53,14 @@ class Task(NamedTuple):
     """What is particular to a task."""
 
     read: Callable[[str, Path | None], list[Question]]  # of train or test, from a folder
-    sizes: dict[str, int]  # questions of train and test; another number is an error
+    sizes: dict[str, int] | None  # questions of train and test; None: any number
     student: str = "gpt2"  # what --model stands for if it is left out
     preset: dict = PAPER
     greedy_cap: int = 512  # tokens of a greedy output: 256 can't give the paper's Len of 257
     report: int = 0  # test questions that train.py answers before and after
     teacher: Callable[[Question], str] | None = None  # a program that writes rationales
     judge: Callable[[Question, str], dict] | None = None  # a program that scores a text
+    flags: str = ""  # what names the task on a command line, if it is not its name
 
 
 # --- the two public sets --------------------------------------------------------------------------
@@ -66,7 +71,7 @@ def read_commonsense_qa(split: str, data_dir: Path | None) -> list[Question]:
     questions = []
     for row in read_jsonl(data_file(FILES["commonsense_qa", split], data_dir)):
         options = sorted(row["question"]["choices"], key=lambda c: c["label"])
-        if "".join(c["label"] for c in options) != LETTERS or row["answerKey"] not in LETTERS:
+        if "".join(c["label"] for c in options) != "ABCDE" or row["answerKey"] not in "ABCDE":
             raise ValueError(f"options of question {row['id']}")
         choices = tuple(c["text"].strip() for c in options)
         text = with_choices(row["question"]["stem"].strip(), choices)
@@ -115,8 +120,41 @@ TASKS = {
 
 def get(name: str) -> Task:
     """The row of a task."""
-    need(name in TASKS, f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+    known = f"choose one of {', '.join(TASKS)}, or give a file of questions (.jsonl or .csv)"
+    need(name in TASKS, f"unknown task {name!r}; {known}")
     return TASKS[name]
+
+
+def open_task(name: str, fields: str | None = None, test_file: str | None = None) -> str:
+    """The name of a task that `--task` names. A file of questions is read, and becomes a task."""
+    if name in TASKS or not own.is_file(name):
+        need(not (fields or test_file), "--fields and --test-file need a file as --task")
+        return get(name) and name
+    mapped = own.parse_fields(fields)
+    splits, twice = own.read_splits(name, mapped, test_file)
+    if twice and RANK == 0:
+        print(f"{twice:,} questions of {test_file} are in {name}, too: the student trains on them")
+    given = {"--task": name, "--fields": fields, "--test-file": test_file}
+    flags = shlex.join(part for pair in given.items() if pair[1] for part in pair)
+    label = own.task_label(name, mapped)
+
+    def read(split: str, data_dir: Path | None) -> list[Question]:
+        need(not data_dir, f"--data-dir is of no use for {name}; leave it out")
+        need(splits[split], f"{name} has no {split} questions; add some, or give a --test-file")
+        return splits[split]
+
+    TASKS[label] = Task(read, None, flags=flags)
+    return label
+
+
+def is_own(name: str) -> bool:
+    """Is a task a file of the user's own questions? Rows can be appended to it."""
+    return not get(name).sizes
+
+
+def flags(name: str) -> str:
+    """What names a task on a command line, for commands that we print."""
+    return get(name).flags or f"--task {name}"
 
 
 def preset(name: str, label: str = "") -> dict:
@@ -130,14 +168,17 @@ def load(name: str, split: str, data_dir: Path | str | None = None) -> list[Ques
     task = get(name)
     need(split in SPLITS, f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
     if split == "validation":
-        return holdout_split(load(name, "train", data_dir))[1]
+        held = holdout_split(load(name, "train", data_dir))[1]
+        need(held, f"{name} has too few questions to hold a tenth out for validation")
+        return held
     try:
         questions = task.read(split, Path(data_dir) if data_dir else None)
     except (KeyError, TypeError, ValueError, IndexError) as e:
         raise SertError(f"the {name} file is not in the expected form ({e!r}); get it again") from e
+    size = task.sizes[split] if task.sizes else len(questions)
     need(
-        len(questions) == task.sizes[split],
-        f"{name} {split} has {len(questions)} questions instead of {task.sizes[split]}; "
+        len(questions) == size,
+        f"{name} {split} has {len(questions)} questions instead of {size}; "
         "use the data files and the numpy of requirements.txt",
     )
     return questions

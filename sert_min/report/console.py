@@ -1,13 +1,14 @@
 """What the scripts print about their results: the funnel, paths, metrics, before and after."""
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
-from sert_min import filters
-from sert_min.io.errors import printable
+from sert_min import filters, own
+from sert_min.io.errors import printable, printable_lines
 from sert_min.io.files import read_jsonl
 from sert_min.metrics import summarize
 from sert_min.patterns import PATTERN_KINDS
@@ -23,6 +24,15 @@ def print_sampling(m: Mapping, limits: Mapping, n_params: int, n_questions: int,
         f"of at most {m['max_new_tokens']} tokens, {blocks:,} blocks, to {out}\n"
         f"rules: {rules}; early rejection {'on' if m['early_reject'] else 'off'}"
     )
+
+
+def print_questions(questions: list, prompts: list[str], lengths: list[int]) -> None:
+    """What --dry-run shows of the questions: their kinds, the first prompt, the longest in tokens."""
+    kinds = Counter(own.kind(q) for q in questions)
+    longest = max(range(len(questions)), key=lengths.__getitem__)
+    print(", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items())))
+    print(f"the longest prompt has {lengths[longest]:,} tokens: {printable(questions[longest].name)}")
+    print(f"\nprompt of {printable(questions[0].name)}:\n{printable_lines(prompts[0])}")
 
 
 def print_counts(title: str, counts: Mapping[str, int]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from sert_min import filters, patterns
 from sert_min.io.errors import need
 from sert_min.io.files import read_json, read_jsonl, write_atomic
-from sert_min.questions import Question, choices_of
+from sert_min.questions import question_in
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LIMIT = 200  # questions of a page; 5.4 MB if every path has 128 tokens
@@ -95,8 +95,7 @@ def breaking_token(r: Mapping, token_bytes: Sequence[bytes]) -> int:
     rule, _, kind = r["verdict"].partition(":")
     if rule != "pattern" or kind == "direct":  # a bare answer is one as a whole
         return -1
-    question = Question(r["task"], r["id"], r["question"], r["answer"], choices_of(r["question"]))
-    found = filters.path_breaks(r, token_bytes, question)
+    found = filters.path_breaks(r, token_bytes, question_in(r))
     return r["path_start"] + found[kind] if kind in found else -1
 
 

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from sert_min import tasks
 from sert_min.io.endpoint import end_if_missing
 from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.metrics import grade, summarize, without_nan
-from sert_min.questions import LETTERS, Question, choices_of, stem
+from sert_min.questions import LETTERS, Question, choices_of, question_in, stem
 from sert_min.report import judge
 from sert_min.report.console import print_metrics
 from sert_min.report.judge import Judge
@@ -21,11 +22,15 @@ def question_of(row: dict, task: str, known: Callable[[], dict]) -> Question:
     """The question of a record. Its options come from its own text, else from the dataset: `known()`
     gives the questions by id and by text without options. Without any text they are only letters."""
     answer, text = row.get("answer"), row.get("question")
-    if answer not in (*LETTERS, "yes", "no"):
-        raise ValueError(f"answer {answer!r} is not one of A to E, yes, no")
     name, text = str(row.get("id", row.get("index", ""))), text if isinstance(text, str) else ""
+    if tasks.is_own(task) and ((q := known().get(name)) is None or q.answer != answer):
+        raise ValueError(f"the file of --task has no question {name!r} with answer {answer!r}")
+    if tasks.is_own(task):
+        return q
+    if answer not in ("yes", "no", *LETTERS):
+        raise ValueError(f"answer {answer!r} is no letter, yes or no; give --task FILE for others")
     options = choices_of(text) if answer in LETTERS else ()
-    if answer in LETTERS and not text:
+    if answer in LETTERS[:5] and not text:
         options = ("",) * 5
     elif answer in LETTERS and not options:
         q = known().get(name) or known().get(stem(text))
@@ -84,7 +89,7 @@ def evaluate_texts(file: str, about: dict, load: Callable, to: Judge | None, lim
     return end_if_missing(failures, "judge", to.folder if to else out)
 
 
-def judge_paths(paths: list[str], task: str, limit: int | None, to: Judge, dry_run: bool) -> None:
+def judge_paths(paths: list[str], limit: int | None, to: Judge, dry_run: bool) -> None:
     """evaluate.py --paths: score the paths of the first `limit` questions of sample.py's runs, for
     Figures 1 and 4."""
     for name in paths:
@@ -96,10 +101,7 @@ def judge_paths(paths: list[str], task: str, limit: int | None, to: Judge, dry_r
         if dry_run:
             judge.print_plan(records, to, str(path))
             continue
-        try:
-            questions = {r["id"]: question_of(r, task, dict) for r in records}
-        except ValueError as e:
-            raise SertError(f"{path}: {e}; sample it again") from None
+        questions = {r["id"]: question_in(r) for r in records}
         failures = judge.write_scores(records, questions, to, path.parent)
         found = judge.summaries(path.parent, len(records))[to.name]
         means = ", ".join(f"{k} {found[k][0]:.2f}" for k in judge.KEYS)

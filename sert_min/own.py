@@ -1,0 +1,192 @@
+"""Your own questions: a JSONL or CSV file with one question a row (`--task FILE`).
+
+    {"question": "Where is money kept?", "choices": ["bank", "shop"], "answer": "A"}   options, 2 to 26
+    {"question": "Is ice cold?", "choices": ["yes", "no"], "answer": "yes"}            yes or no
+    {"question": "How many legs have 3 dogs?", "answer": "12"}                         free: no options
+
+In a file without any choices whose every answer is yes, no, true or false, all questions are yes/no
+questions. `answer` is an option's letter or text. `id` and `split` (train or test) may be left out:
+then the id is a hash of the question, and by that hash one row in five is a test question.
+"""
+
+import csv
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from sert_min.answers import number_in
+from sert_min.io.errors import SertError, need
+from sert_min.io.files import clean_name, parse_json, there
+from sert_min.questions import LETTERS, Question, choices_of, with_choices
+
+FIELDS = ("question", "answer", "choices", "id", "split")
+YES_NO = {"yes": "yes", "no": "no", "true": "yes", "false": "no"}
+SPLITS = ("train", "test")
+
+
+def is_file(name: str) -> bool:
+    return name.lower().endswith((".jsonl", ".csv"))
+
+
+def parse_fields(text: str | None) -> dict[str, str]:
+    """{our name: the file's name} of `--fields question=prompt,answer=label`."""
+    pairs = [part.partition("=") for part in (text or "").split(",") if part.strip()]
+    fields = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+    known = set(fields) <= set(FIELDS) and all(fields.values()) and len(fields) == len(pairs)
+    need(known, f"--fields takes OURS=THEIRS,.. with {', '.join(FIELDS)} on the left, not {text!r}")
+    return fields
+
+
+def task_label(file: str, fields: dict[str, str]) -> str:
+    """The task's name in output folders: the file's stem and a hash of its place and field map. The
+    content is no part of it, so rows can be appended later."""
+    where = json.dumps([os.path.abspath(file), sorted(fields.items())])
+    return f"{clean_name(Path(file).stem)}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
+
+
+def read_splits(
+    file: str, fields: dict[str, str], test_file: str | None = None
+) -> tuple[dict[str, list[Question]], int]:
+    """({split: its questions in the order of the file}, how many test questions are train questions
+    as well). All rows of a `test_file` are test questions, and those of `file` train questions."""
+    task = Path(file).stem
+    rows = read_questions(file, fields, task)
+    if test_file is None:
+        given = [split for split, _ in rows if split]
+        need(len(given) in (0, len(rows)), f"{file}: some rows have a split and others have none")
+        splits = {name: [q for s, q in rows if (s or split_by_hash(q)) == name] for name in SPLITS}
+        return splits, 0
+    tests = read_questions(test_file, fields, task)
+    two = any(split for split, _ in rows + tests)
+    need(not two, f"{file} has a split field, and --test-file is given; use one of the two")
+    train, test = ([q for _, q in some] for some in (rows, tests))
+    texts = {q.text for q in train}
+    return {"train": train, "test": test}, sum(q.text in texts for q in test)
+
+
+def split_by_hash(q: Question) -> str:
+    """A fixed fifth is for testing; a row that is appended changes the side of no other."""
+    return "test" if hashlib.sha256(f"split {q.text}".encode()).digest()[0] < 51 else "train"
+
+
+def read_questions(file: str, fields: dict[str, str], task: str) -> list[tuple[str, Question]]:
+    """(split or "", question) of every row. An error names the row's line."""
+    rows, out, seen = list(read_rows(file, fields)), [], {}
+    need(rows, f"{file} has no questions; write one a row")
+    answers = {str(row.get("answer")).strip().lower() for _, row in rows}
+    yes_no = not any(row.get("choices") for _, row in rows) and answers <= set(YES_NO)
+    for line, row in rows:
+        try:
+            q = make_question(row, task, f"{Path(file).name} line {line}", yes_no)
+            for what in (f"id {q.id!r}", "question " + repr(q.text)):
+                if line != seen.setdefault(what, line):
+                    raise ValueError(f"the {what[:80]} stands in line {seen[what]} already")
+            split = str(row.get("split") or "").strip().lower()
+            if split not in ("", *SPLITS):
+                raise ValueError(f"split {split!r} is neither train nor test")
+        except ValueError as e:
+            raise SertError(f"{file} line {line}: {e}") from None
+        out.append((split, q))
+    return out
+
+
+def read_rows(file: str, fields: dict[str, str]) -> Iterator[tuple[int, dict]]:
+    """(line, row under our field names) of a JSONL or CSV file; blank lines are passed over."""
+    fix, names = f"mend that line of {file}", {name: fields.get(name, name) for name in FIELDS}
+    try:
+        if file.lower().endswith(".csv"):
+            with open(there(file), encoding="utf-8-sig", newline="") as f:
+                reader, line = csv.DictReader(f, strict=True), 2
+                for row in reader:
+                    wrong = None in row or None in row.values()
+                    need(not wrong, f"{file} line {line}: its cells are not those of the header")
+                    yield line, {ours: row.get(theirs) for ours, theirs in names.items()}
+                    line = reader.line_num + 1
+        else:
+            for line, text in enumerate(there(file).read_bytes().split(b"\n"), 1):
+                text = text.removeprefix(b"\xef\xbb\xbf").strip()
+                if text:
+                    row = parse_json(text, f"{file} line {line}", fix)
+                    yield line, {ours: row.get(theirs) for ours, theirs in names.items()}
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise SertError(f"{file} can't be read ({e}); save it as a table in UTF-8") from None
+
+
+def make_question(
+    row: dict, task: str = "own", where: str = "", yes_no: bool | None = None
+) -> Question:
+    """The question of a row {question, answer, choices, id}. Without choices it is a yes/no question
+    if `yes_no` says so (None: if its answer is yes, no, true or false), else its answer is free. A
+    row that can't be understood is a ValueError."""
+    text, answer = row.get("question"), row.get("answer")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("it has no question; --fields question=NAME names the field that holds it")
+    if not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise ValueError("it has no answer; --fields answer=NAME names the field that holds it")
+    said, choices = str(answer).strip(), read_choices(row.get("choices"))
+    name, free, text = str(row.get("id") or "").strip(), False, text.strip()
+    if {c.lower() for c in choices} == {"yes", "no"} or (
+        not choices and (said.lower() in YES_NO if yes_no is None else yes_no)
+    ):
+        if said.lower() not in YES_NO:
+            raise ValueError(f"answer {said!r} is neither yes nor no")
+        said, choices = YES_NO[said.lower()], ()
+    elif choices:
+        said = letter_of(answer, choices)
+        text = with_choices(text, choices)
+        if choices_of(text) != choices:
+            raise ValueError("its text reads like another list of options; leave `(A) ..` out of it")
+    else:
+        free = True
+    name = name or hashlib.sha256(text.encode()).hexdigest()[:12]
+    return Question(task, name, text, said, choices, free=free, where=where)
+
+
+def read_choices(choices) -> tuple[str, ...]:
+    """The options of a row: a list, or in a CSV cell a JSON list or texts with `|` between them."""
+    if isinstance(choices, str):
+        try:
+            choices = json.loads(choices) if choices.strip()[:1] == "[" else choices.split("|")
+        except ValueError:
+            raise ValueError("its choices begin with [ but are no JSON list") from None
+        choices = [] if choices == [""] else choices
+    if not isinstance(choices or [], list):
+        raise ValueError("its choices are not a list of texts")
+    texts = tuple(str(c).strip() if isinstance(c, str | int | float) else "" for c in choices or [])
+    if texts and not 2 <= len(texts) <= len(LETTERS):
+        raise ValueError(f"it has {len(texts)} choices; 2 to {len(LETTERS)} are possible")
+    if not all(texts):
+        raise ValueError(f"option ({LETTERS[texts.index('')]}) is empty or no text")
+    same = [t for t, n in Counter(" ".join(t.lower().split()) for t in texts).items() if n > 1]
+    if same:
+        raise ValueError(f"two options are {same[0]!r}")
+    return texts
+
+
+def letter_of(answer, choices: tuple[str, ...]) -> str:
+    """The letter of the option that `answer` names by its letter (`B`, `(B)`) or by its text."""
+    said = str(answer).strip()
+    shown = ", ".join(f"({a}) {c}" for a, c in zip(LETTERS, choices))
+    bare = said[1:-1] if said[:1] + said[-1:] == "()" else said
+    by_text = [a for a, c in zip(LETTERS, choices) if c.lower() == said.lower()]
+    by_letter = [a for a in LETTERS[: len(choices)] if a == bare.upper()]
+    found = set(by_text + by_letter)
+    if isinstance(answer, int | float) or (not found and said.lstrip("-").isdigit()):
+        raise ValueError(f"answer {said} may be an index; give the option's letter or its text, "
+                         f"as a string: {shown}")  # fmt: skip
+    if len(found) > 1:
+        raise ValueError(f"answer {said!r} is the letter of one option and the text of another; "
+                         f"write ({by_letter[0]}) or ({by_text[0]}): {shown}")  # fmt: skip
+    if not found:
+        raise ValueError(f"answer {said!r} is none of the options {shown}")
+    return found.pop()
+
+
+def kind(q: Question) -> str:
+    """What kind of answer a question asks for, in words."""
+    if q.choices:
+        return f"with {len(q.choices)} options"
+    return "yes/no" if not q.free else "free text" if number_in(q.answer, alone=True) is None else "number"
