@@ -128,7 +128,8 @@ def evaluate(cell: Cell, job: Job) -> dict:
         settings, device, blocks = settle(cell, job)
         blocks.folder.mkdir(exist_ok=True)
         files.check_settings(blocks.folder / "evaluation.json", settings, "use another --out-dir")
-        blocks.check_order(questions)
+        if settings["data"] == "own":
+            blocks.check_order(questions)
         folder, cap = cell.student.folder, settings["max_new_tokens"]
         dtype = torch.bfloat16 if settings["dtype"] == "bf16" else torch.float32
         model = load_model(folder, device, dtype), load_tokenizer(folder)

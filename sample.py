@@ -113,15 +113,18 @@ def main(args) -> None:
             time.sleep(0.02)  # process 0 writes it
         fix = "--refilter changes rules only" if args.refilter else "choose another --out-dir"
         files.check_settings(run.out / "settings.json", m, fix)
-        run.blocks.check_order(run.split)
+        if m["data"] == "own":
+            run.blocks.check_order(run.split)
         convert(run)
         if not args.refilter:
             sample_missing(run)
         if RANK > 0:
             return None
         write_derived(run)
-        console.print_funnel(files.read_json(run.out / "funnel.json"))
+        funnel = files.read_json(run.out / "funnel.json")
+        console.print_funnel(funnel)
         console.print_paths(run.out)
+        console.print_hint(run.out, funnel, bool(m["early_reject"]))
         selected = run.out / "selected.jsonl"
         print(f"\nwrote {run.out / 'paths.jsonl'} and {selected}")
         if args.html:

@@ -217,9 +217,7 @@ def prepare(
     examples = [encode_example(tokenizer, *texts, o.loss_on) for _, *texts in pairs + held]
     for (q, _, _), (ids, _) in zip(pairs + held, examples):
         n, context = len(ids), model.config.n_positions
-        told = (
-            f"{q.name}: its training text has {n} tokens, the model's context is {context}"
-        )
+        told = f"{q.name}: its training text has {n} tokens, the model's context is {context}"
         need(n <= context, f"{told}; leave that record out")
     model.to(device)
     parts = examples[: len(pairs)], [q.id for q, _, _ in pairs], examples[len(pairs) :]

@@ -115,7 +115,9 @@ _STATEMENT_END = re.compile(
     rf"{SENTENCE_END.pattern}|\n|[,;]?\s+\(?(?:because|since|as|which)\b|\}}", re.I
 )
 _NUMBER = re.compile(r"(?<![\w-])[-+]?\.?\d(?:[\d.,:/^-]*\d)?(?:e[-+]?\d{1,2}\b)?", re.I)
-_VALUE = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:e[-+]?\d+)?|\d+/0*[1-9]\d*)", re.I)
+_VALUE = re.compile(
+    r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:e[-+]?\d+)?|\d+/0*[1-9]\d*)", re.I
+)
 _DASHES = str.maketrans("−–⁄", "--/")
 
 
@@ -124,7 +126,11 @@ def number_in(text: str, alone: bool = False) -> Fraction | None:
     but a currency sign or `%` may stand beside it."""
     text = unicodedata.normalize("NFKC", text[:500]).translate(_DASHES).rpartition("=")[2]
     found = [m[0] for m in _NUMBER.finditer(text)]
-    if len(found) != 1 or not _VALUE.fullmatch(found[0]) or re.search(r"\bnot\b|n['’]t\b", text, re.I):
+    if (
+        len(found) != 1
+        or not _VALUE.fullmatch(found[0])
+        or re.search(r"\bnot\b|n['’]t\b", text, re.I)
+    ):
         return None
     beside = text.replace(found[0], "", 1).strip(" $€£%")
     return None if alone and beside else Fraction(found[0].replace(",", ""))

@@ -42,9 +42,9 @@ def greedy(
         block = questions[i : i + rows]
         prompts = [tokenizer.encode_prompt(question_prompt(q, suffix)) for q in block]
         room = model.config.n_positions - max(map(len, prompts))
-        names, context = [q.name for q in block], model.config.n_positions
-        some = f"one of {block[0].name} to {block[-1].name}"
-        need(room > 0, f"{some} fills the model's context of {context} tokens; leave it out")
+        names, longest = [q.name for q in block], max(prompts, key=len)
+        told = f"{names[prompts.index(longest)]} has {len(longest)} tokens and fills the model's context"
+        need(room > 0, f"{told} of {model.config.n_positions}; leave it out")
         s = replace(GREEDY, max_new_tokens=min(max_new_tokens, room), rows=len(block))
         drawn = sample_block(model, tokenizer, prompts, names, s, None, progress, kept)
         outputs += [(tokenizer.decode(row.token_ids), row.finish) for row in drawn]

@@ -81,7 +81,7 @@ def read_questions(file: str, fields: dict[str, str], task: str) -> list[tuple[s
     for line, row in rows:
         try:
             q = make_question(row, task, f"{Path(file).name} line {line}", yes_no)
-            for what in (f"id {q.id!r}", "question " + repr(q.text)):
+            for what in ("question " + repr(q.text), f"id {q.id!r}"):
                 if line != seen.setdefault(what, line):
                     raise ValueError(f"the {what[:80]} stands in line {seen[what]} already")
             split = str(row.get("split") or "").strip().lower()
@@ -138,7 +138,9 @@ def make_question(
         said = letter_of(answer, choices)
         text = with_choices(text, choices)
         if choices_of(text) != choices:
-            raise ValueError("its text reads like another list of options; leave `(A) ..` out of it")
+            raise ValueError(
+                "its text reads like another list of options; leave `(A) ..` out of it"
+            )
     else:
         free = True
     name = name or hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -189,4 +191,10 @@ def kind(q: Question) -> str:
     """What kind of answer a question asks for, in words."""
     if q.choices:
         return f"with {len(q.choices)} options"
-    return "yes/no" if not q.free else "free text" if number_in(q.answer, alone=True) is None else "number"
+    return (
+        "yes/no"
+        if not q.free
+        else "free text"
+        if number_in(q.answer, alone=True) is None
+        else "number"
+    )

@@ -104,7 +104,6 @@ def _patterns(choices: tuple[str, ...]) -> _Patterns:
     )
 
 
-
 def pattern_break(
     text: str, question: Question, kinds: Sequence[str] = PATTERN_KINDS, final: bool = True
 ) -> str | None:

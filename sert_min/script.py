@@ -8,15 +8,21 @@ from typing import NamedTuple
 
 from sert_min import tasks
 from sert_min.io.errors import need
-from sert_min.io.files import read_jsonl, to_line, write_atomic
+from sert_min.io.files import to_line, write_atomic
 from sert_min.io.hub import commit_of, find_model, model_label, read_sert
 from sert_min.questions import Question
 
 TASK = ("--task", "--fields", "--test-file", "--data-dir")  # what names the questions
 FLAGS: dict[str, dict] = {
-    "--task": dict(default=tasks.DEFAULT, metavar="TASK", help=f"{', '.join(tasks.TASKS)}, or a file of "
-                   "your questions, .jsonl or .csv (docs/usage.md); default: %(default)s"),
-    "--fields": dict(metavar="OURS=THEIRS,..", help="names of the file's fields: question=prompt,.."),
+    "--task": dict(
+        default=tasks.DEFAULT,
+        metavar="TASK",
+        help=f"{', '.join(tasks.TASKS)}, or a file of "
+        "your questions, .jsonl or .csv (docs/usage.md); default: %(default)s",
+    ),
+    "--fields": dict(
+        metavar="OURS=THEIRS,..", help="names of the file's fields: question=prompt,.."
+    ),
     "--test-file": dict(help="the test questions of a file (default: its split field, or a fifth)"),
     "--data-dir": dict(help="read the datasets here instead of downloading them"),
     "--model": dict(
@@ -78,11 +84,11 @@ class Blocks(NamedTuple):
 
     def check_order(self, split: list[Question]) -> None:
         """Refuse to go on if a stored block holds other questions than `split` has at its place: rows
-        may be appended to a file, but a row before them moves all others to other blocks."""
-        for path in sorted(self.folder.glob(f"[0-9]*{self.ending}")):
+        may be appended to a file, but one before them moves all others to other blocks."""
+        for path in sorted(self.folder.glob(f"[0-9]*-*{self.ending}")):
             number, n = map(int, path.name.removesuffix(self.ending).split("-"))
             here = split[number * self.size :][:n]
-            for r, q in zip(list(read_jsonl(path))[:: self.each], here):
+            for r, q in zip(self._records(path)[:: self.each], here):
                 same = (r["id"], r["question"]) == (q.id, q.text)
                 need(same, f"{self.folder} has question {r['id']} where the file has {q.name} now; "
                      "append new rows at the end, or choose another --out-dir")  # fmt: skip
@@ -98,15 +104,20 @@ class Blocks(NamedTuple):
         """The file of block i. A block of fewer questions (--limit) is another file."""
         return self.folder / f"{i:06d}-{len(self.block(i))}{self.ending}"
 
+    def _records(self, path: Path) -> list[dict]:
+        """The records of a block file; [] if it is missing or damaged."""
+        try:
+            records = [json.loads(line) for line in path.read_bytes().splitlines()]
+            [(r["id"], r["question"]) for r in records]
+        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            return []
+        return records
+
     def read(self, i: int) -> list[dict] | None:
         """The records of block i; None if its file is missing, damaged, or of other questions."""
         wanted = [(q.id, q.text) for q in self.block(i) for _ in range(self.each)]
-        try:
-            records = [json.loads(line) for line in self.path(i).read_bytes().splitlines()]
-            found = [(r["id"], r["question"]) for r in records]
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-            return None
-        return records if found == wanted else None
+        records = self._records(self.path(i))
+        return records if [(r["id"], r["question"]) for r in records] == wanted else None
 
     def missing(self) -> list[int]:
         return [i for i in self.numbers() if self.read(i) is None]

@@ -263,7 +263,7 @@ def test_predictions_need_only_text_and_answer(capsys):
 
 
 BAD_RECORDS = [
-    ({"text": "x"}, "answer None is not one of A to E, yes, no"),
+    ({"text": "x"}, "answer None is no letter, yes or no"),
     ({"answer": "yes"}, "neither text nor rationale"),
     ({"answer": "A", "text": "x", "question": "Where?"}, "shows no options"),
 ]

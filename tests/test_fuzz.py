@@ -298,9 +298,11 @@ LOAD = tasks.load
 
 
 def numeric_flags(script) -> list[str]:
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", lambda self, argv: self):
-        actions = script.parse_args()._actions
-    return [a.option_strings[0] for a in actions if a.type in (int, float)]
+    args, found = argparse.Namespace(task="micro", fields=None, test_file=None), []
+    record = lambda self, argv: found.extend(self._actions) or args  # noqa: E731
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", record):
+        script.parse_args()
+    return [a.option_strings[0] for a in found if a.type in (int, float)]
 
 
 FLAGS = [(script, flag) for script in BASE for flag in numeric_flags(script)]

@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from sert_min import filters, own
-from sert_min.io.errors import printable, printable_lines
+from sert_min.io.errors import printable, printable_lines, this_command
 from sert_min.io.files import read_jsonl
 from sert_min.metrics import summarize
-from sert_min.patterns import PATTERN_KINDS
+from sert_min.patterns import EARLY_KINDS, PATTERN_KINDS
 
 
 def print_sampling(m: Mapping, limits: Mapping, n_params: int, n_questions: int, out: Path) -> None:
@@ -31,7 +32,9 @@ def print_questions(questions: list, prompts: list[str], lengths: list[int]) -> 
     kinds = Counter(own.kind(q) for q in questions)
     longest = max(range(len(questions)), key=lengths.__getitem__)
     print(", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items())))
-    print(f"the longest prompt has {lengths[longest]:,} tokens: {printable(questions[longest].name)}")
+    print(
+        f"the longest prompt has {lengths[longest]:,} tokens: {printable(questions[longest].name)}"
+    )
     print(f"\nprompt of {printable(questions[0].name)}:\n{printable_lines(prompts[0])}")
 
 
@@ -55,6 +58,33 @@ def print_funnel(funnel: Mapping) -> None:
         f"{c['passed']:,} of {c['paths']:,} paths passed; {c['selected']:,} of {c['questions']:,} "
         f"questions have a selected path, {c['without_path']:,} have none"
     )
+
+
+def print_hint(folder: Path, funnel: Mapping, early: bool) -> None:
+    """If fewer than a tenth of the questions have a path: the rule that took most, what it saw, and a
+    command that filters the stored samples anew."""
+    c, again = funnel["counts"], f"{this_command()} --refilter"
+    if c["selected"] * 10 >= c["questions"]:
+        return
+    rule = max(filters.RULES, key=lambda rule: c["dropped"][rule.name])
+    flag, kinds = f"--{rule.flag.replace('_', '-')}", list(funnel["rules"]["patterns"])
+    print(f"\nfew paths passed: {rule.name} dropped {c['dropped'][rule.name]:,} of the "
+          f"{c['seen'][rule.name]:,} paths that it saw")  # fmt: skip
+    if rule.name == "pattern":
+        most = max(kinds, key=lambda kind: c["dropped"][f"pattern:{kind}"])
+        limit = ",".join(kind for kind in kinds if kind != most) or "none"
+        if early and most in EARLY_KINDS:
+            again = f"{this_command()} --no-early-reject --out-dir ANOTHER"
+    elif isinstance(rule.limit, str):
+        limit = rule.limit
+    else:
+        stored = read_jsonl(folder / "paths.jsonl")
+        values = [v for v in filters.measures(stored, rule) if v is not None]
+        low, limit, high = (
+            f"{v:.3g}" for v in np.quantile(values, (0.1, 0.5, 0.9), method="lower")
+        )
+        print(f"a tenth of these are below {low}, half below {limit}, nine tenths below {high}")
+    print(f"to loosen this rule: {again} {flag} {limit}")
 
 
 def print_paths(folder: Path) -> None:

@@ -1,0 +1,264 @@
+"""Your own questions: files that are read or refused, answers of every kind, and the four scripts."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from conftest import make_tiny_model, one_line
+
+import distill
+import evaluate
+import sample
+import train
+from sert_min import own, tasks
+from sert_min.answers import extract_answer, free_answer, stated_answer
+from sert_min.io.errors import SertError
+from sert_min.io.files import read_jsonl
+from sert_min.patterns import pattern_break
+from sert_min.questions import LETTERS, choices_of
+
+WORDS = ["a bank, or two", "shop", "Zürich", "bus stop", "mall", "ox", "née", *(f"word {a}" for a in LETTERS[7:])]
+ROWS = [
+    *({"question": f"Which of {n}, in row {k}?", "choices": WORDS[:n], "answer": a}
+      for n, some in ((2, "AB"), (3, "C"), (5, "E"), (7, "FG"), (26, "IZ")) for k, a in enumerate(some)),
+    {"question": "Which, by text?", "choices": WORDS[:5], "answer": "bus STOP"},
+    {"question": "Is ice cold?", "choices": ["Yes", "No"], "answer": "yes"},
+    {"question": "What is 500 + 500?", "answer": "1,000"},
+    {"question": "What is 2 - 7?", "answer": "-5"},
+    {"question": "Wo ist der Zoo?", "answer": "In Zürich, Schweiz"},
+    *({"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(20, 45)),
+]  # fmt: skip
+
+
+def write(name: str, rows: list[dict], coding="utf-8-sig") -> str:
+    """The rows as JSONL or CSV, by the ending."""
+    with open(name, "w", encoding=coding, newline="") as f:
+        if name.endswith(".jsonl"):
+            f.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            table = csv.DictWriter(f, list(dict.fromkeys(k for row in rows for k in row)))
+            table.writeheader()
+            table.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()}
+                            for row in rows)  # fmt: skip
+    return name
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+
+
+def test_jsonl_and_csv_give_the_same_questions():
+    """Guards kinds, letters, ids and splits; the fifth for testing does not move with new rows."""
+    a = own.read_splits(write("q.jsonl", ROWS), {})[0]
+    assert a == own.read_splits(write("q.csv", ROWS), {})[0]
+    longer = own.read_splits(write("q.jsonl", [*ROWS, {"question": "New?", "answer": "1"}]), {})[0]
+    assert all(longer[split][: len(a[split])] == a[split] for split in a)
+    everything = sorted((q for some in a.values() for q in some), key=lambda q: int(q.where[13:]))
+    assert [q.where for q in everything] == [f"q.jsonl line {i + 1}" for i in range(len(ROWS))]
+    assert [q.answer for q in everything[:12]] == [*"ABCEFGIZ", "D", "yes", "1,000", "-5"]
+    assert all(q.choices == choices_of(q.text) for q in everything)
+    kinds = ["with 26 options", "with 5 options", "yes/no", "number", "number", "free text"]
+    assert [own.kind(q) for q in everything[7:13]] == kinds
+    assert 2 <= len(a["test"]) <= 14
+    renamed = [{"prompt": row["question"], "label": row["answer"]} for row in ROWS[-9:]]
+    fields = own.parse_fields("question=prompt, answer=label")
+    found = own.read_splits(write("r.csv", renamed), fields)[0]["train"]
+    assert [(q.text, q.answer) for q in found] == [
+        (q.text, q.answer) for q in everything[-9:] if q in a["train"]
+    ]
+
+
+def test_yes_no_files_and_splits():
+    """Guards a file of true and false, the split field, and --test-file with its overlap."""
+    rows = [{"question": f"{i}?", "answer": a} for i, a in enumerate(("true", False, "No", "YES"))]
+    questions = own.read_splits(write("a.jsonl", rows), {})[0]
+    assert {q.text: q.answer for some in questions.values() for q in some} == {
+        "0?": "yes", "1?": "no", "2?": "no", "3?": "yes"}  # fmt: skip
+    mixed = own.read_splits(write("b.jsonl", [*rows, {"question": "x", "answer": "maybe"}]), {})[0]
+    assert all(q.free for some in mixed.values() for q in some)
+    split = [row | {"split": "Test" if i % 2 else "train"} for i, row in enumerate(rows)]
+    found = own.read_splits(write("c.csv", split), {})[0]
+    assert {k: [q.text for q in v] for k, v in found.items()} == {
+        "train": ["0?", "2?"], "test": ["1?", "3?"]}  # fmt: skip
+    found, twice = own.read_splits("a.jsonl", {}, write("t.jsonl", rows[:1] + [ROWS[-1]]))
+    assert (len(found["train"]), len(found["test"]), twice) == (4, 2, 1)
+    with pytest.raises(SertError, match="use one of the two"):
+        own.read_splits("c.csv", {}, "t.jsonl")
+
+
+REFUSED = [
+    ({"question": "q", "choices": ["x", "y"], "answer": "z"}, r"'z' is none of .*\(A\) x, \(B\) y"),
+    ({"question": "q", "choices": ["B", "y"], "answer": "B"}, r"write \(B\) or \(A\)"),
+    ({"question": "q", "choices": ["x", "y"], "answer": 1}, "may be an index"),
+    ({"question": "q", "choices": ["x", "y"], "answer": "1"}, "may be an index"),
+    ({"question": "q", "choices": ["x", " "], "answer": "A"}, r"option \(B\) is empty"),
+    ({"question": "q", "choices": ["x", "X "], "answer": "A"}, "two options are 'x'"),
+    ({"question": "q", "choices": ["x"], "answer": "A"}, "1 choices; 2 to 26"),
+    ({"question": "q", "choices": [*map(str, range(27))], "answer": "A"}, "27 choices; 2 to 26"),
+    ({"question": "q", "choices": {"A": "x"}, "answer": "A"}, "not a list"),
+    ({"question": "q", "choices": ["x, (B) z", "y"], "answer": "A"}, "another list of options"),
+    ({"question": "q", "choices": ["yes", "no"], "answer": "maybe"}, "neither yes nor no"),
+    ({"question": " ", "answer": "1"}, "no question"),
+    ({"prompt": "q", "answer": "1"}, "no question; --fields"),
+    ({"question": "q", "answer": None}, "no answer"),
+    ({"question": "q", "answer": "1", "split": "dev"}, "'dev' is neither"),
+    ({"question": "ok", "answer": "2"}, "question 'ok' stands in line 1"),
+    ({"question": "q", "answer": "2", "id": "x"}, "id 'x' stands in line 1"),
+]
+
+
+@pytest.mark.parametrize("row, message", REFUSED)
+def test_a_bad_row_is_named_by_its_line(row, message):
+    first = (
+        {"question": "ok", "answer": "1", "id": "x"}
+        if "id" in row
+        else {"question": "ok", "answer": "1"}
+    )
+    if "split" in row:
+        first["split"] = "train"
+    with pytest.raises(SertError, match=f"q.jsonl line 2: .*{message}") as error:
+        own.read_splits(write("q.jsonl", [first, row]), {})
+    one_line(error)
+
+
+FILES = [
+    ("q.csv", b"question,answer\nx\n", "line 2: its cells"),
+    ("q.csv", b'question,answer\n"a\nb",1\nx,1,2\n', "line 4: its cells"),
+    ("q.csv", b"question,answer\n\xff,1\n", "can't be read"),
+    ("q.jsonl", b'{"question": "x"', "line 1 is not JSON"),
+    ("q.jsonl", b"\n", "has no questions"),
+    ("q.csv", b"text,answer\nx,1\n", "no question; --fields"),
+]
+
+
+@pytest.mark.parametrize("name, content, message", FILES)
+def test_a_bad_file_is_refused(name, content, message):
+    Path(name).write_bytes(content)
+    with pytest.raises(SertError, match=message):
+        own.read_splits(name, {})
+
+
+@pytest.mark.parametrize("name, more", [
+    ("none.jsonl", {}), ("what", {}), ("micro", {"fields": "question=q"}), ("a.jsonl", {"fields": "q=x"}),
+    ("a.jsonl", {"fields": "question"}), ("a.jsonl", {"test_file": "none.csv"}),
+])  # fmt: skip
+def test_what_is_no_task_is_refused(name, more):
+    write("a.jsonl", ROWS)
+    with pytest.raises(SertError):
+        tasks.open_task(name, **more)
+
+
+FREE = {  # gold: (texts that state it, texts that do not)
+    "30": (("30", "$30.00.", "5 x 6 = 30.", "30 apples.", "30, because 2 + 2 is 4."),
+           ("not 30.", "20 or 30", "30-40", "3:30", "-30", "three")),
+    "1,000": (("1000.", "1,000", "1,000.0"), ("1", "1,0000")),
+    "-5": (("-5.", "−5"), ("5", "- 5 or 5")),
+    "1/2": (("0.5", ".5"), ("12", "1 or 2")),
+    "3:30": (("3:30.",), ("330", "30")),
+    "The Eiffel Tower": (('the "eiffel tower".', "Eiffel Tower"), ("the tower", "Eiffel")),
+    "St. Louis": (("St. Louis. It lies",), ("St. Paul. Louis",)),
+    "World War 2": (("World War 2.",), ("2", "Part 2")),
+    "Café": (("cafe\u0301",), ("cafe",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gold", FREE)
+def test_free_answers(gold):
+    """Guards numbers read by value, and texts compared as SQuAD does."""
+    right, wrong = FREE[gold]
+    assert [free_answer(" " + text, gold) for text in right] == [gold] * len(right)
+    assert gold not in [free_answer(" " + text, gold) for text in wrong]
+
+
+def test_answers_of_each_kind_are_graded():
+    """Guards letters beyond E: every question's own answer is read, and another one is not it."""
+    splits = own.read_splits(write("q.jsonl", ROWS), {})[0]
+    for q in splits["train"] + splits["test"]:
+        other = "17" if q.free else next(a for a in q.answers if a != q.answer)
+        for read in (extract_answer, stated_answer):
+            assert read(f"We think. So the answer is {q.write()}.", q) == q.answer
+            assert read(f"We think. So the answer is {q.write(other)}.", q) != q.answer
+        direct = f"So the answer is {q.write()}."
+        assert pattern_break(direct, q) == "direct"
+        assert pattern_break(f"It is so. {direct}", q) is None
+    (q,) = [q for q in splits["train"] + splits["test"] if q.answer == "I"]
+    assert extract_answer("the answer is I think that", q) is None
+    assert extract_answer("the answer is I.", q) == "I"
+    assert pattern_break("It is (Y) word Y or (Z) word Z, one of them, that is all.", q) == "options"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(make_tiny_model(tmp_path_factory.mktemp("own") / "model", n_positions=1024))
+
+
+RULES = ["--patterns", "none", "--min-tokens", "1", "--min-perplexity", "0", "--max-rep2", "1"]
+DRAW = ["--branches", "2", "--samples", "1", "--max-new-tokens", "8", "--block-questions", "8"]
+
+
+def run(script, file: str, model: str, *more: str) -> Path:
+    script.main(script.parse_args(["--task", file, "--model", model, "--device", "cpu", *more]))
+    return Path("out") / own.task_label(file, {})
+
+
+def test_the_four_scripts(model, capsys):
+    """Guards a file's way through the program: sampling, training, a teacher's file, evaluation."""
+    a = run(sample, write("q.jsonl", ROWS), model, *DRAW, *RULES)
+    printed = capsys.readouterr().out
+    assert "next: python train.py --task q.jsonl --model" in printed
+    b = run(sample, write("q.csv", ROWS), model, *DRAW, *RULES)
+    paths, other = (next(out.glob("*/*/*/paths.jsonl")) for out in (a, b))
+    assert paths.read_bytes() == other.read_bytes()
+    assert {r["task"] for r in read_jsonl(paths)} == {"q"}
+    train_flags = ["--max-steps", "1", "--report", "2"]
+    run(train, "q.jsonl", model, *train_flags)
+    questions = tasks.load(a.name, "train")
+    taught = [{"id": q.id, "question": q.text, "rationale": f"We think. So the answer is {q.write()}."}
+              for q in questions]  # fmt: skip
+    run(
+        distill, "q.jsonl", model, "--teacher-file", write("t.jsonl", taught, "utf-8"), *train_flags
+    )
+    kept = list(read_jsonl(next(a.glob("*/rd/seed0/rationales.jsonl"))))
+    assert [r["kept"] for r in kept] == [True] * len(questions)
+    run(evaluate, "q.jsonl", model, "--max-new-tokens", "4")
+    assert (next(a.glob("*/base")) / "metrics.json").exists()
+    with pytest.raises(SertError, match="questions have numbers or free texts"):
+        run(evaluate, "q.jsonl", model, "--by", "likelihood")
+    predictions = next(a.glob("*/base")) / "predictions.jsonl"
+    run(evaluate, "q.jsonl", model, "--predictions", str(predictions), "--out-dir", "again")
+    assert Path("again/predictions.jsonl").read_bytes() == predictions.read_bytes()
+
+
+def test_rows_are_appended_but_not_inserted(model, monkeypatch):
+    """Guards that only the last, short block is made anew, and that blocks never shift."""
+    made, real = [], sample.sample_paths
+    monkeypatch.setattr(sample, "sample_paths", lambda *a: made.append(len(a[2])) or real(*a))
+    n = len(own.read_splits(write("q.jsonl", ROWS), {})[0]["train"])
+    out = run(sample, "q.jsonl", model, *DRAW, *RULES)
+    before = next(out.glob("*/*/*/paths.jsonl")).read_text().splitlines()
+    new = [{"question": f"What is {i} - 1?", "answer": str(i - 1), "split": ""} for i in range(10)]
+    more = len(own.read_splits(write("q.jsonl", [*ROWS, *new]), {})[0]["train"])
+    made.clear()
+    run(sample, "q.jsonl", model, *DRAW, *RULES)
+    assert sum(made) == more - n // 8 * 8
+    assert next(out.glob("*/*/*/paths.jsonl")).read_text().splitlines()[: len(before)] == before
+    write("q.jsonl", [{"question": "First?", "answer": "1", "id": "new"}, *ROWS])
+    with pytest.raises(SertError, match="append new rows at the end"):
+        run(sample, "q.jsonl", model, *DRAW, *RULES)
+
+
+def test_dry_run_and_hint(model, capsys):
+    """Guards what --dry-run says of a file, and the way out where no path passes."""
+    write("q.jsonl", ROWS)
+    run(sample, "q.jsonl", model, "--dry-run", *DRAW)
+    told = capsys.readouterr().out
+    assert "free text" in told and "with 26 options" in told and "longest prompt has" in told
+    run(sample, "q.jsonl", model, *DRAW, *RULES, "--min-perplexity", "1e9")
+    told = capsys.readouterr().out
+    assert "few paths passed: perplexity dropped" in told and "half below" in told
+    limit = told.rpartition("--refilter --min-perplexity ")[2].split()[0]
+    run(sample, "q.jsonl", model, *DRAW, *RULES, "--min-perplexity", limit, "--refilter")
+    assert "few paths" not in capsys.readouterr().out
