@@ -21,9 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import sample_score
-from kernels.attention import CHUNK
-from kernels.fast import attention_triton, head_sample_score, search
+from sert_min.kernels import sample_score
+from sert_min.kernels.attention import CHUNK
+from sert_min.kernels.fast import attention_triton, head_sample_score, search
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ANY = "logits hidden weight q k v out"  # arguments of the variant's dtype; others, not i32:

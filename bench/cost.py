@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ it
 import torch
 
 from bench.common import finish, interleaved, machine
-from kernels.fast import cpu
+from sert_min.kernels.fast import cpu
 
 V, ROWS, SHARE = 50257, (25, 200, 1000), 25  # vocabulary; rows of the table; rows of a prompt
 SIZES = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280)}  # layers, width

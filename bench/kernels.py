@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ it
 import torch
 import torch.nn.functional as F
 
-import kernels
 from bench.common import TOP_K, TOP_P, eager, finish, gpu_medians, machine
-from kernels import attention
-from kernels.fast import head_sample_score
+from sert_min import kernels
+from sert_min.kernels import attention
+from sert_min.kernels.fast import head_sample_score
 
 SHAPES = [(50257, 768), (128256, 768)]  # vocabulary and width: GPT-2's; a larger vocabulary
 ROWS = [25, 250, 1000]

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.common import ROOT, TOP_K, TOP_P, eager, finish, interleaved, machine, replay_seconds
-from kernels import bf16_pieces, fp32_product
-from kernels.fast import cpu
-from kernels.reference import BLOCK
 from sert_min.generate import SampleSettings, sample_block
 from sert_min.gpt2 import GPT2, GPT2Config, product
+from sert_min.kernels import bf16_pieces, fp32_product
+from sert_min.kernels.fast import cpu
+from sert_min.kernels.reference import BLOCK
 from sert_min.models import save_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

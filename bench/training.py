@@ -38,7 +38,6 @@ from torch import Tensor
 
 from bench.common import ROOT, finish, machine, replay_seconds
 from bench.sampling import SHAPES, make_model
-from kernels.fast import cpu
 from sert_min.finetune import (
     IGNORE,
     Example,
@@ -49,6 +48,7 @@ from sert_min.finetune import (
 )
 from sert_min.gpt2 import GPT2
 from sert_min.io.machine import keep_freed_memory
+from sert_min.kernels.fast import cpu
 from sert_min.models import load_model, save_model
 
 LR = 3e-4

@@ -21,11 +21,11 @@ import torch
 
 import distill
 import sample
-from kernels import reference
 from sert_min import filters, finetune, metrics, prompts, rationales, tasks
 from sert_min.answers import strip_answer_sentence
 from sert_min.decode import prefill
 from sert_min.generate import first_rows, sample_paths, stream_of
+from sert_min.kernels import reference
 from sert_min.micro import program
 from sert_min.report import console
 

@@ -17,9 +17,9 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from kernels import attention, reference
-from kernels.fast import cpu
-from kernels.reference import Settings
+from . import attention, reference
+from .fast import cpu
+from .reference import Settings
 
 # Timed on an H100 at V = 50,257: in bf16 the fused head takes 1.04 to 1.15 times as long as a padded
 # product and the one-pass kernel at 25 rows, 1.3 to 1.7 times at 250 and 1,000. In fp32 it is 1.1
@@ -64,8 +64,8 @@ def sample_and_score(
     s = Settings(temperature, top_k, top_p, seed, streams, position)
     if not use_triton(logits, backend):
         return reference.sample_and_score(logits, s)
-    from kernels import sample_score  # here, so that machines without Triton can import the rest
-    from kernels.fast import search
+    from . import sample_score  # here, so that machines without Triton can import the rest
+    from .fast import search
 
     s, max_k = reference.checked(logits, logits.shape[-1], s)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -91,8 +91,8 @@ def head_sample_and_score(
         raise ValueError("hidden states and weight do not fit: {}, {}".format(*both))
     V = n_vocab or len(weight)
     if use_triton(hidden, backend):
-        from kernels import sample_score
-        from kernels.fast import head_sample_score
+        from . import sample_score
+        from .fast import head_sample_score
 
         s, max_k = reference.checked(hidden, V, Settings(**settings))
         few = len(hidden) <= FUSE_ROWS or hidden.dtype is torch.float32
@@ -113,7 +113,7 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor, backend=None, blocks=
     never all in memory."""
     if not use_triton(hidden, backend):
         return reference.score(hidden, weight, targets)
-    from kernels.fast import head_sample_score
+    from .fast import head_sample_score
 
     return head_sample_score.launch_score(hidden, weight, targets, blocks)
 
@@ -125,7 +125,7 @@ def shared_attention(
     """attention.shared_attention: out [n, H, D] of queries that attend to the prompts they share and
     to their own tokens. On CUDA two Triton kernels do it, if heads have at most 128 numbers."""
     if use_triton(q, backend):
-        from kernels.fast import attention_triton
+        from .fast import attention_triton
 
         if attention_triton.supported(q, keys):
             return attention_triton.launch(q, keys, t, place, J)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.fast.largest import largest
+from .fast.largest import largest
 
 # Philox4x32-10: multipliers and key increments (Salmon et al., SC 2011, "Parallel random numbers:
 # as easy as 1, 2, 3", table 2).

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import Settings
+from .reference import Settings
 
 MAX_K = 64  # candidate slots of the one-pass kernel
 FUSION = {"enable_fp_fusion": True}  # x * y + z in one step, also where Triton's default changes

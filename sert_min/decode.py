@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import bf16_pieces, head_sample_and_score, shared_attention
-from kernels.attention import CHUNK, Keys
-from kernels.fast import cpu
-from kernels.fast.graph import capture
 from sert_min.gpt2 import GPT2, causal_attention
+from sert_min.kernels import bf16_pieces, head_sample_and_score, shared_attention
+from sert_min.kernels.attention import CHUNK, Keys
+from sert_min.kernels.fast import cpu
+from sert_min.kernels.fast.graph import capture
 
 
 @dataclass

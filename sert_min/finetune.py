@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kernels.fast.head_loss import HeadLoss
 from sert_min.gpt2 import GPT2, causal_attention
 from sert_min.io import parallel
 from sert_min.io.errors import SertError, need, this_command
 from sert_min.io.files import read_jsonl, set_torn_tail_aside, to_line, write_atomic
 from sert_min.io.machine import keep_freed_memory, stop_signals
 from sert_min.io.state import load_state, save_state
+from sert_min.kernels.fast.head_loss import HeadLoss
 from sert_min.models import first_broken
 
 IGNORE = -100  # target of a position that has no loss

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.reference import best_first
 from sert_min.decode import Decoder, Prompts, find_decoder, on_gpu, prefill, rounded
 from sert_min.gpt2 import GPT2
 from sert_min.io.errors import SertError, need
+from sert_min.kernels.reference import best_first
 from sert_min.models import first_broken
 from sert_min.patterns import pattern_break
 from sert_min.prompts import question_prompt

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.fast.cpu import linear
+from sert_min.kernels.fast.cpu import linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "gelu_new": None,  # gelu_tanh, which `linear` takes together with the product

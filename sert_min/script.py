@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from sert_min import tasks
+from sert_min import __version__, tasks
 from sert_min.io.errors import need
 from sert_min.io.files import to_line, write_atomic
 from sert_min.io.hub import commit_of, find_model, model_label, read_sert
@@ -40,7 +40,9 @@ FLAGS: dict[str, dict] = {
 def parser(doc: str) -> argparse.ArgumentParser:
     """A parser whose --help begins with the script's own docstring."""
     raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=doc, formatter_class=raw)
+    p = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    p.add_argument("--version", action="version", version=f"sert-min {__version__}")
+    return p
 
 
 def add_flags(group, *names: str, **changes) -> None:

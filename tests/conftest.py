@@ -13,9 +13,9 @@ import hypothesis
 import pytest
 import torch
 
-from kernels.fast import cpu
 from sert_min.gpt2 import GPT2, GPT2Config
 from sert_min.io.vocabulary import END, byte_alphabet
+from sert_min.kernels.fast import cpu
 from sert_min.models import save_model
 
 ROOT = Path(__file__).resolve().parents[1]

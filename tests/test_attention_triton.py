@@ -16,10 +16,10 @@ pytest.importorskip("triton", reason="triton is not installed on this platform")
 import triton.language as tl
 from triton.runtime import interpreter
 
-import kernels
-from kernels import attention
-from kernels.attention import CHUNK, Keys
-from kernels.fast import attention_triton
+from sert_min import kernels
+from sert_min.kernels import attention
+from sert_min.kernels.attention import CHUNK, Keys
+from sert_min.kernels.fast import attention_triton
 
 GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 

@@ -9,10 +9,10 @@ from conftest import pretend_bf16, shared
 from torch.nn.functional import gelu
 from torch.nn.functional import linear as exact_linear
 
-from kernels import attention, head_sample_and_score, reference, sample_and_score
-from kernels.fast import cpu
-from kernels.fast.largest import largest
 from sert_min.io.machine import resolve_machine
+from sert_min.kernels import attention, head_sample_and_score, reference, sample_and_score
+from sert_min.kernels.fast import cpu
+from sert_min.kernels.fast.largest import largest
 
 
 def head_like_gpt2(V: int, C: int = 256, B: int = 40, seed: int = 0):

@@ -15,12 +15,12 @@ import torch
 from conftest import one_line, pretend_bf16
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kernels import attention, sample_and_score
-from kernels.fast import cpu
 from sert_min import decode, generate
 from sert_min.generate import GREEDY, SampleSettings, ending, sample_block, stream_of
 from sert_min.gpt2 import GPT2, GPT2Config
 from sert_min.io.errors import SertError
+from sert_min.kernels import attention, sample_and_score
+from sert_min.kernels.fast import cpu
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=128, n_embd=64, n_layer=2, n_head=4)
 PAPER = SampleSettings(max_new_tokens=24)

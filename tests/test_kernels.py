@@ -21,7 +21,7 @@ from conftest import ROOT, shared
 from test_reference import chi_square_p, kept_set, oracle, uniform_ints
 
 pytest.importorskip("triton", reason="triton is not installed on this platform")
-import kernels
+from sert_min import kernels
 
 NAN, INF = float("nan"), float("inf")
 GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -11,11 +11,11 @@ from test_gpt2 import logit_difference, make_loud, one_line
 from transformers import LlamaConfig as HFLlama
 from transformers import Qwen2Config as HFQwen2
 
-from kernels import attention, shared_attention
-from kernels.fast import cpu
 from sert_min.finetune import loss_sum, pack
 from sert_min.generate import SampleSettings, sample_block
 from sert_min.io.errors import SertError
+from sert_min.kernels import attention, shared_attention
+from sert_min.kernels.fast import cpu
 from sert_min.llama import Llama
 from sert_min.models import load_model, read_config, save_model
 

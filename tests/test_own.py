@@ -18,7 +18,16 @@ from sert_min.io.files import read_jsonl
 from sert_min.patterns import pattern_break
 from sert_min.questions import LETTERS, choices_of
 
-WORDS = ["a bank, or two", "shop", "Zürich", "bus stop", "mall", "ox", "née", *(f"word {a}" for a in LETTERS[7:])]
+WORDS = [
+    "a bank, or two",
+    "shop",
+    "Zürich",
+    "bus stop",
+    "mall",
+    "ox",
+    "née",
+    *(f"word {a}" for a in LETTERS[7:]),
+]
 ROWS = [
     *({"question": f"Which of {n}, in row {k}?", "choices": WORDS[:n], "answer": a}
       for n, some in ((2, "AB"), (3, "C"), (5, "E"), (7, "FG"), (26, "IZ")) for k, a in enumerate(some)),
@@ -187,7 +196,9 @@ def test_answers_of_each_kind_are_graded():
     (q,) = [q for q in splits["train"] + splits["test"] if q.answer == "I"]
     assert extract_answer("the answer is I think that", q) is None
     assert extract_answer("the answer is I.", q) == "I"
-    assert pattern_break("It is (Y) word Y or (Z) word Z, one of them, that is all.", q) == "options"
+    assert (
+        pattern_break("It is (Y) word Y or (Z) word Z, one of them, that is all.", q) == "options"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import shared
 
-from kernels import head_sample_and_score, reference, sample_and_score
+from sert_min.kernels import head_sample_and_score, reference, sample_and_score
 
 WORD = 0xFFFFFFFF
 NEAR = 1e-9  # the reference adds up in float64; fp32 kernels need 1e-6

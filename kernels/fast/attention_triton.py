@@ -34,8 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention import Keys
-from kernels.sample_score import FUSION
+from ..attention import Keys
+from ..sample_score import FUSION
 
 MAX_D = 128  # of a head; wider ones would not fit into registers
 

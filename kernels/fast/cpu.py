@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention
-from kernels.fast.largest import GROUP
-from kernels.reference import BLOCK, best_first, summary
+from .. import attention
+from ..reference import BLOCK, best_first, summary
+from .largest import GROUP
 
 X86_BF16 = ("amx_tile", "avx512_bf16")  # of torch.cpu's private tests, which may go away
 CANDIDATES = 32  # tokens of a row that are computed again in fp32

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import Settings
-from kernels.sample_score import BIG, FUSION, merge, part_memory, step_arguments
+from ..reference import Settings
+from ..sample_score import BIG, FUSION, merge, part_memory, step_arguments
 
 
 @triton.jit

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import Settings
-from kernels.sample_score import BIG, FUSION, add_block, step_arguments, store_result, uniform
+from ..reference import Settings
+from ..sample_score import BIG, FUSION, add_block, step_arguments, store_result, uniform
 
 LOWEST = tl.constexpr(-2147483648)  # below the bits of every float
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
-from kernels.fast import cpu
 from sert_min.io.errors import SertError, need
+from sert_min.kernels.fast import cpu
 
 
 def pick_device(name: str) -> torch.device:

@@ -63,7 +63,7 @@ def print_funnel(funnel: Mapping) -> None:
 def print_hint(folder: Path, funnel: Mapping, early: bool) -> None:
     """If fewer than a tenth of the questions have a path: the rule that took most, what it saw, and a
     command that filters the stored samples anew."""
-    c, again = funnel["counts"], f"{this_command()} --refilter"
+    c, again = funnel["counts"], f"{printable(this_command())} --refilter"
     if c["selected"] * 10 >= c["questions"]:
         return
     rule = max(filters.RULES, key=lambda rule: c["dropped"][rule.name])
@@ -74,7 +74,7 @@ def print_hint(folder: Path, funnel: Mapping, early: bool) -> None:
         most = max(kinds, key=lambda kind: c["dropped"][f"pattern:{kind}"])
         limit = ",".join(kind for kind in kinds if kind != most) or "none"
         if early and most in EARLY_KINDS:
-            again = f"{this_command()} --no-early-reject --out-dir ANOTHER"
+            again = f"{printable(this_command())} --no-early-reject --out-dir ANOTHER"
     elif isinstance(rule.limit, str):
         limit = rule.limit
     else:

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from kernels import score
 from sert_min.answers import strip_answer_sentence
 from sert_min.gpt2 import GPT2
 from sert_min.io.errors import SertError
+from sert_min.kernels import score
 from sert_min.models import first_broken
 from sert_min.prompts import answer_sentence, question_prompt
 from sert_min.questions import Question
