@@ -18,7 +18,7 @@ RUNS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\S*python3?|bash|torchrun|pytest) ")
 WRITTEN = {
     "paths.jsonl", "selected.jsonl", "paths.html", "sert.json", "rationales.jsonl", "metrics.json",
     "predictions.jsonl", "responses.jsonl", "sent.jsonl", "settings.json", "FILE.json",
-    "FILE.jsonl", "SCRIPT.py",
+    "FILE.jsonl", "SCRIPT.py", "mine.jsonl",
 }  # fmt: skip
 
 

@@ -1,0 +1,76 @@
+"""sert-min from Python: the lines of its docstring, from another folder, from the checkout and installed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import sert_min
+from sert_min.io.errors import SertError
+
+LINES = re.search(r"(?m)^    import sert_min.*(?:\n    .+)+", sert_min.__doc__)[0]
+
+
+def run_lines(folder: Path, path: Path, code: str) -> str:
+    """What `code` prints in a Python of its own that finds packages in `path`, started in `folder`."""
+    rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(3)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=environment, check=True, text=True,
+                          capture_output=True).stdout  # fmt: skip
+
+
+def quick() -> str:
+    """The docstring's lines with the embedded student and looser rules."""
+    lines = re.sub(r"(?m)^    ", "", LINES).replace('"gpt2"', '"micro"')
+    rules = (
+        "questions, sm.SampleSettings(max_new_tokens=8), {'min_tokens': 1, 'min_perplexity': 0})"
+    )
+    lines = lines.replace("tokenizer, questions)  # with", f"tokenizer, {rules}  # with")
+    return lines.replace('"out/student")', '"out/student", sm.TrainSettings(max_steps=1))')
+
+
+def test_the_lines_of_the_docstring(tmp_path):
+    """Guards the five lines, from another folder than the checkout."""
+    said = run_lines(tmp_path, ROOT, quick())
+    assert "'extracted'" in said and (tmp_path / "out/student/last/model.safetensors").exists()
+
+
+def test_names_and_refusals(tmp_path, monkeypatch):
+    """Guards __all__, and a folder whose state belongs to another training."""
+    assert all(getattr(sert_min, name) for name in sert_min.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sert_min.nothing
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = sert_min.open_student("micro")
+    short = sert_min.TrainSettings(max_steps=1)
+    sert_min.fit(model, tokenizer, [("Question: a", " b")], "s", short)
+    with pytest.raises(SertError, match="holds a run with other settings"):
+        sert_min.fit(model, tokenizer, [("Question: a", " c")], "s", short)
+
+
+@pytest.mark.slow
+def test_installed_beside_the_other_kernels(tmp_path):
+    """Guards the wheel: it needs no checkout, and lets Hugging Face's `kernels` be what it is."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "out", "tests", "build"))
+    python = [sys.executable, "-m"]
+    subprocess.run([*python, "build", "-o", tmp_path / "dist", source], check=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    install = [*python, "pip", "install", "-q", "--no-deps", "--target", site]
+    subprocess.run([*install, wheel, "kernels"], check=True)
+    assert "'extracted'" in run_lines(tmp_path, site, quick())
+    for order in ("kernels, transformers, sert_min", "sert_min.kernels, transformers, kernels"):
+        told = run_lines(tmp_path, site, f"import {order}\nfrom transformers import GPT2LMHeadModel\n"
+                         "import sert_min.kernels as ours\nprint(kernels.__file__, ours.__file__)")  # fmt: skip
+        assert told.split() == [
+            str(site / "kernels/__init__.py"),
+            str(site / "sert_min/kernels/__init__.py"),
+        ]
