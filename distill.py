@@ -12,17 +12,19 @@ any OpenAI-compatible endpoint, a file of rationales, or, in the micro-world, a 
 """
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from sert_min import prompts, tasks
-from sert_min.io import endpoint, parallel
+from sert_min.answers import plain_answer
+from sert_min.io import asking, endpoint, parallel
 from sert_min.io.endpoint import Ask, Endpoint
 from sert_min.io.errors import need, printable, printable_lines, run_script
 from sert_min.io.files import clean_name, read_jsonl, to_line, write_atomic
 from sert_min.models import read_config
-from sert_min.questions import Question, describe
+from sert_min.questions import Question, describe, stem
 from sert_min.rationales import Output, rationale_records, teacher_answer
 from sert_min.report import console
 from sert_min.script import Student, add_flags, open_student, parse, parser
@@ -30,7 +32,7 @@ from sert_min.teacher_files import read_teacher_file
 from sert_min.tokenizer import load_tokenizer
 from train import add_training_flags, options, prepare, train_student
 
-ASK_ANSWER = "Therefore, the answer is"  # the second request of --two-step, as in zero-shot CoT
+ANSWER_TOKENS = 64  # of the reply to the second request of --two-step
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -42,8 +44,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     endpoint.add_flags(g, "teacher")
     g.add_argument("--teacher-suffix", default="", help="added to the prompt, e.g. to ask for an answer")
     g.add_argument("--two-step", action="store_true", help="ask for the answer in a second request")
+    g.add_argument("--shots", metavar="FILE", help="worked examples that go before each question: JSONL "
+                   "with question, rationale, answer")
+    g.add_argument("--teacher-samples", type=int, default=1, metavar="N", help="replies per question "
+                   "(above 1: give --teacher-temperature)")
+    g.add_argument("--teacher-dir", help="where replies lie (default: out/TASK/teacher-NAME)")
     g = p.add_argument_group("what is learnt")
     g.add_argument("--keep", choices=("right", "all"), default="right", help="by their answers")
+    g.add_argument("--per-question", type=int, metavar="M", help="at most M rationales per question")
+    g.add_argument("--go-on", action="store_true", help="even if most answers can't be read")
+    g.add_argument("--allow-missing", action="store_true", help="train although replies are missing")
     g.add_argument("--collect-only", action="store_true", help="collect and clean, do not train")
     # fmt: on
     add_flags(g, "--dry-run")
@@ -60,50 +70,76 @@ def main(args) -> None:
     print(describe(questions, "train"))
     questions = questions[: args.limit]
     if teacher and args.dry_run:
-        asks = [teacher.ask(q) for q in questions]
-        e, prompt = teacher.endpoint, printable_lines(asks[0].messages[0]["content"])
-        print(f"\nprompt of question {printable(asks[0].id)}, to {e.url()}:\n{prompt}\n")
-        return endpoint.print_plan("plan", teacher.folder, asks, e, teacher.ask_answer)
-    student, method = pick_student(args)
-    o = options(args, student.label)
-    out = Path(o.out_dir or f"out/{o.task}/{student.label}/{method}/seed{o.s.seed}")
+        asks, e = [ask for q in questions for ask in teacher.asks(q)], teacher.endpoint
+        told = "\n".join(printable_lines(m["content"]) for m in asks[0].messages)
+        print(f"\nprompt of {printable(questions[0].name)}, to {e.url()}:\n{told}\n")
+        return asking.print_plan("plan", *teacher.places(asks, questions))
+    if args.collect_only:
+        name = clean_name(args.teacher_model or args.teacher_file or "program")
+        out = Path(
+            args.out_dir or (teacher and teacher.folder) or f"out/{args.task}/teacher-{name}"
+        )
+    else:
+        student, method = pick_student(args)
+        o = options(args, student.label)
+        out = Path(o.out_dir or f"out/{o.task}/{student.label}/{method}/seed{o.s.seed}")
+    path = out / "rationales.jsonl"
+    if args.allow_missing and (out / "settings.json").exists() and path.exists():
+        # What was missing when this student was first trained stays left out.
+        frozen = {r["id"] for r in read_jsonl(path)}
+        questions = [q for q in questions if q.id in frozen]
 
     if parallel.RANK == 0:
-        # 1. Collect an output of the teacher for each question.
+        # 1. Collect the outputs of the teacher for each question.
         failures: list[str] = []
         if teacher:
-            outputs, failures = ask_teacher(teacher, questions, args.keep)
+            outputs, failures = ask_teacher(teacher, questions, args, out)
         elif args.teacher_file:
-            outputs, left = read_teacher_file(args.teacher_file, questions)
+            found, left = read_teacher_file(args.teacher_file, questions)
+            outputs = {name: [output] for name, output in found.items()}
             console.print_counts(f"outputs in {args.teacher_file} that are left out", left)
         else:
-            outputs = program_outputs(questions, tasks.get(o.task).teacher)
+            outputs = program_outputs(questions, tasks.get(args.task).teacher)
 
         # 2. Clean the outputs and choose those to learn from.
-        encode, c = load_tokenizer(student.folder).encode, read_config(student.folder)
-
-        def fits(q: Question, rationale: str) -> bool:
-            return sum(len(encode(text)) for text in prompts.rd_pair(q, rationale)) <= c.n_positions
-
-        records, counts = rationale_records(questions, outputs, args.keep, fits)
+        fits = None if args.collect_only else fits_in(student)
+        keep = args.keep, fits, args.per_question
+        records, counts = rationale_records(questions, outputs, *keep)
         title = f"{len(records):,} rationales for {len(questions):,} questions"
         console.print_counts(title, counts)
+        console.print_rationales(records)
         if args.dry_run:
             return None
         save_records(out, records)
-        endpoint.end_if_missing(failures, "teacher", teacher.folder if teacher else out)
+        if not args.allow_missing:
+            asking.end_if_missing(failures, "teacher", teacher.folder if teacher else out)
     if args.collect_only:
-        return print(f"wrote {out}/rationales.jsonl")
+        return print(
+            f"wrote {path}\nnext: the same command without --collect-only trains a student on them"
+        )
     parallel.largest(0)  # the other processes wait here for the rationales
 
     # 3. Train on the chosen ones.
     by_id = {q.id: q for q in questions}
-    kept = [r for r in read_jsonl(out / "rationales.jsonl") if r["kept"]]
-    need(kept, f"no rationale was kept; look at {out}/rationales.jsonl, or use --keep all")
+    kept = [r for r in read_jsonl(path) if r["kept"]]
+    need(kept, f"no rationale was kept; look at {path}, or use --keep all")
     pairs = [(by_id[r["id"]], *prompts.rd_pair(by_id[r["id"]], r["rationale"])) for r in kept]
     about = {"source": args.teacher_file or args.teacher_model or o.task}
     o = o._replace(out_dir=str(out), limit=None)  # the questions were limited, not the examples
-    return train_student(prepare(student, method, pairs, prompts.COT_SUFFIX, about, o))
+    train_student(prepare(student, method, pairs, prompts.COT_SUFFIX, about, o))
+    if parallel.RANK == 0:
+        print(f"next: python evaluate.py {tasks.flags(args.task)} --model {shlex.quote(str(out))}")
+    return None
+
+
+def fits_in(student: Student) -> Callable[[Question, str], bool]:
+    """(question, rationale) -> can the student's context hold the training text?"""
+    encode, c = load_tokenizer(student.folder).encode, read_config(student.folder)
+
+    def fits(q: Question, rationale: str) -> bool:
+        return sum(len(encode(text)) for text in prompts.rd_pair(q, rationale)) <= c.n_positions
+
+    return fits
 
 
 def pick_student(args) -> tuple[Student, str]:
@@ -130,7 +166,8 @@ def save_records(out: Path, records: list[dict]) -> None:
     """Write rationales.jsonl. One that a checkpoint beside it was trained on is never changed."""
     path, text = out / "rationales.jsonl", "".join(map(to_line, records))
     same = not (out / "settings.json").exists() or not path.exists() or path.read_text() == text
-    need(same, f"{out} holds a student of other rationales; choose another --out-dir")
+    need(same, f"{out} holds a student of other rationales; choose another --out-dir (no reply is "
+         "asked for again)")  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
 
@@ -143,24 +180,39 @@ class Teacher(NamedTuple):
 
     endpoint: Endpoint
     folder: Path  # of its replies
+    others: tuple[Path, ...]  # where earlier versions stored them
     suffix: str  # added to the prompt
     two_step: bool  # ask for the answer in a second request
+    shots: tuple[dict, ...]  # worked examples, as messages
+    samples: int  # replies per question
 
-    def ask(self, q: Question) -> Ask:
-        """The request for a rationale."""
+    def asks(self, q: Question) -> list[Ask]:
+        """The requests for rationales."""
         text = prompts.question_prompt(q, prompts.COT_SUFFIX) + self.suffix
-        return Ask(q.task, q.id, 0, ({"role": "user", "content": text},))
+        messages = (*self.shots, {"role": "user", "content": text})
+        return [Ask(q.task, q.id, i, messages) for i in range(self.samples)]
 
-    def ask_answer(self, ask: Ask, record: dict) -> Ask | None:
-        """With --two-step the request for the answer that follows a rationale, if it is not empty."""
-        said, last = record["text"].strip(), ask.messages[-1]["content"]
-        if not self.two_step or not said or last.endswith(ASK_ANSWER):
-            return None
-        answer = {"role": "user", "content": ASK_ANSWER}
-        messages = (*ask.messages, {"role": "assistant", "content": said}, answer)
-        if self.endpoint.completions:
-            messages = ({"role": "user", "content": f"{last} {said}\n{ASK_ANSWER}"},)
-        return Ask(ask.task, ask.id, ask.sample, messages)
+    def places(self, asks: list[Ask], questions: list[Question]) -> tuple:
+        """What asking.print_plan wants to know."""
+        return self.folder, asks, self.endpoint, self.follow_up(questions), self.others
+
+    def follow_up(self, questions: list[Question]) -> Callable[[Ask, dict], Ask | None] | None:
+        """With --two-step: the request for the answer that follows a rationale, if that is not empty."""
+        triggers = {q.id: prompts.answer_trigger(q) for q in questions}
+
+        def ask_answer(ask: Ask, record: dict) -> Ask | None:
+            trigger, said = triggers[ask.id], record["text"].strip()
+            last = ask.messages[-1]["content"]
+            if not said or last.endswith(trigger):
+                return None
+            answer = {"role": "user", "content": trigger}
+            messages = (*ask.messages, {"role": "assistant", "content": said}, answer)
+            if self.endpoint.completions:
+                whole = {"role": "user", "content": f"{last} {said}\n{trigger}"}
+                messages = (*ask.messages[:-1], whole)
+            return Ask(ask.task, ask.id, ask.sample, messages, ANSWER_TOKENS)
+
+        return ask_answer if self.two_step else None
 
     def output(self, replies: list[dict]) -> Output:
         """The output that one reply or, with --two-step, two replies make."""
@@ -178,34 +230,68 @@ def teacher_from_flags(args) -> Teacher | None:
         "endpoint, see --base-url) or --teacher-file FILE",
     )
     if not model:
-        for flag in ("base_url", "max_requests", "max_cost", "two_step"):
+        for flag in ("base_url", "max_requests", "max_cost", "two_step", "shots", "teacher_dir"):
             need(not getattr(args, flag), f"--{flag.replace('_', '-')} needs --teacher-model")
+        need(args.teacher_samples == 1, "--teacher-samples needs --teacher-model")
         return None
-    # The replies are shared by all students of a task unless --out-dir is given.
-    folder = args.out_dir or f"out/{args.task}/teacher-{clean_name(model)}"
-    e = endpoint.from_flags(args, "teacher")
-    return Teacher(e, Path(folder), args.teacher_suffix, args.two_step)
+    e, n = endpoint.from_flags(args, "teacher"), args.teacher_samples
+    need(n == 1 or e.temperature, "--teacher-samples above 1 needs a --teacher-temperature above 0: "
+         "without one all replies to a question would be alike")  # fmt: skip
+    # The replies are shared by all students of a task. Earlier versions stored them in --out-dir.
+    default = f"out/{args.task}/teacher-{clean_name(model)}"
+    folder = Path(args.teacher_dir or default)
+    others = tuple(Path(p) for p in (args.out_dir, default) if p and Path(p) != folder)
+    shots = read_shots(args) if args.shots else ()
+    return Teacher(e, folder, others, args.teacher_suffix, args.two_step, shots, n)
 
 
-def ask_teacher(teacher: Teacher, questions: list[Question], keep: str) -> tuple[dict, list[str]]:
+def read_shots(args) -> tuple[dict, ...]:
+    """The worked examples of --shots as messages. A question of the task itself is refused: the teacher
+    would see its answer, or a test question's."""
+    form, messages, seen = dict.fromkeys(("question", "rationale", "answer"), str), [], set()
+    for split in ("train", "test"):
+        seen |= {plain_answer(stem(q.text)) for q in tasks.load(args.task, split, args.data_dir)}
+    for number, row in enumerate(read_jsonl(args.shots, form), 1):
+        known = plain_answer(stem(row["question"])) in seen
+        need(
+            not known, f"{args.shots} example {number} is a question of this task; take another one"
+        )
+        asked = f"Question: {row['question'].strip()}\nAnswer:{prompts.COT_SUFFIX}"
+        told = f"{row['rationale'].strip()} So the answer is {row['answer'].strip()}."
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+    need(messages, f"{args.shots} holds no examples")
+    return tuple(messages)
+
+
+def ask_teacher(
+    teacher: Teacher, questions: list[Question], args, out: Path
+) -> tuple[dict[str, list[Output]], list[str]]:
     """Ask for what is missing; (outputs by question id, why others are missing)."""
-    asks, by_id = [teacher.ask(q) for q in questions], {q.id: q for q in questions}
-    readable = endpoint.Readable(
+    asks, by_id = [a for q in questions for a in teacher.asks(q)], {q.id: q for q in questions}
+    ways = ["--teacher-suffix ' End with: So the answer is ..' asks for all replies again"]
+    ways += ["--two-step only adds a request for the answer"] * (not args.two_step)
+    ways += ["a larger --teacher-max-tokens asks for those again that were cut off",
+             "--go-on keeps those with a right answer, --keep all all of them"]  # fmt: skip
+    readable = asking.Readable(
         lambda ask, replies: teacher_answer(teacher.output(replies), by_id[ask.id]) is not None,
         "state an answer that can be read",
-        "Ask for it with --teacher-suffix ' End with: So the answer is ..' or --two-step, or raise "
-        "--teacher-max-tokens; --keep all goes on",
+        "; ".join(ways),
     )
-    wanted = readable if keep == "right" else None
-    e, follow_up = teacher.endpoint, teacher.ask_answer
-    collection, failures = endpoint.ask_all(teacher.folder, asks, e, wanted, follow_up)
-    walks = ((ask, *collection.walk(ask)) for ask in asks)
-    return {ask.id: teacher.output(replies) for ask, replies, now in walks if not now}, failures
+    wanted = readable if args.keep == "right" and not args.go_on else None
+    folder, asks, e, follow_up, others = teacher.places(asks, questions)
+    others = tuple({*others, out} - {folder})
+    collection, failures = asking.ask_all(folder, asks, e, wanted, follow_up, others)
+    outputs: dict[str, list[Output]] = {}
+    for ask in asks:
+        replies, now = collection.walk(ask)
+        if not now:
+            outputs.setdefault(ask.id, []).append(teacher.output(replies))
+    return outputs, failures
 
 
-def program_outputs(questions: list[Question], teacher: Callable) -> dict[str, Output]:
+def program_outputs(questions: list[Question], teacher: Callable) -> dict[str, list[Output]]:
     """What a task's own teacher writes; its answers are always right."""
-    return {q.id: Output(teacher(q), q.write() + ".", "stop", q.task) for q in questions}
+    return {q.id: [Output(teacher(q), q.write() + ".", "stop", q.task)] for q in questions}
 
 
 if __name__ == "__main__":

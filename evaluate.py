@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from sert_min import filters, prompts, script, tasks
-from sert_min.io import endpoint, files
+from sert_min.io import asking, endpoint, files
 from sert_min.io.errors import need, printable_lines, run_script
 from sert_min.io.files import to_line, write_atomic
 from sert_min.io.hub import weights_hash
@@ -177,7 +177,7 @@ def evaluate(cell: Cell, job: Job) -> dict:
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     console.print_metrics(cell.title, metrics)
     print(f"wrote {out}/predictions.jsonl and metrics.json")
-    endpoint.end_if_missing(failures, "judge", job.judge.folder if failures else out)
+    asking.end_if_missing(failures, "judge", job.judge.folder if failures else out)
     return metrics
 
 

@@ -23,6 +23,13 @@ def answer_sentence(question: Question, answer: str | None = None) -> str:
     return f"So the answer is {question.write(answer)}."
 
 
+def answer_trigger(question: Question) -> str:
+    """The second request of zero-shot CoT [arXiv 2205.11916, Table 10], by the kind of the answer."""
+    if question.choices:
+        return f"Therefore, among A through {question.answers[-1]}, the answer is"
+    return f"Therefore, the answer{'' if question.free else ' (Yes or No)'} is"
+
+
 def finetune_pair(question: Question) -> tuple[str, str]:
     """(prompt, completion) of the label-only baseline: no reasoning between the two."""
     return question_prompt(question), f" {answer_sentence(question)}"

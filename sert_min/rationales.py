@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sert_min.answers import SENTENCE_END, stated_answer, strip_answer_sentence, without_thinking
+from sert_min.io.endpoint import WHOLE
 from sert_min.io.errors import printable
+from sert_min.patterns import pattern_break
 from sert_min.questions import Question
 
 ANSWER_TRIGGER = " So the answer is "
-# Finish reasons of a text that is whole; after any other, unknown ones too, it may be cut.
-WHOLE = ("stop", "eos", "end_turn", "stop_sequence", "completed", "STOP")
 
 
 class Output(NamedTuple):
@@ -51,18 +51,19 @@ def clean(output: Output) -> tuple[str, bool, bool]:
 
 def rationale_records(
     questions: list[Question],
-    outputs: dict[str, Output],
+    outputs: dict[str, list[Output]],
     keep: str,
-    fits: Callable[[Question, str], bool],
+    fits: Callable[[Question, str], bool] | None = None,
+    per_question: int | None = None,
 ) -> tuple[list[dict], Counter]:
-    """(a record per question that has an output, in question order; the counts of what happened).
-    `keep` is "right" or "all"; `fits(question, text)`: can the student's context hold it?"""
-    records, counts = [], Counter()
-    for q in questions:
-        output = outputs.get(q.id)
-        if output is None:
-            counts["no output"] += 1
-            continue
+    """(a record per output, in question order; the counts of what happened). `keep` is "right" or
+    "all"; `fits(question, text)`: can the student's context hold it? Of the outputs for one question
+    at most `per_question` are kept."""
+    records, counts, kept = [], Counter(), Counter()
+    several = [(q, i, one) for q in questions for i, one in enumerate(outputs.get(q.id, ()))]
+    if without := len({q.id for q in questions} - {q.id for q, _, _ in several}):
+        counts["no output"] = without
+    for q, i, output in several:
         answer = teacher_answer(output, q)
         text, had_answer, halved = clean(output)
         counts["answer right"] += answer == q.answer
@@ -72,19 +73,26 @@ def rationale_records(
         counts["lost a half sentence at the end"] += halved
         if not text:
             reason = "empty"  # it was filtered, refused, all thinking, or only an answer
+        elif pattern_break(text, q, ("direct",)):
+            reason = "bare answer"
         elif keep == "right" and answer is None:
             reason = "answer not readable"
         elif keep == "right" and answer != q.answer:
             reason = "answer wrong"
-        elif not fits(q, text):
+        elif fits and not fits(q, text):
             reason = "too long"
+        elif per_question and kept[q.id] == per_question:
+            reason = "enough of this question"
         else:
             reason = "ok"
+        kept[q.id] += reason == "ok"
         counts[f"dropped: {reason}" if reason != "ok" else "kept"] += 1
+        which = {"sample": i} if len(outputs[q.id]) > 1 else {}
         records.append(
             {
                 "task": q.task,
                 "id": q.id,
+                **which,
                 "question": q.text,
                 "rationale": text,
                 "teacher_answer": answer,

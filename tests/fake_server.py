@@ -72,6 +72,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.steps, self.delay = steps, delay
         self.bodies, self.auths, self.times, self.served = [], [], [], 0
+        self.headers, self.models = [], []
         self.asked: Counter = Counter()  # by last message
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -100,6 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.bodies.append(body)
             server.auths.append(self.headers.get("authorization"))
+            server.headers.append(self.headers)
             server.times.append(time.monotonic())
             server.asked[body["messages"][-1]["content"] if "messages" in body else ""] += 1
             n = len(server.bodies)
@@ -112,7 +114,8 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.served += 1
 
-    do_GET = do_POST
+    def do_GET(self):
+        json_reply(200, {"data": [{"id": name} for name in self.server.models]})(self)
 
     def log_message(self, *args):
         pass

@@ -39,7 +39,7 @@ import evaluate
 import sample
 import train
 from sert_min import prompts, tasks
-from sert_min.io import endpoint
+from sert_min.io import asking
 from sert_min.io.files import read_jsonl, set_torn_tail_aside
 from sert_min.report import figures
 
@@ -82,8 +82,8 @@ COMMANDS = {
     "distill": Command(
         distill,
         f"--teacher-model fake --keep all --limit 10 --concurrency 3 {STUDENT}",
-        TRAINING + "endpoint.load endpoint.note endpoint.add endpoint.receive "
-        "endpoint.leave rationales.rationale_records distill.save_records",
+        TRAINING + "asking.load asking.note asking.add asking.receive "
+        "asking.leave rationales.rationale_records distill.save_records",
         (*TRAINED, "rationales.jsonl"),
     ),
     "evaluate": Command(
@@ -290,7 +290,7 @@ def kill_all(folder: Path, kills: int, seed: int, names: list[str]) -> dict:
     rng, asked, rows = random.Random(seed), folder / "asked.txt", {}
     train.VALIDATE = 2  # quick validations
     tasks.TASKS["micro"] = tasks.get("micro")._replace(greedy_cap=6)
-    endpoint.BACKOFF = 0.01
+    asking.BACKOFF = 0.01
     os.environ["OPENAI_API_KEY"] = "sk-of-the-kill-harness"
     tasks.load = functools.cache(tasks.load)
     torch.optim.Adam([torch.zeros(1)])  # slow first calls here, not in every child; no autograd yet

@@ -14,11 +14,12 @@ from fake_server import FakeServer, by_body, error, ok
 
 import distill
 from sert_min import tasks
-from sert_min.io import endpoint
+from sert_min.io import asking
 from sert_min.io.errors import SertError
 from sert_min.io.files import read_jsonl
 from sert_min.questions import Question
 
+TRIGGER = "Therefore, the answer (Yes or No) is"  # the second request, arXiv 2205.11916
 KEY = "sk-test-0123456789abcdefKEY"
 YES = "Things are so. So the answer is yes."
 QUESTIONS = [
@@ -36,7 +37,7 @@ def student(tmp_path_factory):
 def place(tmp_path, monkeypatch):
     """An empty folder to work in, a fake key, and 30 questions instead of a dataset."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
+    monkeypatch.setattr(asking, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     real = tasks.load
@@ -89,16 +90,18 @@ def test_collect_clean_train_and_repeat(student, capsys):
 
 
 def test_collect_only_shares_replies_between_students(student, tmp_path):
-    """Replies are bought once for all students of a task, but another prompt is another request."""
-    other = str(make_tiny_model(tmp_path / "other", seed=1))
+    """Replies are bought once for all students of a task, wherever results go; no student is needed.
+    Another prompt is another request."""
+    other = "no/such/student"
     with FakeServer(ok(YES)) as server:
-        run(student, server, "--collect-only")
+        run(student, server, "--collect-only", "--out-dir", "one")
         run(other, server, "--collect-only", "--keep", "all")
+        run(student, server, "--max-steps", 1)
         assert len(server.bodies) == 30
         run(other, server, "--collect-only", "--limit", 3, "--teacher-suffix", " End well.")
         assert server.bodies[30]["messages"][0]["content"].endswith("step by step. End well.")
-    assert len(list(Path("out").rglob("rationales.jsonl"))) == 2
-    assert not list(Path("out").rglob("last"))
+    assert len(list(Path(".").rglob("rationales.jsonl"))) == 3 and len(records("one")) == 30
+    assert not Path("one/responses.jsonl").exists()
     assert Path("out/strategy_qa/teacher-org-m/responses.jsonl").exists()
 
 
@@ -111,7 +114,7 @@ def test_dry_run_asks_nothing_and_writes_nothing(student, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "Question: Is 0 even?\nAnswer: Let's think step by step." in said
     assert "plan: 60 teacher requests (0 replies are there)" in said and "USD" in said
-    assert f"{60 * 512:,} out" in said and not Path("out").exists()
+    assert f"{30 * (512 + 64):,} out" in said and not Path("out").exists()
     line = {"question": "Is 0 even?", "rationale": "It is. So the answer is yes."}
     Path("t.jsonl").write_text(json.dumps(line) + "\n")
     run(student, None, "--teacher-file", "t.jsonl", "--dry-run")
@@ -149,7 +152,7 @@ def test_missing_rows_end_with_status_2(student, capsys):
 @by_body
 def answers_apart(body):
     last = body["messages"][-1]["content"]
-    return ok("(no)" if last == distill.ASK_ANSWER else "Reasoning only. Is it?")
+    return ok("(no)" if last == TRIGGER else "Reasoning only. Is it?")
 
 
 def test_two_step(student):
@@ -170,12 +173,12 @@ def test_two_step(student):
 def test_two_step_by_completions(student):
     @by_body
     def step(body):
-        return ok(" No." if body["prompt"].endswith(distill.ASK_ANSWER) else " Reasoning.")
+        return ok(" No." if body["prompt"].endswith(TRIGGER) else " Reasoning.")
 
     with FakeServer(step) as server:
         run(student, server, "--collect-only", "--two-step", "--completions", "--limit", 2)
         prompts = sorted(body["prompt"] for body in server.bodies)
-    assert prompts[1] == f"{prompts[0]} Reasoning.\n{distill.ASK_ANSWER}" and len(prompts) == 4
+    assert prompts[1] == f"{prompts[0]} Reasoning.\n{TRIGGER}" and len(prompts) == 4
 
 
 def test_unreadable_answers_stop_after_20(student):
@@ -226,6 +229,83 @@ def test_a_second_process_is_refused_and_sigterm_says_how_to_go_on(student):
         assert f"{len(server.bodies)} replies" in out and "without a known bill" not in out
 
 
+def test_replies_of_an_earlier_version_are_found(student):
+    """Replies lay in --out-dir: choosing another one must not buy them again."""
+    with FakeServer(ok(YES)) as server:
+        run(student, server, "--collect-only", "--limit", 3, "--teacher-dir", "run")
+        run(student, server, "--out-dir", "run", "--limit", 3, "--max-steps", 1)
+        assert len(server.bodies) == 3 and Path("run/last/config.json").exists()
+
+
+def test_several_samples_and_shots(student, capsys):
+    """All right replies of a question are kept, or --per-question of them; examples are sent first."""
+    row = {"question": "Is 900 even?", "rationale": "900 is twice 450.", "answer": "yes"}
+    Path("shots.jsonl").write_text(json.dumps(row) + "\n")
+    more = "--collect-only", "--limit", 2, "--teacher-samples", 3, "--teacher-temperature", 0.7
+    with FakeServer(ok(YES)) as server:
+        run(student, server, *more, "--shots", "shots.jsonl")
+        run(student, server, *more, "--shots", "shots.jsonl", "--per-question", 2)
+        assert len(server.bodies) == 6
+        asked, told, last = server.bodies[0]["messages"]
+        assert asked["content"] == "Question: Is 900 even?\nAnswer: Let's think step by step."
+        assert told == {"role": "assistant", "content": "900 is twice 450. So the answer is yes."}
+    rows, q = records(), QUESTIONS[0]
+    assert [(r["id"], r["sample"]) for r in rows] == [
+        (q.id, i) for q in QUESTIONS[:2] for i in range(3)
+    ]
+    reasons = [r["reason"] for r in rows if r["answer"] == "yes"]
+    assert reasons == ["ok", "ok", "enough of this question"]
+    with pytest.raises(SertError, match="above 1 needs a --teacher-temperature"):
+        run(student, server, *more[:5])
+    Path("shots.jsonl").write_text(json.dumps(row | {"question": q.text.upper()}) + "\n")
+    with pytest.raises(SertError, match="example 1 is a question of this task"):
+        run(student, server, *more, "--shots", "shots.jsonl")
+    said = capsys.readouterr().out
+    assert (
+        "kept: ok" in said and "dropped: answer wrong" in said and "teacher's answer: yes" in said
+    )
+
+
+def test_bare_answers_are_no_rationales(student):
+    with FakeServer(ok("No.")) as server:
+        run(student, server, "--collect-only", "--limit", 3, "--keep", "all")
+    assert {r["reason"] for r in records()} <= {"bare answer", "empty"}
+
+
+def test_training_on_what_is_there(student, capsys):
+    """One question without a reply blocked training; later replies don't change that student."""
+    broken = [" 7 "]
+
+    @by_body
+    def step(body):
+        asked = body["messages"][0]["content"]
+        return error(500, "oops") if any(word in asked for word in broken) else ok(YES)
+
+    with FakeServer(step) as server:
+        with pytest.raises(SystemExit):
+            run(student, server, "--max-steps", 1)
+        assert "--allow-missing trains" in capsys.readouterr().err
+        run(student, server, "--max-steps", 1, "--allow-missing")
+        trained = next(Path("out").rglob("last/model.safetensors"))
+        before, requests = trained.read_bytes(), len(server.bodies)
+        broken.clear()
+        run(student, server, "--max-steps", 1, "--allow-missing")
+        assert trained.read_bytes() == before and len(server.bodies) == requests
+        with pytest.raises(SertError, match="a student of other rationales"):
+            run(student, server, "--max-steps", 1)
+
+
+def test_the_early_stop_fits_the_flags_in_use(student):
+    with FakeServer(ok("I like trains.")) as server:
+        with pytest.raises(SertError, match="--two-step only adds"):
+            run(student, server, "--collect-only")
+        with pytest.raises(SertError) as stop:
+            run(student, server, "--collect-only", "--two-step")
+        assert "--two-step only" not in str(stop.value) and "--go-on" in str(stop.value)
+        run(student, server, "--collect-only", "--go-on")
+    assert {r["reason"] for r in records()} == {"answer not readable"}
+
+
 # --- flags ----------------------------------------------------------------------------------------
 
 
@@ -274,7 +354,8 @@ def test_teacher_file(student, capsys):
 def test_rationales_that_do_not_fit_the_student_are_counted(student, capsys):
     """The context is the student's own; a longer text would fail in the middle of training."""
     with FakeServer(ok("Word. " * 300 + "So the answer is yes.")) as server:
-        run(student, server, "--collect-only", "--limit", 2, "--keep", "all")
+        with pytest.raises(SertError, match="no rationale was kept"):
+            run(student, server, "--limit", 2, "--keep", "all")
     assert {r["reason"] for r in records()} == {"too long"}
 
 
@@ -283,7 +364,7 @@ def test_the_sert_checkpoint_is_the_default_student(student, tmp_path, monkeypat
     row = tasks.get("strategy_qa")._replace(student=student)
     monkeypatch.setitem(tasks.TASKS, "strategy_qa", row)
     with FakeServer(ok(YES)) as server:
-        live = flags(student, server, "--collect-only", "--limit", "4")
+        live = flags(student, server, "--limit", "4", "--max-steps", "1")
         del live[live.index("--model") : live.index("--model") + 2]
         distill.main(distill.parse_args(live))
         assert "starting from the raw student" in capsys.readouterr().out
@@ -292,11 +373,11 @@ def test_the_sert_checkpoint_is_the_default_student(student, tmp_path, monkeypat
         make_sert(student, sert, label)
         distill.main(distill.parse_args(live))
         assert "starting from the SERT checkpoint" in capsys.readouterr().out
-        run(sert, server, "--collect-only", "--limit", "4")
+        run(sert, server, "--limit", "4", "--max-steps", "1")
         assert len(server.bodies) == 4
         make_sert(student, Path("finetuned/last"), label, method="finetune")
         with pytest.raises(SertError, match="trained by finetune already.*--out-dir"):
-            run("finetuned", server, "--collect-only", "--limit", "4")
+            run("finetuned", server, "--limit", "4")
     found = {
         p.relative_to(f"out/strategy_qa/{label}") for p in Path("out").rglob("rationales.jsonl")
     }

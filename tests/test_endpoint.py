@@ -5,14 +5,16 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from dataclasses import replace
 
 import pytest
 from fake_server import USAGE, FakeServer, by_body, dribble, drop, error, hang, json_reply, ok, raw
 
-from sert_min.io import endpoint
-from sert_min.io.endpoint import Ask, Collection, Endpoint, Readable, ask_all
+from sert_min.io import asking, endpoint
+from sert_min.io.asking import Collection, Readable, ask_all
+from sert_min.io.endpoint import Ask, Endpoint
 from sert_min.io.errors import SertError
 
 KEY = "sk-test-0123456789abcdefKEY"
@@ -20,7 +22,7 @@ KEY = "sk-test-0123456789abcdefKEY"
 
 @pytest.fixture(autouse=True)
 def fast_and_keyed(monkeypatch):
-    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
+    monkeypatch.setattr(asking, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -172,7 +174,7 @@ def test_what_stays_without_a_known_bill(tmp_path):
         assert collection.open_bills() == stored(tmp_path).open_bills() == []
         run(tmp_path, server, 3, at(server, max_tokens=7))
     bills = stored(tmp_path).open_bills()
-    assert len(bills) == 3 and bills[0][1] == 7
+    assert len(bills) == 2 and bills[0][1] == 7  # the first reply ended by itself: it serves
 
 
 def test_most_of_the_last_failing_stops(tmp_path):
@@ -198,7 +200,7 @@ def test_one_poisonous_question_does_not_stop_the_rest(tmp_path):
 
 def test_other_forms_of_content(tmp_path, monkeypatch):
     """A list of parts is text; a reply that only thinks says where its text went."""
-    monkeypatch.setattr(endpoint, "TRIES", 1)
+    monkeypatch.setattr(asking, "TRIES", 1)
     parts = [
         {"type": "text", "text": "Ice "},
         {"type": "image"},
@@ -260,7 +262,7 @@ def test_dead_server(tmp_path):
 
 def test_the_deadline_ends_what_never_ends(tmp_path, monkeypatch):
     """A byte every tenth of a second never runs into the timeout; nor do rate limits end."""
-    monkeypatch.setattr(endpoint, "BACKOFF", 0.1)
+    monkeypatch.setattr(asking, "BACKOFF", 0.1)
     with FakeServer(dribble) as server:
         _, failures = run(tmp_path, server, 1, at(server, deadline=0.5))
         assert "no complete reply within 0.5 s" in failures[0]
@@ -272,7 +274,7 @@ def test_the_deadline_ends_what_never_ends(tmp_path, monkeypatch):
 
 def test_an_early_stop_keeps_what_is_in_flight(tmp_path, monkeypatch):
     """Paid replies were dropped because another request had failed for good."""
-    monkeypatch.setattr(endpoint, "FIRST", 3)
+    monkeypatch.setattr(asking, "FIRST", 3)
     nothing = Readable(lambda ask, replies: False, "rhyme", "Ask a poet.")
     with FakeServer(ok(), delay=0.1) as server:
         with pytest.raises(SertError, match="only 0 of the first 3 replies rhyme.*Ask a poet"):
@@ -442,7 +444,7 @@ def test_a_signal_keeps_what_is_in_flight(number, tmp_path):
 
 def test_a_signal_at_the_last_reply_stops_as_well(tmp_path, monkeypatch):
     """It was swallowed, and distill.py went on to train."""
-    monkeypatch.setattr(endpoint, "FIRST", 1)
+    monkeypatch.setattr(asking, "FIRST", 1)
     signal_me = Readable(lambda ask, replies: not os.kill(os.getpid(), 15), "", "")
     with FakeServer(ok()) as server:
         with pytest.raises(SystemExit) as stopped:
@@ -451,7 +453,7 @@ def test_a_signal_at_the_last_reply_stops_as_well(tmp_path, monkeypatch):
 
 
 def test_a_hanging_request_does_not_hold_up_a_signal(tmp_path, monkeypatch):
-    monkeypatch.setattr(endpoint, "DRAIN", 0.3)
+    monkeypatch.setattr(asking, "DRAIN", 0.3)
     with FakeServer(ok(), hang(20)) as server:
         pid = in_child(tmp_path, server, 5, at(server, concurrency=2))
         while len(server.bodies) < 2:
@@ -494,3 +496,130 @@ def test_kills_lose_no_reply_and_buy_none_twice(tmp_path):
         assert again <= len(collection.open_bills()) <= 4 * len(recorded_at_kill)
         assert collection.tokens_in == USAGE["prompt_tokens"] * n
     print(f"{kills} kills, {n} replies, {again} requests in flight at a kill were sent again")
+
+
+# --- replies that serve again, and those that may be cut ------------------------------------------
+
+
+def test_a_reply_that_ended_by_itself_serves_any_limit(tmp_path):
+    """Following "give a smaller --teacher-max-tokens" bought every reply again."""
+
+    @by_body
+    def step(body):
+        return ok("half", "length") if body["messages"][-1]["content"] == "q1" else ok()
+
+    with FakeServer(step) as server:
+        run(tmp_path, server, 3, max_tokens=100)
+        for cap, requests in ((50, 4), (200, 5), (200, 5)):  # the one that was cut is asked again
+            collection, failures = run(tmp_path, server, 3, max_tokens=cap)
+            assert (len(server.bodies), failures) == (requests, [])
+            assert len([ask for ask in asks(3) if collection.find(ask)]) == 3
+
+
+def test_the_same_server_at_another_address_is_named_by_a_flag(tmp_path, capsys):
+    with FakeServer(ok()) as old, FakeServer(ok()) as new:
+        run(tmp_path, old, 3)
+        run(tmp_path, new, 3, also_url=old.url)
+        assert new.bodies == []
+        run(tmp_path, new, 3)
+        assert len(new.bodies) == 3 and "--also-url" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("finish", ["error", "abort", "MAX_TOKENS", "sensitive"])
+def test_an_unknown_finish_is_asked_again_once_a_run(finish, tmp_path):
+    """Half a text under a word that we don't know counted as whole, and for ever."""
+    with FakeServer(ok("Half a", finish), ok("Half a", finish), ok("Whole.")) as server:
+        for requests, text in ((1, "Half a"), (2, "Half a"), (3, "Whole."), (3, "Whole.")):
+            collection, failures = run(tmp_path, server, 1)
+            assert (len(server.bodies), failures) == (requests, [])
+            assert collection.find(asks()[0])["text"] == text
+    with FakeServer(error(500, "gone")) as server:  # what is there stays, and nothing is missing
+        e = at(server)
+        (tmp_path / "b").mkdir()
+        record = {"key": asks()[0].key(e), "text": "Half", "finish": finish, "id": "0"}
+        (tmp_path / "b/responses.jsonl").write_text(json.dumps(record) + "\n")
+        assert run(tmp_path / "b", server, 1)[1] == []
+
+
+def test_concurrency_adapts_to_a_serial_server(tmp_path):
+    """8 requests at a time against a server that serves one got 2 replies for 60 requests."""
+    turn = threading.Lock()
+
+    def serial(handler):
+        with turn:
+            time.sleep(0.1)
+        ok()(handler)
+
+    with FakeServer(serial) as server:
+        collection, failures = run(tmp_path, server, 20, at(server, timeout=0.35, concurrency=16))
+        assert failures == [] and len(collection.replies) == 20 and len(server.bodies) < 40
+
+
+def test_a_refused_connection_stops_after_two_tries(tmp_path):
+    with FakeServer(ok()) as server:
+        e = at(server, concurrency=4)
+    with pytest.raises(SertError, match=f"no connection to {e.url()}"):
+        run(tmp_path, None, 50, e)
+    assert (tmp_path / "sent.jsonl").read_text().count("at_most") <= 2
+
+
+SAID = [
+    (json_reply(400, {"error": "bad thing"}), "bad thing"),
+    (json_reply(422, {"detail": [{"loc": ["n"], "msg": "no such field"}]}), "no such field"),
+    (json_reply(400, {"detail": "not today"}), "not today"),
+    (raw(400, b"plain words"), "plain words"),
+]
+
+
+@pytest.mark.parametrize("step, words", SAID)
+def test_what_a_server_says_is_shown(step, words, tmp_path):
+    with FakeServer(step) as server:
+        with pytest.raises(SertError, match=words):
+            run(tmp_path, server)
+
+
+def test_a_wrong_model_name_lists_the_models(tmp_path):
+    with FakeServer(error(404, "no such model")) as server:
+        server.models = ["qwen", "llama"]
+        with pytest.raises(SertError, match="it has qwen, llama"):
+            run(tmp_path, server)
+
+
+def from_words(*words):
+    parser = argparse.ArgumentParser()
+    endpoint.add_flags(parser, "teacher")
+    base = ["--teacher-model", "m", "--base-url", "https://api.example.com/v1"]
+    return endpoint.from_flags(parser.parse_args([*base, *words]), "teacher")
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--extra-body", "[1]"], "no JSON object"),
+    (["--extra-body", "{"], "no JSON object"),
+    (["--extra-body", '{"n": 2, "stream": true}'], "must not set n, stream"),
+    (["--extra-header", "X-Key"], "NAME=VARIABLE"),
+    (["--extra-header", "X-Key=NOT_THERE"], "NOT_THERE is not set"),
+])  # fmt: skip
+def test_bad_additions_to_a_request_are_refused(words, message):
+    with pytest.raises(SertError, match=message):
+        from_words(*words)
+
+
+def test_additions_to_a_request(tmp_path, monkeypatch):
+    """They are sent; body and system prompt are part of the key, a header's value is nowhere."""
+    monkeypatch.setenv("HEADER_VALUE", "secret-header-value-123")
+    with FakeServer(ok("I saw secret-header-value-123.")) as server:
+        e = replace(
+            from_words("--extra-body", '{"top_p": 0.5}', "--system-prompt", "Be brief.",
+                       "--extra-header", "X-Title=HEADER_VALUE"),
+            base_url=server.url, timeout=5)  # fmt: skip
+        run(tmp_path, server, 1, e)
+    (body,), (headers,) = server.bodies, server.headers
+    assert body["top_p"] == 0.5 and headers["x-title"] == "secret-header-value-123"
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert b"secret-header" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
+    keys = {
+        asks()[0].key(replace(e, **c)) for c in ({}, {"extra_body": None}, {"system_prompt": None})
+    }
+    assert len(keys) == 3 and asks()[0].key(replace(e, extra_header=())) in keys
+    with pytest.raises(SertError, match="HEADER_VALUE unencrypted"):
+        endpoint.make_client(replace(e, base_url="http://10.0.0.1/v1"))

@@ -25,7 +25,7 @@ import evaluate
 import sample
 import train
 from sert_min import answers, metrics, patterns, rationales, tasks, teacher_files
-from sert_min.io import endpoint
+from sert_min.io import asking, endpoint
 from sert_min.io.errors import SertError
 from sert_min.io.files import check_settings, stored_settings
 from sert_min.io.hub import model_label, read_sert
@@ -159,14 +159,15 @@ def run(script, *words) -> None:
 
 def read_collection(path: Path) -> None:
     e = endpoint.Endpoint("m", URL, price_in=1.0, price_out=2.0)
-    collection = endpoint.Collection(path.parent, e).load()
+    collection = asking.Collection(path.parent, e).load()
     collection.summary(), collection.most_usd(), collection.open_bills()
 
 
 def read_taught(path: Path) -> None:
     outputs, _ = teacher_files.read_teacher_file(str(path), QUESTIONS)
     for keep in ("right", "all"):
-        rationales.rationale_records(QUESTIONS, outputs, keep, lambda q, text: len(text) < 50)
+        several = {name: [output] for name, output in outputs.items()}
+        rationales.rationale_records(QUESTIONS, several, keep, lambda q, text: len(text) < 50)
 
 
 def read_paths(path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from fake_server import FakeServer, by_body, ok
 
 import evaluate
-from sert_min.io import endpoint
+from sert_min.io import asking
 from sert_min.io.errors import SertError
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.micro import program, world
@@ -71,7 +71,7 @@ def test_the_last_line_counts_and_a_missing_score_is_missing():
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
+    monkeypatch.setattr(asking, "BACKOFF", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
 
 

@@ -27,6 +27,7 @@ def write_jsonl(path, rows):
 
 
 def records(questions, outputs, keep="right"):
+    outputs = {name: [output] for name, output in outputs.items()}
     return rationale_records(questions, outputs, keep, lambda q, text: len(text) < 1000)
 
 
@@ -57,7 +58,7 @@ def test_our_own_records_are_read_back_unchanged(tmp_path):
     outputs = {
         "42": Output("Water is wet, I think so", "Yes.", "stop", "t"),
         "7": Output("Yes, some do. Others do not.", "moot.", None, "t"),
-        "ab": Output("It is the mall. So the answer is (B).", None, "stop", "t"),
+        "ab": Output("It is near the mall. So the answer is (B).", None, "stop", "t"),
     }
     first, _ = records([YES, NO, MALL], outputs)
     path = write_jsonl(tmp_path / "rationales.jsonl", first)
@@ -198,7 +199,8 @@ def real(task, name):
     outputs, left = read_teacher_file(str(path), questions)
     assert not left and len(outputs) == len(questions)
     theirs = [json.loads(line)["teacher_answer"] or None for line in path.read_text().splitlines()]
-    rows, counts = rationale_records(questions, outputs, "right", lambda q, text: True)
+    several = {name: [output] for name, output in outputs.items()}
+    rows, counts = rationale_records(questions, several, "right")
     return [(a, r["teacher_answer"]) for a, r in zip(theirs, rows)], counts
 
 

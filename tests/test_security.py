@@ -19,7 +19,7 @@ import sample
 import train
 from sert_min import tasks
 from sert_min.finetune import encode_example
-from sert_min.io import endpoint
+from sert_min.io import asking
 from sert_min.io.errors import run_script
 from sert_min.io.files import read_jsonl, to_line
 from sert_min.io.vocabulary import END
@@ -66,8 +66,8 @@ def model(tmp_path_factory):
 def here(tmp_path, monkeypatch):
     """An empty folder, a key, and six questions for every task."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(endpoint, "BACKOFF", 0.01)
-    monkeypatch.setattr(endpoint, "DRAIN", 0.1)
+    monkeypatch.setattr(asking, "BACKOFF", 0.01)
+    monkeypatch.setattr(asking, "DRAIN", 0.1)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(tasks, "load", lambda *_, **__: QUESTIONS)
 
@@ -172,10 +172,10 @@ def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
             run(distill, *teach, *dry)
             run(evaluate, *ask, *short, "--judge-model", EVIL, *dry)
         assert len(server.bodies) >= 2
-    (reply, *_) = read_jsonl(next(Path("d").rglob("responses.jsonl")))
+    (reply, *_) = read_jsonl(next(Path("out").rglob("teacher-*/responses.jsonl")))
     assert reply["text"] == EVIL
     assert list(inside.rglob("predictions.jsonl"))
-    assert len(list(inside.rglob("sent.jsonl"))) == 1  # the judge's
+    assert len(list(inside.rglob("sent.jsonl"))) == 2  # the teacher's and the judge's
     names = ("id", "question", "answer", "rationale", "teacher_completion", "teacher_answer")
     Path("texts.jsonl").write_text(to_line({**dict.fromkeys(names, EVIL), "answer": "yes"}))
     said += said_by(evaluate, ["--task", "strategy_qa", "--predictions", "texts.jsonl"], capfd)

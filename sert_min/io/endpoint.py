@@ -1,9 +1,7 @@
-"""One client for teachers and judges, for any OpenAI-compatible endpoint.
+"""One request to a teacher or a judge, at any OpenAI-compatible endpoint (asking.py sends many).
 
-Each reply is appended to responses.jsonl, durably, before anything else happens to it. Its key is a
-hash of all that shapes it, so repeating a command asks only for what is missing. Replies are read
-later and from the file, so a better parser never costs a new request. The openai package sends the
-requests, without its own retries, which differ between versions. This is what follows an attempt:
+The openai package sends it, without its own retries, which differ between versions. This is what
+follows an attempt:
 
     stop      authentication, quota, unknown model or redirect: an error with advice. Only one
               request is in flight until the first reply arrives, so such a mistake costs one request.
@@ -14,9 +12,6 @@ requests, without its own retries, which differ between versions. This is what f
               without a completion: HTML, cut JSON, no choices, empty text
     record    any completion, also an empty one that hit the token limit, was filtered or was
               refused: asking again would give, and bill, the same
-
-Each request is noted in sent.jsonl before it leaves. A note without a reply or a refusal (the
-process was killed, or the request timed out) may have been billed: it counts in full against a cap.
 """
 
 import contextlib
@@ -24,40 +19,23 @@ import hashlib
 import json
 import math
 import os
-import queue
-import random
-import sys
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
+import re
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
-from sert_min.io.errors import SertError, need, printable, this_command
-from sert_min.io.files import append_durable, lock_folder, to_line
-from sert_min.io.machine import stop_signals
+from sert_min.io.errors import SertError, need, printable
 
 MAX_REPLY = 1_000_000  # characters of a completion; the rest is cut off
-TRIES = 6  # attempts per request, not counting those that only met a rate limit
-BACKOFF = 0.5  # seconds before the second attempt; doubles with each further one
-DRAIN = 30.0  # seconds that an interrupted collection waits for requests in flight
-FIRST = 20  # replies after which a collection checks whether they are of use
-REFUSED = "refused"  # finish reason of ours: the server refused the request
-FINAL = ("length", "content_filter", "refusal")  # finish reasons that explain an empty text
+# Finish reasons. A text with another one, which may be somebody's word for an error, is not whole.
+WHOLE = ("stop", "eos", "end_turn", "stop_sequence", "completed", "STOP")
+CUT = ("length", "content_filter", "refusal")  # these explain an empty text
+REFUSED = "refused"  # ours: the server refused the request
 USAGE = ("prompt_tokens", "completion_tokens")
-CLIENT_VARIABLES = (
-    "ALL_PROXY",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
-)
+CLIENT_VARIABLES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE",
+                    "SSL_CERT_DIR")  # fmt: skip
+SECRETS = ["OPENAI_API_KEY"]  # variables whose values are never printed or stored
+OURS = {"model", "messages", "prompt", "n", "best_of", "stream", "max_tokens",
+        "max_completion_tokens"}  # fields that --extra-body must not set  # fmt: skip
 
 
 # --- where to ask ---------------------------------------------------------------------------------
@@ -87,6 +65,10 @@ class Endpoint:
     max_cost: float | None = None  # USD, of all runs of a folder together
     price_in: float | None = None  # USD per million tokens
     price_out: float | None = None
+    system_prompt: str | None = None
+    extra_body: dict | None = None  # more fields of a request
+    extra_header: tuple[tuple[str, str], ...] = ()  # (name, variable that holds the value)
+    also_url: str | None = None  # replies of the same server under another address
     who: str = "teacher"  # or "judge": whose flags an error names
 
     def __post_init__(self) -> None:
@@ -125,9 +107,13 @@ class Endpoint:
             name = "max_completion_tokens" if self.is_openai() else "max_tokens"
         return {"max_tokens" if self.completions else name: self.max_tokens}
 
-    def request(self, messages: list[dict]) -> dict:
-        """The body of a request; the API key is not part of it."""
-        body = {"model": self.model, **self.token_limit()}
+    def request(self, messages: list[dict], max_tokens: int | None = None) -> dict:
+        """The body of a request without `extra_body`; no secret is part of it. `max_tokens` overrides
+        the endpoint's."""
+        cap = self if max_tokens is None else replace(self, max_tokens=max_tokens)
+        body = {"model": self.model, **cap.token_limit()}
+        if self.system_prompt:
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
         if self.completions:
             body["prompt"] = "\n".join(m["content"] for m in messages)
         else:
@@ -141,6 +127,42 @@ class Endpoint:
         if self.price_in is None or self.price_out is None:
             return None
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+
+
+def parse_body(text: str | None) -> dict | None:
+    """The object of --extra-body. What would ask for other things than we count is refused."""
+    body = None
+    if text is not None:
+        with contextlib.suppress(ValueError, RecursionError):
+            body = json.loads(text)
+        need(
+            isinstance(body, dict),
+            "--extra-body is no JSON object; give one like '{\"top_p\": 0.9}'",
+        )
+        bad = ", ".join(sorted(OURS & body.keys()))
+        need(
+            not bad,
+            f"--extra-body must not set {bad}; these have flags of their own or are counted",
+        )
+    return body
+
+
+def parse_headers(texts: list[str]) -> tuple[tuple[str, str], ...]:
+    """(name, variable) of each NAME=VARIABLE of --extra-header. The variable has to be set."""
+    pairs = tuple(text.partition("=")[::2] for text in texts)
+    for (name, variable), text in zip(pairs, texts):
+        ok = re.fullmatch(r"[\w-]+", name) and re.fullmatch(r"[A-Za-z_]\w*", variable)
+        need(
+            ok,
+            "--extra-header takes NAME=VARIABLE, with an environment variable that holds the value",
+        )
+        value = os.environ.get(variable, "")
+        need(value, f"--extra-header {text}: the variable {variable} is not set")
+        need(
+            value.isascii() and value.isprintable(),
+            f"{variable} holds characters that no header has",
+        )
+    return pairs
 
 
 def number(text: str) -> float | None:
@@ -162,6 +184,11 @@ FLAGS = {  # by field of Endpoint
     "concurrency": dict(type=int, default=8, help="requests at a time (default: %(default)s)"),
     "timeout": dict(type=float, default=120.0, help="seconds without an answer"),
     "deadline": dict(type=float, default=900.0, help="seconds per request, retries included"),
+    "system_prompt": dict(metavar="TEXT", help="a system message before each prompt"),
+    "extra_body": dict(metavar="JSON", help='more fields of a request, like {"top_p": 0.9}'),
+    "extra_header": dict(metavar="NAME=VARIABLE", action="append", default=[],
+                         help="send this header with the value of an environment variable"),
+    "also_url": dict(metavar="URL", help="replies of the same server under this address count, too"),
     "insecure": dict(action="store_true", help="send the key over http:// as well"),
     "max_requests": dict(type=int, help="requests sent by this run, retries included"),
     "max_cost": dict(type=float, help="USD, all runs that share these replies together"),
@@ -185,6 +212,9 @@ def from_flags(args, who: str) -> Endpoint:
     for name in ("temperature", "max_requests", "max_cost", "price_in", "price_out"):
         ok = values[name] is None or 0 <= values[name] < math.inf  # NaN would disable a cap
         need(ok, f"{flag(who, name)} must be a number from 0")
+    values["extra_body"] = parse_body(values["extra_body"])
+    values["extra_header"] = parse_headers(values["extra_header"])
+    SECRETS.extend(variable for _, variable in values["extra_header"] if variable not in SECRETS)
     return Endpoint(**values, who=who)
 
 
@@ -199,24 +229,33 @@ class Ask:
     id: str
     sample: int
     messages: tuple  # of {"role":, "content":}
+    max_tokens: int | None = None  # instead of the endpoint's
+
+    def body(self, e: Endpoint) -> dict:
+        """The request that is sent, without extra_body."""
+        return e.request(list(self.messages), self.max_tokens)
 
     def key(self, e: Endpoint) -> str:
         """SHA-256 over everything that shapes the reply."""
-        content = [e.url(), e.request(list(self.messages)), self.task, self.id, self.sample]
+        body = self.body(e) | (e.extra_body or {})
+        content = [e.url(), body, self.task, self.id, self.sample]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def most_tokens(self, e: Endpoint) -> tuple[int, int]:
         """Upper bounds of its (tokens in, tokens out): a token per byte sent, plus what the server's
         chat template may add, and a full reply."""
-        sent = sum(len(m["content"].encode("utf-8", "replace")) + 8 for m in self.messages)
-        return sent + 64, e.max_tokens or 4096
+        texts = [m["content"] for m in self.messages]
+        texts += [e.system_prompt or "", json.dumps(e.extra_body or "")]
+        sent = sum(len(text.encode("utf-8", "replace")) + 8 for text in texts)
+        return sent + 64, self.max_tokens or e.max_tokens or 4096
 
 
 class Retry(Exception):
     """This attempt failed in a way that another one may not."""
 
-    def __init__(self, why: str, after: float | None = None, busy=False, billed=True):
+    def __init__(self, why: str, after: float | None = None, busy=False, billed=True, kind=""):
         super().__init__(why)
+        self.kind = kind  # "timeout", "no connection", or ""
         self.after = after or 0.0  # seconds to wait, as the server said
         self.busy = busy  # a rate limit: nothing is wrong with the request or the server
         self.billed = billed  # the server may have done the work
@@ -237,9 +276,11 @@ def make_client(e: Endpoint):
     key = api_key()
     ok = key.isascii() and key.isprintable()
     need(ok, "OPENAI_API_KEY holds characters that no key has; set it again")
+    secret = ["OPENAI_API_KEY"] * bool(key) + [variable for _, variable in e.extra_header]
+    safe = e.url().lower().startswith("https:") or e.is_local() or e.insecure
     need(
-        not key or e.url().lower().startswith("https:") or e.is_local() or e.insecure,
-        f"--base-url http://{e.host()} would carry OPENAI_API_KEY unencrypted; use https, unset "
+        safe or not secret,
+        f"--base-url http://{e.host()} would carry {' and '.join(secret)} unencrypted; use https, unset "
         "the key, or give --insecure",
     )
     ok = key or not e.is_openai()
@@ -266,24 +307,29 @@ def make_client(e: Endpoint):
         ) from None
 
 
-def attempt(client, e: Endpoint, messages: list[dict]) -> dict:
+def attempt(client, e: Endpoint, ask: Ask) -> dict:
     """Send one request and return the fields of its reply. Raises Retry, or SertError to stop."""
     import openai
 
     api = client.completions if e.completions else client.chat.completions
     try:
-        raw = api.with_raw_response.create(**e.request(messages))
+        headers = {name: os.environ.get(variable, "") for name, variable in e.extra_header}
+        more = {"extra_body": e.extra_body, "extra_headers": headers}
+        raw = api.with_raw_response.create(**ask.body(e), **more)
         return read_reply(json.loads(raw.text), e, raw.headers.get("x-request-id"))
     except (ValueError, RecursionError):
         raise Retry("a 200 reply that is not JSON (cut off, or a web page)") from None
     except openai.APITimeoutError:
-        raise Retry(f"no reply within {e.timeout:g} s") from None
+        told = f"no reply within {e.timeout:g} s; raise --timeout or lower --concurrency"
+        raise Retry(told, kind="timeout") from None
     except openai.APIConnectionError as error:
         cause = type(error.__cause__).__name__
-        hint = "; is the server running, is --base-url right?" if cause == "ConnectError" else ""
-        raise Retry(f"connection failed ({cause}){hint}", billed=not hint) from None
+        if cause == "ConnectError":
+            told = f"no connection to {e.url()}; is the server running, is --base-url right?"
+            raise Retry(told, billed=False, kind="no connection") from None
+        raise Retry(f"connection failed ({cause})") from None
     except openai.APIStatusError as error:
-        raise explain(error, e) from None
+        raise explain(error, e, client) from None
     except openai.OpenAIError as error:
         raise SertError(server_text(str(error))) from None
 
@@ -304,7 +350,7 @@ def read_reply(body, e: Endpoint, request_id: str | None = None) -> dict:
         parts = (part.get("text") for part in text if isinstance(part, dict))
         text = "".join(part for part in parts if isinstance(part, str))
     text = text if isinstance(text, str) else ""
-    if not text.strip() and finish not in FINAL:
+    if not text.strip() and finish not in CUT:
         thought = any(message.get(k) for k in ("reasoning_content", "reasoning"))
         hint = f"; it only thinks: raise {flag(e.who, 'max_tokens')}" if thought else ""
         raise Retry(f"a 200 reply with empty text{hint}")
@@ -325,11 +371,17 @@ def tokens_of(usage) -> list[int | None]:
     return [n if type(n) is int and 0 <= n < 2**53 else None for n in values]
 
 
-def explain(error, e: Endpoint) -> Exception:
-    """The Retry, or the SertError with advice, that an HTTP error amounts to."""
-    status, code = error.status_code, f"{error.code} {error.type}"
-    body = error.body if isinstance(error.body, dict) else {}
-    said = server_text(str(body.get("message") or error.message), 300)
+def explain(error, e: Endpoint, client=None) -> Exception:
+    """The Retry, or the SertError with advice, that an HTTP error amounts to. What the server says is
+    part of it: `message`, `error` as a string, `detail`, else the beginning of the body."""
+    status, code, body = error.status_code, f"{error.code} {error.type}", error.body
+    if isinstance(body, dict):
+        said = next((body[k] for k in ("message", "error", "detail") if body.get(k)), "")
+    else:
+        said = body if isinstance(body, str) and body else error.response.text
+    said = (
+        server_text(said if isinstance(said, str) else json.dumps(said), 200).strip() or f"{status}"
+    )
     if status == 402 or "insufficient_quota" in code or "billing" in code:
         return SertError(f"the account has no quota left ({said}); add credit, then repeat")
     if status in (408, 409, 425, 429) or status >= 500:
@@ -340,6 +392,7 @@ def explain(error, e: Endpoint) -> Exception:
         kind = Refused if status == 403 else SertError
         return kind(f"HTTP {status}: the server refused OPENAI_API_KEY; check it ({said})")
     if status == 404:
+        said += model_names(client)
         lacks = f"{e.url()} has no model {e.model} (hosted models get shut down), or lacks /v1"
         return SertError(f"{lacks}; give another {flag(e.who, 'model')} or --base-url ({said})")
     if status < 400:
@@ -351,6 +404,15 @@ def explain(error, e: Endpoint) -> Exception:
     return kind(f"HTTP {status}: {said}; change {flags}")
 
 
+def model_names(client) -> str:
+    """The models that a server lists at /models, for an error about a wrong name; "" if it doesn't."""
+    try:
+        names = [str(model.id) for model in client.with_options(timeout=10).models.list().data]
+    except Exception:  # this only adorns an error
+        return ""
+    return f"; it has {server_text(', '.join(names[:10]), 300)}" if names else ""
+
+
 def retry_after(headers) -> float | None:
     """Seconds that the server asks to wait; None if it gives no number."""
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
@@ -360,383 +422,14 @@ def retry_after(headers) -> float | None:
 
 
 def hide_key(text: str) -> str:
-    """`text` without the key, which a server may send back. A dummy like "ollama" is no secret."""
-    key = api_key()
-    return text.replace(key, "[key]") if len(key) >= 12 else text
+    """`text` without key and secret headers, which a server may send back. A dummy like "ollama" is
+    no secret."""
+    for value in (os.environ.get(name, "").strip() for name in SECRETS):
+        text = text.replace(value, "[key]") if len(value) >= 12 else text
+    return text
 
 
 def server_text(text, limit: int = 200) -> str | None:
     """Text of a server for terminal and records: short, without control characters and the key;
     None if it is no text."""
     return printable(hide_key(text))[:limit] if isinstance(text, str) else None
-
-
-# --- what a folder holds --------------------------------------------------------------------------
-
-FollowUp = Callable[[Ask, dict], Ask | None] | None  # gives the ask that a reply leads to, if any
-
-
-@dataclass
-class Collection:
-    """The replies in a folder by key (responses.jsonl), and what they cost, open bills included
-    (sent.jsonl). Only one process at a time may write."""
-
-    folder: Path
-    e: Endpoint
-    follow_up: FollowUp = None
-    replies: dict[str, dict] = field(default_factory=dict)
-    unanswered: dict[str, list] = field(default_factory=dict)  # key -> [tokens in, out] at most
-    tokens_in: int = 0
-    tokens_out: int = 0
-
-    def load(self) -> "Collection":
-        """Read the files without touching them: another process may be writing. A torn last line is
-        left out (the next append sets it aside); the first of two equal keys holds."""
-        for name, count in (("sent.jsonl", self.count_note), ("responses.jsonl", self.count)):
-            path = self.folder / name
-            *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
-            if torn:
-                print(f"{path}: a torn last line ({len(torn)} bytes) is left out")
-            for number, line in enumerate(lines, 1):
-                try:
-                    count(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    raise SertError(f"{path} line {number} is damaged; remove that line") from None
-        return self
-
-    def note(self, note: dict) -> None:
-        """Note a request before it leaves ("at_most": tokens in and out), or that the last request
-        of a key was answered without work and is not billed ("refused")."""
-        append_durable(self.folder / "sent.jsonl", to_line(note))
-        self.count_note(note)
-
-    def count_note(self, note: dict) -> None:
-        bounds = self.unanswered.setdefault(note["key"], [])
-        if note.get("refused"):
-            del bounds[-1:]
-        else:
-            bound = tokens_of(dict(zip(USAGE, note["at_most"])))
-            if None in bound:
-                raise ValueError("a note without two numbers of tokens")
-            bounds.append(bound)
-
-    def add(self, key: str, ask: Ask, reply: dict) -> None:
-        """Store a reply."""
-        names = {"key": key, "task": ask.task, "id": ask.id, "sample": ask.sample}
-        record = {**names, **reply, "time": round(time.time(), 3)}
-        append_durable(self.folder / "responses.jsonl", to_line(record))
-        self.count(record)
-
-    def count(self, record: dict) -> None:
-        if not isinstance(record["text"], str):
-            raise TypeError("a reply without text")
-        self.replies.setdefault(record["key"], record)
-        n_in, n_out = tokens_of(record.get("usage"))
-        if n_in is not None and n_out is not None:  # else its bound stays, as if unanswered
-            self.tokens_in += n_in
-            self.tokens_out += n_out
-            del self.unanswered.get(record["key"], [])[-1:]
-
-    def walk(self, ask: Ask) -> tuple[list[dict], Ask | None]:
-        """(the replies to an ask and to what follows from it, the request that is still to send)."""
-        records: list[dict] = []
-        now: Ask | None = ask
-        while now and (record := self.replies.get(now.key(self.e))):
-            records.append(record)
-            now = self.follow_up and self.follow_up(now, record)
-        return records, now
-
-    def missing(self, asks: Iterable[Ask]) -> list[Ask]:
-        """The requests that are still to send; equal ones once."""
-        now = (self.walk(ask)[1] for ask in asks)
-        return list({ask.key(self.e): ask for ask in now if ask}.values())
-
-    def replied(self) -> bool:
-        """Has any question a reply?"""
-        return any(r.get("finish") != REFUSED for r in self.replies.values())
-
-    def open_bills(self) -> list:
-        """[tokens in, tokens out] at most, of each request whose bill is not known."""
-        return [bound for bounds in list(self.unanswered.values()) for bound in bounds]
-
-    def most_usd(self) -> float:
-        """The most that all runs of this folder can have cost; prices must be known."""
-        n_in, n_out = map(sum, zip((self.tokens_in, self.tokens_out), *self.open_bills()))
-        return self.e.usd(n_in, n_out)
-
-    def summary(self) -> str:
-        usd, bills = self.e.usd(self.tokens_in, self.tokens_out), len(self.open_bills())
-        text = f"{self.e.who} {printable(self.e.model)}: {len(self.replies):,} replies, "
-        text += f"{self.tokens_in:,} tokens in, {self.tokens_out:,} out; "
-        text += "give --price-in and --price-out for USD" if usd is None else f"{usd:.4f} USD"
-        if bills:
-            text += f"; {bills:,} requests without a known bill (cut off, timed out or no usage)"
-            text += "" if usd is None else f", with them at most {self.most_usd():.4f} USD"
-        return text
-
-
-# --- what scripts call ----------------------------------------------------------------------------
-
-
-class Readable(NamedTuple):
-    """What makes a reply useful. Asking stops early if most of the first replies are not, because
-    every further one costs."""
-
-    test: Callable[[Ask, list[dict]], bool]  # of an ask and its replies (two with a follow-up)
-    what: str  # "hold all four scores"
-    advice: str  # what to change
-
-
-def ask_all(
-    folder: Path,
-    asks: Iterable[Ask],
-    e: Endpoint,
-    readable: Readable | None = None,
-    follow_up: FollowUp = None,
-) -> tuple[Collection, list[str]]:
-    """Ask for what the replies in `folder` lack, `e.concurrency` requests at a time; (all replies,
-    why others are missing). Stops at the caps of `e` (an open bill counts in full), at an error
-    that no retry repairs, when most of the last asks failed, when most replies are of no use, and
-    at a signal. Replies to requests in flight are kept whatever happens."""
-    asks = list(asks)
-    with lock_folder(folder, ".lock-responses"):
-        collection = Collection(folder, e, follow_up).load()
-        todo, failures = collection.missing(asks), []
-        try:
-            if todo:
-                print(f"{e.who}: {len(todo):,} of {len(asks):,} prompts have no reply yet")
-                with tqdm(total=len(todo), unit="reply") as bar:
-                    failures = Asking(collection, bar, asks, readable).until_done(todo)
-        finally:
-            print(collection.summary())
-        return collection, failures
-
-
-def print_plan(
-    what: str, folder: Path, asks: Iterable[Ask], e: Endpoint, follow_up: FollowUp = None
-) -> None:
-    """Print what asking would send and cost at most. Sends and writes nothing."""
-    collection = Collection(folder, e, follow_up).load()
-    there, bounds = 0, []
-    for ask in {ask.key(e): ask for ask in asks}.values():
-        records, now = collection.walk(ask)
-        there += len(records)
-        while now:
-            bounds.append(now.most_tokens(e))
-            said = {"text": "x" * bounds[-1][1]}  # as if it had used all its tokens
-            now = follow_up and follow_up(now, said)
-    n_in, n_out = (sum(bound[i] for bound in bounds) for i in (0, 1))
-    usd = e.usd(n_in, n_out)
-    print(
-        f"{what}: {len(bounds):,} {e.who} requests ({there:,} replies are there), at most {n_in:,} "
-        f"tokens in (a token per byte; English has about 4 bytes) and {n_out:,} out"
-        + ("" if usd is None else f"; at most {usd:.2f} USD, --max-cost is a hard cap")
-    )
-
-
-def end_if_missing(failures: list[str], who: str, folder: Path) -> None:
-    """If replies are missing, say which and how to go on, and exit with status 2."""
-    if not failures:
-        return
-    for why in failures[:5]:
-        print(f"  missing: {printable(why)}", file=sys.stderr)
-    spent = any("--max-cost" in why for why in failures)  # it counts all runs together
-    fix = "Raise --max-cost and repeat" if spent else "Repeat"
-    text = f"error: {len(failures):,} {who} replies are missing; those so far are in {folder}. "
-    print(f"{text}{fix} the command to ask for the rest", file=sys.stderr)
-    raise SystemExit(2)
-
-
-# --- many requests --------------------------------------------------------------------------------
-
-
-class MayNotLeave(Exception):
-    """No request may leave: a cap is reached, or the run ends."""
-
-
-class Asking:
-    """Asks at work. The calling thread starts them, stores replies and decides; a worker thread makes
-    all attempts of one ask. Workers are daemons, so a server that hangs cannot keep the process from
-    ending. `lock` guards the collection and what decides whether a request may leave."""
-
-    def __init__(self, collection: Collection, bar: tqdm, asks: list, readable: Readable | None):
-        self.collection, self.e, self.bar = collection, collection.e, bar
-        self.asks, self.readable = asks, readable
-        self.client = make_client(self.e)
-        self.todo: deque[Ask] = deque()
-        self.working: dict[str, tuple[Ask, float]] = {}  # key -> ask, when it is given up
-        self.arrived: queue.SimpleQueue = queue.SimpleQueue()  # of (ask, reply or error)
-        self.failures: dict[str, str] = {}  # key -> why
-        self.recent: deque[bool] = deque(maxlen=20)  # did the last asks succeed?
-        self.refused: list[tuple[Ask, Refused]] = []  # until another question has a reply
-        self.lock, self.closing = threading.Lock(), threading.Event()
-        self.sent = 0
-        self.resume = 0.0  # no request before this time: a server said so
-        self.capped = ""  # why no request may leave
-
-    def until_done(self, asks: list[Ask]) -> list[str]:
-        """Send the asks and all that follows from them; why some are still missing."""
-        self.check_readable()
-        self.todo.extend(asks)
-        with stop_signals() as stopped:
-            try:
-                while not stopped and (self.working or self.todo and not self.capped):
-                    slots = self.e.concurrency if any(self.recent) else 1
-                    while self.todo and not self.capped and len(self.working) < slots:
-                        ask = self.todo.popleft()
-                        self.working[ask.key(self.e)] = ask, math.inf
-                        threading.Thread(target=self.work, args=(ask,), daemon=True).start()
-                    if self.receive(wait=0.05):
-                        self.check_readable()
-                if stopped:  # after the last reply as well: what comes next may take hours
-                    print(f"\nno new requests; continue with: {this_command()}", flush=True)
-                    raise SystemExit(128 + stopped[0])
-            finally:  # what is in flight is paid for: keep it; a second signal ends the wait
-                self.closing.set()
-                if self.working:
-                    print(f"waiting at most {DRAIN:g} s for requests in flight", flush=True)
-                end = time.monotonic() + DRAIN
-                while self.working and time.monotonic() < end:
-                    with contextlib.suppress(SertError):  # the error that led here is to be shown
-                        self.receive(wait=0.1)
-        if self.refused:  # and nothing else succeeded
-            raise self.refused[0][1]
-        left = [f"{ask.task}/{ask.id}: {self.capped}" for ask in self.todo]
-        return [*self.failures.values(), *left]
-
-    def check_readable(self) -> None:
-        """Stop if most of the first replies are of no use. Checks once, when there are enough."""
-        if not self.readable or len(self.collection.replies) < FIRST:
-            return
-        walks = [(ask, *self.collection.walk(ask)) for ask in self.asks]
-        done = [(ask, records) for ask, records, now in walks if not now]
-        done = [(ask, records) for ask, records in done if records[0]["finish"] != REFUSED]
-        if len(done) < FIRST:
-            return
-        n = sum(self.readable.test(ask, records) for ask, records in done)
-        cut = sum(records[0].get("finish") == "length" for _, records in done)
-        need(
-            n >= len(done) / 2,
-            f"only {n} of the first {len(done)} replies {self.readable.what} ({cut} were cut off at "
-            f"{flag(self.e.who, 'max_tokens')}); they are kept. {self.readable.advice}",
-        )
-        self.readable = None
-
-    def receive(self, wait: float) -> bool:
-        """Take one result within `wait` seconds; was it a reply? A request is given up at the
-        deadline, because a server that sends a byte now and then never runs into the timeout; a
-        reply that comes after all is kept."""
-        try:
-            ask, result = self.arrived.get(timeout=wait)
-        except queue.Empty:
-            for ask in [ask for ask, end in self.working.values() if time.monotonic() > end]:
-                self.fail(ask, f"no complete reply within {self.e.deadline:g} s")
-            return False
-        if isinstance(result, dict):
-            with self.lock:
-                self.collection.add(ask.key(self.e), ask, result)
-        known = self.working.pop(ask.key(self.e), None)  # else it was given up before
-        if isinstance(result, Refused):
-            self.refused.append((ask, result))
-            if len(self.refused) == 3 and not self.collection.replied():
-                raise self.refused[0][1]
-        if self.collection.replied():
-            self.record_refused()
-        if isinstance(result, dict):
-            self.failures.pop(ask.key(self.e), None)
-            self.recent.append(True)
-            self.capped = ""  # the bill may be smaller than its bound was
-            self.todo.extendleft(self.collection.missing([ask]))
-            self.bar.set_postfix_str("", refresh=False)
-            self.bar.update()
-            return True
-        if isinstance(result, MayNotLeave):
-            self.capped = str(result)
-            self.todo.appendleft(ask)
-        elif not isinstance(result, Retry | Refused):
-            raise result
-        elif known and isinstance(result, Retry):
-            self.fail(ask, str(result))
-        return False
-
-    def record_refused(self) -> None:
-        """Store what the server refused as final for its questions; it is never asked again."""
-        for ask, why in self.refused:
-            reply = {"text": "", "finish": REFUSED, "reason": server_text(str(why), 300)}
-            with self.lock:
-                self.collection.add(ask.key(self.e), ask, reply)
-            tqdm.write(f"{printable(f'{ask.task}/{ask.id}')} is left out: {reply['reason']}")
-            self.bar.update()
-        self.refused.clear()
-
-    def fail(self, ask: Ask, why: str) -> None:
-        """Give one ask up; stop everything when most of the last ones failed."""
-        self.working.pop(ask.key(self.e), None)
-        self.failures[ask.key(self.e)] = f"{ask.task}/{ask.id}: {why}"
-        self.recent.append(False)
-        failed, of = self.recent.count(False), len(self.recent)
-        need(
-            of < (10 if any(self.recent) else 2) or failed <= of / 2,
-            f"{failed} of the last {of} requests got no reply ({why}); replies so far are kept, "
-            "repeat the command later",
-        )
-
-    # --- in the thread of an ask
-
-    def work(self, ask: Ask) -> None:
-        """Hand over the reply to an ask, or the error that ends its attempts."""
-        try:
-            result = self.reply_to(ask)
-        except BaseException as error:  # for the thread that decides
-            result = error
-        self.arrived.put((ask, result))
-
-    def reply_to(self, ask: Ask) -> dict:
-        """Attempt until there is a reply. Raises Retry when tries or time are used up, MayNotLeave,
-        or SertError to stop everything."""
-        tries, attempts, end = 0, 0, math.inf
-        while True:
-            end = self.leave(ask, end)
-            attempts += 1
-            try:
-                return {**attempt(self.client, self.e, list(ask.messages)), "attempts": attempts}
-            except (Retry, SertError) as error:
-                why, now = error, time.monotonic()
-            with self.lock:
-                if not getattr(why, "billed", False):
-                    self.collection.note({"key": ask.key(self.e), "refused": True})
-                if isinstance(why, SertError):
-                    raise why
-                wait = f"the server asks to wait {why.after:.0f} s ({why}); repeat the command then"
-                need(why.after <= self.e.deadline, wait)
-                self.resume = max(self.resume, now + why.after)
-            pause = min(BACKOFF * 2 ** min(attempts - 1, 9), 30) * random.uniform(0.75, 1.25)
-            tries += not why.busy
-            if tries >= TRIES or now + max(pause, why.after) > end:
-                raise Retry(f"{why} ({attempts} attempts)")
-            self.bar.set_postfix_str(f"retrying: {server_text(str(why), 60)}")
-            self.closing.wait(pause)
-
-    def leave(self, ask: Ask, end: float) -> float:
-        """Wait as servers told, then note that a request leaves; returns the time after which the
-        ask is attempted no more. Raises MayNotLeave at a cap, and Retry behind the time `end`."""
-        e, key, at_most = self.e, ask.key(self.e), ask.most_tokens(self.e)
-        while not self.closing.wait(max(0.0, self.resume - time.monotonic())):
-            with self.lock:
-                now = time.monotonic()
-                if now < self.resume:  # another request was told to wait
-                    continue
-                if now > end:
-                    raise Retry(f"rate limits for {e.deadline:g} s")
-                if e.max_requests is not None and self.sent >= e.max_requests:
-                    raise MayNotLeave(f"not asked, --max-requests {e.max_requests} is reached")
-                if (
-                    e.max_cost is not None
-                    and self.collection.most_usd() + e.usd(*at_most) > e.max_cost
-                ):
-                    raise MayNotLeave(f"not asked, it could pass --max-cost {e.max_cost:g}")
-                self.collection.note({"key": key, "at_most": at_most})
-                self.sent += 1
-                self.working[key] = ask, now + e.deadline
-                return min(end, now + e.deadline)
-        raise MayNotLeave("not asked, the run ended")

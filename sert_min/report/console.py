@@ -107,6 +107,15 @@ def print_paths(folder: Path) -> None:
                   f"     -> {r['verdict']} ({facts}, branch {r['branch']})")  # fmt: skip
 
 
+def print_rationales(records: list[dict]) -> None:
+    """Two rationales that are kept and two that are dropped."""
+    for title, want in (("kept", True), ("dropped", False)):
+        for r in [r for r in records if r["kept"] is want][:2]:
+            print(f"\n{title}: {r['reason']}\n  Q: {printable(r['question'])[:200]}\n"
+                  f"     {printable(r['rationale'])[:300] or '(empty)'}\n     teacher's answer: "
+                  f"{r['teacher_answer']}, right: {r['answer']}")  # fmt: skip
+
+
 def print_before_after(questions, before, after, tokenizer, limits) -> None:
     """The table of what training changed in greedy decoding, and three outputs side by side."""
     print(f"\ngreedy decoding, {len(questions)} test questions{'before':>14}{'after':>10}")

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sert_min.answers import without_thinking
-from sert_min.io import endpoint
-from sert_min.io.endpoint import Ask, Endpoint, Readable
+from sert_min.io import asking, endpoint
+from sert_min.io.asking import Readable
+from sert_min.io.endpoint import Ask, Endpoint
 from sert_min.io.files import clean_name, read_jsonl, to_line, write_atomic
 from sert_min.metrics import mean_interval
 
@@ -55,7 +56,7 @@ _SCORES = {
 _NUMBER = re.compile(  # not a score: a range (7-8), a change (6 -> 8), another scale (7/5), 8th
     r"[\s*_`\[({<\"']*(?P<n>[+-]?[0-9]+(?:[.,][0-9]+)?)(?![\w])"
     r"(?:[\s\])}>(*_`]*(?:/|out\s+of)\s*(?P<of>[0-9]+(?:[.,][0-9]+)?))?"
-    r"(?![\s*_`]*(?:[-=]*>|-|–|—|→|to\b|or\b)[\s*_`]*[0-9])(?![.,]?[0-9])",
+    r"(?![\s*_`]*(?:[-=]*>|-|–|—|[→⇒➜➔⟶⟹]|to\b|or\b)[\s*_`]*[0-9])(?![.,]?[0-9])",
     re.IGNORECASE,
 )
 
@@ -116,7 +117,7 @@ def make_ask(record: dict) -> Ask:
 def print_plan(records: list[dict], judge: Judge | None, what: str) -> None:
     """Print what judging would ask and cost at most; a program costs nothing."""
     if judge and judge.endpoint:
-        endpoint.print_plan(what, judge.folder, map(make_ask, records), judge.endpoint)
+        asking.print_plan(what, judge.folder, map(make_ask, records), judge.endpoint)
 
 
 # --- scores of records ----------------------------------------------------------------------------
@@ -138,8 +139,8 @@ def write_scores(records: list[dict], questions: dict, judge: Judge | None, out:
             "Look at responses.jsonl; choose another --judge-model or a larger --judge-max-tokens",
         )
         asks, e = list(map(make_ask, records)), judge.endpoint
-        collection, failures = endpoint.ask_all(judge.folder, asks, e, readable)
-        told = zip(records, (collection.replies.get(ask.key(e)) for ask in asks))
+        collection, failures = asking.ask_all(judge.folder, asks, e, readable)
+        told = zip(records, map(collection.find, asks))
         scored = [score_record(r, parse_scores(reply["text"])) for r, reply in told if reply]
     write_atomic(out / f"scores-{judge.name}.jsonl", map(to_line, scored))
     return failures

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from sert_min import tasks
-from sert_min.io.endpoint import end_if_missing
+from sert_min.io.asking import end_if_missing
 from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.metrics import grade, summarize, without_nan
