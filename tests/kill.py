@@ -164,6 +164,11 @@ def kill_itself(command: Command, seen: Counter, kill_at, number: int, report: i
     sys.settrace(threading.gettrace())
 
 
+def places(name: str, out: Path) -> list[str]:
+    """The flags that put everything into one folder, a teacher's replies as well."""
+    return ["--out-dir", str(out)] + ["--teacher-dir", str(out)] * (name == "distill")
+
+
 def start_teacher(asked: Path) -> str:
     """The address of an endpoint in a process of its own (threads and forks do not mix). It writes
     each question to `asked`, fails now and then, and ends with this process."""
@@ -240,7 +245,7 @@ class Bench:
         return shutil.copytree(self.template, self.folder / f"{self.name}-{name}")
 
     def finish(self, out: Path) -> None:
-        status, lines = run_child(self.command, [*self.flags, "--out-dir", str(out)])
+        status, lines = run_child(self.command, [*self.flags, *places(self.name, out)])
         log = Path(f"/tmp/kill-{os.getpid()}.log").read_text()
         assert status == 0, f"{self.name} can't be continued in {out}: status {status}\n{log}"
         self.lines |= Counter(json.loads(lines))
@@ -250,7 +255,7 @@ class Bench:
         out, killed, snapshots = self.fresh(f"chain{number}"), [], []
         self.asked.write_text("")
         for phase, sign in jobs[: -2 - self.rng.randrange(4) : -1]:
-            flags = [*self.flags, "--out-dir", str(out)]
+            flags = [*self.flags, *places(self.name, out)]
             after = self.rng.uniform(0.02, self.seconds) if phase == TIMED else None
             # squared: after a resume fewer lines are left than in the whole run
             at = 1 + int(self.lines[phase] * self.rng.random() ** 2)

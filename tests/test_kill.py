@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, make_tiny_model
 from fake_server import FakeServer, ok
-from kill import COMMANDS, differences
+from kill import COMMANDS, differences, places
 
 import train
 from sert_min import tasks
@@ -44,10 +44,10 @@ def go(tmp_path_factory, monkeypatch, capsys):
 
         def run(name, out) -> str:
             command = COMMANDS[name]
-            words = f"--model {model} --device cpu --out-dir {out} {command.flags}"
-            words += f" --base-url {server.url}" if name == "distill" else ""
+            words = f"--model {model} --device cpu {command.flags}".split() + places(name, out)
+            words += ["--base-url", server.url] * (name == "distill")
             try:
-                run_script(command.script.main, command.script.parse_args(words.split()))
+                run_script(command.script.main, command.script.parse_args(words))
             except SystemExit as e:  # one line that is no traceback
                 assert "\n" not in e.code and "Traceback" not in capsys.readouterr().err
                 return e.code
