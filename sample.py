@@ -213,17 +213,19 @@ def sample_missing(run: Run) -> None:
         for name in DERIVED:  # train.py must not take a part for all
             (run.out / name).unlink(missing_ok=True)
         print(f"{len(missing)} of {len(blocks.numbers())} blocks are to be sampled")
-    bar = console.TokenBar(sum(len(blocks.block(i)) for i in todo), RANK > 0 or not todo)
     kept, model, early = 0, (run.model, run.tokenizer), run.settings["early_reject"]
-    for i in todo:
-        block = blocks.block(i)
-        sampled = sample_paths(*model, block, run.s, run.student.suffix, early, bar.count, memory)
-        blocks.write(i, sampled)
-        records = filters.path_records(sampled, block, run.tokenizer, run.limits)
-        kept += sum(r["verdict"] in ("kept", "selected") for r in records)
-        bar.note = f", {kept:,} paths kept"
-        bar.update(len(block))
-    bar.close()
+    n = sum(len(blocks.block(i)) for i in todo)
+    with console.TokenBar(n, disable=RANK > 0 or not todo) as bar:
+        for i in todo:
+            block = blocks.block(i)
+            sampled = sample_paths(
+                *model, block, run.s, run.student.suffix, early, bar.count, memory
+            )
+            blocks.write(i, sampled)
+            records = filters.path_records(sampled, block, run.tokenizer, run.limits)
+            kept += sum(r["verdict"] in ("kept", "selected") for r in records)
+            bar.note = f", {kept:,} paths kept"
+            bar.update(len(block))
     if RANK == 0 and todo:
         spent = to_line({"processes": WORLD, **bar.spent()})
         files.append_durable(run.out / "timings.jsonl", spent)
