@@ -11,6 +11,9 @@ any OpenAI-compatible endpoint, a file of rationales, or, in the micro-world, a 
     python distill.py --task strategy_qa --teacher-model llama3 --base-url http://localhost:11434/v1
 """
 
+import sert_min.io.early  # noqa: F401  (first: it makes one line of what fails below)
+
+# isort: split
 import argparse
 import shlex
 from collections.abc import Callable
@@ -128,7 +131,9 @@ def main(args) -> None:
     o = o._replace(out_dir=str(out), limit=None)  # the questions were limited, not the examples
     train_student(prepare(student, method, pairs, prompts.COT_SUFFIX, about, o))
     if parallel.RANK == 0:
-        print(f"next: python evaluate.py {tasks.flags(args.task)} --model {shlex.quote(str(out))}")
+        where = ["--data-dir", args.data_dir] * bool(args.data_dir)
+        more = shlex.join(["--model", str(out), *where])
+        print(f"next: python evaluate.py {tasks.flags(args.task)} {more}")
     return None
 
 

@@ -10,6 +10,9 @@ lie in block files under OUT/outputs-HASH/, and everything else is derived from 
     python evaluate.py --predictions FILE.jsonl --task strategy_qa        # existing texts, no model
 """
 
+import sert_min.io.early  # noqa: F401  (first: it makes one line of what fails below)
+
+# isort: split
 import argparse
 import hashlib
 import json

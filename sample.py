@@ -11,10 +11,14 @@ left, the least repetitive path of each question is selected for self-training (
     torchrun --nproc-per-node 2 sample.py --task strategy_qa   # the same bytes, two processes
 """
 
+import sert_min.io.early  # noqa: F401  (first: it makes one line of what fails below)
+
+# isort: split
 import argparse
 import contextlib
 import itertools
 import json
+import shlex
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -131,8 +135,12 @@ def main(args) -> None:
             n = page.write_page(run.out, args.html, run.tokenizer)
             print(f"wrote {args.html} ({n:,} questions); open it in a browser")
         if m["split"] == "train" and not run.s.raw:
-            student = f"{tasks.flags(m['task'])} --model {run.student.name}"
-            print(f"next: python train.py {student} --paths {selected}")
+            where = ["--data-dir", args.data_dir] * bool(args.data_dir) + [
+                "--seed",
+                str(run.s.seed),
+            ]
+            more = shlex.join(["--model", run.student.name, "--paths", str(selected), *where])
+            print(f"next: python train.py {tasks.flags(m['task'])} {more}")
 
 
 def prepare(args) -> Run:

@@ -11,12 +11,16 @@ round without rationalisation).
     python train.py --task strategy_qa --method finetune --dtype bf16
 """
 
+import sert_min.io.early  # noqa: F401  (first: it makes one line of what fails below)
+
+# isort: split
 import argparse
 import contextlib
 import hashlib
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -123,8 +127,8 @@ def self_training_pairs(
     paths = paths.with_name("paths.jsonl") if anew else paths
     need(
         paths.exists(),
-        f"{paths} does not exist; run `python sample.py {tasks.flags(args.task)} --model {student.name} "
-        f"--seed {args.seed}` to its end first, or give --paths",
+        f"{paths} does not exist; run `python sample.py {tasks.flags(args.task)} --model "
+        f"{shlex.quote(student.name)} --seed {args.seed}` to its end first, or give --paths",
     )
     if not anew:
         return sert_pairs(paths, questions), {"source": str(paths)}

@@ -156,7 +156,8 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2 | Llama:
     wanted, head = hub_tensors(model.to_empty(device="cpu")), None
     missing = set(wanted)
     for raw_name, t in read_tensors(folder):
-        name = raw_name.removeprefix("transformer.")
+        name = raw_name.removeprefix("_orig_mod.")  # of a model that was compiled
+        name = name.removeprefix("transformer.").removeprefix("_orig_mod.")
         if BUFFERS.fullmatch(name):
             continue
         if name == "lm_head.weight" and name not in wanted:

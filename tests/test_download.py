@@ -68,6 +68,7 @@ class Hub:
 
     def __init__(self):
         self.repos: dict[str, tuple[Path, str]] = {}  # repo -> its files, the only commit it has
+        self.status = 0  # answers everything, if it is set
         self.cut = None  # "short": GET announces and sends less; "broken": it stops half-way
         self.asked: list[str] = []
         handler = type("Handler", (http.server.BaseHTTPRequestHandler,), {
@@ -119,6 +120,9 @@ class Hub:
                 body = body[: len(body) // 2]
                 announced = len(body) if self.cut == "short" else announced
             headers["Content-Length"] = str(announced)
+        if self.status:  # 200: a login page in place of the hub
+            body = b"<html>log in</html>"
+            status, headers = self.status, {"Content-Length": str(len(body)), "Content-Type": "text/html"}
         request.send_response(status)
         for header in headers.items():
             request.send_header(*header)
@@ -250,6 +254,17 @@ def test_unreachable_hub_is_one_line(hub, load):
         error = load("gpt2", **environment)["error"]
         assert "can't be reached" in error and "HF_ENDPOINT" in error and "HF_HUB_OFFLINE" in error
     assert not hub.asked
+
+
+ANSWERS = {401: "HF_TOKEN", 403: "accept its terms", 429: "too many requests", 200: "login page",
+           503: "answers 503; try again later"}  # fmt: skip
+
+
+@pytest.mark.parametrize("status, message", ANSWERS.items())
+def test_what_the_hub_answers_is_told(status, message, hub, load):
+    """All of these were "can't be reached"."""
+    hub.status = status
+    assert message in load("gpt2")["error"]
 
 
 @pytest.mark.parametrize("cut", ["short", "broken"])

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -37,17 +38,16 @@ def test_records_come_back(tmp_path_factory, records):
 
 @pytest.mark.parametrize(
     "line",
-    [b"[1]", b"3", b'"x"', b"null", b"", b"{", b'{"a":1}{"b":2}', b"\xff", b"[" * 200_000]
+    [b"[1]", b"3", b'"x"', b"null", b"{", b'{"a":1}{"b":2}', b"\xff", b"[" * 200_000]
     + [
         b'{"a":' * 200_000,
         b'{"a":' + b"1" * 5000 + b"}",
         b'{"a":"\x01"}',
-        b"\xef\xbb\xbf{}",
         b'{"a":NaN}',
     ],
 )
 def test_damaged_lines_are_named(tmp_path, line):
-    """Guards deep nesting (RecursionError), non-objects, bytes that are no UTF-8, blank lines."""
+    """Guards deep nesting (RecursionError), non-objects, bytes that are no UTF-8."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a":1}\n' + line + b'\n{"a":2}\n')
     reader = files.read_jsonl(path)
@@ -55,6 +55,12 @@ def test_damaged_lines_are_named(tmp_path, line):
     with pytest.raises(SertError, match="line 2 ") as e:
         next(reader)
     assert "remove that line" in one_line(e)
+
+
+def test_a_bom_and_blank_lines_are_read_over(tmp_path):
+    """ "Remove that line" would have dropped the first record of a file that an editor saved."""
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a":1}\r\n\n \n{"a":2}')
+    assert [r["a"] for r in files.read_jsonl(tmp_path / "a.jsonl")] == [1, 2]
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
@@ -330,3 +336,70 @@ def test_a_second_gpu_becomes_the_current_one(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert machine.pick_device("cuda") == machine.pick_device("auto") == second
     assert chosen == [second] * 3
+
+
+# --- file systems that refuse ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_fsync_gets_one_warning(number, tmp_path, monkeypatch, capsys):
+    def fsync(fd):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.warn_once.cache_clear()
+    files.write_atomic(tmp_path / "a", "text")
+    files.append_durable(tmp_path / "b", "{}\n")
+    with files.atomic_folder(tmp_path / "c") as part:
+        (part / "d").write_text("x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "c"]
+    assert capsys.readouterr().err.count("note: ") == 1
+
+
+def test_without_flock_a_file_is_the_lock(tmp_path, monkeypatch):
+    """Guards two collections that pay twice on a network disk; a dead holder's file is removed."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.lock_folder(tmp_path):
+        with pytest.raises(SertError, match="another process.*delete .*.lock-holder if process"):
+            with files.lock_folder(tmp_path):
+                pass
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / ".lock-holder").write_text(f"{files.socket.gethostname()} {dead.pid}")
+    with files.lock_folder(tmp_path):
+        pass
+    assert not (tmp_path / ".lock-holder").exists()
+    (tmp_path / ".lock-holder").write_text(f"elsewhere {dead.pid}")
+    with pytest.raises(SertError, match="on elsewhere is gone"):
+        with files.lock_folder(tmp_path):
+            pass
+
+
+def test_links_stay_links(tmp_path):
+    """Guards a checkpoint that was moved to a larger disk, and a page behind a link."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "last").symlink_to(tmp_path / "disk/last")
+    (tmp_path / "page").symlink_to(tmp_path / "disk/page")
+    for i in range(2):
+        with files.atomic_folder(tmp_path / "last") as part:
+            (part / "weights").write_text(str(i))
+        files.write_atomic(tmp_path / "page", str(i))
+        assert (tmp_path / "last").is_symlink() and (tmp_path / "page").is_symlink()
+        assert (
+            (tmp_path / "disk/last/weights").read_text()
+            == (tmp_path / "disk/page").read_text()
+            == str(i)
+        )
+    (tmp_path / "disk/loop").symlink_to(tmp_path)
+    (tmp_path / "top").mkdir()
+    (tmp_path / "top/linked").symlink_to(tmp_path / "disk")
+    found = [os.path.realpath(p) for p in files.folders_in(tmp_path / "top")]
+    assert str(tmp_path / "disk/last") in found and len(set(found)) == len(found)
+
+
+def test_names_fit_a_file_system():
+    assert len(files.clean_name("é" * 300).encode()) <= 80 and files.clean_name("a/b c") == "a-b-c"

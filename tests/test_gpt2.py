@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import one_line, shared, write_tiny_tokenizer
+from conftest import make_tiny_model, one_line, shared, write_tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from sert_min.gpt2 import GPT2, GPT2Config
 from sert_min.io import hub
 from sert_min.io.errors import SertError
-from sert_min.io.hub import model_label, read_sert
+from sert_min.io.hub import find_model, is_local, model_label, read_sert
 from sert_min.models import TRANSPOSED, load_model, save_model
 
 CONFIGS = {
@@ -265,3 +265,32 @@ def test_pickle_only_and_empty_folders_are_refused(folder):
 
 if __name__ == "__main__":
     print("bf16 log-prob errors (median, largest):", bf16_errors(GPT2Config(), rows=2, length=64))
+
+
+def test_folders_of_older_files_and_compiled_models(tmp_path):
+    """config.json without model_type; names under `_orig_mod.`."""
+    folder = make_tiny_model(tmp_path / "m")
+    wanted = load_model(folder).state_dict()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "model_type"})
+    )
+    tensors = {
+        f"_orig_mod.transformer.{k}": v for k, v in load_file(folder / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    found = load_model(folder).state_dict()
+    assert all(torch.equal(found[k], v) for k, v in wanted.items())
+
+
+def test_folders_that_hold_no_whole_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file, message in (("adapter/adapter_config.json", "is an adapter; merge it"),
+                          ("run/checkpoint-500/config.json", "give --model run/checkpoint-500")):  # fmt: skip
+        path = tmp_path / file
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+        with pytest.raises(SertError, match=message):
+            find_model(file.split("/")[0])
+    (tmp_path / "gpt2").mkdir()  # something else: it does not hide the hub's model
+    assert not is_local("gpt2") and is_local("run")

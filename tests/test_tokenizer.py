@@ -237,3 +237,20 @@ def test_folders_without_a_tokenizer_are_refused(tmp_path):
     write_tiny_tokenizer(tmp_path)
     (tmp_path / "vocab.json").unlink()
     assert "has neither" in refused(tmp_path)
+
+
+def test_added_tokens_beside_the_merges(tmp_path):
+    """A ChatML GPT-2, whose end is an added token, never ended here."""
+    n = write_tiny_tokenizer(tmp_path)
+    chat = {"<|im_start|>": n, "<|im_end|>": n + 1}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(chat))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": n + 1}))
+    t = load_tokenizer(tmp_path)
+    assert t.eot == n + 1 and t.ends == {n - 1: "special", n: "special", n + 1: "eos"}
+    (tmp_path / "added_tokens.json").unlink()
+    decoder = {str(i): {"content": token, "special": True} for token, i in chat.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    assert load_tokenizer(tmp_path).ends == t.ends
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"COVID-19": n + 2}))
+    with pytest.raises(SertError, match="the added word 'COVID-19' is not supported"):
+        load_tokenizer(tmp_path)

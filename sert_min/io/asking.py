@@ -38,6 +38,7 @@ from sert_min.io.endpoint import (
     attempt,
     flag,
     make_client,
+    model_names,
     server_text,
     tokens_of,
 )
@@ -427,11 +428,12 @@ class Asking:
         self.failures[ask.key(self.e)] = f"{ask.task}/{ask.id}: {why}"
         self.recent.append(False)
         failed, of = self.recent.count(False), len(self.recent)
-        need(
-            of < (10 if any(self.recent) else 2) or failed <= of / 2,
-            f"{failed} of the last {of} requests got no reply ({why}); replies so far are kept, "
-            "repeat the command later",
-        )
+        if of >= (10 if any(self.recent) else 2) and failed > of / 2:
+            known = "" if any(self.recent) else model_names(self.client)
+            raise SertError(
+                f"{failed} of the last {of} requests got no reply ({why}{known}); replies so far are "
+                "kept, repeat the command later"
+            )
 
     # --- in the thread of an ask
 
@@ -465,7 +467,7 @@ class Asking:
                     raise why
                 if why.kind == "timeout":
                     self.slow_down()
-                dead = why.kind == "no connection" and not self.collection.replied()
+                dead = why.kind == "no connection" and not any(self.recent)
                 need(not dead or attempts < 2, str(why))
                 wait = f"the server asks to wait {why.after:.0f} s ({why}); repeat the command then"
                 need(why.after <= self.e.deadline, wait)

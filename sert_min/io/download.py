@@ -28,7 +28,16 @@ class DataFile(NamedTuple):
 
 def cache() -> Path:
     """The folder of downloaded files (SERT_CACHE)."""
-    return Path(os.environ.get("SERT_CACHE") or Path.home() / ".cache" / "sert_min")
+    return Path(os.environ.get("SERT_CACHE") or home() / ".cache" / "sert_min")
+
+
+def home() -> Path:
+    """The user's home folder; some containers give a user none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        told = "this user has no home folder; set HOME, or HF_HOME and SERT_CACHE, to a folder for downloads"
+        raise SertError(told) from None
 
 
 def data_file(file: DataFile, data_dir: Path | None = None) -> Path:

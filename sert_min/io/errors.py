@@ -1,11 +1,12 @@
 """One-line errors: what went wrong and how to mend it."""
 
+import contextlib
 import errno
 import os
 import shlex
+import signal
 import sys
-
-import torch
+import time
 
 
 class SertError(Exception):
@@ -18,26 +19,86 @@ def need(ok, message: str) -> None:
         raise SertError(message)
 
 
+HINTS = dict.fromkeys(
+    (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ELOOP),
+    "choose a writable folder with --out-dir",
+)
+HINTS[errno.ENOENT] = "make its folder first"
+HINTS[errno.ENOSPC] = HINTS[errno.EDQUOT] = "free some space, then repeat the same command"
+HINTS[errno.ENAMETOOLONG] = "choose a shorter name"
+HINTS[errno.EMFILE] = "raise the limit of open files (ulimit -n), then repeat the same command"
+
+
+def last_line(error: BaseException) -> tuple[str, int] | None:
+    """(the one line to print, the exit status) of an error that a user can meet; None for others,
+    which are faults of the program."""
+    if isinstance(error, SertError):
+        return f"error: {printable(str(error))}", 1
+    if isinstance(error, KeyboardInterrupt):
+        return "\ninterrupted; repeat the same command to continue", 130
+    if isinstance(error, BrokenPipeError):  # `sample.py | head`: nobody reads on
+        return "", 1
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return "error: out of memory; give a smaller --rows or --block-questions", 1
+    if (
+        isinstance(error, ModuleNotFoundError)
+        and error.name
+        and not error.name.startswith("sert_min")
+    ):
+        if error.name == "fcntl":
+            return "error: this needs Linux or macOS; on Windows, run it inside WSL", 1
+        return (f"error: this Python has no package {error.name}; `{sys.executable} -m pip install -r "
+                "requirements.txt` installs it (a venv is best: README, Start)"), 1  # fmt: skip
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        where = (
+            f": {printable(str(error.filename))}" if error.filename else ""
+        )  # writes carry no name
+        hint = HINTS.get(error.errno, "check that disk or folder, then repeat the same command")
+        return f"error: {error.strerror}{where}; {hint}", 1
+    return None
+
+
+def stop_at_once(*_) -> None:
+    """What Ctrl-C does while Python still imports: libraries may swallow a KeyboardInterrupt."""
+    print("\ninterrupted; repeat the same command to continue", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 def run_script(main, args) -> None:
-    """Run `main(args)`; known errors become one line on stderr and a non-zero exit status."""
+    """Run `main(args)`; known errors become one line on stderr and a non-zero exit status. Under
+    torchrun one error is one message: processes other than 0 wait for their end, which torchrun
+    brings, and only print if it does not come."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")  # ASCII terminals get `?`, not a traceback
+    if signal.getsignal(signal.SIGINT) is stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(args)
-    except SertError as e:
-        sys.exit(f"error: {printable(str(e))}")
-    except KeyboardInterrupt:
-        print("\ninterrupted; repeat the same command to continue", file=sys.stderr)
-        sys.exit(130)
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory; give a smaller --rows or --block-questions")
-    except OSError as e:
-        blocked = (errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
-        hints = dict.fromkeys(blocked, "choose a writable folder with --out-dir")
-        hints[errno.ENOENT] = "make its folder first"
-        hints[errno.ENOSPC] = hints[errno.EDQUOT] = "free some space, then repeat the same command"
-        if e.errno not in hints:
+        let_go_of_stdout()
+    except (Exception, KeyboardInterrupt) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)
+        if (told := last_line(error)) is None:
             raise
-        where = f": {printable(str(e.filename))}" if e.filename else ""  # writes carry no name
-        sys.exit(f"error: {e.strerror}{where}; {hints[e.errno]}")
+        let_go_of_stdout()
+        sys.exit(told[0] if told[1] == 1 and told[0] else exit_after(*told))
+
+
+def exit_after(text: str, status: int) -> int:
+    """Print `text`, if there is any, on stderr; returns the status."""
+    print(text, end="\n" * bool(text), file=sys.stderr)
+    return status
+
+
+def let_go_of_stdout() -> None:
+    """Write out what stdout holds. If nobody reads it any more, the rest goes nowhere: the interpreter
+    would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except (BrokenPipeError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def printable(text: str) -> str:

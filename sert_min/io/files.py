@@ -6,16 +6,24 @@ written, so the two are never glued together.
 """
 
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from sert_min.io.errors import SertError, need
+
+# What file systems answer that know no fsync of folders, no locks, or no modes.
+UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM)
 
 # --- reading --------------------------------------------------------------------------------------
 
@@ -48,6 +56,11 @@ def read_jsonl(path: Path | str, form: dict | None = None) -> Iterator[dict]:
     its number."""
     with open(there(path), "rb") as f:
         for number, line in enumerate(f, 1):
+            line = line.removeprefix(
+                b"\xef\xbb\xbf" if number == 1 else b""
+            )  # a BOM, by some editors
+            if not line.strip():
+                continue
             where = f"{path} line {number}"
             record = parse_json(line, where, "remove that line or make the file again")
             for key, kind in (form or {}).items():
@@ -75,25 +88,36 @@ def to_line(record: dict) -> str:
     return json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
 
 
-def sync(path: Path) -> None:
-    """Wait until a file is on the disk, or the renames and new names in a folder."""
-    fd = os.open(path, os.O_RDONLY)
+def sync(path: Path | int) -> None:
+    """Wait until a file (or its descriptor) is on the disk, or the renames and new names in a folder.
+    Some network and FUSE file systems can't promise that: they get one warning."""
+    fd = path if isinstance(path, int) else os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as e:
+        if e.errno not in UNABLE:
+            raise
+        warn_once("can't promise that what is written survives a power cut")
     finally:
-        os.close(fd)
+        if not isinstance(path, int):
+            os.close(fd)
+
+
+@functools.cache
+def warn_once(what: str) -> None:
+    print(f"note: this file system {what}", file=sys.stderr)
 
 
 def write_atomic(path: Path | str, chunks: str | Iterable[str]) -> None:
     """Replace `path` by the text, all or nothing, durably. The folder's lock keeps other writers
     away; what a killed writer left under the temporary name is overwritten by the next."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
     part = path.with_name(f".{path.name}.tmp")
     try:
         with open(part, "w", encoding="utf-8") as f:
             f.writelines([chunks] if isinstance(chunks, str) else chunks)
             f.flush()
-            os.fsync(f.fileno())
+            sync(f.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -110,7 +134,7 @@ def append_durable(path: Path | str, text: str) -> None:
             data = memoryview(text.encode())
             while data:
                 data = data[os.write(f.fileno(), data) :]
-            os.fsync(f.fileno())
+            sync(f.fileno())
         except OSError as e:
             f.truncate(before)
             raise OSError(e.errno, e.strerror, str(path)) from None
@@ -136,7 +160,7 @@ def set_torn_tail_aside(path: Path | str) -> int:
             aside.write(whole[end:] + b"\n")
         sync(torn)
         f.truncate(end)
-        os.fsync(f.fileno())
+        sync(f.fileno())
     return size - end
 
 
@@ -146,8 +170,8 @@ def set_torn_tail_aside(path: Path | str) -> int:
 @contextlib.contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty folder beside `path` that takes its name, durably, if the block succeeds.
-    A folder that is there already is replaced whole."""
-    path = Path(path)
+    A folder that is there already is replaced whole; if `path` is a link, where it leads."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
     part, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
@@ -177,7 +201,8 @@ def recover_folder(path: Path) -> None:
 @contextlib.contextmanager
 def lock_folder(folder: Path | str, name: str = ".lock", wait: bool = False) -> Iterator[None]:
     """Hold `folder` (made if missing) for this process; a second process is refused, or waits. The
-    lock dies with its holder."""
+    lock dies with its holder. Where the file system knows no locks, a file with the holder's host and
+    process number serves."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     taken = f"another process is writing to {folder}; wait for it or choose another --out-dir"
@@ -186,12 +211,60 @@ def lock_folder(folder: Path | str, name: str = ".lock", wait: bool = False) -> 
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise SertError(taken) from None
+        except OSError as e:
+            if e.errno not in UNABLE:
+                raise
+            with lock_file(folder / f"{name}-holder", taken, wait):
+                yield
+            return
         yield
 
 
+@contextlib.contextmanager
+def lock_file(path: Path, taken: str, wait: bool) -> Iterator[None]:
+    """A lock without flock: the file at `path` is there while a process holds it. One that a dead
+    process of this host left is removed."""
+    me = f"{socket.gethostname()} {os.getpid()}"
+    while True:
+        try:
+            with open(path, "x") as f:
+                f.write(me)
+            break
+        except FileExistsError:
+            host, _, number = path.read_text().partition(" ") if path.exists() else ("", "", "")
+            if host == socket.gethostname() and number.isdigit() and not is_running(int(number)):
+                path.unlink(missing_ok=True)
+                continue
+            need(wait, f"{taken} (delete {path} if process {number} on {host} is gone)")
+            time.sleep(0.1)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def clean_name(text: str) -> str:
-    """`text` as a part of a path: at most 80 letters, digits and `_.-`."""
-    return re.sub(r"[^\w.-]", "-", text)[:80]
+    """`text` as a part of a path: letters, digits and `_.-`, at most 80 bytes of them."""
+    return re.sub(r"[^\w.-]", "-", text).encode()[:80].decode("utf-8", "ignore")
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """A folder and all folders in it, linked ones as well (each real folder once)."""
+    found: dict[str, Path] = {}
+    for at, folders, _ in os.walk(folder, followlinks=True):
+        if found.setdefault(os.path.realpath(at), Path(at)) != Path(at):
+            folders.clear()
+    return sorted(found.values())
 
 
 def stored_settings(path: Path) -> dict:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sert_min.io import smollm2
-from sert_min.io.download import cache
+from sert_min.io.download import cache, home
 from sert_min.io.errors import SertError, need
-from sert_min.io.files import atomic_folder, clean_name, lock_folder, read_json
+from sert_min.io.files import atomic_folder, clean_name, lock_folder, read_json, warn_once
 
 # Named students: hub id and the commit that they are pinned to (None: whatever `main` is).
 HUB = {
@@ -30,9 +31,11 @@ HUB = {
 }
 MICRO = Path(__file__).parents[1] / "micro" / "student"  # embedded
 ARCHITECTURES = ("gpt2", "llama", "qwen2")  # values of model_type in config.json
+CLASSES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 INDEX = "model.safetensors.index.json"  # names the files of weights in several files
 WEIGHTS = ("model.safetensors", "model-*.safetensors", INDEX)
-TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+TOKENIZER = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json",
+             "tokenizer_config.json")  # fmt: skip
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -46,11 +49,35 @@ def find_model(name: str) -> Path:
         return MICRO
     if name == "smollm2":
         return smollm2_folder()
-    if Path(name).is_dir():  # a model folder, or a run of train.py / distill.py
-        return Path(name) / "last" if (Path(name) / "last").is_dir() else Path(name)
+    if is_local(name):  # a model folder, or a run of train.py / distill.py
+        return local_folder(Path(name))
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     need(not is_path, f"--model {name}: no such folder; check the path")
     return download_model(name, *HUB.get(name, (name, None)))
+
+
+def is_local(name: str) -> bool:
+    """Does a name mean a folder here? A folder without a model does not hide a named student."""
+    models = ("config.json", "last")
+    return Path(name).is_dir() and (
+        name not in HUB or any((Path(name) / m).exists() for m in models)
+    )
+
+
+def local_folder(folder: Path) -> Path:
+    """The model in a local folder: a Hugging Face folder, or the `last` of a run."""
+    if (folder / "last").is_dir():
+        return folder / "last"
+    if (folder / "config.json").exists():
+        if folder.name in HUB and len(folder.parts) == 1:
+            print(f"--model {folder} is the folder ./{folder} here, not the hub's {folder}")
+        return folder
+    adapter = (folder / "adapter_config.json").exists()
+    need(not adapter, f"{folder} is an adapter; merge it into its base model first (peft's "
+         "merge_and_unload, then save_pretrained)")  # fmt: skip
+    steps = sorted(folder.glob("checkpoint-*/config.json"), key=lambda p: len(p.parent.name))
+    need(not steps, f"{folder} holds checkpoints only; give --model {steps and steps[-1].parent}")
+    return folder
 
 
 def smollm2_folder() -> Path:
@@ -67,6 +94,8 @@ def smollm2_folder() -> Path:
 def download_model(name: str, repo: str, revision: str | None) -> Path:
     """Fetch config, weights and tokenizer files of a hub repository; returns their folder, whose name
     is the commit. What the cache holds of a known commit is not asked for again."""
+    if not os.environ.get("HF_HOME"):
+        home()
     from huggingface_hub import errors, hf_hub_download, snapshot_download  # late: half a second
 
     unknown = errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError
@@ -77,20 +106,46 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
         return folder
     except SertError:
         raise
-    except errors.LocalEntryNotFoundError:
-        why = (
-            "is not in the local cache and the hub can't be reached; check the network and "
-            "HF_ENDPOINT, unset HF_HUB_OFFLINE, or give --model a folder"
-        )
-    except errors.EntryNotFoundError:
-        why = "has no config.json on the hub; is it a model?"
-    except unknown:
-        known = ", ".join(HUB)
-        why = f"is no folder and not on the hub (or private); choose {known}, a hub id, or a folder"
-    except Exception as e:  # of requests, httpx or httpx2, by the hub client's version
-        reason = (str(e) or type(e).__name__).splitlines()[0][:120]
-        why = f"can't be downloaded ({reason}); try again"
+    except Exception as e:  # also of requests, httpx or httpx2, by the hub client's version
+        status, reason = http_status(e), (str(e) or type(e).__name__).splitlines()[0][:120]
+        if status in ANSWERS or status >= 500:
+            why = ANSWERS.get(
+                status, f"can't be downloaded: the hub answers {status}; try again later"
+            )
+        elif isinstance(e, unknown):
+            known = ", ".join(HUB)
+            why = f"is no folder and not on the hub (or private); choose {known}, a hub id, or a folder"
+        elif isinstance(e, errors.FileMetadataError) or isinstance(
+            e.__cause__, errors.FileMetadataError
+        ):
+            why = ("can't be downloaded: what answers is not the hub (a login page of this network?); "
+                   "log in to the network, or check HF_ENDPOINT")  # fmt: skip
+        elif isinstance(e, errors.LocalEntryNotFoundError):
+            why = ("is not in the local cache and the hub can't be reached; check the network and "
+                   "HF_ENDPOINT, unset HF_HUB_OFFLINE, or give --model a folder")  # fmt: skip
+        elif isinstance(e, errors.EntryNotFoundError):
+            why = "has no config.json on the hub; is it a model?"
+        else:
+            why = f"can't be downloaded ({reason}); try again"
     raise SertError(f"model {name} {why}")
+
+
+ANSWERS = {
+    401: "is not on the hub, or needs a token; check the name, or set HF_TOKEN",
+    403: "is not open to you; accept its terms on the hub and set HF_TOKEN",
+    429: "can't be downloaded now: the hub has had too many requests from here; wait some minutes, or "
+         "set HF_TOKEN",
+}  # fmt: skip
+
+
+def http_status(error: BaseException | None) -> int:
+    """The HTTP status behind an error of the hub client; 0 if there is none."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        error = error.__cause__ or error.__context__
+    return 0
 
 
 def commit_of(folder: Path) -> str | None:
@@ -101,7 +156,9 @@ def commit_of(folder: Path) -> str | None:
 def read_raw_config(folder: Path) -> dict:
     """The JSON of config.json, if it is of an architecture that is known here."""
     raw = read_json(folder / "config.json")
-    kind, known = raw.get("model_type"), ", ".join(ARCHITECTURES)
+    first = next(iter(raw.get("architectures") or []), None)  # older files have no model_type
+    raw["model_type"] = raw.get("model_type") or CLASSES.get(first)
+    kind, known = raw["model_type"], ", ".join(ARCHITECTURES)
     need(kind in ARCHITECTURES, f"{folder} holds a model of type {kind!r}; choose one of {known}")
     return raw
 
@@ -147,7 +204,7 @@ def read_sert(folder: Path) -> dict:
 def model_label(name: str, folder: Path) -> str:
     """The MODEL part of output folders: the root parent's name, with 8 hex digits of the weights'
     hash for local folders."""
-    local = Path(name).is_dir()
+    local = is_local(name)
     if name == "smollm2":
         return smollm2.LABEL
     if name == "micro" or (name in HUB and not local):
@@ -189,8 +246,10 @@ def write_folder(
             raise SertError(f"{folder} can't be written ({e}); free some space, repeat") from None
         for file, text in texts.items():
             (part / file).write_text(json.dumps(text, indent=1) + "\n")
-        # safetensors makes the file readable for its owner alone.
-        shutil.copymode(part / "config.json", weights)
+        try:  # safetensors makes the file readable for its owner alone
+            shutil.copymode(part / "config.json", weights)
+        except OSError:
+            warn_once("can't set file modes: the weights may be readable for their owner alone")
         for file in TOKENIZER:
             if source and (source / file).exists():
-                shutil.copy(source / file, part / file)
+                shutil.copyfile(source / file, part / file)

@@ -5,6 +5,7 @@ by name. Tokens that merges can't make are *special*: end-of-text, or a chat's `
 """
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ def read_vocabulary(folder: Path, ends: list) -> Vocabulary:
         need(there, f"{folder} has neither tokenizer.json nor merges.txt + vocab.json; add them")
         vocab, merges = json.loads(paths[0].read_text("utf-8")), paths[1].read_text("utf-8")
         merged = merge([m for m in merges.split("\n") if m and not m.startswith("#version")])
+        vocab |= read_added(folder)
         pattern, nfc, start = PATTERN, False, ()
         if not alphabet.keys() <= vocab.keys():
             raise ValueError("a byte has no token")
@@ -67,8 +69,25 @@ def read_vocabulary(folder: Path, ends: list) -> Vocabulary:
     ids = {b: vocab[token] for b, token in tokens.items() if token in vocab or len(b) > 1}
     ordinary = set(ids.values())
     special = {token: i for token, i in vocab.items() if i not in ordinary}
-    eot = [i for i in ends if i in special.values()] or [special[END]]
+    words = [
+        t for t in special if re.fullmatch(r"\w[\w -]*", t)
+    ]  # `COVID-19`, cut out of every text
+    need(not words, f"{folder}: the added word {words and words[0]!r} is not supported: texts would get "
+         "other ids than in transformers; choose a model without added words")  # fmt: skip
+    eot = [i for i in ends if i in special.values()]
+    need(eot or END in special, f"{folder}: config.json names no special token as eos_token_id, and there "
+         f"is no {END}; set it to the token that ends a text, or choose another model")  # fmt: skip
+    eot = eot or [special[END]]
     return Vocabulary(ranks, ids, special, eot, pattern, nfc, [vocab[token] for token in start])
+
+
+def read_added(folder: Path) -> dict[str, int]:
+    """{token: id} of the tokens that were added to merges.txt and vocab.json (a chat's `<|im_end|>`)."""
+    added, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    found = json.loads(added.read_text("utf-8")) if added.exists() else {}
+    told = json.loads(config.read_text("utf-8")) if config.exists() else {}
+    listed = told.get("added_tokens_decoder") or {}
+    return found | {token["content"]: int(i) for i, token in listed.items()}
 
 
 def read_tokenizer_json(path: Path) -> tuple:

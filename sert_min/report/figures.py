@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from sert_min.filters import RULES
 from sert_min.io.errors import need
-from sert_min.io.files import clean_name, read_jsonl, stored_settings, write_atomic
+from sert_min.io.files import clean_name, folders_in, read_jsonl, stored_settings, write_atomic
 from sert_min.report.judge import KEYS, summary
 
 # Okabe and Ito's colours: told apart with any colour vision, and by lightness in print.
@@ -171,8 +171,11 @@ def scores(model: Path, folders: str, judge: str | None) -> list[dict]:
 def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
     """Write the numbers of all figures that the files under `top` allow to figures.json in `out`,
     then draw them; print what is missing for the others."""
-    folders = [p for p in (top, *sorted(top.rglob("*"))) if p.is_dir()]
-    models = [p for p in folders if any((p / k).is_dir() for k in (f"paths-{split}", "rd", "sert"))]
+    models = [
+        p
+        for p in folders_in(top)
+        if any((p / k).is_dir() for k in (f"paths-{split}", "rd", "sert"))
+    ]
     where = {"paths": f"paths-{split}/seed*", "raw": f"paths-raw-{split}/seed*",
              "raw sert": f"sert/seed*/paths-raw-{split}", "sert-rd": "sert-rd/seed*",
              "rd": "rd/seed*"}  # fmt: skip

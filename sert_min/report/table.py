@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sert_min.io.errors import need, printable_lines
-from sert_min.io.files import read_json, read_jsonl, write_atomic
+from sert_min.io.files import folders_in, read_json, read_jsonl, write_atomic
 from sert_min.metrics import mean_interval, without_nan
 
 METHODS = ("finetune", "star", "sert", "sert-rd", "rd")  # in the paper's order; STaR is ours
@@ -76,7 +76,7 @@ def find_metrics(folder: Path) -> list[tuple[Path, dict]]:
     """(path, content) of the metrics.json of test sets anywhere under `folder`, in order of their
     path; other splits, prompts and checkpoints are left out."""
     found = []
-    for path in sorted(folder.rglob("metrics.json")):
+    for path in (p / "metrics.json" for p in folders_in(folder) if (p / "metrics.json").exists()):
         m = read_json(path)
         if m.get("split") != "test" or m.get("variant") or str(m.get("method")) not in NAMES:
             continue

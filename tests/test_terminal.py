@@ -1,0 +1,75 @@
+"""What a user sees when a pipe breaks, a stream is closed or ASCII, a package lacks, or Ctrl-C comes early."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from sert_min.io.errors import SertError, last_line
+
+SAMPLE = [sys.executable, str(ROOT / "sample.py"), "--limit", "1", "--samples", "1"]
+PROMPT = [*SAMPLE, "--model", "micro", "--prompt", "Zürich", "--max-new-tokens", "2"]
+
+
+def shell(command: list[str], how: str, folder) -> subprocess.CompletedProcess:
+    """Run `command` with what bash makes of `how` behind it; the status is the command's own."""
+    script = f'"$@" {how}; exit ${{PIPESTATUS[0]}}'
+    return subprocess.run(["bash", "-c", script, "-", *command], cwd=folder, text=True, capture_output=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("command, how, status, printed", [
+    (SAMPLE, "| head -1", 1, "micro train"),
+    (SAMPLE, "2>&-", 0, "selected.jsonl"),
+    (SAMPLE, ">&-", 0, ""),
+    (["env", "LC_ALL=C", "PYTHONIOENCODING=ascii", *PROMPT], "", 0, "Z?rich"),
+    ([sys.executable, "-S", str(ROOT / "train.py")], "", 1, "has no package"),
+])  # fmt: skip
+def test_streams(command, how, status, printed, tmp_path):
+    ended = shell(command, how, tmp_path)
+    assert "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr
+    assert ended.returncode == status and printed in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.8, 2.5])
+def test_an_early_interrupt_is_one_line(seconds, tmp_path):
+    default = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    child = subprocess.Popen([*SAMPLE[:-4], "--limit", "400"], cwd=tmp_path, text=True, preexec_fn=default,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    time.sleep(seconds)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate()
+    assert "interrupted; repeat the same command" in err and "Traceback" not in err
+    assert child.returncode in (130, -signal.SIGINT)
+
+
+@pytest.mark.parametrize("error, words", [
+    (SertError("so\n"), "error: so "),
+    (OSError(28, "No space left", "f"), "No space left: f; free some space"),
+    (OSError(36, "File name too long", "f"), "choose a shorter name"),
+    (OSError(5, "Input/output error", "f"), "check that disk"),
+    (ModuleNotFoundError("x", name="fcntl"), "WSL"),
+    (ModuleNotFoundError("x", name="tqdm"), "pip install -r requirements.txt"),
+    (BrokenPipeError(32, "Broken pipe"), ""),
+])  # fmt: skip
+def test_last_lines(error, words):
+    line, status = last_line(error)
+    assert words in line and "\n" not in line and status == 1
+    assert (
+        last_line(ValueError("a fault"))
+        is None
+        is last_line(ModuleNotFoundError(name="sert_min.x"))
+    )
+
+
+def test_one_error_under_torchrun_is_one_message(tmp_path):
+    """Guards the traceback of process 1 below the message of process 0."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(ROOT / "train.py"),
+               "--paths", "nowhere.jsonl"]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert ended.stderr.count("error: nowhere.jsonl does not exist") == 1
