@@ -122,7 +122,10 @@ class Hub:
             headers["Content-Length"] = str(announced)
         if self.status:  # 200: a login page in place of the hub
             body = b"<html>log in</html>"
-            status, headers = self.status, {"Content-Length": str(len(body)), "Content-Type": "text/html"}
+            status, headers = (
+                self.status,
+                {"Content-Length": str(len(body)), "Content-Type": "text/html"},
+            )
         request.send_response(status)
         for header in headers.items():
             request.send_header(*header)

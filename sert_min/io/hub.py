@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -100,9 +102,12 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
 
     unknown = errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError
     try:
-        folder = Path(hf_hub_download(repo, "config.json", revision=revision)).parent
+        offline = not is_reachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+        at = {"revision": revision, "local_files_only": offline}
+        folder = Path(hf_hub_download(repo, "config.json", **at)).parent
         read_raw_config(folder)  # refuses another architecture before the large download
-        snapshot_download(repo, revision=folder.name, allow_patterns=[*WEIGHTS, *TOKENIZER])
+        at["revision"] = folder.name
+        snapshot_download(repo, allow_patterns=[*WEIGHTS, *TOKENIZER], **at)
         return folder
     except SertError:
         raise
@@ -128,6 +133,22 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
         else:
             why = f"can't be downloaded ({reason}); try again"
     raise SertError(f"model {name} {why}")
+
+
+def is_reachable(url: str) -> bool:
+    """Does anything listen at `url`? The hub client would try six times. A proxy is trusted."""
+    if any(
+        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    ):
+        return True
+    try:
+        at = urlsplit(url)
+        socket.create_connection(
+            (at.hostname, at.port or (80 if at.scheme == "http" else 443)), timeout=10
+        ).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 ANSWERS = {
