@@ -102,6 +102,8 @@ class Run(NamedTuple):
 def main(args) -> None:
     if args.prompt is not None or args.check:
         return without_task(args)
+    if args.dry_run and RANK > 0:
+        return None
     run = prepare(args)
     questions, model, m = run.blocks.questions, run.model, run.settings
     prompts = [question_prompt(q, run.student.suffix) for q in questions]
@@ -113,8 +115,6 @@ def main(args) -> None:
     if args.dry_run:
         return console.print_questions(questions, prompts, list(map(len, ids)))
     with files.lock_folder(run.out, f".lock-{RANK}"):
-        while RANK > 0 and not (run.out / "settings.json").exists():
-            time.sleep(0.02)  # process 0 writes it
         fix = "--refilter changes rules only" if args.refilter else "choose another --out-dir"
         files.check_settings(run.out / "settings.json", m, fix)
         if m["data"] == "own":
@@ -156,6 +156,8 @@ def prepare(args) -> Run:
     if RANK == 0:
         print(describe(questions, args.split))
     out = Path(args.out_dir or default_folder(args.task, args.split, student, s))
+    while RANK > 0 and not (out / "settings.json").exists():
+        time.sleep(0.02)  # process 0 writes it: rows by its memory, and which kernels serve
     stored = files.stored_settings(out / "settings.json")
     if args.refilter:  # nothing is computed, so another machine or version will do
         need(stored, f"{out} holds no samples; run without --refilter first")

@@ -17,7 +17,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from . import attention, reference
+from . import attention, check, reference
 from .fast import cpu
 from .reference import Settings
 
@@ -25,13 +25,15 @@ from .reference import Settings
 # product and the one-pass kernel at 25 rows, 1.3 to 1.7 times at 250 and 1,000. In fp32 it is 1.1
 # times as slow at 25 and 1.04 to 1.08 times as fast at more. It needs no memory for logits.
 FUSE_ROWS = 16  # in bf16 and fp16
-BACKENDS = (None, "reference", "triton")  # None: Triton on CUDA, the reference elsewhere
+BACKENDS = (None, "reference", "triton")  # None: Triton on CUDA if it works, else the reference
 
 
 def use_triton(x: Tensor, backend: str | None) -> bool:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, not {backend!r}")
-    return len(x) > 0 and (backend == "triton" or (backend is None and x.is_cuda))
+    if backend is None and x.is_cuda:
+        return len(x) > 0 and not check.problem(x.device)
+    return len(x) > 0 and backend == "triton"
 
 
 def on_its_device(f: Callable) -> Callable:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sert_min.gpt2 import GPT2, causal_attention
-from sert_min.kernels import bf16_pieces, head_sample_and_score, shared_attention
+from sert_min.kernels import bf16_pieces, check, head_sample_and_score, shared_attention
 from sert_min.kernels.attention import CHUNK, Keys
 from sert_min.kernels.fast import cpu
 from sert_min.kernels.fast.graph import capture
@@ -86,6 +86,7 @@ class Decoder:
         R, N = self.R, self.n_slots = len(prompts.lengths) * J, self.keys.shape[2]
         self.draw = make_draw(model, prompts, s, tokenizer.n_vocab, N)
         self.gpu = on_gpu(prompts.lengths)
+        self.eager = not self.gpu or bool(check.problem(device))  # the definitions ask the host
         # By row of the block, and for "no row":
         self.stream, self.first = torch.zeros(2, R + 1, dtype=torch.long, device=device).unbind()
         self.stopped = torch.zeros(R + 1, dtype=torch.bool, device=device)  # ended by the host
@@ -174,7 +175,7 @@ class Decoder:
     def step(self) -> tuple[Tensor, Tensor, Tensor]:
         """Refill, feed each slot's last token and draw its next one: rows, tokens, log-probs [n]."""
         self.steps += 1
-        if not self.gpu:
+        if self.eager:
             return self.run()
         chunks = min(-(-self.steps // CHUNK), self.keys.shape[1])  # no row is older than the block
         if (self.n, chunks) not in self.graphs:

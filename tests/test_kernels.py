@@ -22,6 +22,9 @@ from test_reference import chi_square_p, kept_set, oracle, uniform_ints
 
 pytest.importorskip("triton", reason="triton is not installed on this platform")
 from sert_min import kernels
+from sert_min.io import machine
+from sert_min.kernels import sample_score
+from sert_min.kernels.fast import attention_triton, head_sample_score, search
 
 NAN, INF = float("nan"), float("inf")
 GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -348,3 +351,55 @@ def test_cuda_graph_replays_give_new_draws():
         wanted, _ = kernels.sample_and_score(logits, backend="reference", **given)
         assert torch.equal(tokens, wanted)
     assert not torch.equal(drawn[0], drawn[1])
+
+
+# --- do the kernels work here? --------------------------------------------------------------------
+
+
+def no_compiler(*_, **__):
+    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+
+BROKEN = {
+    "raises": (sample_score, "launch", no_compiler, "RuntimeError: Failed to find C compiler"),
+    "wrong token": (head_sample_score, "launch", lambda x, *_: (torch.zeros(5).long(), torch.zeros(5)),
+                    "result is wrong"),
+    "wrong search": (search, "launch", lambda x, *_: (torch.zeros(5).long(), torch.zeros(5)),
+                     "result is wrong"),
+    "wrong attention": (attention_triton, "launch", lambda q, *_: q, "result is wrong"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["healthy", *BROKEN])
+def test_the_kernels_are_tried_before_they_serve(how, monkeypatch):
+    """Guards a crash, or wrong draws, where Triton can't serve: the reason is found at the first use."""
+    device = torch.device(DEVICE)
+    kernels.check.problem.cache_clear()
+    if how == "healthy":
+        assert kernels.check.problem(device) == ""
+    else:
+        module, name, broken, why = BROKEN[how]
+        monkeypatch.setattr(module, name, broken)
+        assert why in kernels.check.problem(device)
+    kernels.check.problem.cache_clear()
+
+
+def test_a_machine_without_triton(tmp_path):
+    code = ("import sys; sys.modules['triton'] = None\nimport torch\nfrom sert_min import kernels\n"
+            "print(kernels.check.problem(torch.device('cpu')))")  # fmt: skip
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "No module named 'triton'" in said.stdout or "triton" in said.stdout, said.stderr
+
+
+def test_without_the_kernels_plain_pytorch_serves(monkeypatch):
+    """What a GPU without Triton does: the dispatch, and the name that is part of a run's settings."""
+    row = type("Row", (), {"__len__": lambda _: 2, "is_cuda": True, "device": "card"})()
+    for why in ("", "no compiler"):
+        monkeypatch.setattr(kernels.check, "problem", lambda device, why=why: why)
+        assert kernels.use_triton(row, None) == (not why) and kernels.use_triton(row, "triton")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+        assert machine.gpu_name(row.device, {}) == "T4" + " without Triton" * bool(why)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
+    monkeypatch.setattr(machine, "RANK", 1)  # process 0 has decided
+    assert machine.gpu_name("card 1", {"gpu": "T4 without Triton"}) == "T4 without Triton"

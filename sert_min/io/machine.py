@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
 from sert_min.io.errors import SertError, need
+from sert_min.io.parallel import RANK
+from sert_min.kernels import check
 from sert_min.kernels.fast import cpu
 
 
@@ -83,6 +86,21 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, old or signal.SIG_DFL)
 
 
+WITHOUT = " without Triton"
+
+
+def gpu_name(device: torch.device, stored: dict) -> str:
+    """The name of a GPU, and whether the Triton kernels can't serve there: then plain PyTorch does. For
+    a further process of torchrun, process 0 has decided (`stored`)."""
+    if RANK > 0 and str(stored.get("gpu")).endswith(WITHOUT):
+        check.OFF[device] = "process 0 runs without Triton"
+    name, why = torch.cuda.get_device_name(device), check.problem(device)
+    if why and RANK == 0:
+        print(f"note: the Triton kernels don't serve on {name} ({why}); plain PyTorch runs, which is "
+              "several times slower", file=sys.stderr)  # fmt: skip
+    return name + WITHOUT * bool(why)
+
+
 MACHINE = ("device", "dtype", "threads", "cpu", "gpu", "torch")  # what decides a run's bytes
 
 
@@ -105,7 +123,7 @@ def resolve_machine(
     name = "bf16" if pick_dtype(wanted, where, n_params) is torch.bfloat16 else "fp32"
     threads = stored.get("threads") or pick_threads(n_params)
     torch.set_num_threads(threads)
-    gpu = torch.cuda.get_device_name(where) if where.type == "cuda" else None
+    gpu = gpu_name(where, stored) if where.type == "cuda" else None
     kind = torch.backends.cpu.get_cpu_capability() + (" with bf16" if cpu.has_bf16() else "")
     if torch.backends.mkldnn.is_available() and not cpu.onednn_is_right():
         kind += " without oneDNN"
