@@ -29,6 +29,7 @@ from sert_min.io.errors import need, printable_lines, run_script
 from sert_min.io.files import to_line, write_atomic
 from sert_min.io.hub import weights_hash
 from sert_min.io.machine import resolve_machine
+from sert_min.io.progress import Bar
 from sert_min.metrics import grade, greedy, summarize, without_nan
 from sert_min.models import load_model, read_config
 from sert_min.questions import Question, data_hash, describe
@@ -209,11 +210,15 @@ def complete(blocks: script.Blocks, make: Callable, what: str) -> list[dict]:
     block, which is written before the next one begins."""
     missing = {i: blocks.block(i) for i in blocks.missing()}
     n = sum(map(len, missing.values()))
-    with console.TokenBar(n, disable=not n, desc=what) as bar:
+    if n:
+        print(f"{what}: {n:,} of {len(blocks.questions):,} questions are to be done")
+    with Bar(n, "question", disable=not n) as bar:
+        done = 0
         for i, block in missing.items():
             made = make(block, bar.count)
             blocks.write(i, [{"id": q.id, "question": q.text, **r} for q, r in zip(block, made)])
-            bar.update(len(block))
+            done += len(block)
+            bar.reach(done)
     return [r for i in blocks.numbers() for r in blocks.read(i)]
 
 

@@ -31,11 +31,12 @@ from sert_min.decode import fitting_rows
 from sert_min.generate import SampleSettings, check_lengths, sample_paths
 from sert_min.gpt2 import GPT2
 from sert_min.io import files
-from sert_min.io.errors import SertError, need, run_script
+from sert_min.io.errors import SertError, need, run_script, this_command
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.io.hub import weights_hash
 from sert_min.io.machine import MACHINE, resolve_machine
 from sert_min.io.parallel import RANK, WORLD
+from sert_min.io.progress import Bar
 from sert_min.models import load_model
 from sert_min.patterns import EARLY_KINDS
 from sert_min.prompts import question_prompt
@@ -132,7 +133,7 @@ def main(args) -> None:
         selected = run.out / "selected.jsonl"
         print(f"\nwrote {run.out / 'paths.jsonl'} and {selected}")
         if args.html:
-            n = page.write_page(run.out, args.html, run.tokenizer)
+            n = page.write_page(run.out, args.html, run.tokenizer, command=this_command())
             print(f"wrote {args.html} ({n:,} questions); open it in a browser")
         if m["split"] == "train" and not run.s.raw:
             where = ["--data-dir", args.data_dir] * bool(args.data_dir) + [
@@ -224,18 +225,19 @@ def sample_missing(run: Run) -> None:
             (run.out / name).unlink(missing_ok=True)
         print(f"{len(missing)} of {len(blocks.numbers())} blocks are to be sampled")
     kept, model, early = 0, (run.model, run.tokenizer), run.settings["early_reject"]
-    n = sum(len(blocks.block(i)) for i in todo)
-    with console.TokenBar(n, disable=RANK > 0 or not todo) as bar:
+    n, done = sum(len(blocks.block(i)) for i in todo) * blocks.each, 0
+    with Bar(n, "path", disable=RANK > 0 or not todo) as bar:
         for i in todo:
             block = blocks.block(i)
+            done += len(block) * blocks.each
             sampled = sample_paths(
                 *model, block, run.s, run.student.suffix, early, bar.count, memory
             )
             blocks.write(i, sampled)
             records = filters.path_records(sampled, block, run.tokenizer, run.limits)
             kept += sum(r["verdict"] in ("kept", "selected") for r in records)
-            bar.note = f", {kept:,} paths kept"
-            bar.update(len(block))
+            bar.note = f", {kept:,} kept"
+            bar.reach(done)
     if RANK == 0 and todo:
         spent = to_line({"processes": WORLD, **bar.spent()})
         files.append_durable(run.out / "timings.jsonl", spent)

@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sert_min.gpt2 import GPT2, causal_attention
 from sert_min.io import parallel
 from sert_min.io.errors import SertError, need, this_command
 from sert_min.io.files import read_jsonl, set_torn_tail_aside, to_line, write_atomic
 from sert_min.io.machine import keep_freed_memory, stop_signals
+from sert_min.io.progress import Bar
 from sert_min.io.state import load_state, save_state
 from sert_min.kernels.fast.head_loss import HeadLoss
 from sert_min.models import first_broken
@@ -224,8 +224,7 @@ def fit(
     main, log = parallel.RANK == 0, out / "metrics.jsonl"
     validated = keep_metrics_before(log, step) if main else 0
     model.wte.sparse = sparse_embedding(model)
-    tokens, start = 0, time.perf_counter()
-    saved = start  # when the state was written last
+    saved = time.perf_counter()  # when the state was written last
 
     def note(**record) -> None:
         metrics.write(to_line({"step": step, "epoch": (step - 1) // per_epoch + 1, **record}))
@@ -238,7 +237,7 @@ def fit(
     with (
         open(log if main else os.devnull, "a", buffering=1) as metrics,  # line by line
         stop_signals() as stopped,
-        tqdm(total=steps, initial=step, unit="step", disable=not main) as bar,
+        Bar(steps, "step", disable=not main, initial=step) as bar,
     ):
         while True:
             epoch, at = divmod(step, per_epoch)
@@ -263,10 +262,8 @@ def fit(
                 raise SertError(f"{where}: {e}") from None
             step += 1
             note(loss=round(loss, 6))
-            tokens += sum(len(ids) for ids, _ in batch)
-            rate = tokens / (time.perf_counter() - start)
-            bar.set_postfix_str(f"epoch {epoch + 1}, loss {loss:.3f}, {rate:,.0f} tokens/s", False)
-            bar.update()
+            bar.note = f", epoch {epoch + 1}, loss {loss:.3f}"
+            bar.count(sum(len(ids) for ids, _ in batch), 1)
             if time.perf_counter() - saved > save_seconds:
                 save()
                 saved = time.perf_counter()

@@ -56,6 +56,13 @@ class SampleSettings:
         return self
 
 
+Progress = Callable[[int, int], None]  # hears of new tokens, and of rows that ended
+
+
+def silent(tokens: int, ended: int) -> None:
+    """No progress bar."""
+
+
 GREEDY = SampleSettings(branches=1, samples=1, temperature=0.0, raw=True)
 
 
@@ -85,7 +92,7 @@ def sample_paths(
     s: SampleSettings,
     suffix: str = "",
     early_reject: Sequence[str] = (),
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Progress = silent,
     kept: dict | None = None,
 ) -> list[dict]:
     """The paths of a block of questions as records, without any verdict (filters.py adds it): in
@@ -116,7 +123,7 @@ def sample_block(
     names: list[str],
     s: SampleSettings,
     reject: Callable[[int, list[int]], bool] | None = None,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Progress = silent,
     kept: dict | None = None,
     look: int | None = None,
     ahead: int | None = None,
@@ -125,7 +132,7 @@ def sample_block(
 
     `names` are "task/id", the root of each row's random stream. `reject(question, ids)` may end a
     row early (finish "rejected"); `ids` are the row's tokens from `path_start` on, and what it
-    rejects it must reject in every longer row, too. `progress(n)` hears of n new tokens. With
+    rejects it must reject in every longer row, too. `progress` hears of new tokens and ended rows. With
     s = GREEDY there is one greedy continuation per prompt. `kept` is a dict that holds memory (on a
     GPU also buffers and CUDA graphs) from one block of a run to the next.
 
@@ -201,7 +208,7 @@ def sample_block(
                     ended.append(i)
         live.stop([i for i in ended if rows[i].finish == "rejected"])
         left -= len(ended)
-        progress(taken)
+        progress(taken, len(ended))
     return rows
 
 

@@ -10,12 +10,12 @@ no answer can be extracted counts as wrong; its answer is never guessed.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sert_min.answers import extract_answer, extract_lenient, leading_answer, stated_answers
 from sert_min.filters import rep2
-from sert_min.generate import GREEDY, sample_block
+from sert_min.generate import GREEDY, Progress, sample_block, silent
 from sert_min.gpt2 import GPT2
 from sert_min.io.errors import need
 from sert_min.prompts import question_prompt
@@ -31,7 +31,7 @@ def greedy(
     suffix: str = "",
     max_new_tokens: int = 512,
     rows: int = 64,
-    progress: Callable[[int], None] = lambda tokens: None,
+    progress: Progress = silent,
     kept: dict | None = None,
 ) -> list[tuple[str, str]]:
     """(text, finish) of each question's greedy output. Blocks of `rows` questions are decoded

@@ -303,7 +303,7 @@ def test_looking_seldom_draws_the_same(look, ahead, raw):
 
     told: list[int] = []
     once = sample_block(*block, reject)
-    rows = sample_block(*block, reject, told.append, look=look, ahead=ahead)
+    rows = sample_block(*block, reject, lambda n, ended: told.append(n), look=look, ahead=ahead)
     assert {row.finish for row in rows} == {"eos", "length", "rejected"}
     assert count_flips(once, rows) <= 1  # other neighbours, other last bits; measured 0
     assert [r.finish for r in rows] == [r.finish for r in once] or count_flips(once, rows)

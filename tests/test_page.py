@@ -90,7 +90,7 @@ def test_page_holds_every_token_and_log_prob(tmp_path, tokenizer):
     records = [json.loads(line) for line in (run / "paths.jsonl").read_text().splitlines()]
     assert len(data["questions"][0]["paths"]) == len(records) == 25
     for path, r in zip(data["questions"][0]["paths"], records):
-        split = path[11] if len(path) > 11 else {}
+        split = path[12] if len(path) > 12 else {}
         texts = [split.get(str(i), data["vocab"][n]) for i, n in enumerate(path[2])]
         assert "".join(texts[path[4] : path[5]]) == r["text"]
         assert "".join(texts) == tokenizer.decode(r["token_ids"])
@@ -131,8 +131,8 @@ def test_rules_come_from_the_table(tmp_path, tokenizer):
     run = write_run(tmp_path / "run", tokenizer, {"q": "Is it?"}, plain)
     page.write_page(run, tmp_path / "p.html", tokenizer)
     rules = embedded(tmp_path / "p.html")["rules"]
-    assert [name for name, _ in rules] == [rule.name for rule in filters.RULES]
-    assert ["length", "at least 8 tokens"] in rules
+    assert [name for name, *_ in rules] == [rule.name for rule in filters.RULES]
+    assert ["length", "at least 8 tokens", "min_tokens", "at least {} tokens"] in rules
 
 
 def test_wrong_inputs_are_one_line(tmp_path, tokenizer):
@@ -311,13 +311,58 @@ def test_mouse(browser, pages):
     assert open_verdict(browser) == "✕ lists the options" and current(browser) == "q2/2"
     browser.click(".branch:nth-of-type(1) .path:nth-of-type(2) .toggle")
     assert open_verdict(browser) is None
-    browser.click("#filters label:last-child")
+    browser.click("#filters label:nth-of-type(3)")
     assert browser.count("#list li:not([hidden])") == 1
     browser.click("#filters label:first-of-type")
     browser.click("#search")
     browser.press(*"number 7")
     assert current(browser).startswith("q7/")
     browser.assert_quiet(pages / "one.html")
+
+
+def answers(name, branch, sample):
+    """Paths of several lengths, repetitions and perplexities, with right, wrong and no answers."""
+    said = "So the answer is yes.", "So the answer is no.", "That is all.", "Because it is so."
+    words = " ".join(
+        ["the town", "we see", "an ant", "he went"][: 1 + (branch + sample) % 4] * (1 + sample % 3)
+    )
+    return f"{words} there {said[(branch + 2 * sample + len(name)) % 4]}", "eos"  # fmt: skip
+
+
+TRIED = [{}, {"min_tokens": 40}, {"max_rep2": 0.11}, {"min_perplexity": 5.5}, {"answer": "consistent"},
+         {"answer": "right", "min_tokens": 2}, {"min_tokens": 0, "max_rep2": 1, "min_perplexity": 0},
+         {"min_tokens": 14, "max_rep2": 0.35, "min_perplexity": 5.05, "answer": "right"}]  # fmt: skip
+
+
+def test_the_sliders_filter_as_filters_py_does(browser, tmp_path, tokenizer):
+    """Guards verdicts, the selection and the funnel of other limits, for all paths of a file."""
+    questions = {f"q{i}": f"Is it number {i}?" for i in range(8)}
+    run = write_run(tmp_path / "run", tokenizer, questions, answers)
+    page.write_page(run, tmp_path / "p.html", tokenizer)
+    browser.open(tmp_path / "p.html")
+    stored = [json.loads(line) for line in (run / "paths.jsonl").read_text().splitlines()]
+    verdicts, commands = set(), []
+    for change in TRIED:
+        rules, records = filters.limits(LIMITS | change), []
+        for name, text in questions.items():
+            q = Question("strategy_qa", name, text, "yes")
+            some = [{k: r[k] for k in filters.SAMPLED} for r in stored if r["id"] == name]
+            records += filters.path_records(some, [q], tokenizer, rules)
+        browser.js("Object.assign(limits, D.limits, arguments[0]); refilter()", change)
+        found = browser.js("return D.questions.flatMap((q) => q.paths.map((a) => a[9]))")
+        assert found == [r["verdict"] for r in records], change
+        counts, funnel = browser.js("return D.shown"), filters.Funnel(records).counts()
+        assert all(counts[k] == funnel[k] for k in ("paths", "selected", "without_path")), change
+        assert {k: v for k, v in counts["dropped"].items() if v} == {
+            k: v for k, v in funnel["dropped"].items() if v}  # fmt: skip
+        verdicts |= set(found)
+        commands.append(browser.js("return document.getElementById('command').textContent"))
+    assert verdicts >= {"selected", "kept", "length", "repetition", "perplexity", "answer"}
+    assert commands[0] == "" and commands[1] == "python sample.py --refilter --min-tokens 40"
+    browser.js("limits.min_tokens = D.limits.min_tokens; refilter()")
+    note = browser.js("return document.getElementById('note').textContent")
+    assert "selected paths on this page" in note and browser.count(".stated.wrong") > 0
+    browser.assert_quiet(tmp_path / "p.html")
 
 
 def test_keyboard(browser, pages):

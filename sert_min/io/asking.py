@@ -45,6 +45,7 @@ from sert_min.io.endpoint import (
 from sert_min.io.errors import SertError, need, printable, this_command
 from sert_min.io.files import append_durable, lock_folder, to_line
 from sert_min.io.machine import stop_signals
+from sert_min.io.progress import FORM, Bar
 
 TRIES = 6  # attempts per request, not counting those that only met a rate limit
 BACKOFF = 0.5  # seconds before the second attempt; doubles with each further one
@@ -237,7 +238,7 @@ def ask_all(
                 print(
                     f"{e.who}: {len(todo) - len(again):,} of {len(asks):,} prompts have no reply yet"
                 )
-                with tqdm(total=len(todo), unit="reply") as bar:
+                with Bar(len(todo), "reply", bar_format=FORM.replace("{unit}s", "replies")) as bar:
                     failures = Asking(collection, bar, asks, readable).until_done(todo)
         finally:
             print(collection.summary())
@@ -476,7 +477,8 @@ class Asking:
             tries += not why.busy
             if tries >= TRIES or now + max(pause, why.after) > end:
                 raise Retry(f"{why} ({attempts} attempts)")
-            self.bar.set_postfix_str(f"retrying: {server_text(str(why), 60)}")
+            self.bar.set_postfix_str(f"retrying: {server_text(str(why), 60)}", refresh=False)
+            self.bar.update(0)
             self.closing.wait(pause)
 
     def leave(self, ask: Ask, end: float) -> float:

@@ -1,12 +1,10 @@
 """What the scripts print about their results: the funnel, paths, metrics, before and after."""
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from sert_min import filters, own
 from sert_min.io.errors import printable, printable_lines, this_command
@@ -180,23 +178,3 @@ def draw_curve(out: Path, title: str) -> None:
         print(f"wrote {out}/loss.png")
     except Exception as e:  # of matplotlib, its backend or its settings
         print(f"loss.png was not drawn ({type(e).__name__}: {printable(str(e))[:100]})")
-
-
-class TokenBar(tqdm):
-    """A progress bar over questions that also shows tokens per second, and moves inside a block."""
-
-    def __init__(self, total: int, disable: bool = False, **settings):
-        # smoothing=0: the time that is left comes from the whole run, since blocks end all at once.
-        settings |= {"miniters": 0, "smoothing": 0}
-        super().__init__(total=total, unit="question", disable=disable, **settings)
-        self.tokens, self.start, self.note = 0, time.perf_counter(), ""
-
-    def count(self, tokens: int) -> None:
-        """Hear of new tokens (the `progress` of generate.py)."""
-        self.tokens += tokens
-        rate = self.tokens / (time.perf_counter() - self.start)
-        self.set_postfix_str(f"{rate:,.0f} tokens/s{self.note}", refresh=False)
-        self.update(0)
-
-    def spent(self) -> dict:
-        return {"tokens": self.tokens, "seconds": round(time.perf_counter() - self.start, 2)}

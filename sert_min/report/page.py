@@ -23,11 +23,16 @@ LIMIT = 200  # questions of a page; 5.4 MB if every path has 128 tokens
 
 
 def write_page(
-    folder: Path, out: Path | str, tokenizer, title: str = "", limit: int = LIMIT
+    folder: Path,
+    out: Path | str,
+    tokenizer,
+    title: str = "",
+    limit: int = LIMIT,
+    command: str = "python sample.py",
 ) -> int:
     """Write the page of a run folder of sample.py to `out`; returns how many questions it shows.
     These are the first `limit`; the chart of the rules counts all. `tokenizer` is the one of the
-    model that sampled the paths."""
+    model that sampled the paths, `command` the one that filters them anew."""
     settings, funnel = read_json(folder / "settings.json"), read_json(folder / "funnel.json")
     vocab: dict[int, int] = {}  # the page's own numbers of tokens, in order of their first use
     questions: dict[tuple, dict] = {}
@@ -45,8 +50,10 @@ def write_page(
         "branches": 0 if settings.get("raw") else settings.get("branches", 0),
         "samples": settings.get("samples", 0),
         "limits": funnel["rules"],
-        "rules": [[rule.name, filters.words(rule, funnel["rules"][rule.flag])]
+        "rules": [[rule.name, filters.words(rule, funnel["rules"][rule.flag]), rule.flag, rule.words]
                   for rule in filters.RULES if rule.flag in funnel["rules"]],
+        "dropped": filters.DROPPED,
+        "command": command,
         "counts": funnel["counts"],
         "questions": list(questions.values()),
         "vocab": [tokenizer.to_bytes[i].decode("utf-8", "replace") for i in vocab],
@@ -71,8 +78,8 @@ def token_texts(token_bytes: Sequence[bytes]) -> list[str]:
 
 def compact_path(r: Mapping, tokenizer, vocab: dict[int, int]) -> list:
     """A record as the page wants it: [branch, sample, token numbers, -1000 x log-prob, path_start,
-    path_end, finish, perplexity, rep-2, verdict, breaking token or -1, {token: text}]; the last
-    holds the texts of tokens that share a character with a neighbour."""
+    path_end, finish, perplexity, rep-2, verdict, breaking token or -1, what it states of the answer,
+    {token: text}]; the last holds the texts of tokens that share a character with a neighbour."""
     unknown = [i for i in r["token_ids"] if i not in tokenizer.to_bytes]
     need(not unknown, f"question {r['id']} has a token that this model's tokenizer lacks")
     token_bytes = [tokenizer.to_bytes[i] for i in r["token_ids"]]
@@ -84,9 +91,9 @@ def compact_path(r: Mapping, tokenizer, vocab: dict[int, int]) -> list:
     alone = [b.decode("utf-8", "replace") for b in token_bytes]
     split = {i: t for i, (t, own) in enumerate(zip(texts, alone)) if t != own}
     minus = [round(-1000 * lp) for lp in r["logprobs"]]
-    perplexity = r["perplexity"] and round(r["perplexity"], 4)
-    path = [r["branch"], r["sample"], numbers, minus, start, end, r["finish"], perplexity]
-    path += [round(r["rep2"], 4), r["verdict"], breaking_token(r, token_bytes)]
+    path = [r["branch"], r["sample"], numbers, minus, start, end, r["finish"], r["perplexity"]]
+    path += [r["rep2"], r["verdict"], breaking_token(r, token_bytes)]
+    path += [filters.answers_stated(r["text"], question_in(r))]
     return path + [split] * bool(split)
 
 
