@@ -127,10 +127,13 @@ def make_question(
     if not isinstance(answer, str | int | float) or not str(answer).strip():
         raise ValueError("it has no answer; --fields answer=NAME names the field that holds it")
     said, choices = str(answer).strip(), read_choices(row.get("choices"))
-    name, free, text = str(row.get("id") or "").strip(), False, text.strip()
+    name, free, text = row.get("id"), False, text.strip()
+    name = "" if name is None else str(name).strip()
     if {c.lower() for c in choices} == {"yes", "no"} or (
         not choices and (said.lower() in YES_NO if yes_no is None else yes_no)
     ):
+        if choices and (bare := said.strip("()").upper()) in ("A", "B"):
+            said = choices["AB".index(bare)]
         if said.lower() not in YES_NO:
             raise ValueError(f"answer {said!r} is neither yes nor no")
         said, choices = YES_NO[said.lower()], ()

@@ -32,7 +32,7 @@ ROWS = [
     *({"question": f"Which of {n}, in row {k}?", "choices": WORDS[:n], "answer": a}
       for n, some in ((2, "AB"), (3, "C"), (5, "E"), (7, "FG"), (26, "IZ")) for k, a in enumerate(some)),
     {"question": "Which, by text?", "choices": WORDS[:5], "answer": "bus STOP"},
-    {"question": "Is ice cold?", "choices": ["Yes", "No"], "answer": "yes"},
+    {"question": "Is ice cold?", "choices": ["No", "Yes"], "answer": "(B)"},
     {"question": "What is 500 + 500?", "answer": "1,000"},
     {"question": "What is 2 - 7?", "answer": "-5"},
     {"question": "Wo ist der Zoo?", "answer": "In Zürich, Schweiz"},

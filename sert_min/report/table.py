@@ -208,7 +208,8 @@ def grid(rows: list[Row]) -> list[list[str]]:
     for row in rows:
         cells = [cell(row.ours.get(k), row.paper.get(k), k == "acc") for k in keys]
         n = f"{row.n:,}" + (f" x {row.seeds} seeds" if row.seeds > 1 else "")
-        lines.append([f"{row.model} {NAMES[row.method]}", *cells, n if row.n else ""])
+        missing = "not evaluated" if row.method == "base" else "not trained"
+        lines.append([f"{row.model} {NAMES[row.method]}", *cells, n if row.n else missing])
     return lines
 
 
