@@ -30,10 +30,10 @@ from sert_min.models import read_config
 from sert_min.questions import Question, describe, stem
 from sert_min.rationales import Output, rationale_records, teacher_answer
 from sert_min.report import console
-from sert_min.script import Student, add_flags, open_student, parse, parser
+from sert_min.script import Student, add_flags, check_counts, open_student, parse, parser
 from sert_min.teacher_files import read_teacher_file
 from sert_min.tokenizer import load_tokenizer
-from train import add_training_flags, options, prepare, train_student
+from train import Options, add_training_flags, options, prepare, train_student
 
 ANSWER_TOKENS = 64  # of the reply to the second request of --two-step
 
@@ -68,6 +68,7 @@ def main(args) -> None:
     parallel.start()
     if parallel.RANK > 0 and (args.dry_run or args.collect_only):
         return None  # process 0 asks the teacher alone; the others only train
+    check_counts(args, "limit", "per_question", "teacher_samples")
     teacher = teacher_from_flags(args)
     questions = tasks.load(args.task, "train", args.data_dir)
     print(describe(questions, "train"))
@@ -77,52 +78,24 @@ def main(args) -> None:
         told = "\n".join(printable_lines(m["content"]) for m in asks[0].messages)
         print(f"\nprompt of {printable(questions[0].name)}, to {e.url()}:\n{told}\n")
         return asking.print_plan("plan", *teacher.places(asks, questions))
-    if args.collect_only:
-        name = clean_name(args.teacher_model or args.teacher_file or "program")
-        out = Path(
-            args.out_dir or (teacher and teacher.folder) or f"out/{args.task}/teacher-{name}"
-        )
-    else:
-        student, method = pick_student(args)
-        o = options(args, student.label)
-        out = Path(o.out_dir or f"out/{o.task}/{student.label}/{method}/seed{o.s.seed}")
+    out, student, method, o = where_to(args, teacher)
     path = out / "rationales.jsonl"
     if args.allow_missing and (out / "settings.json").exists() and path.exists():
         # What was missing when this student was first trained stays left out.
         frozen = {r["id"] for r in read_jsonl(path)}
         questions = [q for q in questions if q.id in frozen]
-
     if parallel.RANK == 0:
-        # 1. Collect the outputs of the teacher for each question.
-        failures: list[str] = []
-        if teacher:
-            outputs, failures = ask_teacher(teacher, questions, args, out)
-        elif args.teacher_file:
-            found, left = read_teacher_file(args.teacher_file, questions)
-            outputs = {name: [output] for name, output in found.items()}
-            console.print_counts(f"outputs in {args.teacher_file} that are left out", left)
-        else:
-            outputs = program_outputs(questions, tasks.get(args.task).teacher)
-
-        # 2. Clean the outputs and choose those to learn from.
-        fits = None if args.collect_only else fits_in(student)
-        keep = args.keep, fits, args.per_question
-        records, counts = rationale_records(questions, outputs, *keep)
-        title = f"{len(records):,} rationales for {len(questions):,} questions"
-        console.print_counts(title, counts)
-        console.print_rationales(records)
+        records, failures = collect(args, teacher, questions, out, student and fits_in(student))
         if args.dry_run:
             return None
         save_records(out, records)
         if not args.allow_missing:
             asking.end_if_missing(failures, "teacher", teacher.folder if teacher else out)
     if args.collect_only:
-        return print(
-            f"wrote {path}\nnext: the same command without --collect-only trains a student on them"
-        )
+        more = "the same command without --collect-only trains a student on them"
+        return print(f"wrote {path}\nnext: {more}")
     parallel.largest(0)  # the other processes wait here for the rationales
 
-    # 3. Train on the chosen ones.
     by_id = {q.id: q for q in questions}
     kept = [r for r in read_jsonl(path) if r["kept"]]
     need(kept, f"no rationale was kept; look at {path}, or use --keep all")
@@ -138,6 +111,37 @@ def main(args) -> None:
                   "student's accuracy falls (docs/results.md). A teacher helps where it knows more")  # fmt: skip
         print(f"next: python evaluate.py {tasks.flags(args.task)} {more}")
     return None
+
+
+def where_to(args, teacher) -> tuple[Path, Student | None, str, Options | None]:
+    """(where the rationales go, the student, the method, the training flags); with --collect-only
+    there is no student, and they go to the teacher's replies."""
+    if args.collect_only:
+        name = clean_name(args.teacher_model or args.teacher_file or "program")
+        folder = teacher.folder if teacher else f"out/{args.task}/teacher-{name}"
+        return Path(args.out_dir or folder), None, "", None
+    student, method = pick_student(args)
+    o = options(args, student.label)
+    out = o.out_dir or f"out/{o.task}/{student.label}/{method}/seed{o.s.seed}"
+    return Path(out), student, method, o
+
+
+def collect(args, teacher, questions: list[Question], out: Path, fits) -> tuple[list, list[str]]:
+    """(the records of rationales.jsonl, why outputs are missing): collect the outputs of the teacher
+    for each question, clean them, choose those to learn from, and print all counts."""
+    failures: list[str] = []
+    if teacher:
+        outputs, failures = ask_teacher(teacher, questions, args, out)
+    elif args.teacher_file:
+        found, left = read_teacher_file(args.teacher_file, questions)
+        outputs = {name: [output] for name, output in found.items()}
+        console.print_counts(f"outputs in {args.teacher_file} that are left out", left)
+    else:
+        outputs = program_outputs(questions, tasks.get(args.task).teacher)
+    records, counts = rationale_records(questions, outputs, args.keep, fits, args.per_question)
+    console.print_counts(f"{len(records):,} rationales for {len(questions):,} questions", counts)
+    console.print_rationales(records)
+    return records, failures
 
 
 def fits_in(student: Student) -> Callable[[Question, str], bool]:

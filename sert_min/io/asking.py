@@ -80,22 +80,13 @@ class Collection:
 
     def load(self) -> "Collection":
         """Read the files without touching them: another process may be writing. A torn last line is
-        left out (the next append sets it aside); the first of two equal keys holds."""
-        caps = set()
-
-        def note_cap(note: dict) -> None:
-            caps.add(note.get("at_most", [0, 0])[1])
-
-        def keep(record: dict) -> None:
-            self.replies.setdefault(record["key"], record)
-
-        files = [
-            (self.folder / "sent.jsonl", self.count_note),
-            (self.folder / "sent.jsonl", note_cap),
-        ]
-        files += [(self.folder / "responses.jsonl", self.count)]
-        for other in self.others:
-            files += [(other / "sent.jsonl", note_cap), (other / "responses.jsonl", keep)]
+        left out (the next append sets it aside)."""
+        caps: set = {self.e.max_tokens}
+        notes, counted = self.folder / "sent.jsonl", self.folder / "responses.jsonl"
+        files = [(notes, self.count_note), (counted, self.count)]
+        files += [(other / counted.name, self.keep) for other in self.others]
+        files += [(p / notes.name, lambda note: caps.update(note.get("at_most", ())[1:]))
+                  for p in (self.folder, *self.others)]  # fmt: skip
         for path, count in files:
             *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
             if torn:
@@ -105,9 +96,11 @@ class Collection:
                     count(json.loads(line))
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     raise SertError(f"{path} line {number} is damaged; remove that line") from None
-        urls, e = [self.e.base_url, *([self.e.also_url] if self.e.also_url else [])], self.e
-        caps = sorted({c for c in caps if type(c) is int and c > 0} | {e.max_tokens}, key=str)
-        self.alike = tuple(replace(e, base_url=url, max_tokens=cap) for url in urls for cap in caps)
+        urls = [self.e.base_url] + [self.e.also_url] * bool(self.e.also_url)
+        caps = {cap for cap in caps if cap is None or (type(cap) is int and cap > 0)}
+        self.alike = tuple(
+            replace(self.e, base_url=url, max_tokens=cap) for url in urls for cap in caps
+        )
         return self
 
     def note(self, note: dict) -> None:
@@ -133,12 +126,16 @@ class Collection:
         append_durable(self.folder / "responses.jsonl", to_line(record))
         self.count(record)
 
-    def count(self, record: dict) -> None:
+    def keep(self, record: dict) -> None:
+        """Know a reply: the first of two equal keys, or a later one if the first may be cut."""
         if not isinstance(record["text"], str):
             raise TypeError("a reply without text")
         held = self.replies.get(record["key"])
         if held is None or is_doubtful(held):
             self.replies[record["key"]] = record
+
+    def count(self, record: dict) -> None:
+        self.keep(record)
         n_in, n_out = tokens_of(record.get("usage"))
         if n_in is not None and n_out is not None:  # else its bound stays, as if unanswered
             self.tokens_in += n_in
@@ -231,13 +228,10 @@ def ask_all(
                 print(f"the {len(collection.replies):,} replies in {folder} were made with other "
                       "settings or at another address (--also-url), and do not serve here")  # fmt: skip
             if again:
-                print(
-                    f"{e.who}: {len(again):,} replies ended in an unknown way and are asked for again"
-                )
+                print(f"{e.who}: {len(again):,} replies with an unknown finish are asked for again")
             if todo := todo + again:
-                print(
-                    f"{e.who}: {len(todo) - len(again):,} of {len(asks):,} prompts have no reply yet"
-                )
+                n = len(todo) - len(again)
+                print(f"{e.who}: {n:,} of {len(asks):,} prompts have no reply yet")
                 with Bar(len(todo), "reply", bar_format=FORM.replace("{unit}s", "replies")) as bar:
                     failures = Asking(collection, bar, asks, readable).until_done(todo)
         finally:
