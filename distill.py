@@ -303,4 +303,4 @@ def program_outputs(questions: list[Question], teacher: Callable) -> dict[str, l
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)

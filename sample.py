@@ -305,4 +305,4 @@ def without_task(args) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)

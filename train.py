@@ -294,4 +294,4 @@ def greedy_records(run: Run, questions: list[Question], suffix: str) -> list[dic
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)

@@ -2,9 +2,9 @@
 
 import contextlib
 import errno
+import io
 import os
 import shlex
-import signal
 import sys
 import time
 
@@ -49,40 +49,48 @@ def last_line(error: BaseException) -> tuple[str, int] | None:
             return "error: this needs Linux or macOS; on Windows, run it inside WSL", 1
         return (f"error: this Python has no package {error.name}; `{sys.executable} -m pip install -r "
                 "requirements.txt` installs it (a venv is best: README, Start)"), 1  # fmt: skip
-    if isinstance(error, OSError) and error.errno and error.strerror:
-        where = (
-            f": {printable(str(error.filename))}" if error.filename else ""
-        )  # writes carry no name
+    if isinstance(error, OSError):
+        where = f": {printable(str(error.filename))}" if error.filename else ""  # none in writes
         hint = HINTS.get(error.errno, "check that disk or folder, then repeat the same command")
-        return f"error: {error.strerror}{where}; {hint}", 1
+        return f"error: {error.strerror or printable(str(error))}{where}; {hint}", 1
     return None
 
 
 def stop_at_once(*_) -> None:
-    """What Ctrl-C does while Python still imports: libraries may swallow a KeyboardInterrupt."""
-    print("\ninterrupted; repeat the same command to continue", file=sys.stderr, flush=True)
+    """What Ctrl-C does: imports may swallow a KeyboardInterrupt, and torch's C++ code aborts at one.
+    Nothing is lost, since every command survives a kill."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\ninterrupted; repeat the same command to continue\n")
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
     os._exit(130)
 
 
 def run_script(main, args) -> None:
-    """Run `main(args)`; known errors become one line on stderr and a non-zero exit status. Under
-    torchrun one error is one message: processes other than 0 wait for their end, which torchrun
-    brings, and only print if it does not come."""
+    """Run `main(args)`, or `main(args())`; known errors become one line on stderr and a non-zero exit
+    status. Under torchrun one error is one message: processes other than 0 wait for their end, which
+    torchrun brings, and speak only if it does not come; process 0 waits, too, where it met no error of
+    its own, but the end of another process."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):
+        if getattr(stream, "errors", "") == "strict":
             stream.reconfigure(errors="replace")  # ASCII terminals get `?`, not a traceback
-    if signal.getsignal(signal.SIGINT) is stop_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    stderr, rank = sys.stderr, os.environ.get("RANK")
+    sys.stderr = stderr if rank in (None, "0") else io.StringIO()
     try:
-        main(args)
+        main(args() if callable(args) else args)
         let_go_of_stdout()
-    except (Exception, KeyboardInterrupt) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)
-        if (told := last_line(error)) is None:
+    except BaseException as error:
+        told = last_line(error)
+        if rank and (rank != "0" or not (told or isinstance(error, SystemExit))):
+            time.sleep(3 if rank != "0" else 1)
+        if told is None:
             raise
         let_go_of_stdout()
         sys.exit(told[0] if told[1] == 1 and told[0] else exit_after(*told))
+    finally:
+        if sys.stderr is not stderr:
+            stderr.write(sys.stderr.getvalue())
+            sys.stderr = stderr
 
 
 def exit_after(text: str, status: int) -> int:
