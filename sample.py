@@ -149,6 +149,8 @@ def prepare(args) -> Run:
     script.check_counts(args, "limit", "block_questions")
     parent = Path(args.html or ".").absolute().parent
     need(parent.is_dir(), f"--html {args.html}: its folder does not exist; make it first")
+    if args.html:
+        files.check_place(args.html, folder=False)
     student = script.open_student(args.model, args.task)
     preset = tasks.preset(args.task, student.label)
     s, limits = sample_settings(args, preset["max_new_tokens"]), filters.limits(preset, vars(args))

@@ -249,6 +249,7 @@ def train_student(run: Run) -> None:
     )
     with files.lock_folder(out) if main else contextlib.nullcontext():
         if main:
+            files.check_place(out / "last", folder=True)
             # A longer run starts with the very steps of a shorter one: these two may be raised.
             fixed = {k: v for k, v in m.items() if k not in ("epochs", "max_steps")}
             files.check_settings(out / "settings.json", fixed, "choose another --out-dir")
