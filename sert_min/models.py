@@ -26,6 +26,8 @@ from sert_min.llama import Llama, LlamaConfig
 
 # What folders hold beside the parameters: causal masks (old GPT-2 files), RoPE's frequencies.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
+# What torch.compile and several GPUs leave in names, before a model or its layers.
+WRAPPERS = re.compile(r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Conv1D of GPT-2's published weights stores [in, out]; nn.Linear wants [out, in]. One of the four,
 # attn.c_proj, is square: no shape check would notice a forgotten transpose.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -156,8 +158,7 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2 | Llama:
     wanted, head = hub_tensors(model.to_empty(device="cpu")), None
     missing = set(wanted)
     for raw_name, t in read_tensors(folder):
-        name = raw_name.removeprefix("_orig_mod.")  # of a model that was compiled
-        name = name.removeprefix("transformer.").removeprefix("_orig_mod.")
+        name = WRAPPERS.sub("", raw_name).removeprefix("transformer.")
         if BUFFERS.fullmatch(name):
             continue
         if name == "lm_head.weight" and name not in wanted:

@@ -57,10 +57,17 @@ def test_damaged_lines_are_named(tmp_path, line):
     assert "remove that line" in one_line(e)
 
 
-def test_a_bom_and_blank_lines_are_read_over(tmp_path):
+@pytest.mark.parametrize("text", [
+    b'\xef\xbb\xbf{"a":1}\r\n\n \n{"a":2}', b'\xef\xbb\xbf\n{"a":1}\r\r\n\t\n{"a":2}\n\n',
+    b'{"a":1}\n\xef\xbb\xbf{"a":2}\n',  # two files, one behind the other
+])  # fmt: skip
+def test_a_bom_and_blank_lines_are_read_over(text, tmp_path):
     """ "Remove that line" would have dropped the first record of a file that an editor saved."""
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a":1}\r\n\n \n{"a":2}')
+    (tmp_path / "a.jsonl").write_bytes(text)
     assert [r["a"] for r in files.read_jsonl(tmp_path / "a.jsonl")] == [1, 2]
+    (tmp_path / "a.jsonl").write_text('{"a":1}', "utf-16")
+    with pytest.raises(SertError, match="save it as UTF-8"):
+        list(files.read_jsonl(tmp_path / "a.jsonl"))
 
 
 def test_missing_files_and_folders_are_named(tmp_path):

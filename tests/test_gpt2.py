@@ -267,20 +267,32 @@ if __name__ == "__main__":
     print("bf16 log-prob errors (median, largest):", bf16_errors(GPT2Config(), rows=2, length=64))
 
 
-def test_folders_of_older_files_and_compiled_models(tmp_path):
-    """config.json without model_type; names under `_orig_mod.`."""
+@pytest.mark.parametrize("prefix", [
+    "_orig_mod.transformer.", "transformer._orig_mod.", "module.", "module._orig_mod.transformer.",
+    "_fsdp_wrapped_module.transformer.", "h.0._orig_mod.",
+])  # fmt: skip
+def test_names_of_compiled_and_parallel_models(prefix, tmp_path):
+    """Guards the loss of a training that transformers would have saved under these names."""
     folder = make_tiny_model(tmp_path / "m")
     wanted = load_model(folder).state_dict()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k != "model_type"})
-    )
-    tensors = {
-        f"_orig_mod.transformer.{k}": v for k, v in load_file(folder / "model.safetensors").items()
-    }
+    layer = prefix.startswith("h.0.")
+    rename = (lambda k: k.replace("h.0.", prefix)) if layer else (lambda k: prefix + k)
+    tensors = {rename(k): v for k, v in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
     found = load_model(folder).state_dict()
     assert all(torch.equal(found[k], v) for k, v in wanted.items())
+
+
+@pytest.mark.parametrize("told, error", [
+    *((some, "") for some in (["GPT2LMHeadModel"], ["GPT2Model"], "GPT2DoubleHeadsModel")),
+    *((some, "None; set model_type") for some in (["BertModel"], [["x"]], [], None, 3, ["GPT2Other"])),
+])  # fmt: skip
+def test_older_files_have_no_model_type(told, error, tmp_path):
+    folder = make_tiny_model(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": told}
+    config.pop("model_type")
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(config).encode())
+    assert not load_model(folder).training if not error else error in refused(folder)
 
 
 def test_folders_that_hold_no_whole_model(tmp_path, monkeypatch):

@@ -36,8 +36,9 @@ def parse_json(data: bytes, where: str, fix: str) -> dict:
         raise ValueError(f"{name} is no number")
 
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=refuse)
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse)  # some editors' BOM
     except (ValueError, RecursionError) as e:
+        fix = f"save it as UTF-8, or {fix}" if isinstance(e, UnicodeDecodeError) else fix
         raise SertError(f"{where} is not JSON ({str(e)[:80]}); {fix}") from None
     need(isinstance(value, dict), f"{where} is not a JSON object; {fix}")
     return value
@@ -57,10 +58,7 @@ def read_jsonl(path: Path | str, form: dict | None = None) -> Iterator[dict]:
     its number."""
     with open(there(path), "rb") as f:
         for number, line in enumerate(f, 1):
-            line = line.removeprefix(
-                b"\xef\xbb\xbf" if number == 1 else b""
-            )  # a BOM, by some editors
-            if not line.strip():
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
                 continue
             where = f"{path} line {number}"
             record = parse_json(line, where, "remove that line or make the file again")

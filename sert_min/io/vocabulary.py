@@ -53,7 +53,7 @@ def read_vocabulary(folder: Path, ends: list) -> Vocabulary:
         paths = [folder / "vocab.json", folder / "merges.txt"]
         there = all(path.exists() for path in paths)
         need(there, f"{folder} has neither tokenizer.json nor merges.txt + vocab.json; add them")
-        vocab, merges = json.loads(paths[0].read_text("utf-8")), paths[1].read_text("utf-8")
+        vocab, merges = json.loads(paths[0].read_text("utf-8-sig")), paths[1].read_text("utf-8-sig")
         merged = merge([m for m in merges.split("\n") if m and not m.startswith("#version")])
         vocab |= read_added(folder)
         pattern, nfc, start = PATTERN, False, ()
@@ -84,15 +84,15 @@ def read_vocabulary(folder: Path, ends: list) -> Vocabulary:
 def read_added(folder: Path) -> dict[str, int]:
     """{token: id} of the tokens that were added to merges.txt and vocab.json (a chat's `<|im_end|>`)."""
     added, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
-    found = json.loads(added.read_text("utf-8")) if added.exists() else {}
-    told = json.loads(config.read_text("utf-8")) if config.exists() else {}
+    found = json.loads(added.read_text("utf-8-sig")) if added.exists() else {}
+    told = json.loads(config.read_text("utf-8-sig")) if config.exists() else {}
     listed = told.get("added_tokens_decoder") or {}
     return found | {token["content"]: int(i) for i, token in listed.items()}
 
 
 def read_tokenizer_json(path: Path) -> tuple:
     """(id of each token, tokens that merges make by priority, pattern, nfc, start) of tokenizer.json."""
-    raw = json.loads(path.read_text("utf-8"))
+    raw = json.loads(path.read_text("utf-8-sig"))
     model, normalizer = raw["model"], (raw.get("normalizer") or {}).get("type")
     pattern, start = split_pattern(raw.get("pre_tokenizer") or {}), start_tokens(raw)
     for name, value, fine in (
