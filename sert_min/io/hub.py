@@ -36,8 +36,8 @@ ARCHITECTURES = ("gpt2", "llama", "qwen2")  # values of model_type in config.jso
 CLASSES = r"'(GPT2|Llama|Qwen2)(LMHeadModel|DoubleHeadsModel|ForCausalLM|Model)'"
 INDEX = "model.safetensors.index.json"  # names the files of weights in several files
 WEIGHTS = ("model.safetensors", "model-*.safetensors", INDEX)
-TOKENIZER = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json",
-             "tokenizer_config.json")  # fmt: skip
+TOKENIZER = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+             "tokenizer.json", "tokenizer_config.json")  # fmt: skip
 
 
 # --- reading -------------------------------------------------------------------------------------
