@@ -20,7 +20,6 @@ import hashlib
 import itertools
 import json
 import math
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -32,7 +31,7 @@ from sert_min.answers import strip_answer_sentence
 from sert_min.finetune import Example, TrainSettings, encode_example, fit, mean_loss, n_supervised
 from sert_min.gpt2 import GPT2
 from sert_min.io import files, parallel
-from sert_min.io.errors import need, run_script
+from sert_min.io.errors import command, need, run_script
 from sert_min.io.hub import read_sert, weights_hash
 from sert_min.io.machine import resolve_machine
 from sert_min.metrics import grade, greedy
@@ -125,10 +124,11 @@ def self_training_pairs(
     paths, preset = Path(args.paths or default), tasks.preset(args.task, student.label)
     anew = args.method == "star" or any(getattr(args, r.flag) is not None for r in filters.RULES)
     paths = paths.with_name("paths.jsonl") if anew else paths
+    flags = {"model": student.name, "data_dir": args.data_dir, "seed": args.seed}
+    before = command("sample.py", tasks.flags(args.task), **flags)
     need(
         paths.exists(),
-        f"{paths} does not exist; run `python sample.py {tasks.flags(args.task)} --model "
-        f"{shlex.quote(student.name)} --seed {args.seed}` to its end first, or give --paths",
+        f"{paths} does not exist; run `{before}` to its end first, or give --paths",
     )
     if not anew:
         return sert_pairs(paths, questions), {"source": str(paths)}

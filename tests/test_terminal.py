@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -126,3 +127,16 @@ def test_closed_streams_keep_their_numbers(tmp_path):
     environment = ["env", f"PYTHONPATH={tmp_path}", sys.executable, str(ROOT / "evaluate.py")]
     shell(environment, "<&- >&- 2>&-", tmp_path)
     assert (tmp_path / "fds").read_text() == str(["/dev/null"] * 3)
+
+
+def test_commands_can_be_pasted(tmp_path, monkeypatch):
+    """Guards names with blanks and quotes, a folder of data, and a start from another folder."""
+    (tmp_path / "my repo").mkdir()
+    (tmp_path / "my repo/train.py").touch()
+    for argv, script in ((f"{tmp_path}/my repo/sample.py", f"{tmp_path}/my repo/train.py"),
+                         ("sample.py", "train.py"), ("-c", "train.py")):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [argv])
+        flags = {"model": "a 'b'", "data_dir": None, "seed": 0, "out_dir": tmp_path / "$x"}
+        words = shlex.split(errors.command("train.py", "--task 'q 1.jsonl'", **flags))
+        assert words == ["python", script, "--task", "q 1.jsonl", "--model", "a 'b'", "--seed", "0",
+                         "--out-dir", f"{tmp_path}/$x"]  # fmt: skip

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import itertools
 import os
 import shlex
 import sys
@@ -117,6 +118,15 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """The same for text whose line ends are wanted."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def command(script: str, task: str, **flags) -> str:
+    """A command line that can be pasted: another script, which lies beside this one, with the words
+    `task` and the `flags` that are not None."""
+    beside = os.path.join(os.path.dirname(sys.argv[0]), script)
+    script = beside if os.path.exists(beside) else script
+    given = {f"--{name.replace('_', '-')}": str(x) for name, x in flags.items() if x is not None}
+    return f"python {shlex.quote(script)} {task} {shlex.join(itertools.chain(*given.items()))}"
 
 
 def this_command() -> str:
