@@ -263,10 +263,6 @@ def test_pickle_only_and_empty_folders_are_refused(folder):
             hub.find_model(name)
 
 
-if __name__ == "__main__":
-    print("bf16 log-prob errors (median, largest):", bf16_errors(GPT2Config(), rows=2, length=64))
-
-
 @pytest.mark.parametrize("prefix", [
     "_orig_mod.transformer.", "transformer._orig_mod.", "module.", "module._orig_mod.transformer.",
     "_fsdp_wrapped_module.transformer.", "h.0._orig_mod.",
@@ -295,14 +291,34 @@ def test_older_files_have_no_model_type(told, error, tmp_path):
     assert not load_model(folder).training if not error else error in refused(folder)
 
 
-def test_folders_that_hold_no_whole_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("files, message", [
+    (["adapter_config.json"], "is an adapter; merge it"),
+    (["adapter_config.json", "adapter_model.safetensors", "config.json"], "is an adapter; merge it"),
+    (["checkpoint-500/config.json"], "give --model run/checkpoint-500$"),
+    (["checkpoint-1000/config.json", "checkpoint-900/config.json", "checkpoint-800/config.json",
+      "config.json", "checkpoint-best/config.json"], "give --model run/checkpoint-1000$"),
+    ([f"checkpoint-{n}/adapter_config.json" for n in (300, 900, 500)], "run/checkpoint-900$"),
+])  # fmt: skip
+def test_folders_that_hold_no_whole_model(files, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for file, message in (("adapter/adapter_config.json", "is an adapter; merge it"),
-                          ("run/checkpoint-500/config.json", "give --model run/checkpoint-500")):  # fmt: skip
-        path = tmp_path / file
-        path.parent.mkdir(parents=True)
+    for path in (tmp_path / "run" / file for file in files):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-        with pytest.raises(SertError, match=message):
-            find_model(file.split("/")[0])
-    (tmp_path / "gpt2").mkdir()  # something else: it does not hide the hub's model
-    assert not is_local("gpt2") and is_local("run")
+    with pytest.raises(SertError, match=message):
+        find_model("run")
+    (tmp_path / "run/model.safetensors").touch()  # a whole model lies beside them
+    assert find_model("run") == type(tmp_path)("run")
+
+
+def test_a_folder_hides_a_named_model_only_if_it_holds_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "openai-community/gpt2", "run"):
+        (tmp_path / name).mkdir(parents=True)
+        assert is_local(name) == (name == "run")
+    make_tiny_model(tmp_path / "distilgpt2")
+    assert is_local("distilgpt2") and find_model("distilgpt2").is_dir()
+    assert "the folder ./distilgpt2 here, not the hub's" in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    print("bf16 log-prob errors (median, largest):", bf16_errors(GPT2Config(), rows=2, length=64))

@@ -60,9 +60,10 @@ def find_model(name: str) -> Path:
 
 def is_local(name: str) -> bool:
     """Does a name mean a folder here? A folder without a model does not hide a named student."""
+    known = {*HUB, *(repo for repo, _ in HUB.values())}
     models = ("config.json", "last")
     return Path(name).is_dir() and (
-        name not in HUB or any((Path(name) / m).exists() for m in models)
+        name not in known or any((Path(name) / m).exists() for m in models)
     )
 
 
@@ -70,15 +71,14 @@ def local_folder(folder: Path) -> Path:
     """The model in a local folder: a Hugging Face folder, or the `last` of a run."""
     if (folder / "last").is_dir():
         return folder / "last"
-    if (folder / "config.json").exists():
-        if folder.name in HUB and len(folder.parts) == 1:
-            print(f"--model {folder} is the folder ./{folder} here, not the hub's {folder}")
-        return folder
-    adapter = (folder / "adapter_config.json").exists()
-    need(not adapter, f"{folder} is an adapter; merge it into its base model first (peft's "
-         "merge_and_unload, then save_pretrained)")  # fmt: skip
-    steps = sorted(folder.glob("checkpoint-*/config.json"), key=lambda p: len(p.parent.name))
-    need(not steps, f"{folder} holds checkpoints only; give --model {steps and steps[-1].parent}")
+    if not any((folder / name).exists() for name in ("model.safetensors", INDEX)):
+        adapter = (folder / "adapter_config.json").exists()
+        need(not adapter, f"{folder} is an adapter; merge it into its base model first (peft's "
+             "merge_and_unload, then save_pretrained)")  # fmt: skip
+        steps = sorted(folder.glob("checkpoint-[0-9]*"), key=lambda p: (len(p.name), p))
+        need(not steps, f"{folder} holds checkpoints only; give --model {steps and steps[-1]}")
+    elif str(folder) in HUB:
+        print(f"--model {folder} is the folder ./{folder} here, not the hub's {folder}")
     return folder
 
 
@@ -130,7 +130,7 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
             why = ("is not in the local cache and the hub can't be reached; check the network and "
                    "HF_ENDPOINT, unset HF_HUB_OFFLINE, or give --model a folder")  # fmt: skip
         elif isinstance(e, errors.EntryNotFoundError):
-            why = "has no config.json on the hub; is it a model?"
+            why = "has no config.json on the hub; is it a whole model (no adapter)?"
         else:
             why = f"can't be downloaded ({reason}); try again"
     raise SertError(f"model {name} {why}")
