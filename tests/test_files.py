@@ -401,6 +401,9 @@ def test_links_stay_links(tmp_path):
             == (tmp_path / "disk/page").read_text()
             == str(i)
         )
+    (tmp_path / "out").symlink_to(tmp_path / "disk/out")  # which is not there yet
+    with files.lock_folder(tmp_path / "out/run"):
+        assert (tmp_path / "disk/out/run").is_dir()
     (tmp_path / "disk/loop").symlink_to(tmp_path)
     (tmp_path / "top").mkdir()
     (tmp_path / "top/linked").symlink_to(tmp_path / "disk")
@@ -432,7 +435,7 @@ def test_a_place_that_fails_later_is_refused_first(tmp_path, monkeypatch):
     files.check_place(tmp_path / "new", folder=True)  # a link to what is not there yet
     files.check_place(tmp_path / "file", folder=False)
     files.check_place(tmp_path / "folder", folder=True)
-    for name, folder, error in (("folder", False, "is a folder"), ("file", True, "is no folder"),
+    for name, folder, error in (("folder", False, "is no plain file"), ("/dev/null", False, "is no plain file"), ("file", True, "is no folder"),
                                 ("link", False, "Not a directory"), ("a" * 256, True, "too long")):  # fmt: skip
         with pytest.raises((SertError, OSError), match=error):
             files.check_place(tmp_path / name, folder)

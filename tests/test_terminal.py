@@ -56,6 +56,8 @@ def test_an_early_interrupt_is_one_line(seconds, tmp_path):
 @pytest.mark.parametrize("error, words", [
     (SertError("so\n"), "error: so "),
     (OSError(28, "No space left", "f"), "No space left: f; free some space"),
+    (PermissionError(13, "Permission denied", "/.cache"), "SERT_CACHE"),
+    (MemoryError(), "out of memory"),
     (OSError(36, "File name too long", "f"), "choose a shorter name"),
     (OSError(5, "Input/output error", "f"), "check that disk"),
     (OSError("libcudart.so.12: cannot open"), "error: libcudart.so.12: cannot open; check"),

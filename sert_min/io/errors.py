@@ -22,7 +22,7 @@ def need(ok, message: str) -> None:
 
 HINTS = dict.fromkeys(
     (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ELOOP),
-    "choose a writable folder with --out-dir",
+    "choose a writable folder with --out-dir (for downloads: SERT_CACHE, HF_HOME)",
 )
 HINTS[errno.ENOENT] = "make its folder first"
 HINTS[errno.ENOSPC] = HINTS[errno.EDQUOT] = "free some space, then repeat the same command"
@@ -39,7 +39,7 @@ def last_line(error: BaseException) -> tuple[str, int] | None:
         return "\ninterrupted; repeat the same command to continue", 130
     if isinstance(error, BrokenPipeError):  # `sample.py | head`: nobody reads on
         return "", 1
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch is not imported here
         return "error: out of memory; give a smaller --rows or --block-questions", 1
     if (
         isinstance(error, ModuleNotFoundError)

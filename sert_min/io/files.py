@@ -119,8 +119,9 @@ def check_place(path: Path | str, folder: bool) -> None:
     """Refuse, before the work begins, a place that its result can't take: a read-only disk behind a
     link, a name that is too long, a mount, a folder where a file (or else a `folder`) is to be."""
     path = Path(os.path.realpath(path))
-    fits = not path.exists() or path.is_dir() == folder
-    need(fits, f"{path} is {'no' if folder else 'a'} folder; move it away or choose another name")
+    kind = "folder" if folder else "plain file"  # /dev/null is none
+    fits = not path.exists() or (path.is_dir() if folder else path.is_file())
+    need(fits, f"{path} is no {kind}; move it away or choose another name")
     need(not os.path.ismount(path), f"{path} is a mount, which can't be replaced; link into it")
     part = beside(path, f"{os.getpid()}.tmp")
     part.mkdir(parents=folder)
@@ -223,7 +224,7 @@ def lock_folder(folder: Path | str, name: str = ".lock", wait: bool = False) -> 
     """Hold `folder` (made if missing) for this process; a second process is refused, or waits. The
     lock dies with its holder. Where the file system knows no locks, a file with the holder's host and
     process number serves."""
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))  # what a link leads to may not be there yet
     folder.mkdir(parents=True, exist_ok=True)
     taken = f"another process is writing to {folder}; wait for it or choose another --out-dir"
     with open(folder / name, "w") as f:

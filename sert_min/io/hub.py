@@ -132,7 +132,9 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
         elif isinstance(e, errors.EntryNotFoundError):
             why = "has no config.json on the hub; is it a whole model (no adapter)?"
         else:
-            why = f"can't be downloaded ({reason}); try again"
+            disk = isinstance(e, OSError) and e.filename  # not an error of the network
+            fix = "set HF_HOME to a writable folder" if disk else "try again"
+            why = f"can't be downloaded ({reason}); {fix}"
     raise SertError(f"model {name} {why}")
 
 
