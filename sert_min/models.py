@@ -11,6 +11,7 @@ nothing else asks which of them runs; where a signature says GPT2, a Llama will 
 What a config.json asks for and these models do not compute is refused by name.
 """
 
+import contextlib
 import math
 import re
 from dataclasses import asdict, fields
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from sert_min.gpt2 import ACTIVATIONS, GPT2, GPT2Config
-from sert_min.io.errors import need
+from sert_min.io.errors import SertError, need
 from sert_min.io.hub import read_raw_config, read_tensors, write_folder
 from sert_min.llama import Llama, LlamaConfig
+from sert_min.tokenizer import load_tokenizer
 
 # What folders hold beside the parameters: causal masks (old GPT-2 files), RoPE's frequencies.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
@@ -194,6 +196,10 @@ def save_model(model: GPT2 | Llama, folder: Path, tokenizer_from: Path, sert: di
         told = {SIZES.get(name, name): value for name, value in config.items()}
         scaling = c.rope_scaling and {"rope_type": "llama3", **c.rope_scaling}
         config = {"architectures": [kind], **told, "rope_scaling": scaling, "hidden_act": "silu"}
+    with contextlib.suppress(SertError):  # there is no tokenizer
+        eot, ends = load_tokenizer(tokenizer_from).eot, config["eos_token_id"]
+        if eot not in (ends if isinstance(ends, list) else [ends]):
+            config["eos_token_id"] = eot  # training writes this one: others must end there, too
     tensors = {name: t.float().cpu().contiguous() for name, t in hub_tensors(model).items()}
     write_folder(folder, tensors, {"config.json": config, "sert.json": sert}, tokenizer_from)
 

@@ -320,9 +320,12 @@ def test_what_added_tokens_ask_for_is_refused_by_name(files, named, tmp_path):
 
 def test_a_saved_model_keeps_its_end(tmp_path):
     """Guards a folder with two different ends: transformers must end where training did."""
-    folder = make_tiny_model(tmp_path / "m", vocab_size=271, eos_token_id=270)
-    add_files(folder, added_tokens=CHAT, special_tokens_map=END_IS)
-    save_model(load_model(folder), tmp_path / "new", folder, {})
-    for some in (folder, tmp_path / "new"):
-        assert load_tokenizer(some).eot == 270
+    folder = make_tiny_model(tmp_path / "m", vocab_size=271)
+    config = json.loads((folder / "config.json").read_text())
+    add_files(folder, added_tokens=CHAT, special_tokens_map=END_IS, tokenizer_config=END_IS)
+    for told, kept in ((270, 270), ([268, 270], [268, 270]), (None, 270), (50256, 270)):
+        add_files(folder, config=config | {"eos_token_id": told})
+        save_model(load_model(folder), tmp_path / "new", folder, {})
+        assert json.loads((tmp_path / "new/config.json").read_text())["eos_token_id"] == kept
+        assert load_tokenizer(tmp_path / "new").eot == load_tokenizer(folder).eot
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "new").eos_token == "<|im_end|>"

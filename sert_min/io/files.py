@@ -224,9 +224,9 @@ def lock_folder(folder: Path | str, name: str = ".lock", wait: bool = False) -> 
     """Hold `folder` (made if missing) for this process; a second process is refused, or waits. The
     lock dies with its holder. Where the file system knows no locks, a file with the holder's host and
     process number serves."""
+    taken = f"another process is writing to {folder}; wait for it or choose another --out-dir"
     folder = Path(os.path.realpath(folder))  # what a link leads to may not be there yet
     folder.mkdir(parents=True, exist_ok=True)
-    taken = f"another process is writing to {folder}; wait for it or choose another --out-dir"
     with open(folder / name, "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
