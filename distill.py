@@ -15,7 +15,6 @@ import sert_min.io.early  # noqa: F401  (first: it makes one line of what fails 
 
 # isort: split
 import argparse
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from sert_min import prompts, tasks
 from sert_min.answers import plain_answer
 from sert_min.io import asking, endpoint, parallel
 from sert_min.io.endpoint import Ask, Endpoint
-from sert_min.io.errors import need, printable, printable_lines, run_script
+from sert_min.io.errors import command, need, printable, printable_lines, run_script
 from sert_min.io.files import clean_name, read_jsonl, to_line, write_atomic
 from sert_min.models import read_config
 from sert_min.questions import Question, describe, stem
@@ -104,12 +103,11 @@ def main(args) -> None:
     o = o._replace(out_dir=str(out), limit=None)  # the questions were limited, not the examples
     train_student(prepare(student, method, pairs, prompts.COT_SUFFIX, about, o))
     if parallel.RANK == 0:
-        where = ["--data-dir", args.data_dir] * bool(args.data_dir)
-        more = shlex.join(["--model", str(out), *where])
         if not (teacher or args.teacher_file):
             print("this teacher, a program, speaks in sentences that the student never used: after SERT, the "
                   "student's accuracy falls (docs/results.md). A teacher helps where it knows more")  # fmt: skip
-        print(f"next: python evaluate.py {tasks.flags(args.task)} {more}")
+        task = tasks.flags(args.task)
+        print(f"next: {command('evaluate.py', task, model=out, data_dir=args.data_dir)}")
     return None
 
 
@@ -307,4 +305,4 @@ def program_outputs(questions: list[Question], teacher: Callable) -> dict[str, l
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)

@@ -285,4 +285,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)

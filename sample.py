@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import shlex
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from sert_min.decode import fitting_rows
 from sert_min.generate import SampleSettings, check_lengths, sample_paths
 from sert_min.gpt2 import GPT2
 from sert_min.io import files
-from sert_min.io.errors import SertError, need, run_script, this_command
+from sert_min.io.errors import SertError, command, need, run_script, this_command
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.io.hub import weights_hash
 from sert_min.io.machine import MACHINE, resolve_machine
@@ -136,12 +135,9 @@ def main(args) -> None:
             n = page.write_page(run.out, args.html, run.tokenizer, command=this_command())
             print(f"wrote {args.html} ({n:,} questions); open it in a browser")
         if m["split"] == "train" and not run.s.raw:
-            where = ["--data-dir", args.data_dir] * bool(args.data_dir) + [
-                "--seed",
-                str(run.s.seed),
-            ]
-            more = shlex.join(["--model", run.student.name, "--paths", str(selected), *where])
-            print(f"next: python train.py {tasks.flags(m['task'])} {more}")
+            flags = {"model": run.student.name, "paths": selected, "data_dir": args.data_dir}
+            task = tasks.flags(m["task"])
+            print(f"next: {command('train.py', task, **flags, seed=run.s.seed)}")
 
 
 def prepare(args) -> Run:
@@ -149,6 +145,8 @@ def prepare(args) -> Run:
     script.check_counts(args, "limit", "block_questions")
     parent = Path(args.html or ".").absolute().parent
     need(parent.is_dir(), f"--html {args.html}: its folder does not exist; make it first")
+    if args.html:
+        files.check_place(args.html, folder=False)
     student = script.open_student(args.model, args.task)
     preset = tasks.preset(args.task, student.label)
     s, limits = sample_settings(args, preset["max_new_tokens"]), filters.limits(preset, vars(args))
@@ -305,4 +303,4 @@ def without_task(args) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)

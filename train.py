@@ -20,7 +20,6 @@ import hashlib
 import itertools
 import json
 import math
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -32,7 +31,7 @@ from sert_min.answers import strip_answer_sentence
 from sert_min.finetune import Example, TrainSettings, encode_example, fit, mean_loss, n_supervised
 from sert_min.gpt2 import GPT2
 from sert_min.io import files, parallel
-from sert_min.io.errors import need, run_script
+from sert_min.io.errors import command, need, run_script
 from sert_min.io.hub import read_sert, weights_hash
 from sert_min.io.machine import resolve_machine
 from sert_min.metrics import grade, greedy
@@ -125,10 +124,11 @@ def self_training_pairs(
     paths, preset = Path(args.paths or default), tasks.preset(args.task, student.label)
     anew = args.method == "star" or any(getattr(args, r.flag) is not None for r in filters.RULES)
     paths = paths.with_name("paths.jsonl") if anew else paths
+    flags = {"model": student.name, "data_dir": args.data_dir, "seed": args.seed}
+    before = command("sample.py", tasks.flags(args.task), **flags)
     need(
         paths.exists(),
-        f"{paths} does not exist; run `python sample.py {tasks.flags(args.task)} --model "
-        f"{shlex.quote(student.name)} --seed {args.seed}` to its end first, or give --paths",
+        f"{paths} does not exist; run `{before}` to its end first, or give --paths",
     )
     if not anew:
         return sert_pairs(paths, questions), {"source": str(paths)}
@@ -249,6 +249,7 @@ def train_student(run: Run) -> None:
     )
     with files.lock_folder(out) if main else contextlib.nullcontext():
         if main:
+            files.check_place(out / "last", folder=True)
             # A longer run starts with the very steps of a shorter one: these two may be raised.
             fixed = {k: v for k, v in m.items() if k not in ("epochs", "max_steps")}
             files.check_settings(out / "settings.json", fixed, "choose another --out-dir")
@@ -294,4 +295,4 @@ def greedy_records(run: Run, questions: list[Question], suffix: str) -> list[dic
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args())
+    run_script(main, parse_args)

@@ -24,7 +24,7 @@ from torch import Tensor
 from sert_min.gpt2 import GPT2, causal_attention
 from sert_min.io import parallel
 from sert_min.io.errors import SertError, need, this_command
-from sert_min.io.files import read_jsonl, set_torn_tail_aside, to_line, write_atomic
+from sert_min.io.files import read_jsonl, set_torn_tail_aside, sync, to_line, write_atomic
 from sert_min.io.machine import keep_freed_memory, stop_signals
 from sert_min.io.progress import Bar
 from sert_min.io.state import load_state, save_state
@@ -231,7 +231,7 @@ def fit(
 
     def save() -> None:
         if main:
-            os.fsync(metrics.fileno())
+            sync(metrics.fileno())
             save_state(model, optimizer, out / "state", step)
 
     with (

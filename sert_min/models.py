@@ -11,6 +11,7 @@ nothing else asks which of them runs; where a signature says GPT2, a Llama will 
 What a config.json asks for and these models do not compute is refused by name.
 """
 
+import contextlib
 import math
 import re
 from dataclasses import asdict, fields
@@ -20,12 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from sert_min.gpt2 import ACTIVATIONS, GPT2, GPT2Config
-from sert_min.io.errors import need
+from sert_min.io.errors import SertError, need
 from sert_min.io.hub import read_raw_config, read_tensors, write_folder
 from sert_min.llama import Llama, LlamaConfig
+from sert_min.tokenizer import load_tokenizer
 
 # What folders hold beside the parameters: causal masks (old GPT-2 files), RoPE's frequencies.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
+# What torch.compile and several GPUs leave in names, before a model or its layers.
+WRAPPERS = re.compile(r"\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Conv1D of GPT-2's published weights stores [in, out]; nn.Linear wants [out, in]. One of the four,
 # attn.c_proj, is square: no shape check would notice a forgotten transpose.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -156,8 +160,7 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2 | Llama:
     wanted, head = hub_tensors(model.to_empty(device="cpu")), None
     missing = set(wanted)
     for raw_name, t in read_tensors(folder):
-        name = raw_name.removeprefix("_orig_mod.")  # of a model that was compiled
-        name = name.removeprefix("transformer.").removeprefix("_orig_mod.")
+        name = WRAPPERS.sub("", raw_name).removeprefix("transformer.")
         if BUFFERS.fullmatch(name):
             continue
         if name == "lm_head.weight" and name not in wanted:
@@ -193,6 +196,10 @@ def save_model(model: GPT2 | Llama, folder: Path, tokenizer_from: Path, sert: di
         told = {SIZES.get(name, name): value for name, value in config.items()}
         scaling = c.rope_scaling and {"rope_type": "llama3", **c.rope_scaling}
         config = {"architectures": [kind], **told, "rope_scaling": scaling, "hidden_act": "silu"}
+    with contextlib.suppress(SertError):  # there is no tokenizer
+        eot, ends = load_tokenizer(tokenizer_from).eot, config["eos_token_id"]
+        if eot not in (ends if isinstance(ends, list) else [ends]):
+            config["eos_token_id"] = eot  # training writes this one: others must end there, too
     tensors = {name: t.float().cpu().contiguous() for name, t in hub_tensors(model).items()}
     write_folder(folder, tensors, {"config.json": config, "sert.json": sert}, tokenizer_from)
 

@@ -98,7 +98,8 @@ def log_entries(log: bytes) -> list[dict]:
     may say it as well) and `pred_before`, the answer as the teacher gave it. It is read in steps,
     because a single regular expression would take hours on a file that is no log."""
     entries, before, after = [], "\npred_before : ", "\npred_after :"
-    for block in re.split(r"^\*{20,}$", log.decode("utf-8", "replace"), flags=re.MULTILINE):
+    text = log.decode("utf-8-sig", "replace").replace("\r\n", "\n")
+    for block in re.split(r"^\*{20,}$", text, flags=re.MULTILINE):
         _, found, text = ("\n" + block).partition("\nQ: ")
         question, told, text = text.partition("\nA: Let's think step by step.")
         last = text.rfind(before, 0, max(0, text.rfind(after)))

@@ -260,6 +260,7 @@ def test_unreachable_hub_is_one_line(hub, load):
 
 
 ANSWERS = {401: "HF_TOKEN", 403: "accept its terms", 429: "too many requests", 200: "login page",
+           302: "login page", 400: "answers 400", 404: "answers 404", 407: "answers 407",
            503: "answers 503; try again later"}  # fmt: skip
 
 

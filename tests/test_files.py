@@ -57,10 +57,17 @@ def test_damaged_lines_are_named(tmp_path, line):
     assert "remove that line" in one_line(e)
 
 
-def test_a_bom_and_blank_lines_are_read_over(tmp_path):
+@pytest.mark.parametrize("text", [
+    b'\xef\xbb\xbf{"a":1}\r\n\n \n{"a":2}', b'\xef\xbb\xbf\n{"a":1}\r\r\n\t\n{"a":2}\n\n',
+    b'{"a":1}\n\xef\xbb\xbf{"a":2}\n',  # two files, one behind the other
+])  # fmt: skip
+def test_a_bom_and_blank_lines_are_read_over(text, tmp_path):
     """ "Remove that line" would have dropped the first record of a file that an editor saved."""
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"a":1}\r\n\n \n{"a":2}')
+    (tmp_path / "a.jsonl").write_bytes(text)
     assert [r["a"] for r in files.read_jsonl(tmp_path / "a.jsonl")] == [1, 2]
+    (tmp_path / "a.jsonl").write_text('{"a":1}', "utf-16")
+    with pytest.raises(SertError, match="save it as UTF-8"):
+        list(files.read_jsonl(tmp_path / "a.jsonl"))
 
 
 def test_missing_files_and_folders_are_named(tmp_path):
@@ -341,7 +348,7 @@ def test_a_second_gpu_becomes_the_current_one(monkeypatch):
 # --- file systems that refuse ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF])
 def test_a_file_system_without_fsync_gets_one_warning(number, tmp_path, monkeypatch, capsys):
     def fsync(fd):
         raise OSError(number, os.strerror(number))
@@ -394,6 +401,9 @@ def test_links_stay_links(tmp_path):
             == (tmp_path / "disk/page").read_text()
             == str(i)
         )
+    (tmp_path / "out").symlink_to(tmp_path / "disk/out")  # which is not there yet
+    with files.lock_folder(tmp_path / "out/run"):
+        assert (tmp_path / "disk/out/run").is_dir()
     (tmp_path / "disk/loop").symlink_to(tmp_path)
     (tmp_path / "top").mkdir()
     (tmp_path / "top/linked").symlink_to(tmp_path / "disk")
@@ -401,5 +411,74 @@ def test_links_stay_links(tmp_path):
     assert str(tmp_path / "disk/last") in found and len(set(found)) == len(found)
 
 
-def test_names_fit_a_file_system():
-    assert len(files.clean_name("é" * 300).encode()) <= 80 and files.clean_name("a/b c") == "a-b-c"
+def test_names_fit_a_file_system(tmp_path):
+    """Guards temporary names, and letters of up to four bytes."""
+    assert files.clean_name("a/b c") == "a-b-c" and files.clean_name("a" * 99) == "a" * 80
+    name = files.clean_name("\U00020000" * 300)
+    assert name == "\U00020000" * 60 and files.clean_name("ж" * 99) == "ж" * 80
+    for path in (tmp_path / name, tmp_path / ("a" * 255)):
+        files.check_place(path, folder=False)
+        files.write_atomic(path, "text")
+        path.unlink()
+        files.check_place(path, folder=True)
+        with files.atomic_folder(path) as part:
+            (part / "a").write_text("")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_place_that_fails_later_is_refused_first(tmp_path, monkeypatch):
+    """Guards all steps of a training, or all blocks, before a result that has no place."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file/x")
+    (tmp_path / "new").symlink_to(tmp_path / "disk/run/last")
+    files.check_place(tmp_path / "new", folder=True)  # a link to what is not there yet
+    files.check_place(tmp_path / "file", folder=False)
+    files.check_place(tmp_path / "folder", folder=True)
+    for name, folder, error in (("folder", False, "is no plain file"), ("/dev/null", False, "is no plain file"), ("file", True, "is no folder"),
+                                ("link", False, "Not a directory"), ("a" * 256, True, "too long")):  # fmt: skip
+        with pytest.raises((SertError, OSError), match=error):
+            files.check_place(tmp_path / name, folder)
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(SertError, match="is a mount"):
+        files.check_place(tmp_path / "folder", folder=True)
+
+
+def test_a_linked_state_is_recovered(tmp_path):
+    """Guards the moment between two renames: training would begin anew."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "state").symlink_to(tmp_path / "disk/state")
+    (tmp_path / "disk/.state.old").mkdir()
+    files.recover_folder(tmp_path / "state")
+    assert (tmp_path / "state").is_dir() and not (tmp_path / "disk/.state.old").exists()
+
+
+def test_linked_folders_are_found_once_by_their_own_name(tmp_path):
+    """Guards a table that counts a run twice, and one that is called `latest` in it."""
+    (tmp_path / "top/runs/seed0").mkdir(parents=True)
+    (tmp_path / "disk/seed1").mkdir(parents=True)
+    (tmp_path / "top/latest").symlink_to(tmp_path / "top/runs/seed0")
+    (tmp_path / "top/runs/seed1").symlink_to(tmp_path / "disk/seed1")
+    (tmp_path / "disk/seed1/loop").symlink_to(tmp_path / "top")
+    (tmp_path / "disk/seed1/again").symlink_to(tmp_path / "disk")
+    names = [str(p.relative_to(tmp_path / "top")) for p in files.folders_in(tmp_path / "top")]
+    assert names == [".", "runs", "runs/seed0", "runs/seed1", "runs/seed1/again"]
+
+
+def test_one_process_takes_over_the_lock_of_a_dead_one(tmp_path, monkeypatch):
+    """Guards two that see the dead holder at once: the slower one must not remove the other's lock."""
+    lock, real = tmp_path / "lock", os.rename
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+
+    def slow(source, target):  # the other one is faster
+        lock.write_text("elsewhere 1")
+        monkeypatch.setattr(os, "rename", real)
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", slow)
+    lock.write_text(f"{files.socket.gethostname()} {dead.pid}")
+    with pytest.raises(SertError, match="process 1 on elsewhere"):
+        with files.lock_file(lock, "taken", wait=False):
+            pass
+    assert lock.read_text() == "elsewhere 1" and os.listdir(tmp_path) == ["lock"]

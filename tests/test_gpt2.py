@@ -263,34 +263,62 @@ def test_pickle_only_and_empty_folders_are_refused(folder):
             hub.find_model(name)
 
 
-if __name__ == "__main__":
-    print("bf16 log-prob errors (median, largest):", bf16_errors(GPT2Config(), rows=2, length=64))
-
-
-def test_folders_of_older_files_and_compiled_models(tmp_path):
-    """config.json without model_type; names under `_orig_mod.`."""
+@pytest.mark.parametrize("prefix", [
+    "_orig_mod.transformer.", "transformer._orig_mod.", "module.", "module._orig_mod.transformer.",
+    "_fsdp_wrapped_module.transformer.", "h.0._orig_mod.",
+])  # fmt: skip
+def test_names_of_compiled_and_parallel_models(prefix, tmp_path):
+    """Guards the loss of a training that transformers would have saved under these names."""
     folder = make_tiny_model(tmp_path / "m")
     wanted = load_model(folder).state_dict()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k != "model_type"})
-    )
-    tensors = {
-        f"_orig_mod.transformer.{k}": v for k, v in load_file(folder / "model.safetensors").items()
-    }
+    layer = prefix.startswith("h.0.")
+    rename = (lambda k: k.replace("h.0.", prefix)) if layer else (lambda k: prefix + k)
+    tensors = {rename(k): v for k, v in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
     found = load_model(folder).state_dict()
     assert all(torch.equal(found[k], v) for k, v in wanted.items())
 
 
-def test_folders_that_hold_no_whole_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("told, error", [
+    *((some, "") for some in (["GPT2LMHeadModel"], ["GPT2Model"], "GPT2DoubleHeadsModel")),
+    *((some, "None; set model_type") for some in (["BertModel"], [["x"]], [], None, 3, ["GPT2Other"])),
+])  # fmt: skip
+def test_older_files_have_no_model_type(told, error, tmp_path):
+    folder = make_tiny_model(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": told}
+    config.pop("model_type")
+    (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(config).encode())
+    assert not load_model(folder).training if not error else error in refused(folder)
+
+
+@pytest.mark.parametrize("files, message", [
+    (["adapter_config.json"], "is an adapter; merge it"),
+    (["adapter_config.json", "adapter_model.safetensors", "config.json"], "is an adapter; merge it"),
+    (["checkpoint-500/config.json"], "give --model run/checkpoint-500$"),
+    (["checkpoint-1000/config.json", "checkpoint-900/config.json", "checkpoint-800/config.json",
+      "config.json", "checkpoint-best/config.json"], "give --model run/checkpoint-1000$"),
+    ([f"checkpoint-{n}/adapter_config.json" for n in (300, 900, 500)], "run/checkpoint-900$"),
+])  # fmt: skip
+def test_folders_that_hold_no_whole_model(files, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for file, message in (("adapter/adapter_config.json", "is an adapter; merge it"),
-                          ("run/checkpoint-500/config.json", "give --model run/checkpoint-500")):  # fmt: skip
-        path = tmp_path / file
-        path.parent.mkdir(parents=True)
+    for path in (tmp_path / "run" / file for file in files):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-        with pytest.raises(SertError, match=message):
-            find_model(file.split("/")[0])
-    (tmp_path / "gpt2").mkdir()  # something else: it does not hide the hub's model
-    assert not is_local("gpt2") and is_local("run")
+    with pytest.raises(SertError, match=message):
+        find_model("run")
+    (tmp_path / "run/model.safetensors").touch()  # a whole model lies beside them
+    assert find_model("run") == type(tmp_path)("run")
+
+
+def test_a_folder_hides_a_named_model_only_if_it_holds_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gpt2", "openai-community/gpt2", "run"):
+        (tmp_path / name).mkdir(parents=True)
+        assert is_local(name) == (name == "run")
+    make_tiny_model(tmp_path / "distilgpt2")
+    assert is_local("distilgpt2") and find_model("distilgpt2").is_dir()
+    assert "the folder ./distilgpt2 here, not the hub's" in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    print("bf16 log-prob errors (median, largest):", bf16_errors(GPT2Config(), rows=2, length=64))

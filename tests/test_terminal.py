@@ -1,6 +1,8 @@
 """What a user sees when a pipe breaks, a stream is closed or ASCII, a package lacks, or Ctrl-C comes early."""
 
+import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 import pytest
 from conftest import ROOT
 
+from sert_min.io import errors
 from sert_min.io.errors import SertError, last_line
 
 SAMPLE = [sys.executable, str(ROOT / "sample.py"), "--limit", "1", "--samples", "1"]
@@ -25,6 +28,10 @@ def shell(command: list[str], how: str, folder) -> subprocess.CompletedProcess:
     (SAMPLE, "| head -1", 1, "micro train"),
     (SAMPLE, "2>&-", 0, "selected.jsonl"),
     (SAMPLE, ">&-", 0, ""),
+    (SAMPLE, "<&- >&- 2>&-", 0, ""),
+    (SAMPLE, ">/dev/full", 1, "error: No space left on device; free some space"),
+    ([*SAMPLE, "--help"], "| true", 0, ""),
+    (["env", "LC_ALL=C", "PYTHONUTF8=0", "PYTHONCOERCECLOCALE=0", *PROMPT], "", 0, "Zürich"),
     (["env", "LC_ALL=C", "PYTHONIOENCODING=ascii", *PROMPT], "", 0, "Z?rich"),
     ([sys.executable, "-S", str(ROOT / "train.py")], "", 1, "has no package"),
 ])  # fmt: skip
@@ -49,8 +56,11 @@ def test_an_early_interrupt_is_one_line(seconds, tmp_path):
 @pytest.mark.parametrize("error, words", [
     (SertError("so\n"), "error: so "),
     (OSError(28, "No space left", "f"), "No space left: f; free some space"),
+    (PermissionError(13, "Permission denied", "/.cache"), "SERT_CACHE"),
+    (MemoryError(), "out of memory"),
     (OSError(36, "File name too long", "f"), "choose a shorter name"),
     (OSError(5, "Input/output error", "f"), "check that disk"),
+    (OSError("libcudart.so.12: cannot open"), "error: libcudart.so.12: cannot open; check"),
     (ModuleNotFoundError("x", name="fcntl"), "WSL"),
     (ModuleNotFoundError("x", name="tqdm"), "pip install -r requirements.txt"),
     (BrokenPipeError(32, "Broken pipe"), ""),
@@ -73,3 +83,62 @@ def test_one_error_under_torchrun_is_one_message(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
     assert ended.stderr.count("error: nowhere.jsonl does not exist") == 1
+
+
+@pytest.mark.parametrize("rank, problem, waits", [
+    ("0", SertError("bad"), []), ("1", SertError("bad"), [3]), ("1", RuntimeError("lost"), [3]),
+    ("0", RuntimeError("lost"), [1]), ("0", SystemExit(2), []), ("1", SystemExit(2), [3]),
+    (None, RuntimeError("a bug"), []),
+])  # fmt: skip
+def test_processes_wait_for_the_one_that_speaks(rank, problem, waits, monkeypatch):
+    """Guards a second message: process 1 keeps even argparse's until it has waited, and process 0 waits
+    where another process ended and broke the connection."""
+    slept, stderr = [], io.StringIO()
+    monkeypatch.setattr(errors.time, "sleep", lambda s: slept.append((s, stderr.getvalue())))
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+
+    def parse():
+        print("usage", file=sys.stderr)
+        raise problem
+
+    with pytest.raises((SystemExit, RuntimeError)):
+        errors.run_script(None, parse)
+    assert slept == [(s, "usage\n" if rank == "0" else "") for s in waits]
+    assert stderr.getvalue() == "usage\n" and sys.stderr is stderr
+
+
+def test_an_interrupt_that_an_import_swallows(tmp_path):
+    """Guards torch's C++ code, which aborts at a KeyboardInterrupt, and imports that drop it."""
+    (tmp_path / "torch.py").write_text(
+        "import os, time\ntry:\n    os.kill(os.getpid(), 2)\n    time.sleep(9)\nexcept BaseException:\n    pass"
+    )
+    command = [sys.executable, str(ROOT / "evaluate.py")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert ended.returncode == 130 and ended.stderr.strip().startswith("interrupted; repeat")
+
+
+def test_closed_streams_keep_their_numbers(tmp_path):
+    """Guards a file that gets the number of stderr, and with it what os.write(2, ..) says."""
+    (tmp_path / "torch.py").write_text(
+        "import os; open('fds', 'w').write(str([os.readlink(f'/proc/self/fd/{i}') for i in range(3)]))"
+    )
+    environment = ["env", f"PYTHONPATH={tmp_path}", sys.executable, str(ROOT / "evaluate.py")]
+    shell(environment, "<&- >&- 2>&-", tmp_path)
+    assert (tmp_path / "fds").read_text() == str(["/dev/null"] * 3)
+
+
+def test_commands_can_be_pasted(tmp_path, monkeypatch):
+    """Guards names with blanks and quotes, a folder of data, and a start from another folder."""
+    (tmp_path / "my repo").mkdir()
+    (tmp_path / "my repo/train.py").touch()
+    for argv, script in ((f"{tmp_path}/my repo/sample.py", f"{tmp_path}/my repo/train.py"),
+                         ("sample.py", "train.py"), ("-c", "train.py")):  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [argv])
+        flags = {"model": "a 'b'", "data_dir": None, "seed": 0, "out_dir": tmp_path / "$x"}
+        words = shlex.split(errors.command("train.py", "--task 'q 1.jsonl'", **flags))
+        assert words == ["python", script, "--task", "q 1.jsonl", "--model", "a 'b'", "--seed", "0",
+                         "--out-dir", f"{tmp_path}/$x"]  # fmt: skip

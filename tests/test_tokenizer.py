@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sert_min import tasks
 from sert_min.io.errors import SertError
 from sert_min.io.vocabulary import END
+from sert_min.models import load_model, save_model
 from sert_min.tokenizer import Tokenizer, load_tokenizer
 
 VOCAB = "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # names in tiktoken's cache
@@ -239,18 +240,92 @@ def test_folders_without_a_tokenizer_are_refused(tmp_path):
     assert "has neither" in refused(tmp_path)
 
 
-def test_added_tokens_beside_the_merges(tmp_path):
-    """A ChatML GPT-2, whose end is an added token, never ended here."""
-    n = write_tiny_tokenizer(tmp_path)
-    chat = {"<|im_start|>": n, "<|im_end|>": n + 1}
-    (tmp_path / "added_tokens.json").write_text(json.dumps(chat))
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": n + 1}))
-    t = load_tokenizer(tmp_path)
-    assert t.eot == n + 1 and t.ends == {n - 1: "special", n: "special", n + 1: "eos"}
-    (tmp_path / "added_tokens.json").unlink()
-    decoder = {str(i): {"content": token, "special": True} for token, i in chat.items()}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
-    assert load_tokenizer(tmp_path).ends == t.ends
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"COVID-19": n + 2}))
-    with pytest.raises(SertError, match="the added word 'COVID-19' is not supported"):
+CHAT = {"<|im_start|>": 269, "<|im_end|>": 270}  # behind the tiny vocabulary
+END_IS = {"eos_token": "<|im_end|>"}
+
+
+def listed(special: bool, tokens: dict, **flags) -> dict:
+    """`tokens` as newer files list them."""
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False} | flags
+    tokens = {str(i): {"content": t, "special": special, **flags} for t, i in tokens.items()}
+    return {"added_tokens_decoder": tokens}
+
+
+def add_files(folder, **files):
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("files, eot", [
+    ({"added_tokens": CHAT, "config": {"eos_token_id": 270}}, 270),
+    ({"added_tokens": CHAT, "config": {"eos_token_id": [270, 268]}}, 270),
+    ({"added_tokens": CHAT, "special_tokens_map": END_IS, "tokenizer_config": END_IS}, 270),
+    ({"tokenizer_config": listed(True, CHAT) | {"eos_token": {"content": "<|im_end|>"}}}, 270),
+    ({"tokenizer_config": listed(False, {"<|im_start|>": 269}), "added_tokens": CHAT,
+      "config": {"eos_token_id": 270, "vocab_size": 271}}, 270),
+    ({"added_tokens": CHAT, "config": {"eos_token_id": 50256, "vocab_size": 271}}, 268),
+    ({"added_tokens": CHAT, "config": {"eos_token_id": 10}}, 10),  # an ordinary one: "+"
+])  # fmt: skip
+def test_added_tokens_and_the_end_of_text(files, eot, tmp_path):
+    """Guards a ChatML GPT-2, which never ended here, and a training that writes another end."""
+    assert write_tiny_tokenizer(tmp_path) == 269
+    add_files(tmp_path, **files)
+    ours = load_tokenizer(tmp_path)
+    assert (ours.eot, ours.ends[eot], ours.n_vocab) == (eot, "eos", 271)
+    assert ours.decode([269, 270]) == "<|im_start|><|im_end|>" and 270 in ours.ends
+    assert 270 not in ours.encode("<|im_end|>") and 268 in ours.ends
+
+
+WORDS = {"COVID-19": 269, "<company>": 270, "COVID": 271, "C++": 272, "日本": 273, "New York": 274}
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "added_tokens.json", "tokenizer_config.json"])
+def test_added_words_are_cut_out_as_in_transformers(form, tmp_path):
+    """Guards other ids than in training, and a path that ends at a word."""
+    write_tiny_tokenizer(tmp_path)
+    files = [str(tmp_path / name) for name in ("vocab.json", "merges.txt")]
+    theirs = transformers.GPT2Tokenizer(*files)
+    theirs.add_tokens(list(WORDS))
+    if form == "tokenizer.json":
+        theirs.save_pretrained(tmp_path)
+    elif form == "added_tokens.json":
+        add_files(tmp_path, added_tokens=WORDS)
+    else:
+        add_files(tmp_path, tokenizer_config=listed(False, WORDS, normalized=True))
+    ours, rng = load_tokenizer(tmp_path), random.Random(0)
+    assert list(ours.ends) == [268]
+    texts = [
+        "".join(rng.choices([*WORDS, " ", "the yes", "COVI", "New", "-19s"], k=5))
+        for _ in range(99)
+    ]
+    for text in ["", *WORDS, *texts]:
+        assert ours.encode(text) == theirs(text)["input_ids"], text
+        assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("files, named", [
+    ({"tokenizer_config": listed(False, {"<mask>": 269}, lstrip=True)}, r"'<mask>' with \['lstrip'\]"),
+    ({"tokenizer_config": listed(False, {"AIDS": 269}, single_word=True)}, "'AIDS' with .*single_word"),
+    ({"config": {"eos_token_id": 269, "vocab_size": 271}}, r"eos_token_id \[269\] is no token.*add them"),
+    ({"config": {"eos_token_id": [268, 300]}}, r"eos_token_id \[300\] is no token"),
+    ({"added_tokens": {"é": 269}}, "one token has two ids"),
+    ({"added_tokens": {"xx": 3}}, "two tokens have one id"),
+])  # fmt: skip
+def test_what_added_tokens_ask_for_is_refused_by_name(files, named, tmp_path):
+    write_tiny_tokenizer(tmp_path)
+    add_files(tmp_path, **files)
+    with pytest.raises(SertError, match=named):
         load_tokenizer(tmp_path)
+
+
+def test_a_saved_model_keeps_its_end(tmp_path):
+    """Guards a folder with two different ends: transformers must end where training did."""
+    folder = make_tiny_model(tmp_path / "m", vocab_size=271)
+    config = json.loads((folder / "config.json").read_text())
+    add_files(folder, added_tokens=CHAT, special_tokens_map=END_IS, tokenizer_config=END_IS)
+    for told, kept in ((270, 270), ([268, 270], [268, 270]), (None, 270), (50256, 270)):
+        add_files(folder, config=config | {"eos_token_id": told})
+        save_model(load_model(folder), tmp_path / "new", folder, {})
+        assert json.loads((tmp_path / "new/config.json").read_text())["eos_token_id"] == kept
+        assert load_tokenizer(tmp_path / "new").eot == load_tokenizer(folder).eot
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "new").eos_token == "<|im_end|>"

@@ -106,11 +106,16 @@ def test_special_tokens_end_paths_and_are_seen(pair):
 
 def test_config_names_the_end_of_text(pair):
     """Guards `<|im_end|>` taken for a special token like others, lists of ends, and an end that is
-    no special token."""
+    an ordinary token (transformers ends there, too)."""
     _, folder = pair
     usual, *_, other = load_tokenizer(folder).ends
     plain = load_tokenizer(folder).eot
-    for eos, wanted in ((other, {other}), ([other, usual], {other, usual}), (5, {plain})):
+    for eos, wanted in (
+        (other, {other}),
+        ([other, usual], {other, usual}),
+        (5, {5}),
+        (None, {plain}),
+    ):
         (folder / "config.json").write_text(json.dumps({"eos_token_id": eos}))
         ours = load_tokenizer(folder)
         assert {i for i, finish in ours.ends.items() if finish == "eos"} == wanted

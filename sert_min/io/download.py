@@ -75,7 +75,7 @@ def save_checked(path: Path, data: bytes, sha256: str, url: str) -> None:
     need(
         found == sha256,
         f"{url} gave {len(data):,} bytes with SHA-256 {found}, expected {sha256}; "
-        "repeat (a cut download?), or get the files elsewhere and give --data-dir",
+        "repeat (a cut download, or a login page?), or get the files elsewhere and give --data-dir",
     )
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several runs may download at once
     try:

@@ -6,7 +6,10 @@ import signal
 import sys
 from pathlib import Path
 
-from sert_min.io.errors import last_line, let_go_of_stdout, stop_at_once
+if sys.version_info < (3, 11):  # noqa: UP036 (that is what makes it one line)
+    sys.exit(f"error: this is Python {sys.version.split()[0]}; take 3.11 or later (README, Start)")
+
+from sert_min.io.errors import last_line, let_go_of_stdout, stop_at_once  # noqa: E402
 
 
 def show(kind, error, traceback) -> None:
@@ -16,12 +19,10 @@ def show(kind, error, traceback) -> None:
 
 
 if Path(getattr(sys.modules["__main__"], "__file__", "")).parent == Path(__file__).parents[2]:
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller (2>&-)
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the life of the process)
+    for name in ("stdin", "stdout", "stderr"):  # in the order of their numbers
+        if getattr(sys, name) is None:  # closed by the caller (2>&-); else a file gets its number
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115 (for the life of the process)
     sys.excepthook = show
     atexit.register(let_go_of_stdout)
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # else: `&` of a shell ignores it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's `&` ignores it
         signal.signal(signal.SIGINT, stop_at_once)

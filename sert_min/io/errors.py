@@ -2,9 +2,10 @@
 
 import contextlib
 import errno
+import io
+import itertools
 import os
 import shlex
-import signal
 import sys
 import time
 
@@ -21,7 +22,7 @@ def need(ok, message: str) -> None:
 
 HINTS = dict.fromkeys(
     (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ELOOP),
-    "choose a writable folder with --out-dir",
+    "choose a writable folder with --out-dir (for downloads: SERT_CACHE, HF_HOME)",
 )
 HINTS[errno.ENOENT] = "make its folder first"
 HINTS[errno.ENOSPC] = HINTS[errno.EDQUOT] = "free some space, then repeat the same command"
@@ -38,7 +39,7 @@ def last_line(error: BaseException) -> tuple[str, int] | None:
         return "\ninterrupted; repeat the same command to continue", 130
     if isinstance(error, BrokenPipeError):  # `sample.py | head`: nobody reads on
         return "", 1
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch is not imported here
         return "error: out of memory; give a smaller --rows or --block-questions", 1
     if (
         isinstance(error, ModuleNotFoundError)
@@ -49,40 +50,48 @@ def last_line(error: BaseException) -> tuple[str, int] | None:
             return "error: this needs Linux or macOS; on Windows, run it inside WSL", 1
         return (f"error: this Python has no package {error.name}; `{sys.executable} -m pip install -r "
                 "requirements.txt` installs it (a venv is best: README, Start)"), 1  # fmt: skip
-    if isinstance(error, OSError) and error.errno and error.strerror:
-        where = (
-            f": {printable(str(error.filename))}" if error.filename else ""
-        )  # writes carry no name
+    if isinstance(error, OSError):
+        where = f": {printable(str(error.filename))}" if error.filename else ""  # none in writes
         hint = HINTS.get(error.errno, "check that disk or folder, then repeat the same command")
-        return f"error: {error.strerror}{where}; {hint}", 1
+        return f"error: {error.strerror or printable(str(error))}{where}; {hint}", 1
     return None
 
 
 def stop_at_once(*_) -> None:
-    """What Ctrl-C does while Python still imports: libraries may swallow a KeyboardInterrupt."""
-    print("\ninterrupted; repeat the same command to continue", file=sys.stderr, flush=True)
+    """What Ctrl-C does: imports may swallow a KeyboardInterrupt, and torch's C++ code aborts at one.
+    Nothing is lost, since every command survives a kill."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\ninterrupted; repeat the same command to continue\n")
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
     os._exit(130)
 
 
 def run_script(main, args) -> None:
-    """Run `main(args)`; known errors become one line on stderr and a non-zero exit status. Under
-    torchrun one error is one message: processes other than 0 wait for their end, which torchrun
-    brings, and only print if it does not come."""
+    """Run `main(args)`, or `main(args())`; known errors become one line on stderr and a non-zero exit
+    status. Under torchrun one error is one message: processes other than 0 wait for their end, which
+    torchrun brings, and speak only if it does not come; process 0 waits, too, where it met no error of
+    its own, but the end of another process."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):
+        if getattr(stream, "errors", "") == "strict":
             stream.reconfigure(errors="replace")  # ASCII terminals get `?`, not a traceback
-    if signal.getsignal(signal.SIGINT) is stop_at_once:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    stderr, rank = sys.stderr, os.environ.get("RANK")
+    sys.stderr = stderr if rank in (None, "0") else io.StringIO()
     try:
-        main(args)
+        main(args() if callable(args) else args)
         let_go_of_stdout()
-    except (Exception, KeyboardInterrupt) as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)
-        if (told := last_line(error)) is None:
+    except BaseException as error:
+        told = last_line(error)
+        if rank and (rank != "0" or not (told or isinstance(error, SystemExit))):
+            time.sleep(3 if rank != "0" else 1)
+        if told is None:
             raise
         let_go_of_stdout()
         sys.exit(told[0] if told[1] == 1 and told[0] else exit_after(*told))
+    finally:
+        if sys.stderr is not stderr:
+            stderr.write(sys.stderr.getvalue())
+            sys.stderr = stderr
 
 
 def exit_after(text: str, status: int) -> int:
@@ -109,6 +118,15 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """The same for text whose line ends are wanted."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+def command(script: str, task: str, **flags) -> str:
+    """A command line that can be pasted: another script, which lies beside this one, with the words
+    `task` and the `flags` that are not None."""
+    beside = os.path.join(os.path.dirname(sys.argv[0]), script)
+    script = beside if os.path.exists(beside) else script
+    given = {f"--{name.replace('_', '-')}": str(x) for name, x in flags.items() if x is not None}
+    return f"python {shlex.quote(script)} {task} {shlex.join(itertools.chain(*given.items()))}"
 
 
 def this_command() -> str:

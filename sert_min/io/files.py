@@ -23,7 +23,8 @@ from pathlib import Path
 from sert_min.io.errors import SertError, need
 
 # What file systems answer that know no fsync of folders, no locks, or no modes.
-UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM)
+UNABLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM,
+          errno.EACCES, errno.EBADF, errno.EISDIR)  # fmt: skip
 
 # --- reading --------------------------------------------------------------------------------------
 
@@ -35,8 +36,9 @@ def parse_json(data: bytes, where: str, fix: str) -> dict:
         raise ValueError(f"{name} is no number")
 
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=refuse)
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=refuse)  # some editors' BOM
     except (ValueError, RecursionError) as e:
+        fix = f"save it as UTF-8, or {fix}" if isinstance(e, UnicodeDecodeError) else fix
         raise SertError(f"{where} is not JSON ({str(e)[:80]}); {fix}") from None
     need(isinstance(value, dict), f"{where} is not a JSON object; {fix}")
     return value
@@ -56,10 +58,7 @@ def read_jsonl(path: Path | str, form: dict | None = None) -> Iterator[dict]:
     its number."""
     with open(there(path), "rb") as f:
         for number, line in enumerate(f, 1):
-            line = line.removeprefix(
-                b"\xef\xbb\xbf" if number == 1 else b""
-            )  # a BOM, by some editors
-            if not line.strip():
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
                 continue
             where = f"{path} line {number}"
             record = parse_json(line, where, "remove that line or make the file again")
@@ -91,16 +90,17 @@ def to_line(record: dict) -> str:
 def sync(path: Path | int) -> None:
     """Wait until a file (or its descriptor) is on the disk, or the renames and new names in a folder.
     Some network and FUSE file systems can't promise that: they get one warning."""
-    fd = path if isinstance(path, int) else os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        fd = path if isinstance(path, int) else os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            if fd != path:
+                os.close(fd)
     except OSError as e:
         if e.errno not in UNABLE:
             raise
         warn_once("can't promise that what is written survives a power cut")
-    finally:
-        if not isinstance(path, int):
-            os.close(fd)
 
 
 @functools.cache
@@ -108,11 +108,31 @@ def warn_once(what: str) -> None:
     print(f"note: this file system {what}", file=sys.stderr)
 
 
+def beside(path: Path, ending: str) -> Path:
+    """A hidden name in the folder of `path`; a file system takes names of at most 255 bytes."""
+    name = os.fsencode(path.name)
+    short = path.name if len(name) <= 240 else hashlib.sha256(name).hexdigest()
+    return path.with_name(f".{short}.{ending}")
+
+
+def check_place(path: Path | str, folder: bool) -> None:
+    """Refuse, before the work begins, a place that its result can't take: a read-only disk behind a
+    link, a name that is too long, a mount, a folder where a file (or else a `folder`) is to be."""
+    path = Path(os.path.realpath(path))
+    kind = "folder" if folder else "plain file"  # /dev/null is none
+    fits = not path.exists() or (path.is_dir() if folder else path.is_file())
+    need(fits, f"{path} is no {kind}; move it away or choose another name")
+    need(not os.path.ismount(path), f"{path} is a mount, which can't be replaced; link into it")
+    part = beside(path, f"{os.getpid()}.tmp")
+    part.mkdir(parents=folder)
+    part.rmdir()
+
+
 def write_atomic(path: Path | str, chunks: str | Iterable[str]) -> None:
     """Replace `path` by the text, all or nothing, durably. The folder's lock keeps other writers
     away; what a killed writer left under the temporary name is overwritten by the next."""
     path = Path(os.path.realpath(path))  # a link stays one
-    part = path.with_name(f".{path.name}.tmp")
+    part = beside(path, "tmp")
     try:
         with open(part, "w", encoding="utf-8") as f:
             f.writelines([chunks] if isinstance(chunks, str) else chunks)
@@ -174,7 +194,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
-    part, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    part, old = beside(path, "tmp"), beside(path, "old")
     part.mkdir()
     try:
         yield part
@@ -191,7 +211,8 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 def recover_folder(path: Path) -> None:
     """Clear up what an `atomic_folder` that failed or was killed left beside `path`. If it got no
     further than between its two renames, the old folder is put back."""
-    part, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    path = Path(os.path.realpath(path))
+    part, old = beside(path, "tmp"), beside(path, "old")
     if old.exists() and not path.exists():
         os.rename(old, path)
     shutil.rmtree(old, ignore_errors=True)
@@ -203,9 +224,9 @@ def lock_folder(folder: Path | str, name: str = ".lock", wait: bool = False) -> 
     """Hold `folder` (made if missing) for this process; a second process is refused, or waits. The
     lock dies with its holder. Where the file system knows no locks, a file with the holder's host and
     process number serves."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     taken = f"another process is writing to {folder}; wait for it or choose another --out-dir"
+    folder = Path(os.path.realpath(folder))  # what a link leads to may not be there yet
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / name, "w") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -231,12 +252,20 @@ def lock_file(path: Path, taken: str, wait: bool) -> Iterator[None]:
                 f.write(me)
             break
         except FileExistsError:
-            host, _, number = path.read_text().partition(" ") if path.exists() else ("", "", "")
-            if host == socket.gethostname() and number.isdigit() and not is_running(int(number)):
-                path.unlink(missing_ok=True)
-                continue
-            need(wait, f"{taken} (delete {path} if process {number} on {host} is gone)")
-            time.sleep(0.1)
+            with contextlib.suppress(FileNotFoundError):  # it was let go just now
+                host, _, number = (said := path.read_text()).partition(" ")
+                if (
+                    host == socket.gethostname()
+                    and number.isdigit()
+                    and not is_running(int(number))
+                ):
+                    os.rename(path, dead := beside(path, str(os.getpid())))
+                    if dead.read_text() != said:  # another process was faster: its lock holds
+                        os.rename(dead, path)
+                    dead.unlink(missing_ok=True)
+                    continue
+                need(wait, f"{taken} (delete {path} if process {number} on {host} is gone)")
+                time.sleep(0.1)
     try:
         yield
     finally:
@@ -249,22 +278,24 @@ def is_running(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass
     return True
 
 
 def clean_name(text: str) -> str:
-    """`text` as a part of a path: letters, digits and `_.-`, at most 80 bytes of them."""
-    return re.sub(r"[^\w.-]", "-", text).encode()[:80].decode("utf-8", "ignore")
+    """`text` as a part of a path: at most 80 letters, digits and `_.-`, of at most 240 bytes."""
+    return re.sub(r"[^\w.-]", "-", text)[:80].encode()[:240].decode("utf-8", "ignore")
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """A folder and all folders in it, linked ones as well (each real folder once)."""
-    found: dict[str, Path] = {}
-    for at, folders, _ in os.walk(folder, followlinks=True):
-        if found.setdefault(os.path.realpath(at), Path(at)) != Path(at):
-            folders.clear()
-    return sorted(found.values())
+    """A folder and all folders in it, linked ones as well: each once, by its own name if it has one
+    there."""
+    found: dict[str, str] = {}
+    for links in (False, True):
+        for at, folders, _ in os.walk(folder, followlinks=links):
+            if found.setdefault(os.path.realpath(at), at) != at:
+                folders.clear()  # known by another name, or a loop
+    return sorted(map(Path, found.values()))
 
 
 def stored_settings(path: Path) -> dict:

@@ -33,11 +33,11 @@ HUB = {
 }
 MICRO = Path(__file__).parents[1] / "micro" / "student"  # embedded
 ARCHITECTURES = ("gpt2", "llama", "qwen2")  # values of model_type in config.json
-CLASSES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
+CLASSES = r"'(GPT2|Llama|Qwen2)(LMHeadModel|DoubleHeadsModel|ForCausalLM|Model)'"
 INDEX = "model.safetensors.index.json"  # names the files of weights in several files
 WEIGHTS = ("model.safetensors", "model-*.safetensors", INDEX)
-TOKENIZER = ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json",
-             "tokenizer_config.json")  # fmt: skip
+TOKENIZER = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+             "tokenizer.json", "tokenizer_config.json")  # fmt: skip
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -60,9 +60,10 @@ def find_model(name: str) -> Path:
 
 def is_local(name: str) -> bool:
     """Does a name mean a folder here? A folder without a model does not hide a named student."""
+    known = {*HUB, *(repo for repo, _ in HUB.values())}
     models = ("config.json", "last")
     return Path(name).is_dir() and (
-        name not in HUB or any((Path(name) / m).exists() for m in models)
+        name not in known or any((Path(name) / m).exists() for m in models)
     )
 
 
@@ -70,15 +71,14 @@ def local_folder(folder: Path) -> Path:
     """The model in a local folder: a Hugging Face folder, or the `last` of a run."""
     if (folder / "last").is_dir():
         return folder / "last"
-    if (folder / "config.json").exists():
-        if folder.name in HUB and len(folder.parts) == 1:
-            print(f"--model {folder} is the folder ./{folder} here, not the hub's {folder}")
-        return folder
-    adapter = (folder / "adapter_config.json").exists()
-    need(not adapter, f"{folder} is an adapter; merge it into its base model first (peft's "
-         "merge_and_unload, then save_pretrained)")  # fmt: skip
-    steps = sorted(folder.glob("checkpoint-*/config.json"), key=lambda p: len(p.parent.name))
-    need(not steps, f"{folder} holds checkpoints only; give --model {steps and steps[-1].parent}")
+    if not any((folder / name).exists() for name in ("model.safetensors", INDEX)):
+        adapter = (folder / "adapter_config.json").exists()
+        need(not adapter, f"{folder} is an adapter; merge it into its base model first (peft's "
+             "merge_and_unload, then save_pretrained)")  # fmt: skip
+        steps = sorted(folder.glob("checkpoint-[0-9]*"), key=lambda p: (len(p.name), p))
+        need(not steps, f"{folder} holds checkpoints only; give --model {steps and steps[-1]}")
+    elif str(folder) in HUB:
+        print(f"--model {folder} is the folder ./{folder} here, not the hub's {folder}")
     return folder
 
 
@@ -113,10 +113,9 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
         raise
     except Exception as e:  # also of requests, httpx or httpx2, by the hub client's version
         status, reason = http_status(e), (str(e) or type(e).__name__).splitlines()[0][:120]
-        if status in ANSWERS or status >= 500:
-            why = ANSWERS.get(
-                status, f"can't be downloaded: the hub answers {status}; try again later"
-            )
+        local = isinstance(e, errors.LocalEntryNotFoundError)
+        if status in ANSWERS:
+            why = ANSWERS[status]
         elif isinstance(e, unknown):
             known = ", ".join(HUB)
             why = f"is no folder and not on the hub (or private); choose {known}, a hub id, or a folder"
@@ -125,13 +124,17 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
         ):
             why = ("can't be downloaded: what answers is not the hub (a login page of this network?); "
                    "log in to the network, or check HF_ENDPOINT")  # fmt: skip
-        elif isinstance(e, errors.LocalEntryNotFoundError):
+        elif status >= 400 and (local or not isinstance(e, errors.EntryNotFoundError)):
+            why = f"can't be downloaded: the hub answers {status}; try again later, or check HF_ENDPOINT"
+        elif local:
             why = ("is not in the local cache and the hub can't be reached; check the network and "
                    "HF_ENDPOINT, unset HF_HUB_OFFLINE, or give --model a folder")  # fmt: skip
         elif isinstance(e, errors.EntryNotFoundError):
-            why = "has no config.json on the hub; is it a model?"
+            why = "has no config.json on the hub; is it a whole model (no adapter)?"
         else:
-            why = f"can't be downloaded ({reason}); try again"
+            disk = isinstance(e, OSError) and e.filename  # not an error of the network
+            fix = "set HF_HOME to a writable folder" if disk else "try again"
+            why = f"can't be downloaded ({reason}); {fix}"
     raise SertError(f"model {name} {why}")
 
 
@@ -177,10 +180,12 @@ def commit_of(folder: Path) -> str | None:
 def read_raw_config(folder: Path) -> dict:
     """The JSON of config.json, if it is of an architecture that is known here."""
     raw = read_json(folder / "config.json")
-    first = next(iter(raw.get("architectures") or []), None)  # older files have no model_type
-    raw["model_type"] = raw.get("model_type") or CLASSES.get(first)
+    if not raw.get("model_type"):  # older files
+        named = re.search(CLASSES, repr(raw.get("architectures")))
+        raw["model_type"] = named[1].lower() if named else None
     kind, known = raw["model_type"], ", ".join(ARCHITECTURES)
-    need(kind in ARCHITECTURES, f"{folder} holds a model of type {kind!r}; choose one of {known}")
+    fix = f"choose one of {known}" if kind else f"set model_type in config.json to one of {known}"
+    need(kind in ARCHITECTURES, f"{folder} holds a model of type {kind!r}; {fix}")
     return raw
 
 

@@ -36,6 +36,7 @@ class Vocabulary(NamedTuple):
 
     ranks: dict[bytes, int]  # the merge priority of each ordinary token
     ids: dict[bytes, int]  # its id in the model; single bytes may have none
+    words: dict[str, int]  # ids of added words (`COVID-19`), which are cut out of a text first
     special: dict[str, int]  # ids of the special tokens
     eot: list[int]  # those of end-of-text; the first is what training writes
     pattern: str  # how a text is split into words
@@ -44,21 +45,24 @@ class Vocabulary(NamedTuple):
 
 
 def read_vocabulary(folder: Path, ends: list) -> Vocabulary:
-    """The vocabulary from the files that `folder` has. `ends` are the ids of end-of-text; those that
-    are no special tokens do not count. Damaged files are a ValueError or the like."""
-    alphabet = byte_alphabet()
+    """The vocabulary from the files that `folder` has. `ends` are the ids of end-of-text; without any
+    tokenizer_config.json names it. Damaged files are a ValueError or the like."""
+    alphabet, told = byte_alphabet(), read_optional(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").exists():
-        vocab, merged, pattern, nfc, start = read_tokenizer_json(folder / "tokenizer.json")
+        vocab, added, merged, pattern, nfc, start = read_tokenizer_json(folder / "tokenizer.json")
     else:
         paths = [folder / "vocab.json", folder / "merges.txt"]
         there = all(path.exists() for path in paths)
         need(there, f"{folder} has neither tokenizer.json nor merges.txt + vocab.json; add them")
-        vocab, merges = json.loads(paths[0].read_text("utf-8")), paths[1].read_text("utf-8")
+        vocab, merges = read_optional(paths[0]), paths[1].read_text("utf-8-sig")
         merged = merge([m for m in merges.split("\n") if m and not m.startswith("#version")])
-        vocab |= read_added(folder)
-        pattern, nfc, start = PATTERN, False, ()
+        added, pattern, nfc, start = read_added(folder, told), PATTERN, False, ()
         if not alphabet.keys() <= vocab.keys():
             raise ValueError("a byte has no token")
+    added = [t for t in added if t["content"]]
+    if any(vocab.get(t["content"], t["id"]) != t["id"] for t in added):
+        raise ValueError("one token has two ids")
+    vocab |= {t["content"]: t["id"] for t in added}
     if not all(type(i) is int and 0 <= i < 2**24 for i in vocab.values()):
         raise ValueError("an id is not a small whole number")
     if len(set(vocab.values())) < len(vocab):
@@ -67,32 +71,45 @@ def read_vocabulary(folder: Path, ends: list) -> Vocabulary:
     tokens = {bytes(alphabet[c] for c in token): token for token in (*alphabet, *merged)}
     ranks = {as_bytes: rank for rank, as_bytes in enumerate(tokens)}
     ids = {b: vocab[token] for b, token in tokens.items() if token in vocab or len(b) > 1}
-    ordinary = set(ids.values())
+    none = [i for i in ends if i not in vocab.values()]
+    need(not none, f"{folder}: config.json's eos_token_id {none} is no token of the tokenizer files; "
+         "add them (added_tokens.json, say), or set it to the token that ends a text")  # fmt: skip
+    end = told.get("eos_token")
+    names = [end.get("content") if isinstance(end, dict) else end, END]
+    eot = ends or [vocab[name] for name in names if name in vocab][:1]
+    need(eot, f"{folder}: config.json names no eos_token_id, and there is no {END}; set it to the token "
+         "that ends a text, or choose another model")  # fmt: skip
+    words = {t["content"]: t["id"] for t in added if not t.get("special") and t["id"] not in eot}
+    for t in added:
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if t.get(flag)]
+        need(not flags or t["content"] not in words, f"{folder}: the added word {t['content']!r} with "
+             f"{flags} is not supported; choose a model without it")  # fmt: skip
+    ordinary = {*ids.values(), *words.values()}
     special = {token: i for token, i in vocab.items() if i not in ordinary}
-    words = [
-        t for t in special if re.fullmatch(r"\w[\w -]*", t)
-    ]  # `COVID-19`, cut out of every text
-    need(not words, f"{folder}: the added word {words and words[0]!r} is not supported: texts would get "
-         "other ids than in transformers; choose a model without added words")  # fmt: skip
-    eot = [i for i in ends if i in special.values()]
-    need(eot or END in special, f"{folder}: config.json names no special token as eos_token_id, and there "
-         f"is no {END}; set it to the token that ends a text, or choose another model")  # fmt: skip
-    eot = eot or [special[END]]
-    return Vocabulary(ranks, ids, special, eot, pattern, nfc, [vocab[token] for token in start])
+    start = [vocab[token] for token in start]
+    return Vocabulary(ranks, ids, words, special, eot, pattern, nfc, start)
 
 
-def read_added(folder: Path) -> dict[str, int]:
-    """{token: id} of the tokens that were added to merges.txt and vocab.json (a chat's `<|im_end|>`)."""
-    added, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
-    found = json.loads(added.read_text("utf-8")) if added.exists() else {}
-    told = json.loads(config.read_text("utf-8")) if config.exists() else {}
-    listed = told.get("added_tokens_decoder") or {}
-    return found | {token["content"]: int(i) for i, token in listed.items()}
+def read_optional(path: Path) -> dict:
+    return json.loads(path.read_text("utf-8-sig")) if path.exists() else {}
+
+
+def read_added(folder: Path, told: dict) -> list[dict]:
+    """The tokens that were added to merges.txt and vocab.json, as tokenizer.json lists them. `told` is
+    tokenizer_config.json; older ones list none, and then a token is special if a file names it so."""
+    listed = [{**t, "id": int(i)} for i, t in (told.get("added_tokens_decoder") or {}).items()]
+    roles = json.dumps([told, read_optional(folder / "special_tokens_map.json")])
+    for token, i in read_optional(folder / "added_tokens.json").items():
+        if i not in [t["id"] for t in listed]:
+            special = json.dumps(token) in roles or re.fullmatch(r"<\|.*\|>", token)
+            listed.append({"content": token, "id": i, "special": special})
+    return listed
 
 
 def read_tokenizer_json(path: Path) -> tuple:
-    """(id of each token, tokens that merges make by priority, pattern, nfc, start) of tokenizer.json."""
-    raw = json.loads(path.read_text("utf-8"))
+    """(id of each token, the tokens added to them, tokens that merges make by priority, pattern, nfc,
+    start) of tokenizer.json."""
+    raw = json.loads(path.read_text("utf-8-sig"))
     model, normalizer = raw["model"], (raw.get("normalizer") or {}).get("type")
     pattern, start = split_pattern(raw.get("pre_tokenizer") or {}), start_tokens(raw)
     for name, value, fine in (
@@ -107,17 +124,17 @@ def read_tokenizer_json(path: Path) -> tuple:
             f"{path}: {name} {str(value)[:60]!r} is not supported; choose a model with the "
             "byte-level BPE of GPT-2, SmolLM2, Qwen2 or Llama 3",
         )
-    vocab, added = model["vocab"], {t["content"]: t["id"] for t in raw.get("added_tokens", [])}
+    vocab, added = model["vocab"], raw.get("added_tokens", [])
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     if not model.get("ignore_merges"):
         merged = merge(merges)
     else:  # as Llama 3: a token's id is its priority
-        by_id = sorted(vocab.keys() - added.keys(), key=vocab.__getitem__)
+        by_id = sorted(vocab.keys() - {t["content"] for t in added}, key=vocab.__getitem__)
         merged = [token for token in by_id if len(token) > 1]
         made = [vocab[m.replace(" ", "")] for m in merges]
         if made != sorted(made):
             raise ValueError("the merges are not in the order of the ids")
-    return {**vocab, **added}, merged, pattern, normalizer == "NFC", start
+    return vocab, added, merged, pattern, normalizer == "NFC", start
 
 
 def split_pattern(pre: dict) -> str:
