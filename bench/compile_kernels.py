@@ -55,7 +55,7 @@ def variants() -> list[tuple]:
                 sizes = head.tiles(B, 50257, kind)
                 tile = {"K": K, **dict(zip(("BLOCK_B", "BLOCK_V", "BLOCK_C"), sizes))}
                 tile["PRECISION"] = "tf32x3" if dtype == "fp32" else "tf32"
-                variant = (head.head_kernel, tile, dtype, head.warps(K), 3)
+                variant = (head.head_kernel, tile, dtype, head.warps(K, sizes[0]), 3)
                 found += [variant] if variant not in found else []
     a = attention_triton
     for dtype, kind in DTYPES.items():
