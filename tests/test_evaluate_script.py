@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,21 +41,19 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def flags(model, *more) -> list[str]:
-    base = ["--model", str(model), "--device", "cpu", "--max-new-tokens", "8"]
-    return [*base, "--block-questions", "2", *map(str, more)]
-
-
 def run(*words) -> None:
     evaluate.main(evaluate.parse_args(list(map(str, words))))
 
 
+def run_blocks(model, limit, folder, *more) -> None:
+    """Evaluate a model on so many questions, in blocks of two."""
+    run("--model", model, "--device", "cpu", "--max-new-tokens", 8, "--block-questions", 2,
+        "--limit", limit, "--out-dir", folder, *more)  # fmt: skip
+
+
 def as_checkpoint(model: Path, folder: Path, **sert) -> Path:
     """A run folder whose last/ is `model` under another name."""
-    last = folder / "last"
-    last.mkdir(parents=True)
-    for file in model.iterdir():
-        (last / file.name).write_bytes(file.read_bytes())
+    last = shutil.copytree(model, folder / "last")
     about = {"method": "sert", "root": "gpt2", "task": "micro", "seed": 0, "prompt_suffix": ""}
     (last / "sert.json").write_text(json.dumps({**about, **sert}))
     return folder
@@ -66,7 +65,7 @@ def derived(folder) -> dict[str, bytes]:
 
 def test_records_metrics_and_repeat(model, capsys):
     """Guards the record form that others read, and metrics with timings inside."""
-    run(*flags(model, "--limit", 5, "--out-dir", "o"))
+    run_blocks(model, 5, "o")
     records = list(read_jsonl("o/predictions.jsonl"))
     questions = tasks.load("micro", "test")[:5]
     assert [list(r) for r in records] == [FIELDS] * 5
@@ -77,7 +76,7 @@ def test_records_metrics_and_repeat(model, capsys):
     assert metrics["n"] == 5 and "seconds" not in json.dumps(metrics) and metrics["seed"] is None
     assert metrics["judges"]["program"]["total"] == 5
     before = derived("o")
-    run(*flags(model, "--limit", 5, "--out-dir", "o"))
+    run_blocks(model, 5, "o")
     assert before == derived("o")
     said = capsys.readouterr().out
     for word in ("Acc, strict", "Acc, lenient", "Fmt", "Len", "Rep", "95 %", "always", "judge:",
@@ -87,11 +86,10 @@ def test_records_metrics_and_repeat(model, capsys):
 
 def test_results_are_those_of_the_questions_asked(model):
     """Guards a short last block that is taken for a whole one, and metrics of another --limit."""
-    words = flags(model, "--by", "likelihood")
     for limit, folder in ((3, "a"), (5, "a"), (5, "b"), (3, "c")):
-        run(*words, "--limit", limit, "--out-dir", folder)
+        run_blocks(model, limit, folder, "--by", "likelihood")
     assert derived("a") == derived("b")
-    run(*flags(model, "--limit", 3, "--out-dir", "a"))  # the log-probs are there: no --by
+    run_blocks(model, 3, "a")  # the log-probs are there: no --by
     assert derived("a") == derived("c")
     assert json.loads(Path("a/metrics.json").read_text())["acc_likelihood"]
 
@@ -99,27 +97,24 @@ def test_results_are_those_of_the_questions_asked(model):
 def test_missing_and_damaged_blocks_are_made_anew(model, monkeypatch):
     """Guards outputs that are decoded twice, a block of other questions that is taken for ours, and
     metrics.json of a part that is taken for all after a kill."""
-    words = flags(model, "--limit", 6, "--out-dir", "w")
-    run(*words)
+    run_blocks(model, 6, "w")
     before, decoded = derived("w"), []
     (folder,) = Path("w").glob("outputs-*")
     blocks = sorted(folder.glob("*-2.jsonl"))
-    assert len(blocks) == 3 and list(json.loads(blocks[0].read_text().split("\n")[0])) == [
-        "id", "question", "text", "finish"]  # fmt: skip
+    assert len(blocks) == 3
+    assert list(next(read_jsonl(blocks[0]))) == ["id", "question", "text", "finish"]
     blocks[0].write_bytes(blocks[0].read_bytes()[:-9])
     blocks[1].write_text(blocks[1].read_text().replace('"question":"', '"question":"Not '))
 
     def once(loaded, tokenizer, questions, *rest, **more):
-        assert not (Path("w") / "metrics.json").exists()
-        assert not (Path("w") / "predictions.jsonl").exists()
+        assert not {"metrics.json", "predictions.jsonl"} & set(derived("w"))
         decoded.append([q.id for q in questions])
         return greedy(loaded, tokenizer, questions, *rest, **more)
 
     monkeypatch.setattr(evaluate, "greedy", once)
-    run(*words)
-    assert len(decoded) == 2 and derived("w") == before
-    run(*words)
-    assert len(decoded) == 2
+    for _ in range(2):
+        run_blocks(model, 6, "w")
+        assert len(decoded) == 2 and derived("w") == before
 
 
 def test_other_settings_and_weights_are_kept_apart(model, tmp_path, capsys):
@@ -142,6 +137,7 @@ def test_other_settings_and_weights_are_kept_apart(model, tmp_path, capsys):
     run(*words[:-1], 5)
     assert len(list(seed.glob("outputs-*"))) == 3
     (seed / "last/model.safetensors").write_bytes(weights)
+    (seed / "scores-other.jsonl").touch()  # of outputs that are replaced now
     capsys.readouterr()
     run(*words)
     assert derived(seed) == before and "question/s" not in capsys.readouterr().err
@@ -297,8 +293,8 @@ def test_bad_input_is_one_line(words, message):
 
 
 def test_dry_run_writes_nothing(model, capsys):
-    run(*flags(model, "--limit", 5, "--out-dir", "o", "--dry-run", "--judge-model", "m",
-               "--base-url", "http://localhost:1/v1", "--price-in", 1, "--price-out", 1))  # fmt: skip
+    judged = ["--judge-model", "m", "--base-url", "http://localhost:1/v1", "--price-in", 1]
+    run_blocks(model, 5, "o", "--dry-run", *judged, "--price-out", 1)
     said = capsys.readouterr().out
     assert "5 of 5 outputs to decode, at most 40 tokens" in said and "Question: " in said
     assert "5 judge requests" in said and "USD" in said and not Path("o").exists()
@@ -317,11 +313,8 @@ def test_paper_numbers_are_those_of_the_spec():
     """Guards a mistyped cell: every number against a copy of the table that lies outside."""
     names = {"GPT-3.5": "GPT-3.5", "gpt2": "gpt2", "medium": "gpt2-medium", "large": "gpt2-large"}
     methods = {v: k for k, v in table.NAMES.items()}
-    rows = re.findall(
-        r"^\| (GPT-3.5|gpt2|medium|large) (.+?) \| (.+?) \| (.+?) \|$",
-        shared("SPEC.md").read_text(),
-        re.MULTILINE,
-    )
+    form = r"^\| (GPT-3.5|gpt2|medium|large) (.+?) \| (.+?) \| (.+?) \|$"
+    rows = re.findall(form, shared("SPEC.md").read_text(), re.MULTILINE)
     assert len(rows) == 13
     for model, method, *cells in rows:
         for task, cell in zip(("strategy_qa", "commonsense_qa"), cells):
@@ -343,11 +336,8 @@ def test_table_marks_and_averages():
     assert "| gpt2 RD | 40.00 [36.0, 44.0] (paper 52.69, out) |" in markdown
     assert "| gpt2-large SERT | (paper 55.75) | (paper 0.94) |" in markdown
     text, _ = table.tables([(Path("metrics.json"), metrics(model="micro", task="micro"))])
-    assert (
-        "paper" not in text
-        and re.search(r"micro SERT\+RD +not trained\n", text)
-        and "GPT-3.5" not in text
-    )
+    assert "paper" not in text and "GPT-3.5" not in text
+    assert re.search(r"micro SERT\+RD +not trained\n", text)
 
 
 def test_differences_are_paired(tmp_path):
@@ -360,15 +350,12 @@ def test_differences_are_paired(tmp_path):
         records = [{"id": str(i), "correct": x == "1", "format_ok": None, "words": 3, "rep1": 0.5}
                    for i, x in enumerate(right)]  # fmt: skip
         write_atomic(folder / "predictions.jsonl", map(to_line, records))
-        m = metrics(method) | {"seed": seed}
-        found.append((folder / "metrics.json", m))
+        found.append((folder / "metrics.json", metrics(method, seed=seed)))
     (row,) = table.differences(found, "strategy_qa")
     mean, low, high = row["acc"]  # of the questions: +100, 0, +50, 0; of the seeds: 75, 100
     half = 1.959964 * (47.871**2 / 4 + 17.678**2 / 2) ** 0.5
     assert mean == 37.5 and low == pytest.approx(37.5 - half, abs=0.01)
-    assert (
-        row["methods"] == ["sert", "finetune"] and "fmt" not in row and "acc_likelihood" not in row
-    )
+    assert row["methods"] == ["sert", "finetune"] and not {"fmt", "acc_likelihood"} & set(row)
     text, _ = table.tables(found)
     assert "gpt2 SERT - Finetune" in text and f"+37.50 [{low:+.2f}, {high:+.2f}] " in text
     assert "+0.00 [+0.00, +0.00]\n" in text  # of rep: no star
@@ -376,11 +363,15 @@ def test_differences_are_paired(tmp_path):
 
 def test_table_reads_folders(tmp_path, capsys):
     """Guards other splits and variants in the table, and a traceback for a foreign metrics.json."""
-    for name, m in (("sert/seed0", metrics()), ("sert/seed0/eval-train", {**metrics(), "split": "train"}),
-                    ("best", {**metrics(), "variant": "best"})):  # fmt: skip
+    others = {
+        "sert/seed0": {},
+        "sert/seed0/eval-train": {"split": "train"},
+        "best": {"variant": "best"},
+    }
+    for name, other in others.items():
         folder = tmp_path / "t/strategy_qa/gpt2" / name
         folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(json.dumps(m))
+        (folder / "metrics.json").write_text(json.dumps({**metrics(), **other}))
     run("--table", tmp_path / "t")
     assert "687\n" in capsys.readouterr().out
     assert " x " not in (tmp_path / "t/table.txt").read_text()
