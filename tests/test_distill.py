@@ -276,12 +276,6 @@ def test_several_samples_and_shots(student, capsys):
         assert words in said
 
 
-def test_bare_answers_are_no_rationales(student):
-    with FakeServer(ok("No.")) as server:
-        run(student, server, "--collect-only", "--limit", 3, "--keep", "all")
-    assert {r["reason"] for r in records()} <= {"bare answer", "empty"}
-
-
 # --- flags ----------------------------------------------------------------------------------------
 
 
