@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from sert_min.metrics import grade, greedy
 from sert_min.models import load_model
 from sert_min.prompts import answer_sentence, question_prompt
 from sert_min.questions import Question
-from sert_min.report import judge, table
+from sert_min.report import table
 from sert_min.report.likelihood import answer_logprobs, likelihood_record, make_tree, weigh_answers
 from sert_min.report.texts import question_of
 from sert_min.tokenizer import load_tokenizer
@@ -165,23 +166,13 @@ def test_where_results_go(model):
     assert other.variant.startswith("prompt")
     assert cell(seed, split="validation").out == seed / "eval-validation"
     assert cell(seed, task="strategy_qa").out == seed / "eval-strategy_qa"
+    shutil.copytree(seed / "last", seed / "best")
+    assert cell(seed / "best").out == seed / "eval-best"
     base = cell(model)
     assert base.method == "base" and base.out == Path(f"out/micro/{base.student.label}/base")
     run("--model", seed, "--limit", 2, "--max-new-tokens", 4)
     run("--model", seed, "--limit", 2, "--max-new-tokens", 4, "--split", "train")
     assert len(table.find_metrics(Path("out"))) == 1
-
-
-def test_a_name_cannot_choose_where_results_go(model, tmp_path):
-    """Guards a checkpoint's root or seed, or a judge's name, that leads out of the folder."""
-    seed = as_checkpoint(model, tmp_path / "evil", root="..", seed="/../../../escaped", task="\x1b")
-    out = evaluate.cell_of(str(seed / "last"), "strategy_qa", "test").out
-    assert out.resolve().is_relative_to(seed) and out.name == "eval-strategy_qa"
-    (seed / "last").rename(seed / "other")
-    out = evaluate.cell_of(str(seed / "other"), "strategy_qa", "test").out
-    assert out.resolve().is_relative_to(Path("out/strategy_qa").resolve())
-    args = evaluate.parse_args(["--judge-model", "../../x", "--task", "strategy_qa"])
-    assert judge.choose(args, None).folder == Path("out/strategy_qa/judge-..-..-x")
 
 
 # --- likelihood -----------------------------------------------------------------------------------
@@ -226,9 +217,10 @@ def test_letters_and_texts_are_told_apart():
     likeliest sum, the second one the likeliest per token, the third one per character."""
     q = Question("commonsense_qa", "c", "Where?", "C", ("sea", "shop", "department store"))
     sentences, texts = [(-1.0, 6), (-2.0, 6), (-3.0, 6)], [(-3.0, 1), (-3.2, 2), (-8.0, 4)]
-    r = likelihood_record(q, sentences, texts)
-    assert (r["chosen"], r["correct"]) == ("A", False) and r["logprobs"]["C"] == -3.0
-    assert (r["correct_per_token"], r["correct_per_character"]) == (False, True)
+    a, b, c = (likelihood_record(replace(q, answer=x), sentences, texts) for x in "ABC")
+    assert a["chosen"] == b["chosen"] == "A" and c["logprobs"]["C"] == -3.0
+    for r, right in ((a, "correct"), (b, "correct_per_token"), (c, "correct_per_character")):
+        assert [k for k in r if k.startswith("correct") and r[k]] == [right]
     yes_no = Question("strategy_qa", "s", "Is it?", "yes")
     assert "correct_per_token" not in likelihood_record(yes_no, sentences[:2], [])
 
@@ -326,13 +318,15 @@ def test_paper_numbers_are_those_of_the_spec():
 
 def test_table_marks_and_averages():
     """Guards marks turned around, seeds counted as cells, numbers in empty cells."""
-    found = [metrics(), metrics(seed=1, acc=(0.57, 0.53, 0.61)), metrics("rd", (0.4, 0.36, 0.44))]
+    found = [metrics(), metrics(seed=1, acc=(0.57, 0.53, 0.61)), metrics("rd", (0.4, 0.36, 0.44)),
+             metrics("finetune")]  # fmt: skip
     text, markdown = table.tables([(Path("metrics.json"), m) for m in found])
     for said in (text, markdown):
         assert "always saying no scores 52.55 %" in said
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert "SERT  56.00 [52.0, 60.0] (paper 54.00, in)" in re.sub("  +", "  ", lines["gpt2 SERT"])
     assert "100.00 (paper 145.33, out)" in lines["gpt2 SERT"] and "687 x 2" in lines["gpt2 SERT"]
+    assert "100.00" not in lines["gpt2 Finetune"]  # it gives answers only: it has no Len
     assert "| gpt2 RD | 40.00 [36.0, 44.0] (paper 52.69, out) |" in markdown
     assert "| gpt2-large SERT | (paper 55.75) | (paper 0.94) |" in markdown
     text, _ = table.tables([(Path("metrics.json"), metrics(model="micro", task="micro"))])
