@@ -17,6 +17,7 @@ from sert_min import tasks
 from sert_min.io import asking
 from sert_min.io.errors import SertError
 from sert_min.io.files import read_jsonl
+from sert_min.models import load_model, save_model
 from sert_min.questions import Question
 
 TRIGGER = "Therefore, the answer (Yes or No) is"  # the second request, arXiv 2205.11916
@@ -26,6 +27,8 @@ QUESTIONS = [
     Question("strategy_qa", str(10 * i), f"Is {i} even?", "no" if i % 2 else "yes")
     for i in range(30)
 ]
+# A teacher that answers in the second request only.
+answers_apart = by_body(lambda body: ok("(no)" if TRIGGER in str(body) else " Reasoning. Is it?"))
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +52,15 @@ def place(tmp_path, monkeypatch):
 
 
 def flags(student, server, *more):
-    task = ["--task", "strategy_qa", "--model", str(student)]
+    """Without a student its own choice is left to distill.py, without a server the teacher's."""
+    words = ["--task", "strategy_qa", *(["--model", str(student)] if student else [])]
     if server:
-        task += ["--teacher-model", "org/m", "--base-url", server.url, "--concurrency", "4"]
-    return [*task, *more]
+        words += ["--teacher-model", "org/m", "--base-url", server.url, "--concurrency", "4"]
+    return [*words, *map(str, more)]
 
 
 def run(student, server, *more):
-    distill.main(distill.parse_args(flags(student, server, *map(str, more))))
+    distill.main(distill.parse_args(flags(student, server, *more)))
 
 
 def records(folder="out"):
@@ -130,36 +134,41 @@ def test_dry_run_asks_nothing_and_writes_nothing(student, capsys, monkeypatch):
     assert path.read_bytes().endswith(b'{"torn')
 
 
-def test_missing_rows_end_with_status_2(student, capsys):
-    """A run that ended green with rows missing."""
+def test_missing_rows_and_training_on_what_is_there(student, capsys):
+    """A run that ended green with rows missing. One question without a reply blocked training; later
+    replies don't change that student."""
+    broken = [" 7 "]
 
     @by_body
     def step(body):
-        return error(500, "\x1b[31moops") if " 7 " in body["messages"][0]["content"] else ok(YES)
+        bad = any(word in body["messages"][0]["content"] for word in broken)
+        return error(500, "\x1b[31moops") if bad else ok(YES)
 
     with FakeServer(step) as server:
-        with pytest.raises(SystemExit) as end:
-            run(student, server, "--collect-only")
-        assert end.value.code == 2 and len(records()) == 29
-        said = capsys.readouterr()
-        assert "missing: strategy_qa/70: HTTP 500" in said.err and "Repeat" in said.err
-        assert "\x1b[31m" not in said.out + said.err
-        with pytest.raises(SystemExit):
-            run(student, server, "--max-steps", 2)  # nor is a student trained on a part unasked
-    assert not list(Path("out").rglob("last"))
-
-
-@by_body
-def answers_apart(body):
-    last = body["messages"][-1]["content"]
-    return ok("(no)" if last == TRIGGER else "Reasoning only. Is it?")
+        for more in (["--collect-only"], ["--max-steps", 1]):
+            with pytest.raises(SystemExit) as end:
+                run(student, server, *more)
+            said = capsys.readouterr()
+            assert end.value.code == 2 and "missing: strategy_qa/70: HTTP 500" in said.err
+            assert "Repeat" in said.err and "--allow-missing trains" in said.err
+            assert "\x1b[31m" not in said.out + said.err
+        assert len(records("out/strategy_qa/teacher-org-m")) == 29
+        assert not list(Path("out").rglob("last"))  # no student is trained on a part unasked
+        run(student, server, "--max-steps", 1, "--allow-missing")
+        trained = next(Path("out").rglob("last/model.safetensors"))
+        before, requests = trained.read_bytes(), len(server.bodies)
+        broken.clear()
+        run(student, server, "--max-steps", 1, "--allow-missing")
+        assert trained.read_bytes() == before and len(server.bodies) == requests
+        with pytest.raises(SertError, match="a student of other rationales"):
+            run(student, server, "--max-steps", 1)
 
 
 def test_two_step(student):
     with FakeServer(answers_apart) as server:
-        run(student, server, "--collect-only", "--two-step")
-        run(student, server, "--collect-only", "--two-step")
-        assert len(server.bodies) == 60
+        for _ in range(2):
+            run(student, server, "--collect-only", "--two-step")
+            assert len(server.bodies) == 60
         first, second = server.bodies[0]["messages"], server.bodies[-1]["messages"]
         assert [m["role"] for m in second] == ["user", "assistant", "user"] and len(first) == 1
     assert {r["teacher_answer"] for r in records()} == {"no"}
@@ -171,29 +180,33 @@ def test_two_step(student):
 
 
 def test_two_step_by_completions(student):
-    @by_body
-    def step(body):
-        return ok(" No." if body["prompt"].endswith(TRIGGER) else " Reasoning.")
-
-    with FakeServer(step) as server:
+    with FakeServer(answers_apart) as server:
         run(student, server, "--collect-only", "--two-step", "--completions", "--limit", 2)
         prompts = sorted(body["prompt"] for body in server.bodies)
-    assert prompts[1] == f"{prompts[0]} Reasoning.\n{TRIGGER}" and len(prompts) == 4
+    assert prompts[1] == f"{prompts[0]} Reasoning. Is it?\n{TRIGGER}" and len(prompts) == 4
 
 
 def test_unreadable_answers_stop_after_20(student):
-    """9,741 replies were bought before somebody looked; the same command buys no 20 more."""
+    """9,741 replies were bought before somebody looked; the same command buys no 20 more. The advice
+    fits the flags in use."""
     with FakeServer(ok("I like trains.")) as server:
+        told = "only 0 of the first 2.*--teacher-suffix.*--two-step only adds"
         for _ in range(2):
-            with pytest.raises(SertError, match="only 0 of the first 2.*--teacher-suffix"):
+            with pytest.raises(SertError, match=told):
                 run(student, server, "--collect-only")
         assert 20 <= len(server.bodies) < 20 + 4  # and those in flight
         kept = Path("out/strategy_qa/teacher-org-m/responses.jsonl").read_text().count("\n")
         assert kept == len(server.bodies)
-        run(student, server, "--collect-only", "--keep", "all")
+        run(student, server, "--collect-only", "--keep", "all", "--limit", 25)
+        assert len(server.bodies) == 25
+        run(student, server, "--collect-only", "--go-on")
         assert len(server.bodies) == 30
+        assert {r["reason"] for r in records()} == {"answer not readable"}
         with pytest.raises(SertError, match="no rationale was kept"):
             run(student, server, "--max-steps", 2)
+        with pytest.raises(SertError) as stop:
+            run(student, server, "--collect-only", "--two-step")
+        assert "--two-step only" not in str(stop.value) and "--go-on" in str(stop.value)
 
 
 CHILD = """
@@ -249,61 +262,18 @@ def test_several_samples_and_shots(student, capsys):
         asked, told, last = server.bodies[0]["messages"]
         assert asked["content"] == "Question: Is 900 even?\nAnswer: Let's think step by step."
         assert told == {"role": "assistant", "content": "900 is twice 450. So the answer is yes."}
-    rows, q = records(), QUESTIONS[0]
-    assert [(r["id"], r["sample"]) for r in rows] == [
-        (q.id, i) for q in QUESTIONS[:2] for i in range(3)
-    ]
+    rows, numbers = records(), [(q.id, i) for q in QUESTIONS[:2] for i in range(3)]
+    assert [(r["id"], r["sample"]) for r in rows] == numbers
     reasons = [r["reason"] for r in rows if r["answer"] == "yes"]
     assert reasons == ["ok", "ok", "enough of this question"]
     with pytest.raises(SertError, match="above 1 needs a --teacher-temperature"):
         run(student, server, *more[:5])
-    Path("shots.jsonl").write_text(json.dumps(row | {"question": q.text.upper()}) + "\n")
+    Path("shots.jsonl").write_text(json.dumps(row | {"question": QUESTIONS[0].text.upper()}) + "\n")
     with pytest.raises(SertError, match="example 1 is a question of this task"):
         run(student, server, *more, "--shots", "shots.jsonl")
     said = capsys.readouterr().out
-    assert (
-        "kept: ok" in said and "dropped: answer wrong" in said and "teacher's answer: yes" in said
-    )
-
-
-def test_bare_answers_are_no_rationales(student):
-    with FakeServer(ok("No.")) as server:
-        run(student, server, "--collect-only", "--limit", 3, "--keep", "all")
-    assert {r["reason"] for r in records()} <= {"bare answer", "empty"}
-
-
-def test_training_on_what_is_there(student, capsys):
-    """One question without a reply blocked training; later replies don't change that student."""
-    broken = [" 7 "]
-
-    @by_body
-    def step(body):
-        asked = body["messages"][0]["content"]
-        return error(500, "oops") if any(word in asked for word in broken) else ok(YES)
-
-    with FakeServer(step) as server:
-        with pytest.raises(SystemExit):
-            run(student, server, "--max-steps", 1)
-        assert "--allow-missing trains" in capsys.readouterr().err
-        run(student, server, "--max-steps", 1, "--allow-missing")
-        trained = next(Path("out").rglob("last/model.safetensors"))
-        before, requests = trained.read_bytes(), len(server.bodies)
-        broken.clear()
-        run(student, server, "--max-steps", 1, "--allow-missing")
-        assert trained.read_bytes() == before and len(server.bodies) == requests
-        with pytest.raises(SertError, match="a student of other rationales"):
-            run(student, server, "--max-steps", 1)
-
-
-def test_the_early_stop_fits_the_flags_in_use(student):
-    with FakeServer(ok("I like trains.")) as server:
-        with pytest.raises(SertError, match="--two-step only adds"):
-            run(student, server, "--collect-only")
-        with pytest.raises(SertError) as stop:
-            run(student, server, "--collect-only", "--two-step")
-        assert "--two-step only" not in str(stop.value) and "--go-on" in str(stop.value)
-        run(student, server, "--collect-only", "--go-on")
-    assert {r["reason"] for r in records()} == {"answer not readable"}
+    for words in ("kept: ok", "dropped: answer wrong", "teacher's answer: yes"):
+        assert words in said
 
 
 # --- flags ----------------------------------------------------------------------------------------
@@ -364,29 +334,24 @@ def test_the_sert_checkpoint_is_the_default_student(student, tmp_path, monkeypat
     row = tasks.get("strategy_qa")._replace(student=student)
     monkeypatch.setitem(tasks.TASKS, "strategy_qa", row)
     with FakeServer(ok(YES)) as server:
-        live = flags(student, server, "--limit", "4", "--max-steps", "1")
-        del live[live.index("--model") : live.index("--model") + 2]
-        distill.main(distill.parse_args(live))
+        more = "--limit", 4, "--max-steps", 1
+        run(None, server, *more)
         assert "starting from the raw student" in capsys.readouterr().out
         (label,) = [p.name for p in Path("out/strategy_qa").iterdir() if "teacher" not in p.name]
         sert = Path(f"out/strategy_qa/{label}/sert/seed0/last")
-        make_sert(student, sert, label)
-        distill.main(distill.parse_args(live))
+        make_checkpoint(student, sert, label, "sert")
+        run(None, server, *more)
         assert "starting from the SERT checkpoint" in capsys.readouterr().out
-        run(sert, server, "--limit", "4", "--max-steps", "1")
+        run(sert, server, *more)
         assert len(server.bodies) == 4
-        make_sert(student, Path("finetuned/last"), label, method="finetune")
+        make_checkpoint(student, Path("finetuned/last"), label, "finetune")
         with pytest.raises(SertError, match="trained by finetune already.*--out-dir"):
-            run("finetuned", server, "--limit", "4")
-    found = {
-        p.relative_to(f"out/strategy_qa/{label}") for p in Path("out").rglob("rationales.jsonl")
-    }
-    assert found == {Path(f"{method}/seed0/rationales.jsonl") for method in ("rd", "sert-rd")}
+            run("finetuned", server, "--limit", 4)
+    found = {str(p.relative_to(sert.parents[2])) for p in Path("out").rglob("rationales.jsonl")}
+    assert found == {"rd/seed0/rationales.jsonl", "sert-rd/seed0/rationales.jsonl"}
 
 
-def make_sert(student, folder, label, method="sert"):
-    from sert_min.models import load_model, save_model
-
+def make_checkpoint(student, folder, label, method):
     folder.parent.mkdir(parents=True)
     save_model(load_model(Path(student)), folder, Path(student), {"method": method, "root": label})
 
@@ -394,8 +359,7 @@ def make_sert(student, folder, label, method="sert"):
 def test_micro_teacher_is_offline_and_right(tmp_path):
     """The default needs no teacher: the generator explains its own questions."""
     student = make_tiny_model(tmp_path / "m", n_positions=1024)
-    args = ["--model", str(student), "--collect-only", "--limit", "40"]
-    distill.main(distill.parse_args(args))
+    run(student, None, "--task", "micro", "--collect-only", "--limit", 40)
     rows = records()
     assert len(rows) == 40 and all(r["kept"] and r["source"] == "micro" for r in rows)
 

@@ -36,11 +36,10 @@ def at(server, **more):
     return Endpoint(**{"model": "m", "base_url": server.url, "timeout": 5, "deadline": 20, **more})
 
 
-def run(folder, server, n=1, e=None, **more):
-    """(collection, why others are missing) of asking for what is missing in `folder`."""
-    names = ("readable", "follow_up")
-    how = {k: more.pop(k) for k in names if k in more}
-    return ask_all(folder, asks(n), replace(e or at(server), **more), **how)
+def run(folder, server, n=1, e=None, readable=None, follow_up=None, **more):
+    """(collection, why others are missing) of asking for what is missing in `folder`; `e`, or else
+    the endpoint at `server`, with the fields `more`."""
+    return ask_all(folder, asks(n), replace(e or at(server), **more), readable, follow_up)
 
 
 def stored(folder, e=None) -> Collection:
@@ -53,6 +52,10 @@ def stored(folder, e=None) -> Collection:
 HTML = raw(200, b"<html>hi</html>", content_type="text/html")
 OLD_NAME = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
 UPSTREAM = json_reply(200, {"error": {"message": "upstream died"}})
+NO_FIELD = json_reply(422, {"detail": [{"loc": ["n"], "msg": "no such field"}]})
+MODELS = "--teacher-model or --base-url (no such model; it has qwen, llama)"
+PARTS = [{"type": "text", "text": "Ice "}, {"type": "image"}, {"type": "text", "text": "is cold."}]
+ONLY_THINKS = ok(message={"content": None, "reasoning_content": "Is it?"})
 # fmt: off
 TABLE = [
     ("ok", [ok()], 1, "reply", "So the answer is yes"),
@@ -63,11 +66,15 @@ TABLE = [
     ("429 quota", [error(429, "exceeded", "insufficient_quota")], 1, "stop", "add credit"),
     ("402", [error(402, "Insufficient Balance")], 1, "stop", "add credit"),
     ("401", [error(401, "Incorrect API key")], 1, "stop", "OPENAI_API_KEY"),
-    ("403", [error(403, "Country not supported")], 3, "stop", "OPENAI_API_KEY"),
-    ("404", [error(404, "no such model", "model_not_found")], 1, "stop", "--teacher-model"),
-    ("404 HTML", [raw(404, b"<h1>404</h1>")], 1, "stop", "/v1"),
+    ("403", [error(403, "Country not supported")], 3, "stop", "HTTP 403: the server refused OPENAI_API_KEY"),
+    ("404", [error(404, "no such model", "model_not_found")], 1, "stop", MODELS),
+    ("404 HTML", [raw(404, b"<h1>404</h1>")], 1, "stop", "or lacks /v1"),
     ("400", [error(400, OLD_NAME, "unsupported_parameter", "max_tokens")], 3, "stop", "--token-parameter"),
     ("400, body is a list", [json_reply(400, [{"error": "x"}])], 3, "stop", "--teacher-temperature"),
+    ("400, error is a string", [json_reply(400, {"error": "bad thing"})], 3, "stop", "bad thing"),
+    ("400, detail is a string", [json_reply(400, {"detail": "not today"})], 3, "stop", "not today"),
+    ("400, no JSON", [raw(400, b"plain words")], 3, "stop", "plain words"),
+    ("422, detail is a list", [NO_FIELD], 3, "stop", "no such field"),
     ("500 twice", [error(500, "oops"), error(500, "oops"), ok()], 3, "reply", "stop"),
     ("503 for ever", [error(503, "loading")], 6, "missing", "HTTP 503"),
     ("hang once", [hang(0.6), ok()], 2, "reply", "stop"),
@@ -87,6 +94,8 @@ TABLE = [
     ("message null", [json_reply(200, {"choices": [{"message": None}]}), ok()], 2, "reply", "stop"),
     ("content null", [ok(None), ok()], 2, "reply", "stop"),
     ("content a list", [ok([{"type": "text"}]), ok()], 2, "reply", "stop"),
+    ("content in parts", [ok(PARTS)], 1, "reply", '"text":"Ice is cold."'),
+    ("content null for ever, with thoughts", [ONLY_THINKS], 6, "missing", "it only thinks: raise --teacher-max-tokens"),
     ("empty, length", [ok("", "length")], 1, "final", "length"),
     ("empty, content_filter", [ok("", "content_filter")], 1, "final", "content_filter"),
     ("refusal", [ok(message={"content": None, "refusal": "I can't"})], 1, "final", "refusal"),
@@ -102,6 +111,7 @@ TABLE = [
 @pytest.mark.parametrize("steps, requests, outcome, word", [r[1:] for r in TABLE], ids=[r[0] for r in TABLE])  # fmt: skip
 def test_what_the_server_does(steps, requests, outcome, word, tmp_path):
     with FakeServer(*steps) as server:
+        server.models = ["qwen", "llama"]
         e = at(server, concurrency=4, timeout=0.3 if "hang" in repr(steps) else 5.0)
         if outcome == "stop":
             with pytest.raises(SertError) as stopped:
@@ -135,7 +145,7 @@ def test_advice_names_the_flags_of_who_asks(tmp_path):
 def test_retry_after_is_waited_for_by_all(tmp_path):
     """Hammering: other requests went on while one waited as told."""
     with FakeServer(ok(), error(429, "slow", retry_after="0.9"), ok(), delay=0.05) as server:
-        _, failures = run(tmp_path, server, 30, at(server, concurrency=4))
+        _, failures = run(tmp_path, server, 30, concurrency=4)
         told = server.times[1] + 0.05
         meanwhile = sum(told < t < told + 0.7 for t in server.times)
     assert failures == [] and len(server.times) == 31 and meanwhile <= 4  # those in flight
@@ -159,8 +169,7 @@ def test_max_cost_holds_over_runs_and_lost_replies(tmp_path):
     bound = sum(asks()[0].most_tokens(Endpoint("m", max_tokens=5)))
     with FakeServer(ok(), hang(0.5), ok()) as server:
         for _ in range(3):
-            here = at(server, timeout=0.2, max_cost=300.0, **e)
-            collection, failures = run(tmp_path, server, 30, here)
+            collection, failures = run(tmp_path, server, 30, timeout=0.2, max_cost=300.0, **e)
         assert len(server.bodies) * 15 <= 300 and failures
         assert collection.tokens_in + collection.tokens_out == 15 * len(collection.replies)
         assert collection.most_usd() <= 300 and len(collection.open_bills()) == 1
@@ -172,7 +181,7 @@ def test_what_stays_without_a_known_bill(tmp_path):
     with FakeServer(error(503, "busy"), error(429, "slow"), ok(), ok(usage=None)) as server:
         collection, _ = run(tmp_path, server)
         assert collection.open_bills() == stored(tmp_path).open_bills() == []
-        run(tmp_path, server, 3, at(server, max_tokens=7))
+        run(tmp_path, server, 3, max_tokens=7)
     bills = stored(tmp_path).open_bills()
     assert len(bills) == 2 and bills[0][1] == 7  # the first reply ended by itself: it serves
 
@@ -181,82 +190,41 @@ def test_most_of_the_last_failing_stops(tmp_path):
     """A server that dies in the middle: not all of 200 questions are tried six times each."""
     with FakeServer(*[ok()] * 20, error(500, "gone")) as server:
         with pytest.raises(SertError, match="got no reply .*HTTP 500.*repeat the command"):
-            run(tmp_path, server, 200, at(server, concurrency=4))
+            run(tmp_path, server, 200, concurrency=4)
         assert len(server.bodies) <= 20 + 6 * (11 + 4)
     assert len(stored(tmp_path).replies) == 20
 
 
 def test_one_poisonous_question_does_not_stop_the_rest(tmp_path):
-    @by_body
-    def step(body):
-        return ok("") if body["messages"][0]["content"] == "q0" else ok()
-
-    with FakeServer(step) as server:
+    with FakeServer(by_body(lambda body: ok("" if "q0" in str(body) else "Yes."))) as server:
         collection, failures = run(tmp_path, server, 12)
-    assert len(collection.replies) == 11 and failures == [
-        "t/0: a 200 reply with empty text (6 attempts)"
-    ]
-
-
-def test_other_forms_of_content(tmp_path, monkeypatch):
-    """A list of parts is text; a reply that only thinks says where its text went."""
-    monkeypatch.setattr(asking, "TRIES", 1)
-    parts = [
-        {"type": "text", "text": "Ice "},
-        {"type": "image"},
-        {"type": "text", "text": "is cold."},
-    ]
-    thought = {"role": "assistant", "content": None, "reasoning_content": "Is it?"}
-    with FakeServer(ok(message={"content": parts}), ok(message=thought)) as server:
-        collection, failures = run(tmp_path, server, 2, at(server, concurrency=1))
-    assert [r["text"] for r in collection.replies.values()] == ["Ice is cold."]
-    assert "it only thinks: raise --teacher-max-tokens" in failures[0]
-
-
-@pytest.mark.parametrize(
-    "name, value", [("ALL_PROXY", "socks://proxy:1080"), ("SSL_CERT_FILE", "/no/such/file.pem")]
-)
-def test_a_client_that_does_not_start_names_the_variable(name, value, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
-    monkeypatch.setenv(name, value)
-    with pytest.raises(SertError, match=f"check or unset .*{name}"):
-        endpoint.make_client(Endpoint("m", "https://example.org/v1"))
+    assert failures == ["t/0: a 200 reply with empty text (6 attempts)"]
+    assert len(collection.replies) == 11
 
 
 def test_a_refused_question_does_not_stop_the_rest(tmp_path, capsys):
     """A content filter's 400 stopped a collection there, now and at every repetition."""
-
-    @by_body
-    def step(body):
-        return error(400, "Content Exists Risk") if "q3" in str(body) or "q0" in str(body) else ok()
-
+    risk = error(400, "Content Exists Risk")
+    step = by_body(lambda body: risk if "q3" in str(body) or "q0" in str(body) else ok())
     with FakeServer(step) as server:
         collection, failures = run(tmp_path, server, 8)
-        assert (
-            not failures
-            and "t/3 is left out: HTTP 400: Content Exists Risk" in capsys.readouterr().out
-        )
-        sent = len(server.bodies)
-        assert sent == 8 and run(tmp_path, server, 8)[1] == [] and len(server.bodies) == sent
+        said = capsys.readouterr().out
+        assert not failures and "t/3 is left out: HTTP 400: Content Exists Risk" in said
+        assert len(server.bodies) == 8 and run(tmp_path, server, 8)[1] == []
+        assert len(server.bodies) == 8
     refused = [r for r in collection.replies.values() if r["finish"] == "refused"]
     assert sorted(r["id"] for r in refused) == ["0", "3"] and not collection.open_bills()
     assert all(r["text"] == "" and "Content Exists Risk" in r["reason"] for r in refused)
 
 
-def test_three_refused_questions_and_no_reply_stop(tmp_path):
-    with FakeServer(error(403, "moderation")) as server:
-        with pytest.raises(SertError, match="HTTP 403"):
-            run(tmp_path, server, 8)
-        assert len(server.bodies) == 3
-    assert not stored(tmp_path).replies
-
-
 def test_dead_server(tmp_path):
-    """Nothing listens: an answer in seconds, with the likely cause, and nothing counts as billed."""
+    """Nothing listens: an answer after two tries, with the likely cause, and nothing counts as
+    billed."""
     with FakeServer(ok()) as server:
-        e = at(server)
-    with pytest.raises(SertError, match="is the server running"):
+        e = at(server, concurrency=4)
+    with pytest.raises(SertError, match=f"no connection to {e.url()}; is the server running"):
         run(tmp_path, None, 50, e)
+    assert (tmp_path / "sent.jsonl").read_text().count("at_most") <= 2
     assert stored(tmp_path).open_bills() == []
 
 
@@ -264,11 +232,11 @@ def test_the_deadline_ends_what_never_ends(tmp_path, monkeypatch):
     """A byte every tenth of a second never runs into the timeout; nor do rate limits end."""
     monkeypatch.setattr(asking, "BACKOFF", 0.1)
     with FakeServer(dribble) as server:
-        _, failures = run(tmp_path, server, 1, at(server, deadline=0.5))
+        _, failures = run(tmp_path, server, deadline=0.5)
         assert "no complete reply within 0.5 s" in failures[0]
         assert server.served == 0  # it is still sending
     with FakeServer(error(429, "slow")) as server:
-        _, failures = run(tmp_path, server, 1, at(server, deadline=1.0))
+        _, failures = run(tmp_path, server, deadline=1.0)
         assert "HTTP 429" in failures[0] and len(server.bodies) < 10
 
 
@@ -278,7 +246,7 @@ def test_an_early_stop_keeps_what_is_in_flight(tmp_path, monkeypatch):
     nothing = Readable(lambda ask, replies: False, "rhyme", "Ask a poet.")
     with FakeServer(ok(), delay=0.1) as server:
         with pytest.raises(SertError, match="only 0 of the first 3 replies rhyme.*Ask a poet"):
-            run(tmp_path, server, 20, at(server, concurrency=4), readable=nothing)
+            run(tmp_path, server, 20, readable=nothing, concurrency=4)
         assert 3 < len(server.bodies) == len(stored(tmp_path).replies)
 
 
@@ -302,19 +270,22 @@ def test_follow_up_requests(tmp_path):
 def test_key_of_a_reply_depends_on_everything():
     """Cache keys without a sampling setting or the sample number serve the wrong text."""
     e, ask = Endpoint("m", "http://a/v1"), asks()[0]
-    other = [
-        replace(e, model="n"),
-        replace(e, base_url="http://b/v1"),
-        replace(e, max_tokens=9),
-        replace(e, temperature=0.0),
-        replace(e, token_parameter="max_completion_tokens"),
-        replace(e, completions=True),
-    ]
-    keys = [ask.key(x) for x in [e, *other]]
+    fields = dict(model="n", base_url="http://b/v1", max_tokens=9, temperature=0.0, completions=True,
+                  token_parameter="max_completion_tokens", extra_body={"top_p": 0.5},
+                  system_prompt="Be brief.")  # fmt: skip
+    keys = [ask.key(replace(e, **{name: value})) for name, value in fields.items()]
     for change in ({"task": "u"}, {"id": "7"}, {"sample": 1}, {"messages": asks(2)[1].messages}):
         keys.append(replace(ask, **change).key(e))
-    assert len(set(keys)) == len(keys)
-    assert ask.key(replace(e, base_url="http://a/v1/", concurrency=1, timeout=1.0)) == keys[0]
+    assert len({ask.key(e), *keys}) == 1 + len(keys)
+    same = dict(base_url="http://a/v1/", concurrency=1, timeout=1.0, extra_header=(("X-A", "B"),))
+    assert ask.key(replace(e, **same)) == ask.key(e)
+
+
+def from_words(*words, who="teacher"):
+    parser = argparse.ArgumentParser()
+    endpoint.add_flags(parser, who)
+    base = [f"--{who}-model", "gpt-x", "--base-url", "https://api.example.com/v1"]
+    return endpoint.from_flags(parser.parse_args([*base, *words]), who)
 
 
 BOUGHT = [
@@ -328,19 +299,16 @@ BOUGHT = [
 @pytest.mark.parametrize("who, more, key", BOUGHT)
 def test_keys_stay_what_they_were(who, more, key):
     """Replies that were bought before a change of this program must not be bought again."""
-    parser = argparse.ArgumentParser()
-    endpoint.add_flags(parser, who)
-    flags = [f"--{who}-model", "gpt-x", "--base-url", "https://api.example.com/v1"]
-    e = endpoint.from_flags(parser.parse_args([*flags, *more.split()]), who)
     message = {"role": "user", "content": "Question: Is it é?\nAnswer:"}
+    e = from_words(*more.split(), who=who)
     assert Ask("strategy_qa", "7", 0, (message,)).key(e) == key
 
 
 def test_what_is_sent(tmp_path):
     with FakeServer(ok()) as server:
         run(tmp_path, server)
-        run(tmp_path, server, e=at(server, temperature=0.5, completions=True))
-        run(tmp_path, server, e=at(server, token_parameter="max_completion_tokens"))
+        run(tmp_path, server, temperature=0.5, completions=True)
+        run(tmp_path, server, token_parameter="max_completion_tokens")
     a, b, c = server.bodies
     assert "temperature" not in a and a["max_tokens"] == 512
     assert b["prompt"] == "q0" and b["temperature"] == 0.5
@@ -363,48 +331,45 @@ def test_torn_last_line_is_set_aside(tmp_path, capsys):
     assert all(json.loads(line)["text"] for line in path.read_text().splitlines())
 
 
-def test_an_unusable_key_is_refused_unseen(tmp_path, monkeypatch):
-    """httpx puts a header it can't send into its message: "Illegal header value b'Bearer sk-..'"."""
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-a\nb-secret")
-    with FakeServer(ok()) as server, pytest.raises(SertError, match="no key has") as stopped:
-        run(tmp_path, server)
-    assert "secret" not in str(stopped.value)
-    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")  # from a file: the line end is no part of it
-    with FakeServer(ok()) as server:
-        run(tmp_path, server)
-        assert server.auths == [f"Bearer {KEY}"]
+OTHER = "https://example.org/v1"
+NO_CLIENT = [  # address, a variable of the environment and its value, what is said
+    ("http://example.com/v1", "", "", "unencrypted"),
+    ("http://192.168.1.4:8000/v1", "", "", "--insecure"),
+    ("https://user:secret@example.com/v1", "", "", "must not hold a password"),
+    ("https://example.com/v1?key=secret", "", "", "must not hold a password"),
+    ("ftp://example.com", "", "", "no http"),
+    ("localhost:8000", "", "", "no http"),
+    ("http://[::1", "", "", "no http"),
+    ("http://a:99999/v1", "", "", "no http"),
+    (OTHER, "ALL_PROXY", "socks://proxy:1080", "check or unset .*ALL_PROXY"),
+    (OTHER, "SSL_CERT_FILE", "/no/such/file.pem", "check or unset .*SSL_CERT_FILE"),
+    (None, "OPENAI_API_KEY", "", "OPENAI_API_KEY is not set"),
+    # httpx puts a header that it can't send into its message: "Illegal header value b'Bearer sk-..'"
+    (OTHER, "OPENAI_API_KEY", "sk-a\nb-secret", "no key has"),
+]
 
 
-ADDRESSES = {
-    "http://example.com/v1": "unencrypted",
-    "http://192.168.1.4:8000/v1": "--insecure",
-    "https://user:pw@example.com/v1": "must not hold a password",
-    "https://example.com/v1?key=pw": "must not hold a password",
-    "ftp://example.com": "no http",
-    "localhost:8000": "no http",
-    "http://[::1": "no http",
-    "http://a:99999/v1": "no http",
-}
-
-
-@pytest.mark.parametrize("url, message", ADDRESSES.items())
-def test_addresses_that_are_refused(url, message):
+@pytest.mark.parametrize("url, variable, value, message", NO_CLIENT)
+def test_what_makes_no_client(url, variable, value, message, monkeypatch):
+    """Addresses, variables and keys that are refused; no secret is shown."""
+    if variable:
+        monkeypatch.setenv(variable, value)
     with pytest.raises(SertError, match=message) as stopped:
         endpoint.make_client(Endpoint("m", url))
-    assert "pw" not in str(stopped.value)
+    assert "secret" not in str(stopped.value)
 
 
 def test_which_servers_need_a_key_and_a_proxy(tmp_path, monkeypatch):
     """With HTTP_PROXY set, requests for 127.0.0.1 went to the proxy, which failed."""
     assert endpoint.make_client(Endpoint("m", "http://192.168.1.4/v1", insecure=True))
-    monkeypatch.delenv("OPENAI_API_KEY")
-    assert endpoint.make_client(Endpoint("m", "http://192.168.1.4/v1"))
-    with pytest.raises(SertError, match="OPENAI_API_KEY is not set"):
-        endpoint.make_client(Endpoint("m"))
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")  # the end of a file's line is no part of it
     with FakeServer(ok()) as server:
-        assert run(tmp_path, server)[1] == []
+        run(tmp_path, server)
+        monkeypatch.delenv("OPENAI_API_KEY")
+        assert endpoint.make_client(Endpoint("m", "http://192.168.1.4/v1"))
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")
+        assert run(tmp_path, server, 2)[1] == [] and server.auths[0] == f"Bearer {KEY}"
 
 
 # --- signals and kills ----------------------------------------------------------------------------
@@ -435,8 +400,7 @@ def test_a_signal_keeps_what_is_in_flight(number, tmp_path):
         while len(server.bodies) < 5:
             time.sleep(0.01)
         os.kill(pid, number)
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert status == 128 + number
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + number
         there = stored(tmp_path)
         assert len(there.replies) == len(server.bodies) >= 5 and there.open_bills() == []
     assert len(server.bodies) <= 9
@@ -503,11 +467,7 @@ def test_kills_lose_no_reply_and_buy_none_twice(tmp_path):
 
 def test_a_reply_that_ended_by_itself_serves_any_limit(tmp_path):
     """Following "give a smaller --teacher-max-tokens" bought every reply again."""
-
-    @by_body
-    def step(body):
-        return ok("half", "length") if body["messages"][-1]["content"] == "q1" else ok()
-
+    step = by_body(lambda body: ok("half", "length") if "q1" in str(body) else ok())
     with FakeServer(step) as server:
         run(tmp_path, server, 3, max_tokens=100)
         for cap, requests in ((50, 4), (200, 5), (200, 5)):  # the one that was cut is asked again
@@ -534,9 +494,8 @@ def test_an_unknown_finish_is_asked_again_once_a_run(finish, tmp_path):
             assert (len(server.bodies), failures) == (requests, [])
             assert collection.find(asks()[0])["text"] == text
     with FakeServer(error(500, "gone")) as server:  # what is there stays, and nothing is missing
-        e = at(server)
         (tmp_path / "b").mkdir()
-        record = {"key": asks()[0].key(e), "text": "Half", "finish": finish, "id": "0"}
+        record = {"key": asks()[0].key(at(server)), "text": "Half", "finish": finish, "id": "0"}
         (tmp_path / "b/responses.jsonl").write_text(json.dumps(record) + "\n")
         assert run(tmp_path / "b", server, 1)[1] == []
 
@@ -551,45 +510,8 @@ def test_concurrency_adapts_to_a_serial_server(tmp_path):
         ok()(handler)
 
     with FakeServer(serial) as server:
-        collection, failures = run(tmp_path, server, 20, at(server, timeout=0.35, concurrency=16))
+        collection, failures = run(tmp_path, server, 20, timeout=0.35, concurrency=16)
         assert failures == [] and len(collection.replies) == 20 and len(server.bodies) < 40
-
-
-def test_a_refused_connection_stops_after_two_tries(tmp_path):
-    with FakeServer(ok()) as server:
-        e = at(server, concurrency=4)
-    with pytest.raises(SertError, match=f"no connection to {e.url()}"):
-        run(tmp_path, None, 50, e)
-    assert (tmp_path / "sent.jsonl").read_text().count("at_most") <= 2
-
-
-SAID = [
-    (json_reply(400, {"error": "bad thing"}), "bad thing"),
-    (json_reply(422, {"detail": [{"loc": ["n"], "msg": "no such field"}]}), "no such field"),
-    (json_reply(400, {"detail": "not today"}), "not today"),
-    (raw(400, b"plain words"), "plain words"),
-]
-
-
-@pytest.mark.parametrize("step, words", SAID)
-def test_what_a_server_says_is_shown(step, words, tmp_path):
-    with FakeServer(step) as server:
-        with pytest.raises(SertError, match=words):
-            run(tmp_path, server)
-
-
-def test_a_wrong_model_name_lists_the_models(tmp_path):
-    with FakeServer(error(404, "no such model")) as server:
-        server.models = ["qwen", "llama"]
-        with pytest.raises(SertError, match="it has qwen, llama"):
-            run(tmp_path, server)
-
-
-def from_words(*words):
-    parser = argparse.ArgumentParser()
-    endpoint.add_flags(parser, "teacher")
-    base = ["--teacher-model", "m", "--base-url", "https://api.example.com/v1"]
-    return endpoint.from_flags(parser.parse_args([*base, *words]), "teacher")
 
 
 @pytest.mark.parametrize("words, message", [
@@ -605,21 +527,15 @@ def test_bad_additions_to_a_request_are_refused(words, message):
 
 
 def test_additions_to_a_request(tmp_path, monkeypatch):
-    """They are sent; body and system prompt are part of the key, a header's value is nowhere."""
+    """They are sent, and a header's value is stored nowhere."""
     monkeypatch.setenv("HEADER_VALUE", "secret-header-value-123")
     with FakeServer(ok("I saw secret-header-value-123.")) as server:
-        e = replace(
-            from_words("--extra-body", '{"top_p": 0.5}', "--system-prompt", "Be brief.",
-                       "--extra-header", "X-Title=HEADER_VALUE"),
-            base_url=server.url, timeout=5)  # fmt: skip
-        run(tmp_path, server, 1, e)
+        e = from_words("--extra-body", '{"top_p": 0.5}', "--system-prompt", "Be brief.",
+                       "--extra-header", "X-Title=HEADER_VALUE")  # fmt: skip
+        run(tmp_path, server, e=e, base_url=server.url, timeout=5)
     (body,), (headers,) = server.bodies, server.headers
     assert body["top_p"] == 0.5 and headers["x-title"] == "secret-header-value-123"
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert b"secret-header" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
-    keys = {
-        asks()[0].key(replace(e, **c)) for c in ({}, {"extra_body": None}, {"system_prompt": None})
-    }
-    assert len(keys) == 3 and asks()[0].key(replace(e, extra_header=())) in keys
     with pytest.raises(SertError, match="HEADER_VALUE unencrypted"):
         endpoint.make_client(replace(e, base_url="http://10.0.0.1/v1"))

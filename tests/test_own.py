@@ -18,16 +18,8 @@ from sert_min.io.files import read_jsonl
 from sert_min.patterns import pattern_break
 from sert_min.questions import LETTERS, choices_of
 
-WORDS = [
-    "a bank, or two",
-    "shop",
-    "Zürich",
-    "bus stop",
-    "mall",
-    "ox",
-    "née",
-    *(f"word {a}" for a in LETTERS[7:]),
-]
+WORDS = ["a bank, or two", "shop", "Zürich", "bus stop", "mall", "ox", "née"]
+WORDS += [f"word {a}" for a in LETTERS[7:]]
 ROWS = [
     *({"question": f"Which of {n}, in row {k}?", "choices": WORDS[:n], "answer": a}
       for n, some in ((2, "AB"), (3, "C"), (5, "E"), (7, "FG"), (26, "IZ")) for k, a in enumerate(some)),
@@ -53,6 +45,11 @@ def write(name: str, rows: list[dict], coding="utf-8-sig") -> str:
     return name
 
 
+def read(name: str, rows: list[dict], fields: dict | None = None) -> dict:
+    """The questions by split of a file with these rows."""
+    return own.read_splits(write(name, rows), fields or {})[0]
+
+
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -61,11 +58,11 @@ def place(tmp_path, monkeypatch):
 
 def test_jsonl_and_csv_give_the_same_questions():
     """Guards kinds, letters, ids and splits; the fifth for testing does not move with new rows."""
-    a = own.read_splits(write("q.jsonl", ROWS), {})[0]
-    assert a == own.read_splits(write("q.csv", ROWS), {})[0]
-    longer = own.read_splits(write("q.jsonl", [*ROWS, {"question": "New?", "answer": "1"}]), {})[0]
+    a = read("q.jsonl", ROWS)
+    assert a == read("q.csv", ROWS)
+    longer = read("q.jsonl", [*ROWS, {"question": "New?", "answer": "1"}])
     assert all(longer[split][: len(a[split])] == a[split] for split in a)
-    everything = sorted((q for some in a.values() for q in some), key=lambda q: int(q.where[13:]))
+    everything = sorted(a["train"] + a["test"], key=lambda q: int(q.where[13:]))
     assert [q.where for q in everything] == [f"q.jsonl line {i + 1}" for i in range(len(ROWS))]
     assert [q.answer for q in everything[:12]] == [*"ABCEFGIZ", "D", "yes", "1,000", "-5"]
     assert all(q.choices == choices_of(q.text) for q in everything)
@@ -73,25 +70,22 @@ def test_jsonl_and_csv_give_the_same_questions():
     assert [own.kind(q) for q in everything[7:13]] == kinds
     assert 2 <= len(a["test"]) <= 14
     renamed = [{"prompt": row["question"], "label": row["answer"]} for row in ROWS[-9:]]
-    fields = own.parse_fields("question=prompt, answer=label")
-    found = own.read_splits(write("r.csv", renamed), fields)[0]["train"]
-    assert [(q.text, q.answer) for q in found] == [
-        (q.text, q.answer) for q in everything[-9:] if q in a["train"]
-    ]
+    found = read("r.csv", renamed, own.parse_fields("question=prompt, answer=label"))["train"]
+    wanted = [q for q in everything[-9:] if q in a["train"]]
+    assert [(q.text, q.answer) for q in found] == [(q.text, q.answer) for q in wanted]
 
 
 def test_yes_no_files_and_splits():
     """Guards a file of true and false, the split field, and --test-file with its overlap."""
     rows = [{"question": f"{i}?", "answer": a} for i, a in enumerate(("true", False, "No", "YES"))]
-    questions = own.read_splits(write("a.jsonl", rows), {})[0]
-    assert {q.text: q.answer for some in questions.values() for q in some} == {
-        "0?": "yes", "1?": "no", "2?": "no", "3?": "yes"}  # fmt: skip
-    mixed = own.read_splits(write("b.jsonl", [*rows, {"question": "x", "answer": "maybe"}]), {})[0]
-    assert all(q.free for some in mixed.values() for q in some)
+    found = read("a.jsonl", rows)
+    answers = {q.text: q.answer for q in found["train"] + found["test"]}
+    assert answers == {"0?": "yes", "1?": "no", "2?": "no", "3?": "yes"}
+    mixed = read("b.jsonl", [*rows, {"question": "x", "answer": "maybe"}])
+    assert all(q.free for q in mixed["train"] + mixed["test"])
     split = [row | {"split": "Test" if i % 2 else "train"} for i, row in enumerate(rows)]
-    found = own.read_splits(write("c.csv", split), {})[0]
-    assert {k: [q.text for q in v] for k, v in found.items()} == {
-        "train": ["0?", "2?"], "test": ["1?", "3?"]}  # fmt: skip
+    texts = {k: [q.text for q in some] for k, some in read("c.csv", split).items()}
+    assert texts == {"train": ["0?", "2?"], "test": ["1?", "3?"]}
     found, twice = own.read_splits("a.jsonl", {}, write("t.jsonl", rows[:1] + [ROWS[-1]]))
     assert (len(found["train"]), len(found["test"]), twice) == (4, 2, 1)
     with pytest.raises(SertError, match="use one of the two"):
@@ -121,15 +115,10 @@ REFUSED = [
 
 @pytest.mark.parametrize("row, message", REFUSED)
 def test_a_bad_row_is_named_by_its_line(row, message):
-    first = (
-        {"question": "ok", "answer": "1", "id": "x"}
-        if "id" in row
-        else {"question": "ok", "answer": "1"}
-    )
-    if "split" in row:
-        first["split"] = "train"
+    first = {"question": "ok", "answer": "1"}
+    first |= {k: v for k, v in {"id": "x", "split": "train"}.items() if k in row}
     with pytest.raises(SertError, match=f"q.jsonl line 2: .*{message}") as error:
-        own.read_splits(write("q.jsonl", [first, row]), {})
+        read("q.jsonl", [first, row])
     one_line(error)
 
 
@@ -184,21 +173,20 @@ def test_free_answers(gold):
 
 def test_answers_of_each_kind_are_graded():
     """Guards letters beyond E: every question's own answer is read, and another one is not it."""
-    splits = own.read_splits(write("q.jsonl", ROWS), {})[0]
+    splits = read("q.jsonl", ROWS)
     for q in splits["train"] + splits["test"]:
         other = "17" if q.free else next(a for a in q.answers if a != q.answer)
-        for read in (extract_answer, stated_answer):
-            assert read(f"We think. So the answer is {q.write()}.", q) == q.answer
-            assert read(f"We think. So the answer is {q.write(other)}.", q) != q.answer
+        for reads in (extract_answer, stated_answer):
+            assert reads(f"We think. So the answer is {q.write()}.", q) == q.answer
+            assert reads(f"We think. So the answer is {q.write(other)}.", q) != q.answer
         direct = f"So the answer is {q.write()}."
         assert pattern_break(direct, q) == "direct"
         assert pattern_break(f"It is so. {direct}", q) is None
     (q,) = [q for q in splits["train"] + splits["test"] if q.answer == "I"]
     assert extract_answer("the answer is I think that", q) is None
     assert extract_answer("the answer is I.", q) == "I"
-    assert (
-        pattern_break("It is (Y) word Y or (Z) word Z, one of them, that is all.", q) == "options"
-    )
+    both = "It is (Y) word Y or (Z) word Z, one of them, that is all."
+    assert pattern_break(both, q) == "options"
 
 
 @pytest.fixture(scope="module")
@@ -229,16 +217,15 @@ def test_the_four_scripts(model, capsys):
     questions = tasks.load(a.name, "train")
     taught = [{"id": q.id, "question": q.text, "rationale": f"We think. So the answer is {q.write()}."}
               for q in questions]  # fmt: skip
-    run(
-        distill, "q.jsonl", model, "--teacher-file", write("t.jsonl", taught, "utf-8"), *train_flags
-    )
+    write("t.jsonl", taught, "utf-8")
+    run(distill, "q.jsonl", model, "--teacher-file", "t.jsonl", *train_flags)
     kept = list(read_jsonl(next(a.glob("*/rd/seed0/rationales.jsonl"))))
     assert [r["kept"] for r in kept] == [True] * len(questions)
     run(evaluate, "q.jsonl", model, "--max-new-tokens", "4")
-    assert (next(a.glob("*/base")) / "metrics.json").exists()
+    assert list(a.glob("*/base/metrics.json"))
     with pytest.raises(SertError, match="questions have numbers or free texts"):
         run(evaluate, "q.jsonl", model, "--by", "likelihood")
-    predictions = next(a.glob("*/base")) / "predictions.jsonl"
+    (predictions,) = a.glob("*/base/predictions.jsonl")
     run(evaluate, "q.jsonl", model, "--predictions", str(predictions), "--out-dir", "again")
     assert Path("again/predictions.jsonl").read_bytes() == predictions.read_bytes()
 
@@ -247,11 +234,11 @@ def test_rows_are_appended_but_not_inserted(model, monkeypatch):
     """Guards that only the last, short block is made anew, and that blocks never shift."""
     made, real = [], sample.sample_paths
     monkeypatch.setattr(sample, "sample_paths", lambda *a: made.append(len(a[2])) or real(*a))
-    n = len(own.read_splits(write("q.jsonl", ROWS), {})[0]["train"])
+    n = len(read("q.jsonl", ROWS)["train"])
     out = run(sample, "q.jsonl", model, *DRAW, *RULES)
     before = next(out.glob("*/*/*/paths.jsonl")).read_text().splitlines()
     new = [{"question": f"What is {i} - 1?", "answer": str(i - 1), "split": ""} for i in range(10)]
-    more = len(own.read_splits(write("q.jsonl", [*ROWS, *new]), {})[0]["train"])
+    more = len(read("q.jsonl", [*ROWS, *new])["train"])
     made.clear()
     run(sample, "q.jsonl", model, *DRAW, *RULES)
     assert sum(made) == more - n // 8 * 8

@@ -17,7 +17,7 @@ from conftest import write_tiny_tokenizer
 
 from sert_min import filters
 from sert_min.io.errors import SertError
-from sert_min.io.files import to_line
+from sert_min.io.files import read_jsonl, to_line
 from sert_min.questions import Question, choices_of
 from sert_min.report import page
 from sert_min.tokenizer import load_tokenizer
@@ -47,15 +47,30 @@ def write_run(folder: Path, tokenizer, questions: dict, draw) -> Path:
             sampled.append({"id": name, "question": text, "branch": i // 5, "sample": i % 5,
                             "token_ids": ids, "logprobs": logprobs, "path_start": 0,
                             "finish": finish})  # fmt: skip
-        lines += map(
-            to_line, map(funnel.add, filters.path_records(sampled, [q], tokenizer, LIMITS))
-        )
+        records = filters.path_records(sampled, [q], tokenizer, LIMITS)
+        lines += map(to_line, map(funnel.add, records))
     (folder / "paths.jsonl").write_text("".join(lines))
     settings = {"task": "strategy_qa", "model": "tiny", "branches": 5, "samples": 5}
     (folder / "settings.json").write_text(json.dumps(settings))
     told = {"rules": LIMITS, "counts": funnel.counts()}
     (folder / "funnel.json").write_text(json.dumps(told))
     return folder
+
+
+@pytest.fixture
+def write(tmp_path, tokenizer):
+    """write(questions, draw, ..) -> (a run folder with its page p.html, what the page embeds)."""
+
+    def make(questions, draw, **more):
+        run = write_run(tmp_path / "run", tokenizer, questions, draw)
+        n = page.write_page(run, run / "p.html", tokenizer, **more)
+        text = (run / "p.html").read_text(encoding="utf-8")
+        start = '<script type="application/json" id="data">'
+        (data,) = map(json.loads, re.findall(f"{start}(.*?)</script>", text, re.S))
+        assert len(data["questions"]) == n
+        return run, data
+
+    return make
 
 
 def plain(name, branch, sample):
@@ -69,25 +84,16 @@ def plain(name, branch, sample):
     return ("Yes", "yes or no, yes or no")[sample % 2], "eos"
 
 
-def embedded(path: Path) -> dict:
-    text = path.read_text(encoding="utf-8")
-    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
-    return json.loads(data)
-
-
 # --- what the page embeds -------------------------------------------------------------------------
 
 
-def test_page_holds_every_token_and_log_prob(tmp_path, tokenizer):
+def test_page_holds_every_token_and_log_prob(write, tokenizer):
     """Guards the compact form: renumbered tokens joined give the records' texts again, also where
     a character is split over tokens or a text is dimmed behind path_end."""
     said = {0: "née 日本 the town", 1: "It is far. And then 日", 2: "\U0001f600" * 3}
-    run = write_run(
-        tmp_path / "run", tokenizer, {"q": "Is it?"}, lambda n, b, s: (said[b % 3], "length")
-    )
-    assert page.write_page(run, tmp_path / "p.html", tokenizer) == 1
-    data = embedded(tmp_path / "p.html")
-    records = [json.loads(line) for line in (run / "paths.jsonl").read_text().splitlines()]
+    run, data = write({"q": "Is it?"}, lambda n, b, s: (said[b % 3], "length"))
+    records = list(read_jsonl(run / "paths.jsonl"))
+    assert len(data["questions"]) == 1
     assert len(data["questions"][0]["paths"]) == len(records) == 25
     for path, r in zip(data["questions"][0]["paths"], records):
         split = path[12] if len(path) > 12 else {}
@@ -99,40 +105,31 @@ def test_page_holds_every_token_and_log_prob(tmp_path, tokenizer):
     assert any(p[5] < len(p[2]) for p in data["questions"][0]["paths"])  # a cut path is there
 
 
-def test_embedded_json_cannot_leave_its_script(tmp_path, tokenizer):
+def test_embedded_json_cannot_leave_its_script(write):
     """`</script>`, U+2028 and slot names in data and title stay data: the page has exactly the
     template's tags, and one policy whose hashes are of its own style and script."""
     question = ATTACK + "\u2028{{data}}"
-    run = write_run(tmp_path / "run", tokenizer, {"<q>": question}, lambda n, b, s: (ATTACK, "eos"))
-    page.write_page(run, tmp_path / "p.html", tokenizer, title="{{data}} </title><b>")
-    text, template = (tmp_path / "p.html").read_text(), page.TEMPLATE.read_text()
+    title = "{{data}} </title><b>"
+    run, data = write({"<q>": question}, lambda n, b, s: (ATTACK, "eos"), title=title)
+    text, template = (run / "p.html").read_text(), page.TEMPLATE.read_text()
     for tag in ("<script", "</script", "<img", "</title", "<b>"):
         assert text.count(tag) == template.count(tag), tag
     assert "\u2028" not in text and "default-src 'none'" in text
-    assert embedded(tmp_path / "p.html")["questions"][0]["q"] == question
+    assert data["questions"][0]["q"] == question
     assert not re.search(r"\b(?:src|href)=\"http|https?://(?!www\.w3\.org/2000/svg)", template)
 
 
-def test_limit_keeps_the_chart_whole(tmp_path, tokenizer):
-    questions = {f"q{i}": f"Is it {i}?" for i in range(4)}
-    run = write_run(tmp_path / "run", tokenizer, questions, plain)
-    assert page.write_page(run, tmp_path / "p.html", tokenizer, limit=3) == 3
-    data = embedded(tmp_path / "p.html")
+def test_limit_keeps_the_chart_whole(write):
+    """Guards also a new rule that the page does not know."""
+    _, data = write({f"q{i}": f"Is it {i}?" for i in range(4)}, plain, limit=3)
     assert (len(data["questions"]), data["counts"]["questions"]) == (3, 4)
     assert data["counts"]["paths"] == 100
     verdicts = [p[9] for p in data["questions"][0]["paths"]]
     assert verdicts.count("selected") == 1 and "pattern:options" in verdicts
     lists = [p for p in data["questions"][0]["paths"] if p[9] == "pattern:options"]
     assert all(0 < p[10] < len(p[2]) for p in lists)  # the token that broke the rule is known
-
-
-def test_rules_come_from_the_table(tmp_path, tokenizer):
-    """Guards a new rule that the page does not know."""
-    run = write_run(tmp_path / "run", tokenizer, {"q": "Is it?"}, plain)
-    page.write_page(run, tmp_path / "p.html", tokenizer)
-    rules = embedded(tmp_path / "p.html")["rules"]
-    assert [name for name, *_ in rules] == [rule.name for rule in filters.RULES]
-    assert ["length", "at least 8 tokens", "min_tokens", "at least {} tokens"] in rules
+    assert [name for name, *_ in data["rules"]] == [rule.name for rule in filters.RULES]
+    assert ["length", "at least 8 tokens", "min_tokens", "at least {} tokens"] in data["rules"]
 
 
 def test_wrong_inputs_are_one_line(tmp_path, tokenizer):
@@ -188,9 +185,8 @@ class Browser:
 
     def ask(self, method, path, body=None):
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + path, data, {"Content-Type": "application/json"}, method=method
-        )
+        told = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, data, told, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=120) as response:
@@ -207,6 +203,9 @@ class Browser:
 
     def js(self, script, *args):
         return self.post("/execute/sync", script=script, args=list(args))
+
+    def text(self, css):
+        return self.js("return document.querySelector(arguments[0]).textContent", css)
 
     def count(self, css):
         return self.js("return document.querySelectorAll(arguments[0]).length", css)
@@ -230,9 +229,8 @@ class Browser:
     def assert_quiet(self, file):
         """No console message, and no request but the one for the file itself."""
         assert self.post("/se/log", type="browser") == []
-        events = [
-            json.loads(e["message"])["message"] for e in self.post("/se/log", type="performance")
-        ]
+        log = self.post("/se/log", type="performance")
+        events = [json.loads(e["message"])["message"] for e in log]
         sent = [e["params"]["request"]["url"].split("#")[0] for e in events
                 if e["method"] == "Network.requestWillBeSent"]  # fmt: skip
         own = ("about:blank", "chrome:", "chrome-untrusted:", "data:")  # its own new tab
@@ -257,8 +255,8 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory, tokenizer):
-    """one.html: 12 questions of which q3 attacks and q5 has no path."""
+def file(tmp_path_factory, tokenizer):
+    """A page of 12 questions, of which q3 attacks and q5 has no path."""
     folder = tmp_path_factory.mktemp("pages")
     questions = {f"q{i}": f"Is it number {i}?" for i in range(12)}
     questions["q3"] = ATTACK
@@ -269,8 +267,8 @@ def pages(tmp_path_factory, tokenizer):
         return ("Yes", "eos") if name == "q5" else plain(name, branch, sample)
 
     run = write_run(folder / "run", tokenizer, questions, draw)
-    page.write_page(run, folder / "one.html", tokenizer)
-    return folder
+    page.write_page(run, folder / "p.html", tokenizer)
+    return folder / "p.html"
 
 
 def current(browser):
@@ -281,21 +279,20 @@ def open_verdict(browser):
     return browser.js("return document.querySelector('.path.open .toggle b')?.textContent ?? null")
 
 
-def test_opens_from_a_file_and_asks_for_nothing(browser, pages):
+def test_opens_from_a_file_and_asks_for_nothing(browser, file):
     """Guards a page that needs a server, and hostile text that is run instead of shown."""
     browser.post("/se/log", type="performance")
-    browser.open(pages / "one.html")
+    browser.open(file)
     assert browser.js("return [location.hash, scrollY]") == ["", 0]  # starts with the explanation
     assert open_verdict(browser) == "★ selected"
     counts = {".path": 25, ".branch": 5, ".path.open .rules li": 6, ".path.open .curve": 2,
               "#list a": 12}  # fmt: skip
     assert {css: browser.count(css) for css in counts} == counts
     assert browser.count(".t.off") > 0  # behind path_end
-    browser.open(pages / "one.html", "#q3")
-    for css in (".path .text", ".question"):
-        assert browser.js("return document.querySelector(arguments[0]).textContent", css) == ATTACK
+    browser.open(file, "#q3")
+    assert browser.text(".path .text") == browser.text(".question") == ATTACK
     assert browser.js("return window.hacked ?? null") is None and browser.count("img") == 0
-    browser.assert_quiet(pages / "one.html")
+    browser.assert_quiet(file)
     refused = "return fetch('http://127.0.0.1:9/').then(() => 'sent', (e) => 'refused: ' + e.name)"
     assert browser.js(refused).startswith("refused")
     said = browser.post("/se/log", type="browser")
@@ -303,8 +300,8 @@ def test_opens_from_a_file_and_asks_for_nothing(browser, pages):
     browser.post("/se/log", type="performance")
 
 
-def test_mouse(browser, pages):
-    browser.open(pages / "one.html", "#q0")
+def test_mouse(browser, file):
+    browser.open(file, "#q0")
     browser.click("#list li:nth-child(3) a")
     assert current(browser).startswith("q2/")
     browser.click(".branch:nth-of-type(1) .path:nth-of-type(2) .toggle")
@@ -317,16 +314,15 @@ def test_mouse(browser, pages):
     browser.click("#search")
     browser.press(*"number 7")
     assert current(browser).startswith("q7/")
-    browser.assert_quiet(pages / "one.html")
+    browser.assert_quiet(file)
 
 
 def answers(name, branch, sample):
     """Paths of several lengths, repetitions and perplexities, with right, wrong and no answers."""
     said = "So the answer is yes.", "So the answer is no.", "That is all.", "Because it is so."
-    words = " ".join(
-        ["the town", "we see", "an ant", "he went"][: 1 + (branch + sample) % 4] * (1 + sample % 3)
-    )
-    return f"{words} there {said[(branch + 2 * sample + len(name)) % 4]}", "eos"  # fmt: skip
+    parts = ["the town", "we see", "an ant", "he went"][: 1 + (branch + sample) % 4]
+    words = " ".join(parts * (1 + sample % 3))
+    return f"{words} there {said[(branch + 2 * sample + len(name)) % 4]}", "eos"
 
 
 TRIED = [{}, {"min_tokens": 40}, {"max_rep2": 0.11}, {"min_perplexity": 5.5}, {"answer": "consistent"},
@@ -334,13 +330,12 @@ TRIED = [{}, {"min_tokens": 40}, {"max_rep2": 0.11}, {"min_perplexity": 5.5}, {"
          {"min_tokens": 14, "max_rep2": 0.35, "min_perplexity": 5.05, "answer": "right"}]  # fmt: skip
 
 
-def test_the_sliders_filter_as_filters_py_does(browser, tmp_path, tokenizer):
+def test_the_sliders_filter_as_filters_py_does(browser, write, tokenizer):
     """Guards verdicts, the selection and the funnel of other limits, for all paths of a file."""
     questions = {f"q{i}": f"Is it number {i}?" for i in range(8)}
-    run = write_run(tmp_path / "run", tokenizer, questions, answers)
-    page.write_page(run, tmp_path / "p.html", tokenizer)
-    browser.open(tmp_path / "p.html")
-    stored = [json.loads(line) for line in (run / "paths.jsonl").read_text().splitlines()]
+    run, _ = write(questions, answers)
+    browser.open(run / "p.html")
+    stored = list(read_jsonl(run / "paths.jsonl"))
     verdicts, commands = set(), []
     for change in TRIED:
         rules, records = filters.limits(LIMITS | change), []
@@ -356,17 +351,19 @@ def test_the_sliders_filter_as_filters_py_does(browser, tmp_path, tokenizer):
         assert {k: v for k, v in counts["dropped"].items() if v} == {
             k: v for k, v in funnel["dropped"].items() if v}  # fmt: skip
         verdicts |= set(found)
-        commands.append(browser.js("return document.getElementById('command').textContent"))
+        commands.append(browser.text("#command"))
     assert verdicts >= {"selected", "kept", "length", "repetition", "perplexity", "answer"}
     assert commands[0] == "" and commands[1] == "python sample.py --refilter --min-tokens 40"
     browser.js("limits.min_tokens = D.limits.min_tokens; refilter()")
-    note = browser.js("return document.getElementById('note').textContent")
-    assert "selected paths on this page" in note and browser.count(".stated.wrong") > 0
-    browser.assert_quiet(tmp_path / "p.html")
+    assert (
+        "selected paths on this page" in browser.text("#note")
+        and browser.count(".stated.wrong") > 0
+    )
+    browser.assert_quiet(run / "p.html")
 
 
-def test_keyboard(browser, pages):
-    browser.open(pages / "one.html", "#q0")
+def test_keyboard(browser, file):
+    browser.open(file, "#q0")
     seen = []
     for key in ("j", "\ue014", "k", "\ue012", "4", "4", "4", "s", "1", "n"):  # arrows: right, left
         browser.press(key)
@@ -383,11 +380,11 @@ def test_keyboard(browser, pages):
     assert browser.js(color) != before
     browser.press("t", "/", "j")  # the last one is typed, not a command
     assert browser.js("return document.getElementById('search').value") == "j"
-    browser.assert_quiet(pages / "one.html")
+    browser.assert_quiet(file)
 
 
-def test_deep_link(browser, pages):
-    browser.open(pages / "one.html", "#q4/21")
+def test_deep_link(browser, file):
+    browser.open(file, "#q4/21")
     assert current(browser) == "q4/21"
     label = "return document.querySelector('.path.open').getAttribute('aria-label')"
     assert browser.js(label) == "Path 5.1"
@@ -396,17 +393,15 @@ def test_deep_link(browser, pages):
     browser.js("location.hash = '#q6'")
     browser.js("return new Promise((done) => setTimeout(done, 50))")
     assert current(browser) == "q6/17"
-    browser.open(
-        pages / "one.html", "#%E0%A4%A/x"
-    )  # a broken address shows a question all the same
+    browser.open(file, "#%E0%A4%A/x")  # a broken address shows a question, too
     assert browser.count(".path") == 25
 
 
-def test_phone_width_has_no_sideways_scrolling(browser, pages):
+def test_phone_width_has_no_sideways_scrolling(browser, file):
     metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     device = "Emulation.setDeviceMetricsOverride"
     browser.post("/goog/cdp/execute", cmd=device, params=metrics)
-    browser.open(pages / "one.html", "#q0")
+    browser.open(file, "#q0")
     assert browser.js("return document.documentElement.scrollWidth") <= 390
     browser.click("#openlist")
     browser.click("#list li:nth-child(2) a")

@@ -1,6 +1,7 @@
 """Teacher files of every form, cleaning, and which rationales are kept."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import shared
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from sert_min import tasks, teacher_files
 from sert_min.io.errors import SertError
+from sert_min.io.files import read_jsonl, to_line
 from sert_min.questions import Question
 from sert_min.rationales import Output, clean, rationale_records, teacher_answer
 from sert_min.teacher_files import log_entries, read_teacher_file
@@ -21,14 +23,15 @@ MALL = Question(
 )  # fmt: skip
 
 
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
+def read_rows(path, rows, questions):
+    """What a teacher file of these rows gives."""
+    path.write_text("".join(map(to_line, rows)))
+    return read_teacher_file(str(path), questions)
 
 
-def records(questions, outputs, keep="right"):
+def records(questions, outputs, keep="right", fits=lambda q, text: len(text) < 1000):
     outputs = {name: [output] for name, output in outputs.items()}
-    return rationale_records(questions, outputs, keep, lambda q, text: len(text) < 1000)
+    return rationale_records(questions, outputs, keep, fits)
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -42,14 +45,14 @@ def test_rows_join_by_id_row_number_and_text(tmp_path):
         {"index": 42, "question": "Is water wet?", "rationale": "Again.", "teacher_completion": "Yes."},
         {"index": 42, "question": "Another one?", "rationale": "x", "teacher_completion": "Yes."},
     ]  # fmt: skip
-    found, left = read_teacher_file(write_jsonl(tmp_path / "t.jsonl", rows), [YES, NO, MALL])
+    found, left = read_rows(tmp_path / "t.jsonl", rows, [YES, NO, MALL])
     rationales = {i: o.rationale for i, o in found.items()}
     assert rationales == {"42": "It is.", "7": "No wings.", "ab": "A shop."}
     assert left == {"repeated questions": 1, "other questions": 1}
     assert [teacher_answer(found[q.id], q) for q in (YES, NO, MALL)] == ["yes", "no", "B"]
     # The original StrategyQA release has the same questions in another order.
     rows = [{"index": 7, "question": "Is water wet?", "rationale": "Wet.", "teacher_answer": "yes"}]
-    found, _ = read_teacher_file(write_jsonl(tmp_path / "t.jsonl", rows), [YES, NO])
+    found, _ = read_rows(tmp_path / "t.jsonl", rows, [YES, NO])
     assert list(found) == ["42"]
 
 
@@ -61,8 +64,8 @@ def test_our_own_records_are_read_back_unchanged(tmp_path):
         "ab": Output("It is near the mall. So the answer is (B).", None, "stop", "t"),
     }
     first, _ = records([YES, NO, MALL], outputs)
-    path = write_jsonl(tmp_path / "rationales.jsonl", first)
-    again, _ = records([YES, NO, MALL], read_teacher_file(path, [YES, NO, MALL])[0])
+    found, _ = read_rows(tmp_path / "rationales.jsonl", first, [YES, NO, MALL])
+    again, _ = records([YES, NO, MALL], found)
     for record in [*first, *again]:
         record.pop("source")
     assert again == first and [r["kept"] for r in first] == [True, False, True]
@@ -100,20 +103,21 @@ def test_log_of_zero_shot_cot(tmp_path):
 def test_log_gives_what_the_jsonl_gives():
     """The real davinci outputs, printed as a log and read again: no text is cut or lost."""
     path = shared("data", "teacher", "strategy_qa.train.text-davinci-002.jsonl")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = list(read_jsonl(path))
     entries = log_entries(log_of(rows).encode())
     assert len(entries) == 1603
-    for row, entry in zip(rows, entries):
-        assert entry == {k: row[k].strip() for k in entry}
+    assert entries == [{k: row[k].strip() for k in entry} for row, entry in zip(rows, entries)]
 
 
 def test_davinci_by_name(tmp_path, monkeypatch):
     """Downloaded once, told whole by its number of entries; a cut download is not kept."""
-    entries = [
-        {"question": f"q{i}?", "rationale": "R.", "teacher_completion": "Yes.",
-         "teacher_answer": "yes", "answer": "yes"} for i in range(2290)
-    ]  # fmt: skip
-    log, urls = log_of(entries).encode(), []
+    said = {
+        "rationale": "R.",
+        "teacher_completion": "Yes.",
+        "teacher_answer": "yes",
+        "answer": "yes",
+    }
+    log, urls = log_of([{"question": f"q{i}?", **said} for i in range(2290)]).encode(), []
     monkeypatch.setenv("SERT_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     q = Question("strategy_qa", "3", "q3?", "yes")
@@ -127,10 +131,9 @@ def test_davinci_by_name(tmp_path, monkeypatch):
     for _ in range(2):
         found, left = read_teacher_file("davinci", [q])
         assert found["3"].rationale == "R." and left == {"other questions": 2289}
-    assert urls == [
-        "https://raw.githubusercontent.com/kojima-takeshi188/zero_shot_cot/"
-        "5ef330fcdeec0cd26aee27943504f91f8ec1c33c/log/strategyqa_zero_shot_cot.log"
-    ] * 2  # fmt: skip
+    url = ("https://raw.githubusercontent.com/kojima-takeshi188/zero_shot_cot/"
+           "5ef330fcdeec0cd26aee27943504f91f8ec1c33c/log/strategyqa_zero_shot_cot.log")  # fmt: skip
+    assert urls == [url] * 2
     with pytest.raises(SertError, match="--task strategy_qa"):
         read_teacher_file("davinci", [MALL])
 
@@ -141,16 +144,18 @@ def write_step_by_step(folder, change=lambda text: text):
     outputs[1] += "\n\nQ: A made-up question?\nA: No. So the answer is (c) sea."
     outputs[2] = "I do not know"
     outputs = [change(o) for o in outputs]
-    (folder / "train_CoT_0.json").write_text(json.dumps(outputs[:1000]))
-    (folder / "train_CoT_1.json").write_text(json.dumps(outputs[1000:]))
-    (folder / "test_CoT_0.json").write_text(json.dumps(["of the test split"]))
+    parts = {
+        "train_CoT_0": outputs[:1000],
+        "train_CoT_1": outputs[1000:],
+        "test_CoT_0": ["of the test"],
+    }
+    for name, part in parts.items():
+        (folder / f"{name}.json").write_text(json.dumps(part))
 
 
 def test_distilling_step_by_step(tmp_path):
     write_step_by_step(tmp_path / "llm")
-    questions = [
-        Question("commonsense_qa", f"i{n}", f"{n}?", "B", MALL.choices) for n in range(1200)
-    ]
+    questions = [replace(MALL, id=f"i{n}", text=f"{n}?") for n in range(1200)]
     found, _ = read_teacher_file(str(tmp_path / "llm"), questions)
     assert len(found) == 1200 and found["i1100"].rationale == "Reason 1100."
     assert found["i1"][:2] == ("Reason 1.", "(b) mall.")  # without the made-up question
@@ -198,9 +203,8 @@ def real(task, name):
     path = shared("data", "teacher", name)
     outputs, left = read_teacher_file(str(path), questions)
     assert not left and len(outputs) == len(questions)
-    theirs = [json.loads(line)["teacher_answer"] or None for line in path.read_text().splitlines()]
-    several = {name: [output] for name, output in outputs.items()}
-    rows, counts = rationale_records(questions, several, "right")
+    theirs = [row["teacher_answer"] or None for row in read_jsonl(path)]
+    rows, counts = records(questions, outputs, fits=None)
     return [(a, r["teacher_answer"]) for a, r in zip(theirs, rows)], counts
 
 
@@ -257,21 +261,19 @@ def test_cleaning(text, finish, cleaned):
     assert clean(Output(text, None, finish, ""))[0] == cleaned
 
 
-def test_a_live_reply_is_read_through_its_markdown():
-    def read(text, q=MALL):
-        return teacher_answer(Output(text, None, "stop", ""), q)
-
-    assert read("<think> The answer is (A).") is None  # no more than thought
-    assert read("<think> Say (A)? </think> The answer is (B).") == "B"
-
-    assert read("A shop. **So the answer is (B).**") == "B"
-    assert read("A shop.\n\nSo the answer is **(B) mall**.") == "B"
-    assert read("### Answer\n\n**Yes**, it is.", YES) == "yes"  # lenient
-    assert read("I can't say.", YES) is None
-    assert read("", YES) is None
-    # An answer that came apart is read strictly only: "moot." is no "Yes".
-    assert teacher_answer(Output("Yes, some do.", "moot.", None, ""), YES) is None
-    assert teacher_answer(Output("Yes, some do.", "", None, ""), YES) is None
+@pytest.mark.parametrize("q, text, completion, answer", [
+    (MALL, "<think> The answer is (A).", None, None),  # no more than thought
+    (MALL, "<think> Say (A)? </think> The answer is (B).", None, "B"),
+    (MALL, "A shop. **So the answer is (B).**", None, "B"),
+    (MALL, "A shop.\n\nSo the answer is **(B) mall**.", None, "B"),
+    (YES, "### Answer\n\n**Yes**, it is.", None, "yes"),  # lenient
+    (YES, "I can't say.", None, None),
+    (YES, "", None, None),
+    (YES, "Yes, some do.", "moot.", None),  # an answer that came apart is read strictly only
+    (YES, "Yes, some do.", "", None),
+])  # fmt: skip
+def test_the_answer_of_a_reply(q, text, completion, answer):
+    assert teacher_answer(Output(text, completion, "stop", ""), q) == answer
 
 
 def test_every_drop_is_counted():
@@ -281,17 +283,18 @@ def test_every_drop_is_counted():
         "ab": Output("", None, "content_filter", "t"),
         "l": Output("long " * 999, "Yes.", "stop", "t"),
         "m": Output("It depends.", "moot.", "stop", "t"),
+        "n": Output("No.", None, "stop", "t"),
     }
-    more = [Question("strategy_qa", i, f"{i}?", "yes") for i in ("l", "m", "none")]
+    more = [Question("strategy_qa", i, f"{i}?", "yes") for i in ("l", "m", "n", "none")]
     questions = [YES, NO, MALL, *more]
     rows, counts = records(questions, outputs)
     assert {r["id"]: r["reason"] for r in rows} == {
-        "42": "ok", "7": "answer wrong", "ab": "empty", "l": "too long", "m": "answer not readable"
-    }  # fmt: skip
+        "42": "ok", "7": "answer wrong", "ab": "empty", "l": "too long", "m": "answer not readable",
+        "n": "bare answer"}  # fmt: skip
     assert counts["kept"] == counts["no output"] == counts["dropped: empty"] == 1
-    assert sum(n for what, n in counts.items() if what.startswith(("kept", "dropped"))) == 5
+    assert sum(n for what, n in counts.items() if what.startswith(("kept", "dropped"))) == 6
     rows, counts = records(questions, outputs, keep="all")
-    assert [r["kept"] for r in rows] == [True, True, False, False, True]
+    assert [r["kept"] for r in rows] == [True, True, False, False, True, False]
     assert list(rows[0]) == [
         "task", "id", "question", "rationale", "teacher_answer", "answer", "kept", "reason", "source"
     ]  # fmt: skip
