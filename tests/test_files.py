@@ -380,7 +380,7 @@ def test_without_flock_a_file_is_the_lock(tmp_path, monkeypatch):
     with files.lock_folder(tmp_path):
         pass
     assert not holder.exists()
-    holder.write_text("elsewhere 1")
+    holder.write_text(f"elsewhere {dead_holder().split()[1]}")
     assert is_refused(tmp_path, "on elsewhere is gone")
 
 
