@@ -2,10 +2,10 @@
 
 import platform
 
-import numpy as np
 import pytest
 import torch
-from conftest import pretend_bf16, shared
+from conftest import pretend_bf16
+from test_reference import golden_rows
 from torch.nn.functional import gelu
 from torch.nn.functional import linear as exact_linear
 
@@ -58,16 +58,13 @@ def is_missing(*_):
     raise RuntimeError("no such operator")
 
 
-@pytest.mark.parametrize(
-    "operator",
-    [
-        is_missing,
-        lambda x, w, b, *_: exact_linear(x, w, b),  # no activation
-        lambda x, w, b, *_: gelu(exact_linear(x, w), approximate="tanh"),  # no bias
-        lambda x, w, b, *_: gelu(exact_linear(x, w, b), approximate="tanh").double(),
-        lambda x, w, b, *_: exact_linear(x, w, b) * float("nan"),
-    ],
-)
+@pytest.mark.parametrize("operator", [
+    is_missing,
+    lambda x, w, b, *_: exact_linear(x, w, b),  # no activation
+    lambda x, w, b, *_: gelu(exact_linear(x, w), approximate="tanh"),  # no bias
+    lambda x, w, b, *_: gelu(exact_linear(x, w, b), approximate="tanh").double(),
+    lambda x, w, b, *_: exact_linear(x, w, b) * float("nan"),
+])  # fmt: skip
 def test_pytorch_serves_where_onednn_is_wrong(operator, monkeypatch):
     """Guards a crash or wrong numbers where another PyTorch changed its private operator, and a run
     that goes on elsewhere with other bytes: its machine says who multiplied."""
@@ -190,13 +187,11 @@ def test_blocks_change_nothing(V):
 def real_rows():
     """Real GPT-2 logits [5, V]. Their hidden states are not known, so the rows themselves are the
     weight of a head that gives exactly them."""
-    rows = torch.from_numpy(np.load(shared("golden", "gpt2_logits.npz"))["logits"])
+    rows = golden_rows()
     return torch.eye(len(rows)), rows.T.contiguous()
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: head_like_gpt2(20_000), real_rows], ids=["random", "real"]
-)
+@pytest.mark.parametrize("make", [lambda: head_like_gpt2(20_000), real_rows])
 def test_bf16_head_is_as_good_as_fp32(make):
     """Guards the whole point of screening: on logits near -100 the best ids are those of a float64
     head and all log-probs are within 0.01 (rounding the logits to bf16 gives errors of 0.25)."""

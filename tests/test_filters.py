@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sert_min import answers, filters, patterns
+from sert_min import filters, patterns
 from sert_min.io.errors import SertError
 from sert_min.patterns import broken_kinds, earliest, pattern_break, pattern_breaks
 from sert_min.questions import Question
@@ -147,29 +147,15 @@ def test_broken_kinds_equal_looking_after_every_token(text, question, sizes):
     assert {kind: final[kind] for kind in first} == first
 
 
-@pytest.mark.parametrize("unit", ['"', "\n", " ", "bank,", "(A) ", "the ", "A.", "yes or ", "*"])
-def test_slow_texts(unit):
-    """Guards regexes that need minutes on a run of one piece (the model does write them)."""
-    text = "bank" + unit * 600
-    for question in (FIVE, YES_NO):
-        pattern_break(text, question)
-        answers.extract_answer("the answer is " + text, question)
-        answers.extract_lenient(text, question)
-        answers.strip_answer_sentence("the answer " + text)
-
-
-@pytest.mark.parametrize(
-    ("text", "end"),
-    [
-        (" It| rains|.| So| we", 3),
-        (" It| rains|.| So|.", 5),
-        (' He| said| "|no|."| Then', 5),  # the closing quote belongs to it
-        (" It| costs| 3|.|5| now", 6),  # no white space after the full stop
-        (" no| sentence", 2),  # none: stays whole
-        (" Why|?|!|\n|\n|Be", 3),
-        (" One|. Two|. Thr", 3),  # the token that holds the end is kept whole
-    ],
-)
+@pytest.mark.parametrize("text, end", [
+    (" It| rains|.| So| we", 3),
+    (" It| rains|.| So|.", 5),
+    (' He| said| "|no|."| Then', 5),  # the closing quote belongs to it
+    (" It| costs| 3|.|5| now", 6),  # no white space after the full stop
+    (" no| sentence", 2),  # none: stays whole
+    (" Why|?|!|\n|\n|Be", 3),
+    (" One|. Two|. Thr", 3),  # the token that holds the end is kept whole
+])  # fmt: skip
 def test_trim_to_sentence(text, end):
     """Guards cutting one token short or long; a branch token in front is no sentence of the path."""
     tokens = text.encode().split(b"|")
@@ -192,13 +178,9 @@ ALL = {"patterns": patterns.PATTERN_KINDS}
 
 def verdict(words, finish="eos", start=0, logprobs=None, question=FIVE, **limits):
     """What the rules say of a path whose tokens are `words`; rules without a limit here are off."""
-    tokens = [w.encode() for w in words]
-    record = {
-        "token_ids": [words.index(w) for w in words],
-        "logprobs": logprobs or [-2.0] * len(words),
-        "path_start": start,
-        "finish": finish,
-    }
+    tokens, ids = [w.encode() for w in words], [words.index(w) for w in words]
+    record = {"token_ids": ids, "logprobs": logprobs or [-2.0] * len(words)}
+    record |= {"path_start": start, "finish": finish}
     return filters.verdict(record, tokens, question, {**OPEN, **limits})
 
 
@@ -234,15 +216,17 @@ def test_end_of_text_branch_counts_in_perplexity_only():
     assert verdict([" x", " x", " x"], start=1)["rep2"] == 0.0
 
 
-def test_a_cut_path_is_trimmed_but_patterns_see_all_of_it():
-    """Guards early rejection and filtering giving two verdicts, and statistics of dropped tokens."""
-    words, p = [" It", " is", ".", " Question:"], {"logprobs": [-1.0, -1.0, -1.0, -9.0]}
-    got = verdict(words, "length", **p, min_tokens=3)
+@pytest.mark.parametrize("finish, last", [("length", " Question:"), ("special", "<|im_start|>")])
+def test_a_path_is_trimmed_but_patterns_see_all_of_it(finish, last):
+    """Guards early rejection and filtering giving two verdicts, a chat's `<|im_start|>` in the text or
+    without a verdict of its own, and statistics of dropped tokens."""
+    words, p = [" It", " is", ".", last], {"logprobs": [-1.0, -1.0, -1.0, -9.0]}
+    got = verdict(words, finish, **p, min_tokens=3)
     assert got["path_end"] == 3 and got["text"] == " It is." and got["verdict"] == "kept"
     assert got["perplexity"] == pytest.approx(math.e)
-    assert verdict(words, "length", **p, min_tokens=4)["verdict"] == "length"
+    assert verdict(words, finish, **p, min_tokens=4)["verdict"] == "length"
     assert verdict(words, "eos", **p)["path_end"] == 4
-    assert verdict(words, "length", **p, **ALL)["verdict"] == "pattern:imitative"
+    assert verdict(words, finish, **p, **ALL)["verdict"] == "pattern:imitative"
 
 
 def test_rejected_paths():
@@ -257,25 +241,18 @@ def test_rejected_paths():
     assert verdict([" No."], question=YES_NO, **two)["verdict"] == "pattern:direct"
 
 
-def test_a_special_token_behind_a_path_is_imitative():
-    """Guards a chat's `<|im_start|>` in text and statistics, or without a verdict of its own."""
-    words, p = [" It", " is", ".", "<|im_start|>"], {"logprobs": [-1.0, -1.0, -1.0, -9.0]}
-    got = verdict(words, "special", **p)
-    assert got["verdict"] == "kept" and got["text"] == " It is." and got["path_end"] == 3
-    assert got["perplexity"] == pytest.approx(math.e)
-    assert verdict(words, "special", **p, **ALL)["verdict"] == "pattern:imitative"
+def test_a_special_token_is_imitative_only_if_no_rule_is_earlier():
+    """Guards the order of the kinds behind a chat's `<|im_start|>`."""
     words = [" (A)", " (B)", " Question:", "<|im_start|>"]
     assert verdict(words, "special", **ALL)["verdict"] == "pattern:options"
-    assert (
-        verdict([" No.", "<|im_start|>"], "special", question=YES_NO, **ALL)["verdict"]
-        == "pattern:direct"
-    )
-    assert verdict(["<|im_start|>"], "special")["verdict"] == "length"
+    got = verdict([" No.", "<|im_start|>"], "special", question=YES_NO, **ALL)
+    assert got["verdict"] == "pattern:direct"
 
 
-def test_an_empty_path_never_passes():
+@pytest.mark.parametrize("words, finish", [([], "eos"), (["<|im_start|>"], "special")])
+def test_an_empty_path_never_passes(words, finish):
     """Guards exp of nothing, and selecting nothing with all rules off."""
-    got = verdict([])
+    got = verdict(words, finish)
     assert (got["text"], got["perplexity"], got["verdict"]) == ("", None, "length")
 
 
@@ -344,40 +321,31 @@ def test_the_funnel_adds_up(capsys):
         filters.Funnel([record("1", 0, 0, 0.0, "rude")]).counts()
 
 
-@pytest.mark.parametrize(
-    "text, stated",
-    [
-        ("Pears have 60 % of water's density. They float.", "none"),
-        ("No, pears are dense. They sink.", "right"),
-        ("**No**. So the answer is no.", "right"),
-        ("Pears float. So the answer is yes.", "wrong"),
-        ("No, pears are dense. So the answer is yes.", "wrong"),  # it contradicts itself
-        ("Yes, they float. So the answer is no.", "wrong"),
-        ("Some say yes. No longer than a day do they float.", "none"),
-    ],
-)
+@pytest.mark.parametrize("text, stated", [
+    ("Pears have 60 % of water's density. They float.", "none"),
+    ("No, pears are dense. They sink.", "right"),
+    ("**No**. So the answer is no.", "right"),
+    ("Pears float. So the answer is yes.", "wrong"),
+    ("No, pears are dense. So the answer is yes.", "wrong"),  # it contradicts itself
+    ("Yes, they float. So the answer is no.", "wrong"),
+    ("Some say yes. No longer than a day do they float.", "none"),
+])  # fmt: skip
 def test_the_answer_that_a_path_states(text, stated):
     """Guards the poison of a real model: a path that begins with the wrong word and gets the right
     answer appended teaches contradiction."""
     path = filters.Path([], [], text, {}, YES_NO)
     assert filters.answers_stated(text, YES_NO) == stated
     rule = filters.RULES[-1]
-    found = {
-        limit: filters.first_broken(path, {"answer": limit}, [rule]) for limit in filters.DROPPED
-    }
-    drops = {"none": ("right",), "right": (), "wrong": ("consistent", "right")}[stated]
-    assert {limit for limit in found if found[limit]} == set(drops)
+    dropped = [x for x in filters.DROPPED if filters.first_broken(path, {"answer": x}, [rule])]
+    drops = {"none": ["right"], "right": [], "wrong": ["consistent", "right"]}[stated]
+    assert sorted(dropped) == drops
 
 
 def test_reasoning_is_told_from_answers_and_loops(tiny_model_folder):
     """Guards a garbage loop that counts as reasoning because it breaks no pattern."""
     tokenizer, limits = load_tokenizer(tiny_model_folder), filters.limits({"min_tokens": 12})
     answer = " So the answer is no."
-    for text, wanted in [
-        (" A pear has less weight than the water of its size, which lifts it." + answer, True),
-        (answer, False),
-        (" yes." + answer, False),
-        (" " + "S" * 60, False),
-        ("", False),
-    ]:
-        assert filters.reasons(YES_NO, text, tokenizer, limits) == wanted, text
+    reasoning = " A pear has less weight than the water of its size, which lifts it." + answer
+    assert filters.reasons(YES_NO, reasoning, tokenizer, limits)
+    for text in (answer, " yes." + answer, " " + "S" * 60, ""):
+        assert not filters.reasons(YES_NO, text, tokenizer, limits), text

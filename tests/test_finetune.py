@@ -267,10 +267,9 @@ def test_non_finite_stops_before_the_update(tmp_path):
         assert torch.equal(v, before[name]) or name == "h.1.mlp.c_fc.bias"
 
 
-@pytest.mark.parametrize(
-    "flag, value",
-    [("epochs", 0), ("max_steps", 0), ("lr", 0.0), ("lr", float("nan")), ("seed", -1)],
-)
+@pytest.mark.parametrize("flag, value", [
+    ("epochs", 0), ("max_steps", 0), ("lr", 0.0), ("lr", float("nan")), ("seed", -1),
+])  # fmt: skip
 def test_settings_without_meaning_are_refused_by_flag(flag, value):
     with pytest.raises(SertError, match=f"--{flag.replace('_', '-')} must be"):
         TrainSettings(**{flag: value}).check()

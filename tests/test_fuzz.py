@@ -7,6 +7,7 @@ FUZZ=100 tries 100 times as many inputs.
 import argparse
 import contextlib
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -272,16 +273,14 @@ def test_texts_of_any_content(text, q):
     for read in READERS:
         holds(lambda read=read: read(text, q))
     assert all(v is None or 0 <= v <= 10 for v in judge.parse_scores(text).values())
-    strict, lenient = answers.extract_answer(text, q), answers.extract_lenient(text, q)
-    assert lenient in (None, *q.answers) and strict in (None, lenient)
 
 
-@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("piece", [*PIECES, '"', " ", "A.", "the "])
 def test_long_texts_are_quick(piece):
     """Guards quadratic time, which takes many seconds for 100,000 characters of a looping teacher."""
     text = (piece * 100_000)[:100_000]
-    for read in READERS:
-        holds(lambda read=read: [read(text, q) for q in QUESTIONS], seconds=6)
+    for read, t in itertools.product(READERS, (text, "the answer is bank" + text[:4000])):
+        holds(lambda read=read, t=t: [read(t, q) for q in QUESTIONS], seconds=6)
 
 
 # --- numbers on the command line ------------------------------------------------------------------

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, shared
+from conftest import ROOT, one_line, shared
 from test_generate import logprob_error
-from test_gpt2 import logit_difference, one_line
+from test_gpt2 import logit_difference
 
 from sert_min import tasks
 from sert_min.generate import SampleSettings, sample_block
@@ -43,9 +43,8 @@ def draw(rng, kind: int, shape: tuple) -> tuple[bytes, np.ndarray]:
     factor = scale.astype("f4")[:, None]
     if kind == Q8_0:
         q = rng.integers(-127, 128, (n, 32)).astype("i1")
-        return b"".join(s.tobytes() + x.tobytes() for s, x in zip(scale, q)), (factor * q).reshape(
-            shape
-        )
+        data = b"".join(s.tobytes() + x.tobytes() for s, x in zip(scale, q))
+        return data, (factor * q).reshape(shape)
     q = rng.integers(0, 16, (n, 32)).astype("u1")
     halves = [bytes(x[:16] | x[16:] << 4) for x in q]
     data = (s.tobytes() + m.tobytes() + half for s, m, half in zip(scale, least, halves))
@@ -211,23 +210,17 @@ def test_the_real_model_is_that_of_transformers(tmp_path):
 def test_the_whole_method_on_the_real_model(tmp_path):
     """Guards runs/smollm2.sh: every script takes the real model, a second run does nothing, and the
     table has a row of each student."""
-    env = {
-        **os.environ,
-        "PYTHON": sys.executable,
-        "DATA_DIR": str(shared("data")),
-        "METHODS": "sert star",
-    }
-    env |= {"QUESTIONS": "6", "TEST": "2", "FIGURE_QUESTIONS": "1", "FLAGS": "--dtype fp32"}
+    env = {**os.environ, "PYTHON": sys.executable, "DATA_DIR": str(shared("data"))}
+    env |= {"QUESTIONS": "6", "TEST": "2", "FIGURE_QUESTIONS": "1"}
+    env |= {"METHODS": "sert star", "FLAGS": "--dtype fp32"}
     command = ["bash", str(ROOT / "runs/smollm2.sh")]
-    said = [
+    first, second = (
         subprocess.run(
             command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
         ).stdout
         for _ in range(2)
-    ]
-    assert said[0].count(" s\n") == 9 and said[1].count("done before\n") == 9
-    assert [f"{smollm2.LABEL} {name} " in said[1] for name in ("base", "SERT", "STaR")] == [
-        True
-    ] * 3
+    )
+    assert first.count(" s\n") == 9 and second.count("done before\n") == 9
+    assert all(f"{smollm2.LABEL} {name} " in second for name in ("base", "SERT", "STaR"))
     assert (tmp_path / f"out/figures/kinds-strategy_qa-{smollm2.LABEL}.png").exists()
     assert not list(tmp_path.rglob("state")) and len(list(tmp_path.rglob("last/config.json"))) == 2

@@ -86,15 +86,10 @@ def test_logits_equal_transformers(name, tmp_path):
 @pytest.mark.parametrize("name", ["one layer", "n_inner, relu", "scaled by layer", "untied"])
 def test_our_folder_opens_in_transformers(name, tmp_path):
     """Guards the export: vLLM and lm-eval open what AutoModel opens, without remote code."""
-    source = tmp_path / "tokenizer"
-    source.mkdir()
-    n_vocab = write_tiny_tokenizer(source)
+    folder, n_vocab = tmp_path / "model", write_tiny_tokenizer(tmp_path)
     config = {"n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 64, **CONFIGS[name]}
-    model = GPT2(GPT2Config(**{**config, "vocab_size": n_vocab})).init_weights_(0)
-    for p in model.parameters():  # biases and LayerNorm too
-        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    folder = tmp_path / "model"
-    save_model(model, folder, source, {"method": "sert"})
+    model = make_loud(GPT2(GPT2Config(**{**config, "vocab_size": n_vocab})), 0.1)
+    save_model(model, folder, tmp_path, {"method": "sert"})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert logit_difference(model, theirs) < 1e-5
@@ -192,18 +187,15 @@ def refused(folder) -> str:
     return one_line(e)
 
 
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        ({"model_type": "bert"}, "bert"), ({"add_cross_attention": True}, "add_cross_attention"),
-        ({"activation_function": "quick_gelu"}, "quick_gelu"), ({"n_head": 5}, "n_head"),
-        ({"activation_function": ["relu"]}, "activation_function"), ({"n_layer": "2"}, "n_layer"),
-        ({"n_layer": 2**23}, "n_layer"), ({"n_embd": 2**40}, "n_embd"),  # memory
-        ({"n_positions": None}, "n_positions"), ({"n_head": None}, "n_head"), ({"n_inner": 99}, "mlp.c_fc"),
-        ({"n_layer": 3}, "h.2."), ({"n_layer": 1}, "h.1."),
-        ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("change, named", [
+    ({"model_type": "bert"}, "bert"), ({"add_cross_attention": True}, "add_cross_attention"),
+    ({"activation_function": "quick_gelu"}, "quick_gelu"), ({"n_head": 5}, "n_head"),
+    ({"activation_function": ["relu"]}, "activation_function"), ({"n_layer": "2"}, "n_layer"),
+    ({"n_layer": 2**23}, "n_layer"), ({"n_embd": 2**40}, "n_embd"),  # memory
+    ({"n_positions": None}, "n_positions"), ({"n_head": None}, "n_head"), ({"n_inner": 99}, "mlp.c_fc"),
+    ({"n_layer": 3}, "h.2."), ({"n_layer": 1}, "h.1."),
+    ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon"),
+])  # fmt: skip
 def test_configs_are_refused_by_name(change, named, folder):
     """Guards against computing something else than the config asks for."""
     config = json.loads((folder / "config.json").read_text()) | change

@@ -86,16 +86,12 @@ def golden_rows() -> torch.Tensor:
 
 # --- random bits ---------------------------------------------------------------------------------
 
-# Random123's kat_vectors, "philox4x32 10": counter, key, result.
-KNOWN_ANSWERS = [
+
+@pytest.mark.parametrize("counter, key, want", [  # Random123's kat_vectors, "philox4x32 10"
     ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0",
-     "d16cfe09 94fdcceb 5001e420 24126ea1"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("counter, key, want", KNOWN_ANSWERS)
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+])  # fmt: skip
 def test_philox_known_answers(counter, key, want):
     """Guards against a wrong constant, round count or word order in the Philox that the other
     tests compare with (odds by luck 2^-128)."""

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_tiny_model
+from conftest import ROOT, make_tiny_model, one_line
 
 import sample
 from sert_min import filters
@@ -56,15 +56,18 @@ def sampled(monkeypatch) -> list:
     return made
 
 
-def test_records_and_selection(model, tmp_path):
-    """Guards the record format that train.py, evaluate.py and other people's tools read."""
-    records = run(model, tmp_path)
+@pytest.mark.parametrize("raw", [False, True])
+def test_records_and_selection(model, tmp_path, raw):
+    """Guards the record format that train.py, evaluate.py and other people's tools read, and the
+    baseline of Fig. 1: 25 plain samples and branch -1."""
+    records = run(model, tmp_path, *["--raw"] * raw)
     assert [list(r) for r in records] == [FIELDS] * 6 * 25
     for r in records:
         assert len(r["token_ids"]) == len(r["logprobs"]) <= 6
         assert 0 <= r["path_start"] <= r["path_end"] <= len(r["token_ids"])
         assert all(lp == round(lp, 5) <= 0 for lp in r["logprobs"])
-    assert [5 * r["branch"] + r["sample"] for r in records] == 6 * list(range(25))
+    order = [(-1, i) if raw else divmod(i, 5) for i in range(25)]
+    assert [(r["branch"], r["sample"]) for r in records] == 6 * order
     selected = [r for r in records if r["verdict"] == "selected"]
     assert list(read_jsonl(tmp_path / "selected.jsonl")) == selected
     assert 0 < len(selected) == len({r["id"] for r in selected})
@@ -192,7 +195,7 @@ def make_older(out: Path) -> None:
     shutil.rmtree(out / "blocks")
 
 
-@pytest.mark.parametrize("flags", [["--limit", "5"], ["--limit", "5", "--refilter"]])
+@pytest.mark.parametrize("flags", [[], ["--refilter"]])
 def test_an_older_folder_is_converted(model, tmp_path, sampled, flags):
     """Guards hours of sampling that an earlier version paid for; also for a --limit inside a block,
     and under a smaller --limit, which must not drop what it does not ask for."""
@@ -200,8 +203,8 @@ def test_an_older_folder_is_converted(model, tmp_path, sampled, flags):
     before = derived(tmp_path)
     make_older(tmp_path)
     sampled.clear()
-    run(model, tmp_path, "--limit", "2", *flags[2:])
-    run(model, tmp_path, *flags)
+    for limit in ("2", "5"):
+        run(model, tmp_path, "--limit", limit, *flags)
     assert derived(tmp_path) == before and not sampled
     assert "min_tokens" not in read_json(tmp_path / "settings.json")
 
@@ -254,12 +257,6 @@ def test_two_processes_give_the_same_bytes(model, tmp_path):
     assert derived(tmp_path / "two") == derived(tmp_path / "one")
 
 
-def test_raw_sampling(model, tmp_path):
-    """Guards the baseline of Fig. 1: 25 plain samples and branch -1."""
-    records = run(model, tmp_path, "--raw")
-    assert [(r["branch"], r["sample"]) for r in records] == 6 * [(-1, i) for i in range(25)]
-
-
 def test_a_trained_student_has_its_own_folder_and_prompt(model, tmp_path, monkeypatch):
     """Guards Raw SERT of Fig. 1, whose default folder was that of the raw student, which refused it;
     and a student of a teacher's rationales that is sampled without its `Let's think ..`."""
@@ -275,23 +272,20 @@ def test_a_trained_student_has_its_own_folder_and_prompt(model, tmp_path, monkey
     assert len(texts) > 1 and all(text.endswith("\nAnswer: Let's think.") for text in texts)
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--top-p", "0"], "--top-p must be above 0"),
-        (["--temperature", "nan"], "--temperature must be from 0"),
-        (["--branches", "999"], "--branches 999 exceeds the vocabulary"),
-        (["--seed", "-1"], "--seed must be from 0"),
-        (["--max-new-tokens", "600"], "exceeds the context of 512; lower --max-new-tokens"),
-        (["--model", "./nowhere"], "no such folder"),
-        (["--html", "no/where.html"], "its folder does not exist"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, flags, message):
+@pytest.mark.parametrize("flag, value, message", [
+    ("--top-p", "0", "--top-p must be above 0"),
+    ("--temperature", "nan", "--temperature must be from 0"),
+    ("--branches", "999", "--branches 999 exceeds the vocabulary"),
+    ("--seed", "-1", "--seed must be from 0"),
+    ("--max-new-tokens", "600", "exceeds the context of 512; lower --max-new-tokens"),
+    ("--model", "./nowhere", "no such folder"),
+    ("--html", "no/where.html", "its folder does not exist"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, flag, value, message):
     """Guards against tracebacks, and against half-made folders after a typo."""
     with pytest.raises(SertError) as e:
-        run(model, tmp_path / "out", *flags)
-    assert message in str(e.value) and "\n" not in str(e.value)
+        run(model, tmp_path / "out", flag, value)
+    assert message in one_line(e)
     assert not (tmp_path / "out/paths.jsonl").exists()
 
 

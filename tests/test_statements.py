@@ -39,15 +39,10 @@ READ = [  # (what the model says, what it states last; None where that can't be 
     ("So the final answer is: B", "B"),
     ("My answer is (B).", "B"),
     ("Your answer is mall.", "B"),
-    ("The best choice is (B) mall.", "B"),
     ("The right option is B, since it has shops.", "B"),
     ("The correct answer choice is (B).", "B"),
-    ("The most likely answer is mall.", "B"),
-    ("Therefore, among A through E, the answer is (D).", "D"),
     ("Therefore, among A through E, the answer is D", "D"),
-    ("The answer to your question is (B).", "B"),
     ('The answer to "Where would one shop?" is (B).', "B"),
-    ("The answer (A to E) is B.", "B"),
     ("The answer, therefore, is (B).", "B"),
     ("The answer's (B).", "B"),
     ("The correct choice would be D because birds fly there.", "D"),
@@ -55,32 +50,19 @@ READ = [  # (what the model says, what it states last; None where that can't be 
     ("Correct answer is B.", "B"),
     ("So answer is B.", "B"),
     ("Answer: B) mall", "B"),
-    ("Answer: (b)", "B"),
-    ("ANSWER: B", "B"),
-    ("**Answer:** C", "C"),
+    ("ANSWER: (b)", "B"),
     ("**Answer**: C", "C"),
-    ("*Answer:* **C**", "C"),
     ("__Answer:__ A", "A"),
-    ("It has shops. Answer: mall.", "B"),
-    ("Final Answer: **A**.", "A"),
-    ("**Final answer (A to E):** C", "C"),
     ("Correct option: (C)", "C"),
     ("So, the answer: (B)", "B"),
     ("<answer>B</answer>", "B"),
     ('{"reasoning": "It has shops.", "answer": "B"}', "B"),
-    ("### Answer\n\n**B**", "B"),
     ("## Final Answer\n(B) mall", "B"),
-    ("The final answer is:\n\n(B) mall", "B"),
-    ("$\\boxed{C}$", "C"),
     ("\\[\n\\boxed{\\text{C}}\n\\]", "C"),
-    ("Final answer: \\boxed{\\text{C}}", "C"),
     ("The answer is $\\boxed{\\textbf{(C) bus stop}}$.", "C"),
     ("The answer is \\(B\\).", "B"),
-    ("So, to answer your question, (B).", "B"),
-    ("(C) is the answer.", "C"),
     ("Therefore, C is the correct answer.", "C"),
     ("So option C is the best choice.", "C"),
-    ("(C) bus stop is the right answer.", "C"),
     ("**(C) bus stop** is the most plausible answer.", "C"),
     ("Of the above choices, the closest answer is mall.", "B"),
     # marks
@@ -91,24 +73,19 @@ READ = [  # (what the model says, what it states last; None where that can't be 
     ("The answer is — (B)", "B"),
     ("The answer is – mall – of course.", "B"),
     ("Answer：（Ｂ）", "B"),
-    ("The answer is （B）。", "B"),
     ("The answer is A。", "A"),
     ("The answer is 【B】", "B"),
     ("The answer\u00a0is\u00a0(B).", "B"),
     ("> **Answer:** B", "B"),
-    ("- Answer: B", "B"),
     # the last one counts, wherever it stands
-    ("The answer is (A). Or rather: no shops. So the answer is (B).", "B"),
     ("The answer is (A).\n\nAnswer: (B)", "B"),
     ("Answer: (B)\n\nExplanation: a home has no shops, (C) has none, (D) is absurd.", "B"),
-    ("So the answer is (B).\n\nLet me know if you have questions about (A)!", "B"),
     ("The answer is (A). Wait, it has no shops. The answer is (B).", "B"),
     ("Question: Where?\nAnswer: It has shops. So the answer is (B).", "B"),
     ("The answer is (B). To answer the question, one looks at shops.", "B"),
     ("The answer is (B). (A) is not the best choice.", "B"),
     # negation and correction
     ("So the answer is not (B) but (C).", "C"),
-    ("So the answer is not (B), but rather **(C)**.", "C"),
     ("The answer is (C), not (B).", "C"),
     ("(A) is not the answer. The answer is (B).", "B"),
     ("So the answer is not (B).", None),
@@ -120,7 +97,6 @@ READ = [  # (what the model says, what it states last; None where that can't be 
     ("The answer is (A). Hmm, (B) has more.", None),
     ("The answer is (A) — or rather (B).", None),
     ("The answer is (A)?", None),
-    ("One might think the answer is (A).", None),
     ("Some people would say that the answer is (A).", None),
     ("One could argue (A) is the correct answer.", None),
     ("I don't think the answer is (A).", None),
@@ -141,22 +117,16 @@ READ = [  # (what the model says, what it states last; None where that can't be 
     ("I'd say the answer is (B).", "B"),
     ("The answer is (A) if you shop online. Otherwise it is (B).", None),
     ("Answer: (A) home is wrong, (B) is right.", None),
-    ("The answer is (B) mall, since (A) is not one.", "B"),
     ("The answer is B because A isn't one.", "B"),
     ("The answer is\u200b (B)", "B"),
     ("The wrong answer is (A).", None),
     ("Another possible answer is (A).", None),
-    ("No correct answer is (A).", None),
     # no statement, or one of nothing: never a first mention
     ("", None),
-    ("(B) mall", None),
     ("(B) fits best.", None),
     ("(C) is correct.", None),
-    ("Not (A), so (B).", None),
     ("It must be (B).", None),
-    ("I would go with (B).", None),
     ("The answer must be a place with shops. Of the above choices, only mall has some.", None),
-    ("The answer is unclear.", None),
     ("The answer is a place.", None),
     ("The answer is either (A) or (B).", None),
     ("The answer is none of the above.", None),
@@ -170,31 +140,22 @@ READ = [  # (what the model says, what it states last; None where that can't be 
 ]
 READ_YES_NO = [
     ("At first sight one may say yes, as pears are heavy.\n\n**Answer:** No", "no"),
-    ("Let us decide yes or no. The answer: no", "no"),
     ("Is it yes or no? The answer is no, pears float.", "no"),
-    ("10 kg is less, so the answer is no.", "no"),
     ("So, to answer your question, yes, it would.", "yes"),
     ("In answer to your question: no.", "no"),
-    ("The answer (Yes or No) is No.", "no"),
     ("Therefore, the answer (Yes or No) is:\n\nYes, it does.", "yes"),
-    ("The answer to the question 'Is it dense?' is no.", "no"),
     ("Final answer: \\boxed{\\text{No}}", "no"),
     ("**Answer: Yes!**", "yes"),
-    ("the answer is _no_", "no"),
     ("The short answer is no.", "no"),
     ("Yes is the answer.", "yes"),
     ("The answer is not yes but no.", "no"),
     ("The answer is yes. Correction: it floats.", None),
     ("I would say no, because pears float.", None),
     ("No. Pears float.", None),
-    ("Yes.", None),
     ("The answer is yes and no.", None),
     ("The answer is no longer known.", None),
-    ("The answer to that depends on whether it is no longer fresh.", None),
     ("The answer to it depends on the water: that is no lake.", None),
     ("The answer to that question is yes.", None),
-    ("There is no answer: yes and no.", None),
-    ("If so, the answer would be yes.", None),
     ("It is no, unless it is wet, in which case the answer is yes.", None),
     ("If crocodiles swim, then the answer is yes.", None),
     ("If we look at it, the answer is yes.", "yes"),
@@ -221,10 +182,8 @@ def test_every_form_reads_its_example():
     for example in answers.FORMS:
         assert stated_answer(f"It has shops.\n{example}", MALL) == "C", example
     text = "The best answer is (A). Final answer: C"
-    assert [(text[a:b], said) for a, b, said in statements(text, MALL)] == [
-        ("The best answer is", "A"),
-        ("Final answer:", "C"),
-    ]
+    found = [(text[a:b], said) for a, b, said in statements(text, MALL)]
+    assert found == [("The best answer is", "A"), ("Final answer:", "C")]
 
 
 # --- stripping ------------------------------------------------------------------------------------
@@ -234,20 +193,13 @@ def test_every_form_reads_its_example():
     ("text", "rest"),
     [
         # every form goes, with its sentence
-        ("It floats. My answer is no.", "It floats."),
         ("It floats. The best choice would be (B), as it has shops.", "It floats."),
-        ("It floats.\n\n**Answer:** No", "It floats."),
         ("It floats.\n\n### Answer\n\n**No**, it does not.", "It floats."),
-        ("It floats. The final answer is:\n\n(B) mall", "It floats."),
         ("It floats.\n\n$$\\boxed{no}$$", "It floats."),
-        ("It floats. So, to answer your question, no, it would not.", "It floats."),
-        ("It floats. (B) mall is the right answer.", "It floats."),
         ("It floats. The answer is $\\boxed{B}$. Final answer: B", "It floats."),
         ("It floats. <answer>no</answer>", "It floats."),
-        ("It floats. **So the answer is (B).**", "It floats."),
         ("It floats. The best answer is therefore\n(B).", "It floats."),
         # a clause goes alone
-        ("10 kg is less, so the answer is no.", "10 kg is less."),
         ("10 kg is less, so **the answer is no**.", "10 kg is less."),
         ("10 kg is less; the answer is no.", "10 kg is less."),
         ("10 kg is less, and the best choice is (B).", "10 kg is less."),
@@ -261,10 +213,8 @@ def test_every_form_reads_its_example():
         ("(B) mall is the right answer. It has shops.", None),
         ("### Answer\n\nPears float. They are light.", None),
         ("The answer must be a shop. Only choice is bad.", None),
-        ("Only choice is bad.", None),
         ("There is no definitive answer to this question.", None),
         ("The answer to it depends on whether it is fresh.", None),
-        ("I would say no.", None),
         ("Yes.", None),
     ],
 )
@@ -283,9 +233,8 @@ def test_what_is_read_is_stripped(question, text):
     """Guards two definitions: a text that ends in a statement of any form loses it."""
     start, at, _ = statements(text, question)[-1]
     rest, had_one = strip_answer_sentence("It has shops.\n" + text)
-    assert had_one == (
-        not re.search(r"\w.*([.!?]\s+|\n\s*)\W{0,3}\w", text[at:])
-    )  # more comes after it
+    more_comes_after_it = re.search(r"\w.*([.!?]\s+|\n\s*)\W{0,3}\w", text[at:])
+    assert had_one == (not more_comes_after_it)
     if had_one:
         assert rest.startswith("It has shops.") and len(rest) <= 14 + start
 
@@ -321,8 +270,7 @@ def test_any_text(text):
 @pytest.mark.parametrize(
     ("question", "text", "answer"),
     [
-        (MALL, "Answer: (B)", "B"),  # a statement of any form
-        (MALL, DISCUSSION + "**Answer:** C", "C"),
+        (MALL, DISCUSSION + "**Answer:** C", "C"),  # a statement of any form
         (MALL, "(B) mall, as it has shops.", "B"),  # a short output: its first mention
         (MALL, "Mall.", "B"),
         (YES_NO, "No. Pears float.", "no"),
@@ -339,9 +287,7 @@ def test_lenient_takes_a_first_mention_of_short_outputs_only(question, text, ans
 
 # --- thinking -------------------------------------------------------------------------------------
 
-HARMONY = (
-    "<|channel|>analysis<|message|>The answer is (A)?<|end|><|start|>assistant<|channel|>final"
-)
+HARMONY = "<|channel|>analysis<|message|>Is it (A)?<|end|><|start|>assistant<|channel|>final"
 
 
 @pytest.mark.parametrize(
@@ -373,13 +319,9 @@ HARMONY = (
         ("<think> a <think> b </think> c </think> It is wet.", "It is wet."),
         # cut off: nothing is left
         ("<think> Say (A)", ""),
-        ("<thinking>Say (A)", ""),
-        ("<thought>Say (A)", ""),
-        ("[THINK]Say (A)", ""),
         ("  <think>", ""),
         ("<|channel|>analysis<|message|>Say (A)", ""),
         ("<|start|>assistant<|channel|>analysis<|message|>Say (A)", ""),
-        ("analysisWe need to say (A)", ""),
         ("analysisThe user asks (A). assistantcommentaryHm.", ""),
         ("<think> a </think> <think> b", ""),
         ("It is wet. <think> Or is it?", "It is wet."),

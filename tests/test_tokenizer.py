@@ -2,12 +2,13 @@
 
 import json
 import random
+import re
 import shutil
 
 import pytest
 import tokenizers
 import transformers
-from conftest import make_tiny_model, shared, write_tiny_tokenizer
+from conftest import make_tiny_model, one_line, shared, write_tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -146,20 +147,9 @@ def test_merges_that_tiktoken_reads_otherwise_are_refused(tmp_path):
 
 
 def refused(folder) -> str:
-    with pytest.raises(SertError) as e:
+    with pytest.raises(SertError, match="choose|again|add them") as e:
         load_tokenizer(folder)
-    text = str(e.value)
-    assert "\n" not in text and ("choose" in text or "again" in text or "add them" in text), text
-    return text
-
-
-def edit_json(folder, source, **changes):
-    """tokenizer.json of `source` with dotted names set to other values."""
-    raw = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
-    for name, value in changes.items():
-        part, _, key = name.rpartition("__")
-        (raw[part] if part else raw)[key] = value
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    return one_line(e)
 
 
 @pytest.fixture(scope="module")
@@ -169,40 +159,36 @@ def small_json(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model__type": "WordPiece"},
-        {"model__type": "Unigram", "model__vocab": [["a", 0.5]]},
-        {"model__byte_fallback": True},
-        {"model__end_of_word_suffix": "</w>"},
-        {"normalizer": {"type": "Lowercase"}},
-        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}},  # sentencepiece
-        {"pre_tokenizer__use_regex": False},
-        {"pre_tokenizer__add_prefix_space": True},
-        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}},
-    ],
-)
+@pytest.mark.parametrize("changes", [
+    {"model.type": "WordPiece"},
+    {"model.type": "Unigram", "model.vocab": [["a", 0.5]]},
+    {"model.byte_fallback": True},
+    {"model.end_of_word_suffix": "</w>"},
+    {"normalizer": {"type": "Lowercase"}},
+    {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁"}},  # sentencepiece
+    {"pre_tokenizer.use_regex": False},
+    {"pre_tokenizer.add_prefix_space": True},
+    {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits"}]}},
+])  # fmt: skip
 def test_other_tokenizers_are_refused_by_name(changes, small_json, tmp_path):
     """Guards ids that differ silently: everything but GPT-2's byte-level BPE is refused."""
-    edit_json(tmp_path, small_json)
-    load_tokenizer(tmp_path)
-    edit_json(tmp_path, small_json, **changes)
-    assert "byte-level BPE" in refused(tmp_path)
+    raw = json.loads((small_json / "tokenizer.json").read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        part, _, key = name.rpartition(".")
+        (raw[part] if part else raw)[key] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    assert re.search("is not supported.*byte-level BPE", refused(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "name, old, new",
-    [
-        *(("vocab.json", None, text) for text in ("", "[1, 2]", "[" * 100_000)),
-        ("vocab.json", "}", ""), ("vocab.json", END, "<|end|>"), ("vocab.json", '"he": 256, ', ""),
-        *(("vocab.json", '"he": 256', f'"he": {value}') for value in
-          ("9999999999999999999999", 2**31, -1, 255, '"256"', "true")),
-        *(("merges.txt", "h e\n", text) for text in
-          ("h e x\n", "he\n", "h ▁\n", "h  e\n", "", "h e\nq q\n", "h \udcff\n")),
-        *(("tokenizer.json", None, text) for text in ("{}", '{"model": 3}', "null", '{"model": {')),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name, old, new", [
+    *(("vocab.json", None, text) for text in ("", "[1, 2]", "[" * 100_000)),
+    ("vocab.json", "}", ""), ("vocab.json", END, "<|end|>"), ("vocab.json", '"he": 256, ', ""),
+    *(("vocab.json", '"he": 256', f'"he": {value}') for value in
+      ("9999999999999999999999", 2**31, -1, 255, '"256"', "true")),
+    *(("merges.txt", "h e\n", text) for text in
+      ("h e x\n", "he\n", "h ▁\n", "h  e\n", "", "h e\nq q\n", "h \udcff\n")),
+    *(("tokenizer.json", None, text) for text in ("{}", '{"model": 3}', "null", '{"model": {')),
+])  # fmt: skip
 def test_damaged_files_are_refused(name, old, new, tmp_path):
     """Guards tracebacks, and ids without a meaning, from damaged files."""
     if name != "tokenizer.json":
@@ -294,11 +280,8 @@ def test_added_words_are_cut_out_as_in_transformers(form, tmp_path):
         add_files(tmp_path, tokenizer_config=listed(False, WORDS, normalized=True))
     ours, rng = load_tokenizer(tmp_path), random.Random(0)
     assert list(ours.ends) == [268]
-    texts = [
-        "".join(rng.choices([*WORDS, " ", "the yes", "COVI", "New", "-19s"], k=5))
-        for _ in range(99)
-    ]
-    for text in ["", *WORDS, *texts]:
+    pieces = [*WORDS, " ", "the yes", "COVI", "New", "-19s"]
+    for text in ["", *WORDS, *("".join(rng.choices(pieces, k=5)) for _ in range(99))]:
         assert ours.encode(text) == theirs(text)["input_ids"], text
         assert ours.decode(ours.encode(text)) == text
 
@@ -314,8 +297,7 @@ def test_added_words_are_cut_out_as_in_transformers(form, tmp_path):
 def test_what_added_tokens_ask_for_is_refused_by_name(files, named, tmp_path):
     write_tiny_tokenizer(tmp_path)
     add_files(tmp_path, **files)
-    with pytest.raises(SertError, match=named):
-        load_tokenizer(tmp_path)
+    assert re.search(named, refused(tmp_path))
 
 
 def test_a_saved_model_keeps_its_end(tmp_path):

@@ -47,12 +47,8 @@ def run(tmp_path, tiny, monkeypatch):
     return train_now
 
 
-def weights(out: Path) -> dict:
-    return load_model(out / "last").state_dict()
-
-
 def assert_same_run(a: Path, b: Path) -> None:
-    x, y = weights(a), weights(b)
+    x, y = (load_model(out / "last").state_dict() for out in (a, b))
     assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
 
@@ -69,14 +65,11 @@ def stop_at(monkeypatch, module, name: str, call: int, number: int) -> None:
     monkeypatch.setattr(sys.modules[module], name, signalling)
 
 
-@pytest.mark.parametrize(
-    "module, name, call, number",
-    [
-        ("sert_min.finetune", "train_step", 3, signal.SIGINT),  # in a step
-        ("train", "mean_loss", 1, signal.SIGTERM),  # in the first validation
-        ("train", "greedy", 2, signal.SIGINT),  # before validation decodes (1 is the report)
-    ],
-)
+@pytest.mark.parametrize("module, name, call, number", [
+    ("sert_min.finetune", "train_step", 3, signal.SIGINT),  # in a step
+    ("train", "mean_loss", 1, signal.SIGTERM),  # in the first validation
+    ("train", "greedy", 2, signal.SIGINT),  # before validation decodes (1 is the report)
+])  # fmt: skip
 def test_signals_save_and_name_the_command(run, monkeypatch, capsys, module, name, call, number):
     """Guards a lost epoch, a validation line that is missing or there twice after a stop, and a
     validation that can't be stopped."""
@@ -167,7 +160,7 @@ def test_best_on_validation_is_kept_beside_the_last(run, monkeypatch):
     """Guards `best` being the last, and a best that a resume forgets."""
     losses = iter([3.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr(train, "mean_loss", lambda *a: next(losses))
-    want = weights(run("--holdout --epochs 2 --out-dir run"))
+    want = load_model(run("--holdout --epochs 2 --out-dir run") / "last").state_dict()
     run("--holdout --epochs 3 --out-dir run")
     out = run("--holdout --epochs 4 --out-dir run")
     logged = [r.get("validation_loss") for r in read_jsonl(out / "metrics.jsonl")]
@@ -247,9 +240,8 @@ def write_paths(folder: Path, tiny: Path) -> Path:
         told = {"yes": "no", "no": "yes"}[q.answer] if not right else q.answer
         text = f" Kalan plays golf{' golf golf' * right} on Sundays. So the answer is {told}."
         ids = tokenizer.encode(text)
-        about = {"id": q.id, "question": q.text, "branch": int(right), "sample": 0}
-        about |= {"token_ids": ids, "logprobs": [-1.0] * len(ids)}
-        sampled.append({**about, "path_start": 0, "finish": "eos"})
+        about = {"id": q.id, "question": q.text, "branch": int(right), "sample": 0, "path_start": 0}
+        sampled.append({**about, "token_ids": ids, "logprobs": [-1.0] * len(ids), "finish": "eos"})
     records = filters.path_records(sampled, questions, tokenizer, filters.limits(loose))
     chosen = [r for r in records if r["verdict"] == "selected"]
     assert [r["branch"] for r in chosen] == [0] * 8
@@ -270,10 +262,8 @@ def test_sert_and_star_from_one_folder(run, tmp_path, tiny, monkeypatch, capsys)
         for method in order.split():
             flags = "--max-rep2 1" if method == "star" else ""
             run(f"--method {method} {flags} --out-dir {order[:4]}-{method}", paths=str(paths))
-    printed = capsys.readouterr().out
-    assert (
-        printed.count("8 of these paths state another answer") == 2
-    )  # twice for sert, never for star
+    warned = capsys.readouterr().out.count("8 of these paths state another answer")
+    assert warned == 2  # twice for sert, never for star
     assert ["golf golf" in pair[2] for pair in learnt["sert"]] == [False] * 8
     assert ["golf golf" in pair[2] for pair in learnt["star"]] == [True] * 8
     assert all(pair[2].count(" is ") == 1 for pairs in learnt.values() for pair in pairs)
