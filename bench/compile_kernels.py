@@ -1,11 +1,13 @@
 """Compile every kernel variant for A100 (sm_80) and H100/H200 (sm_90); no GPU is needed.
 
-Prints registers, spills to local memory and shared memory of each as a line of JSON, read from the
-compiled code with the cuobjdump that Triton brings along.
+The launchers themselves run, on tensors of a CPU, with a driver that pretends to have the GPU: what
+they launch is only compiled. Prints registers, spills to local memory and shared memory of each
+variant as a line of JSON, read from the compiled code with the cuobjdump that Triton brings along.
 
     python bench/compile_kernels.py [80 90 ..]     # targets; 75, 86, 100, 120, ..
 """
 
+import itertools
 import json
 import re
 import subprocess
@@ -13,93 +15,82 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import JITFunction, driver
 
-from bench.common import DTYPES
-from sert_min.kernels import sample_score
-from sert_min.kernels.attention import CHUNK
+from sert_min.kernels import attention, reference, sample_score
 from sert_min.kernels.fast import attention_triton, head_sample_score, search
 
-KINDS = DTYPES | {"fp16": torch.float16}
-ANY = "logits hidden weight q k v out"  # arguments of the variant's dtype; others, not i32:
-TYPES = {
-    "*fp32": "temperature logprobs part_max part_sum part_best own_max own_sum own_acc",
-    "*i64": "top_k streams position tokens t lengths place",
-    "*fp64": "top_p",
-    "*i32": "part_ids slot_at",
-    "i64": "seed row_stride h_stride w_stride",
-}
-ALIGNED = (  # to 16, as at run time for width 768
-    "hidden weight h_stride w_stride C q k v out own_acc q_row q_head chunk_stride slot_stride "
-    "head_stride token_stride group_stride"
-)
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+V, C = 50257, 768  # vocabulary and width of GPT-2
 
 
-def variants() -> list[tuple]:
-    """(kernel, constexprs, dtype, warps, stages) of every configuration that the launchers use."""
-    s, head, found = sample_score, head_sample_score, []
-    for K in (16, 32, 64):
-        size = {"K": K, "BLOCK": 1024}
-        found += [(s.stream_kernel, size | {"PARTS": parts}, dtype, 2 if K == 16 else 4, 3)
-                  for dtype in KINDS for parts in (1, 8)]  # fmt: skip
-        found += [(s.merge_kernel, size | {"PARTS": n}, "fp32", 4, 3) for n in (32, 256)]
-    found += [(search.search_kernel, {"BLOCK": 1024}, dtype, 8, 3) for dtype in KINDS]
-    for B in (16, 25, 200):
-        for K in (0, 16, 32, 64):
-            for dtype, kind in KINDS.items():
-                sizes = head.tiles(B, 50257, kind)
-                tile = {"K": K, **dict(zip(("BLOCK_B", "BLOCK_V", "BLOCK_C"), sizes))}
-                tile["PRECISION"] = "tf32x3" if dtype == "fp32" else "tf32"
-                variant = (head.head_kernel, tile, dtype, head.warps(K, sizes[0]), 3)
-                found += [variant] if variant not in found else []
-    a = attention_triton
-    for dtype, kind in DTYPES.items():
-        for D in (16, 32, 64, 128):
-            for J in (1, 25):
-                block_d, block_j, block_p, own_warps, warps = a.tiles(J, D, kind)
-                tile = {"D": D, "BLOCK_D": block_d, "BLOCK_J": block_j, "BLOCK_P": block_p}
-                tile |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32", "GROUP": 1}
-                found.append((a.prompt_kernel, tile, dtype, warps, 2))
-            tile = {"D": D, "BLOCK_D": block_d, "CHUNK": CHUNK, "GROUP": 3 if D == 64 else 1}
-            found.append((a.own_kernel, tile, dtype, own_warps, 3))
-    return found
+def pretended_driver(sm: int) -> SimpleNamespace:
+    """The driver of a GPU that is not there; each target is a device of its own."""
+    target = GPUTarget("cuda", sm, 32)
+    return SimpleNamespace(
+        get_current_device=lambda: sm,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+    )
 
 
-def compile_one(kernel, constants: dict, dtype: str, warps: int, stages: int, sm: int) -> dict:
-    names = kernel.arg_names
-    types = dict.fromkeys(names, "i32") | {n: f"*{dtype}" for n in ANY.split() if n in names}
-    types |= {n: kind for kind, some in TYPES.items() for n in some.split() if n in names}
-    types |= dict.fromkeys(constants, "constexpr")
-    aligned = [n for n in ALIGNED.split() if n in names]
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    values = {(names.index(n),): v for n, v in constants.items()}
-    options = {"num_warps": warps, "num_stages": stages} | sample_score.FUSION
-    source = ASTSource(kernel, types, values, attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+def launch_all() -> None:
+    """Call the launchers with whatever makes them choose another variant."""
+    for dtype, top_k in itertools.product(DTYPES, (10, 32, 64)):
+        weight = torch.empty(V, C, dtype=dtype)
+        for B in (16, 25, 200):
+            hidden, logits = torch.empty(B, C, dtype=dtype), torch.empty(B, V, dtype=dtype)
+            settings = reference.Settings(top_k=top_k, top_p=0.95, seed=2**40)
+            s, max_k = reference.checked(logits, V, settings)
+            head_sample_score.launch(hidden, weight, s, max_k)
+            head_sample_score.launch_score(hidden, weight, torch.zeros(B, dtype=torch.int64))
+        for parts in (1, 32):
+            sample_score.launch(logits, s, max_k, parts=parts)
+        search.launch(logits, s)
+    heads = ((16, 4), (32, 4), (64, 4), (64, 12), (128, 4))  # widths and numbers of query heads
+    for dtype, (D, H), J in itertools.product(list(DTYPES)[:2], heads, (1, 25)):
+        G, n, K = 8, 8 * J, 4  # prompts, rows, heads of keys
+        q, shared = torch.empty(n, H, D, dtype=dtype), torch.empty(2, G, K, 130, D, dtype=dtype)
+        own = torch.empty(2, 4, n, K, attention.CHUNK, D, dtype=dtype)  # 4 chunks
+        lengths, t, place = (torch.zeros(size, dtype=torch.int64) for size in (G, n, n))
+        attention_triton.launch(q, attention.Keys(*shared, lengths, *own), t, place, J)
+
+
+def resources(built) -> dict:
+    """Registers of a thread, and bytes that it spills and that its block shares."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(built.asm["cubin"])
         f.flush()
         command = [tool, "--dump-resource-usage", f.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    stack, local, registers = (
-        int(re.search(rf"{what}:(\d+)", said)[1]) for what in ("STACK", "LOCAL", "REG")
-    )
-    about = {"kernel": kernel.__name__, "target": f"sm_{sm}", "dtype": dtype, **constants}
-    used = {"registers": registers, "spill_bytes": stack + local}
-    return about | used | {"shared_bytes": built.metadata.shared}
+    used = {name: int(n) for name, n in re.findall(r"(STACK|LOCAL|REG):(\d+)", said)}
+    spilled, shared = used["STACK"] + used["LOCAL"], built.metadata.shared
+    return {"registers": used["REG"], "spill_bytes": spilled, "shared_bytes": shared}
 
 
 def main() -> None:
     warnings.filterwarnings("ignore")
+    seen, run = [], JITFunction.run
+
+    def compile_only(kernel, *given, warmup, **settings):
+        built = run(kernel, *given, warmup=True, **settings)
+        if not any(built is x for x in seen):
+            seen.append(built)
+            sizes = {k: v for k, v in settings.items() if k.isupper()}
+            row = {"kernel": kernel.__name__, "target": f"sm_{sm}", "dtype": DTYPES[given[0].dtype]}
+            print(json.dumps(row | sizes | resources(built)), flush=True)
+
+    JITFunction.run = compile_only
     for sm in map(int, sys.argv[1:] or (80, 90)):
-        for variant in variants():
-            print(json.dumps(compile_one(*variant, sm)), flush=True)
+        driver.set_active(pretended_driver(sm))
+        launch_all()
 
 
 if __name__ == "__main__":

@@ -185,8 +185,7 @@ def part_memory(n: int, K: int, device: torch.device) -> tuple[Tensor, Tensor, T
 def launch(
     logits: Tensor, s: Settings, max_k: int, block: int = 1024, parts: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Settings and max_k <= MAX_K of reference.checked -> tokens, logprobs. Sizes of blocks and
-    numbers of warps are also in bench/compile_kernels.py."""
+    """Settings and max_k <= MAX_K of reference.checked -> tokens, logprobs."""
     B, V = logits.shape
     tokens, logprobs, given = step_arguments(s)
     K, block = max(16, triton.next_power_of_2(max_k)), min(block, triton.next_power_of_2(V))
