@@ -292,16 +292,13 @@ def said_of(problem: BaseException):
     return e
 
 
-@pytest.mark.parametrize(
-    "problem, said",
-    [
-        (SertError("bad\nthing \x1b[31m; mend it"), "error: bad thing  [31m; mend it"),
-        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; free"),
-        (OSError(errno.EROFS, "Read-only", "/x\n"), "error: Read-only: /x ; choose a writable"),
-        (PermissionError(errno.EACCES, "Permission denied", "/x"), "choose a writable folder"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "--rows"),
-    ],
-)
+@pytest.mark.parametrize("problem, said", [
+    (SertError("bad\nthing \x1b[31m; mend it"), "error: bad thing  [31m; mend it"),
+    (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; free"),
+    (OSError(errno.EROFS, "Read-only", "/x\n"), "error: Read-only: /x ; choose a writable"),
+    (PermissionError(errno.EACCES, "Permission denied", "/x"), "choose a writable folder"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "--rows"),
+])  # fmt: skip
 def test_known_problems_are_one_line(problem, said):
     """Guards tracebacks, and control characters of foreign text on the terminal. Bugs of our own
     keep theirs; Ctrl-C exits with 130."""
