@@ -159,7 +159,6 @@ def prepare(args) -> Run:
         time.sleep(0.02)  # process 0 writes it: rows by its memory, and which kernels serve
     stored = files.stored_settings(out / "settings.json")
     if args.refilter:  # nothing is computed, so another machine or version will do
-        need(stored, f"{out} holds no samples; run without --refilter first")
         device, machine = torch.device("cpu"), {k: stored.get(k) for k in MACHINE}
     else:
         device, machine = resolve_machine(args.device, args.dtype, stored, model.n_params())

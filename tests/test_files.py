@@ -285,16 +285,13 @@ def said_of(problem: BaseException):
     return e
 
 
-@pytest.mark.parametrize(
-    "problem, said",
-    [
-        (SertError("bad\nthing \x1b[31m; mend it"), "error: bad thing  [31m; mend it"),
-        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; free"),
-        (OSError(errno.EROFS, "Read-only", "/x\n"), "error: Read-only: /x ; choose a writable"),
-        (PermissionError(errno.EACCES, "Permission denied", "/x"), "choose a writable folder"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "--rows"),
-    ],
-)
+@pytest.mark.parametrize("problem, said", [
+    (SertError("bad\nthing \x1b[31m; mend it"), "error: bad thing  [31m; mend it"),
+    (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device; free"),
+    (OSError(errno.EROFS, "Read-only", "/x\n"), "error: Read-only: /x ; choose a writable"),
+    (PermissionError(errno.EACCES, "Permission denied", "/x"), "choose a writable folder"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "--rows"),
+])  # fmt: skip
 def test_known_problems_are_one_line(problem, said):
     """Guards tracebacks, and control characters of foreign text on the terminal. Bugs of our own
     keep theirs; Ctrl-C exits with 130."""
@@ -369,12 +366,12 @@ def test_without_flock_a_file_is_the_lock(tmp_path, monkeypatch):
     with files.lock_folder(tmp_path):
         assert is_refused(tmp_path, "another process.*delete .*.lock-holder")
     code = "import filelock, os, sys; lock = filelock.SoftFileLock(sys.argv[1]); lock.acquire(); "
-    command = [sys.executable, "-c", code + "os._exit(9)", str(tmp_path / ".lock-holder")]
-    subprocess.run(command)
-    assert (tmp_path / ".lock-holder").exists()
+    holder = tmp_path / ".lock-holder"
+    subprocess.run([sys.executable, "-c", code + "os._exit(9)", str(holder)])
+    assert holder.exists()
     with files.lock_folder(tmp_path):
         pass
-    assert not (tmp_path / ".lock-holder").exists()
+    assert not holder.exists()
 
 
 def test_links_stay_links(tmp_path):

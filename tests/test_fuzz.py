@@ -279,7 +279,7 @@ def test_texts_of_any_content(text, q):
 def test_long_texts_are_quick(piece):
     """Guards quadratic time, which takes many seconds for 100,000 characters of a looping teacher."""
     text = (piece * 100_000)[:100_000]
-    for read, t in itertools.product(READERS, (text, "the answer is bank" + text[:4000])):
+    for read, t in itertools.product(READERS, (text, "the answer is bank" + text)):
         holds(lambda read=read, t=t: [read(t, q) for q in QUESTIONS], seconds=6)
 
 

@@ -75,6 +75,10 @@ def logprob_error(model, prompts, rows, n_vocab=None) -> torch.Tensor:
     return torch.cat(errors)
 
 
+def row_keys(rows) -> list[tuple]:
+    return [(row.question, row.branch, row.sample) for row in rows]
+
+
 def sample_right(model, block, s, words=None, reject=None, **given) -> list:
     """The rows of a block, after a look at their log-probs: they are those of a plain forward."""
     words = words or Words()
@@ -106,7 +110,7 @@ def test_logprobs_equal_full_forward(monkeypatch, rows, raw):
     got = sample_right(model, block, replace(PAPER, raw=raw, rows=rows))
     branches, samples = ([-1], 25) if raw else (range(5), 5)
     want = itertools.product(range(len(block[0])), branches, range(samples))
-    assert [(row.question, row.branch, row.sample) for row in got] == list(want)
+    assert row_keys(got) == list(want)
     assert rows == 1 or {row.finish for row in got} == {"eos", "length"}
     other = [p[1:] or [(p[0] + 1) % 60] for p in block[0]]
     assert logprob_error(model, other, got).abs().median() > 0.1

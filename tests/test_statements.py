@@ -189,35 +189,31 @@ def test_every_form_reads_its_example():
 # --- stripping ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "rest"),
-    [
-        # every form goes, with its sentence
-        ("It floats. The best choice would be (B), as it has shops.", "It floats."),
-        ("It floats.\n\n### Answer\n\n**No**, it does not.", "It floats."),
-        ("It floats.\n\n$$\\boxed{no}$$", "It floats."),
-        ("It floats. The answer is $\\boxed{B}$. Final answer: B", "It floats."),
-        ("It floats. <answer>no</answer>", "It floats."),
-        ("It floats. The best answer is therefore\n(B).", "It floats."),
-        # a clause goes alone
-        ("10 kg is less, so **the answer is no**.", "10 kg is less."),
-        ("10 kg is less; the answer is no.", "10 kg is less."),
-        ("10 kg is less, and the best choice is (B).", "10 kg is less."),
-        ("10 kg is less, which means that the answer is no.", "10 kg is less."),
-        ("10 kg is less - thus the answer is no, and my answer is no.", "10 kg is less."),
-        ("Homes have none, so (B) mall is the best choice.", "Homes have none."),
-        ("Since 10 kg is less, the answer is no.", ""),
-        ("It is vitamin C. So the answer is yes.", "It is vitamin C."),
-        # what is no statement stays, and what has reasoning after it
-        ("Answer: No. It floats.", None),
-        ("(B) mall is the right answer. It has shops.", None),
-        ("### Answer\n\nPears float. They are light.", None),
-        ("The answer must be a shop. Only choice is bad.", None),
-        ("There is no definitive answer to this question.", None),
-        ("The answer to it depends on whether it is fresh.", None),
-        ("Yes.", None),
-    ],
-)
+@pytest.mark.parametrize("text, rest", [
+    # every form goes, with its sentence
+    ("It floats. The best choice would be (B), as it has shops.", "It floats."),
+    ("It floats.\n\n### Answer\n\n**No**, it does not.", "It floats."),
+    ("It floats.\n\n$$\\boxed{no}$$", "It floats."),
+    ("It floats. The answer is $\\boxed{B}$. Final answer: B", "It floats."),
+    ("It floats. <answer>no</answer>", "It floats."),
+    ("It floats. The best answer is therefore\n(B).", "It floats."),
+    # a clause goes alone
+    ("10 kg is less, so **the answer is no**.", "10 kg is less."),
+    ("10 kg is less; the answer is no.", "10 kg is less."),
+    ("10 kg is less, and the best choice is (B).", "10 kg is less."),
+    ("10 kg is less, which means that the answer is no.", "10 kg is less."),
+    ("10 kg is less - thus the answer is no, and my answer is no.", "10 kg is less."),
+    ("Homes have none, so (B) mall is the best choice.", "Homes have none."),
+    ("Since 10 kg is less, the answer is no.", ""),
+    # what is no statement stays, and what has reasoning after it
+    ("Answer: No. It floats.", None),
+    ("(B) mall is the right answer. It has shops.", None),
+    ("### Answer\n\nPears float. They are light.", None),
+    ("The answer must be a shop. Only choice is bad.", None),
+    ("There is no definitive answer to this question.", None),
+    ("The answer to it depends on whether it is fresh.", None),
+    ("Yes.", None),
+])  # fmt: skip
 def test_stripping(text, rest):
     """Guards a closing statement that is read but not stripped: the student would learn two."""
     want = (text, False) if rest is None else (rest, True)
@@ -267,19 +263,15 @@ def test_any_text(text):
 # --- lenient --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("question", "text", "answer"),
-    [
-        (MALL, DISCUSSION + "**Answer:** C", "C"),  # a statement of any form
-        (MALL, "(B) mall, as it has shops.", "B"),  # a short output: its first mention
-        (MALL, "Mall.", "B"),
-        (YES_NO, "No. Pears float.", "no"),
-        (MALL, DISCUSSION, None),  # a long one: never
-        (YES_NO, "No, it floats. " + "Pears are light and water is dense. " * 4, None),
-        (MALL, "(A) fits, but the answer is not (A).", None),  # what denies states nothing
-        (YES_NO, "No. So the answer is unknown.", None),
-    ],
-)
+@pytest.mark.parametrize("question, text, answer", [
+    (MALL, DISCUSSION + "**Answer:** C", "C"),  # a statement of any form
+    (MALL, "(B) mall, as it has shops.", "B"),  # a short output: its first mention
+    (MALL, "Mall.", "B"),
+    (YES_NO, "No. Pears float.", "no"),
+    (MALL, DISCUSSION, None),  # a long one: never
+    (YES_NO, "No, it floats. " + "Pears are light and water is dense. " * 4, None),
+    (MALL, "(A) fits, but the answer is not (A).", None),  # what denies states nothing
+])  # fmt: skip
 def test_lenient_takes_a_first_mention_of_short_outputs_only(question, text, answer):
     """Guards a lenient accuracy that is mostly the first option that a discussion names."""
     assert extract_lenient(text, question) == answer
@@ -290,43 +282,40 @@ def test_lenient_takes_a_first_mention_of_short_outputs_only(question, text, ans
 HARMONY = "<|channel|>analysis<|message|>Is it (A)?<|end|><|start|>assistant<|channel|>final"
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("It is wet.", "It is wet."),
-        ("Analysis of the water shows that it is wet.", "Analysis of the water shows that it is wet."),
-        ("He thinks [a thought] of <b>water</b>.", "He thinks [a thought] of <b>water</b>."),
-        *(
-            (f"{start}\nSay (A)?{end}It is wet.", "It is wet.")
-            for start, end in (
-                ("<think>", "</think>"),
-                ("", "</think>"),  # some chat templates open it
-                ("<THINK>", "</THINK>"),
-                ("<thinking>", "</thinking>"),
-                ("<thought>", "</thought>"),
-                ("<thoughts>", "</thoughts>"),
-                ("[THINK]", "[/THINK]"),
-                ("<seed:think>", "</seed:think>"),
-                ("◁think▷", "◁/think▷"),
-                ("<|START_THINKING|>", "<|END_THINKING|>"),
-                ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
-                ("analysis", "assistantfinal"),
-            )
-        ),
-        (HARMONY + "<|message|>It is wet.<|return|>", "It is wet."),
-        (HARMONY + " <|constrain|>json<|message|>{}", "{}"),
-        ("<think> a </think> b <think> c </think> It is wet.", "It is wet."),
-        ("<think> a <think> b </think> c </think> It is wet.", "It is wet."),
-        # cut off: nothing is left
-        ("<think> Say (A)", ""),
-        ("  <think>", ""),
-        ("<|channel|>analysis<|message|>Say (A)", ""),
-        ("<|start|>assistant<|channel|>analysis<|message|>Say (A)", ""),
-        ("analysisThe user asks (A). assistantcommentaryHm.", ""),
-        ("<think> a </think> <think> b", ""),
-        ("It is wet. <think> Or is it?", "It is wet."),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("text, said", [
+    ("It is wet.", "It is wet."),
+    ("Analysis of the water shows that it is wet.", "Analysis of the water shows that it is wet."),
+    ("He thinks [a thought] of <b>water</b>.", "He thinks [a thought] of <b>water</b>."),
+    *(
+        (f"{start}\nSay (A)?{end}It is wet.", "It is wet.")
+        for start, end in (
+            ("<think>", "</think>"),
+            ("", "</think>"),  # some chat templates open it
+            ("<THINK>", "</THINK>"),
+            ("<thinking>", "</thinking>"),
+            ("<thought>", "</thought>"),
+            ("<thoughts>", "</thoughts>"),
+            ("[THINK]", "[/THINK]"),
+            ("<seed:think>", "</seed:think>"),
+            ("◁think▷", "◁/think▷"),
+            ("<|START_THINKING|>", "<|END_THINKING|>"),
+            ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+            ("analysis", "assistantfinal"),
+        )
+    ),
+    (HARMONY + "<|message|>It is wet.<|return|>", "It is wet."),
+    (HARMONY + " <|constrain|>json<|message|>{}", "{}"),
+    ("<think> a </think> b <think> c </think> It is wet.", "It is wet."),
+    ("<think> a <think> b </think> c </think> It is wet.", "It is wet."),
+    # cut off: nothing is left
+    ("<think> Say (A)", ""),
+    ("  <think>", ""),
+    ("<|channel|>analysis<|message|>Say (A)", ""),
+    ("<|start|>assistant<|channel|>analysis<|message|>Say (A)", ""),
+    ("analysisThe user asks (A). assistantcommentaryHm.", ""),
+    ("<think> a </think> <think> b", ""),
+    ("It is wet. <think> Or is it?", "It is wet."),
+])  # fmt: skip
 def test_without_thinking(text, said):
     """Guards drafts and doubts in a student's text, and an answer that was only thought."""
     assert without_thinking(text).strip() == said
