@@ -213,7 +213,8 @@ _DOUBT = re.compile(  # in `words before \0 the form \0 rest of the sentence`
     re.I | re.X,
 )
 _TAKEN_BACK = re.compile(  # behind the end of a sentence or a dash
-    r"[.!?\n(…–—-]\s{0,8}(?:but |or )?(?:wait|hmm|actually|correction|sorry|rather|on second)\b", re.I
+    r"[.!?\n(…–—-]\s{0,8}(?:but |or )?(?:wait|hmm|actually|correction|sorry|rather|on second)\b",
+    re.I,
 )
 _NEXT_QUESTION = re.compile(r"^\W{0,4}(?:Q|Question)(?: \d+)?\W{0,3}[:：]", re.I | re.M)
 
