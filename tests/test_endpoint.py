@@ -382,7 +382,6 @@ def in_child(folder, server, n, e) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            os.dup2(os.open(folder / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
             run(folder, server, n, e)
             os._exit(0)
         except SystemExit as stop:
@@ -393,7 +392,7 @@ def in_child(folder, server, n, e) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_keeps_what_is_in_flight(number, tmp_path):
+def test_a_signal_keeps_what_is_in_flight(number, tmp_path, capfd):
     """SIGTERM just killed the process, with paid requests in flight."""
     with FakeServer(ok(), delay=0.3) as server:
         pid = in_child(tmp_path, server, 50, at(server, concurrency=4))
@@ -403,6 +402,8 @@ def test_a_signal_keeps_what_is_in_flight(number, tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + number
         there = stored(tmp_path)
         assert len(there.replies) == len(server.bodies) >= 5 and there.open_bills() == []
+    said = capfd.readouterr().out
+    assert "continue with: python " in said and "without a known bill" not in said
     assert len(server.bodies) <= 9
 
 
