@@ -116,16 +116,16 @@ def shell_with_torch(code: str, how: str, folder) -> subprocess.CompletedProcess
 
 def test_an_interrupt_that_an_import_swallows(tmp_path):
     """Guards torch's C++ code, which aborts at a KeyboardInterrupt, and imports that drop it."""
-    code = (
-        "import os, time\ntry: os.kill(os.getpid(), 2); time.sleep(9)\nexcept BaseException: pass"
-    )
+    code = "import os, time\ntry: os.kill(os.getpid(), 2); time.sleep(9)\n"
+    code += "except BaseException: pass"
     ended = shell_with_torch(code, "", tmp_path)
     assert ended.returncode == 130 and ended.stderr.strip().startswith("interrupted; repeat")
 
 
 def test_closed_streams_keep_their_numbers(tmp_path):
     """Guards a file that gets the number of stderr, and with it what os.write(2, ..) says."""
-    code = "import os; open('fds', 'w').write(str([os.readlink(f'/proc/self/fd/{i}') for i in range(3)]))"
+    code = "import os\nfds = [os.readlink(f'/proc/self/fd/{i}') for i in range(3)]\n"
+    code += "open('fds', 'w').write(str(fds))"
     shell_with_torch(code, "<&- >&- 2>&-", tmp_path)
     assert (tmp_path / "fds").read_text() == str(["/dev/null"] * 3)
 
