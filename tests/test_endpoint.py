@@ -516,13 +516,20 @@ def test_concurrency_adapts_to_a_serial_server(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
+    (["--concurrency", "0"], "--concurrency must be above 0"),
+    (["--timeout", "nan"], "--timeout must be above 0"),
+    (["--max-cost", "1"], "needs --price-in"),
+    (["--max-cost", "nan", "--price-in", "1", "--price-out", "1"], "--max-cost must be"),
+    (["--price-in", "-1"], "--price-in must be"),
+    (["--teacher-temperature", "inf"], "--teacher-temperature must be"),
+    (["--base-url", "https://me:pw@host/v1"], "must not hold a password"),
     (["--extra-body", "[1]"], "no JSON object"),
     (["--extra-body", "{"], "no JSON object"),
     (["--extra-body", '{"n": 2, "stream": true}'], "must not set n, stream"),
     (["--extra-header", "X-Key"], "NAME=VARIABLE"),
     (["--extra-header", "X-Key=NOT_THERE"], "NOT_THERE is not set"),
 ])  # fmt: skip
-def test_bad_additions_to_a_request_are_refused(words, message):
+def test_bad_flags_are_refused(words, message):
     with pytest.raises(SertError, match=message):
         from_words(*words)
 

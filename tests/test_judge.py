@@ -99,7 +99,8 @@ def test_judging_asks_once_at_temperature_0(capsys):
         scored = run(server, predictions(10))
         assert len(server.bodies) == 10
         assert run(server, predictions(10)) == scored and len(server.bodies) == 10
-        run(server, predictions(12)[2:] * 2, "--out-dir", "other", "--max-requests", 5)
+        twice = [r | {"answer": a} for r in predictions(12)[2:] for a in ("yes", "no")]
+        run(server, twice, "--out-dir", "other", "--max-requests", 5)
         assert len(server.bodies) == 12
     assert all(b["temperature"] == 0 and b["max_tokens"] == 512 for b in server.bodies)
     assert [r["mean"] for r in scored] == [6.5] * 3 + [None] + [6.5] * 6
