@@ -67,7 +67,7 @@ def test_an_early_interrupt_is_one_line(seconds, tmp_path):
 ])  # fmt: skip
 def test_last_lines(error, words):
     line, status = last_line(error)
-    assert words in line and "\n" not in line and status == 1
+    assert words in line and bool(words) == bool(line) and "\n" not in line and status == 1
     for fault in (ValueError("a fault"), ModuleNotFoundError(name="sert_min.x")):
         assert last_line(fault) is None  # a traceback is of use
 
