@@ -280,7 +280,7 @@ def main(args) -> None:
     done = [print_plan(cell, job) if args.dry_run else evaluate(cell, job) for cell in cells]
     if len(done) > 1 and not args.dry_run and not any(cell.variant for cell in cells):
         found = [(cell.out / "metrics.json", m) for cell, m in zip(cells, done)]
-        print("\n" + table.tables(found)[0], end="")
+        print("\n" + table.tables(found), end="")
     return None
 
 

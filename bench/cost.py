@@ -17,7 +17,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
 import torch
 
-from bench.common import finish, interleaved, machine
+from bench.common import interleaved
 from sert_min.kernels.fast import cpu
 
 V, ROWS, SHARE = 50257, (25, 200, 1000), 25  # vocabulary; rows of the table; rows of a prompt
@@ -97,7 +97,7 @@ def total(parts: dict, m: Machine) -> float:
     return sum(seconds(part, m) for part in parts.values())
 
 
-def print_floors(name: str, m: Machine) -> dict:
+def print_floors(name: str, m: Machine) -> None:
     """The floor of each part at three numbers of rows, what binds it, and from how many rows on the
     arithmetic binds it; then a training step at batch 8."""
     print(f"\n{name}: {m.ops / 1e12:.3g} Tflop/s, {m.bandwidth / 1e9:,.0f} GB/s; gpt2")
@@ -117,7 +117,6 @@ def print_floors(name: str, m: Machine) -> dict:
     train = training_step("gpt2", 8 * 85, 8 * 36, 85, m)
     each = ", ".join(f"{k} {seconds(v, m) * 1e3:.3g}" for k, v in train.items())
     print(f"  training, batch 8: {total(train, m) * 1e3:.3g} ms a step ({each})")
-    return {"tokens_per_s": rates, "training_ms": total(train, m) * 1e3}
 
 
 # --- Table II -------------------------------------------------------------------------------------
@@ -174,9 +173,8 @@ def print_matrix(args, m: Machine, name: str) -> None:
           f"about {judged * JUDGE_IN:,} tokens in and {judged * JUDGE_OUT:,} out")  # fmt: skip
 
 
-def main(argv=None) -> dict:
+def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--out", help="write the floors as JSON")
     p.add_argument("--matrix", action="store_true", help="only the cells of Table II")
     p.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     p.add_argument("--models", nargs="+", default=list(SIZES))
@@ -184,15 +182,12 @@ def main(argv=None) -> dict:
     p.add_argument("--limit", type=int, help="questions of each split")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="of the matrix")
     p.add_argument("--factor", type=float, default=3.0, help="time over floor (an assumption)")
-    args = p.parse_args(argv)
-    result: dict = {"machine": machine(), "floors": {}}
+    args = p.parse_args()
     here = this_cpu() if args.device == "cpu" or not args.matrix else {}
     for name, m in {} if args.matrix else (here | GPUS).items():
-        result["floors"][name] = print_floors(name, m)
+        print_floors(name, m)
     name = "an H200" if args.device == "cuda" else "one thread of this CPU, fp32"
     print_matrix(args, here["this CPU, fp32"] if args.device == "cpu" else GPUS["H200"], name)
-    finish(result, args.out)
-    return result
 
 
 if __name__ == "__main__":

@@ -7,20 +7,16 @@ stand in a file of its own beside --out (NAME-kernels.json, ..) after every row:
 before a failure, a time limit or a kill is kept. --out holds all parts so far.
 """
 
-import argparse
 import json
 import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
-import torch
-
-from bench.common import ROOT, finish, machine
+from bench.common import DEVICE, ROOT, finish, machine, parser
 
 SECONDS = {  # time limit of each part, in order of use
     "start": 120, "decoder": 120, "tests": 240, "kernels": 300, "sampling": 300, "training": 300,
@@ -37,23 +33,17 @@ TESTS = {
 def run(command: list[str], seconds: float) -> tuple[list[str], dict]:
     """Run a Python command in the repository, showing its output as it comes; its lines, and how it
     went: seconds, and an error if it failed or ran out of time."""
-    start, lines, late = time.perf_counter(), [], []
-    p = subprocess.Popen(
-        [sys.executable, "-u", *command], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, errors="replace",
-    )  # fmt: skip
-    timer = threading.Timer(seconds, lambda: (late.append(1), p.kill()))
-    timer.start()
-    for line in p.stdout:
-        print(line, end="", flush=True)
-        lines.append(line.rstrip("\n"))
-    code = p.wait()
-    timer.cancel()
+    start, lines = time.perf_counter(), []
+    given = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
+    limited = ["timeout", "--signal=KILL", f"{seconds:g}", sys.executable, "-u", *command]
+    with subprocess.Popen(limited, cwd=ROOT, **given) as p:
+        for line in p.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip("\n"))
     how = {"seconds": round(time.perf_counter() - start, 1)}
-    if late:
-        how["error"] = f"stopped after {seconds:g} s"
-    elif code:
-        how["error"] = f"exit status {code}: " + "\n".join(lines[-12:])[-2000:]
+    if code := p.returncode:
+        late = f"stopped after {seconds:g} s or " if code in (-9, 137) else ""
+        how["error"] = f"{late}exit status {code}: " + "\n".join(lines[-12:])[-2000:]
     return lines, how
 
 
@@ -96,15 +86,14 @@ def run_start(seconds: float) -> dict:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--quick", action="store_true", help="fewer shapes and runs")
+    p = parser(__doc__)
     p.add_argument("--only", default=",".join(SECONDS), help="NAME or NAME=SECONDS, by comma")
-    p.add_argument("--out", default="bench/results/gpu.json")
+    p.set_defaults(out="bench/results/gpu.json")
     args = p.parse_args()
     parts = dict((x.split("=") + [""])[:2] for x in args.only.split(","))
     if unknown := set(parts) - set(SECONDS):
         raise SystemExit(f"error: --only knows {', '.join(SECONDS)}, not {', '.join(unknown)}")
-    if not torch.cuda.is_available():
+    if DEVICE == "cpu":
         raise SystemExit("error: no CUDA GPU here; nothing was measured")
     out = Path(args.out)
     result = {"machine": machine()}

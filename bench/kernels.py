@@ -1,9 +1,9 @@
 """Time of one sampling step's kernels on a GPU: ours against what people use, and the hardware.
 
 From logits: sample_score.py against PyTorch's chain (softmax, top-k, cumsum, multinomial, gather) and
-a chain as vLLM's sampler has it, both as they are and compiled, transformers' logits warpers, and
-FlashInfer with a log-sum-exp and a gather where it is installed. From hidden states: the fused head
-and what a caller gets, against the bare product of cuBLAS, and against that product followed by the
+a chain as vLLM's sampler has it, both as they are and compiled, and FlashInfer's sampler where it is
+installed. From hidden states: the fused head and
+what a caller gets, against the bare product of cuBLAS, and against that product followed by the
 one-pass kernel or the compiled chains. Attention of one layer over shared prompts: against its
 definition, and against PyTorch's attention over keys where each row has a copy of its prompt's.
 
@@ -14,7 +14,7 @@ against the reference.
     python bench/kernels.py --out bench/results/kernels.json     (needs a GPU)
 """
 
-import argparse
+import importlib.util
 import itertools
 import sys
 from collections.abc import Callable
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ it
 import torch
 import torch.nn.functional as F
 
-from bench.common import TOP_K, TOP_P, eager, finish, gpu_medians, machine
+from bench.common import DEVICE, TOP_K, TOP_P, eager, finish, gpu_medians, machine, parser
 from sert_min import kernels
 from sert_min.kernels import attention
 from sert_min.kernels.fast import head_sample_score
@@ -49,28 +49,17 @@ def without_sort(logits):
     return drawn, F.log_softmax(logits.float(), -1).gather(1, drawn)
 
 
-def installed_chains() -> dict[str, Callable]:
-    """transformers' own processors in the order of generate, and FlashInfer's sampler."""
-    found = {}
-    try:
-        from transformers import TopKLogitsWarper, TopPLogitsWarper
+def flashinfer_chain() -> dict[str, Callable]:
+    """FlashInfer's sampler and a log-prob, where it is installed."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return {}
+    from flashinfer.sampling import top_k_top_p_sampling_from_logits
 
-        def warpers(logits):
-            scores = TopPLogitsWarper(TOP_P)(None, TopKLogitsWarper(TOP_K)(None, logits))
-            drawn = torch.multinomial(scores.softmax(-1), 1)
-            return drawn, F.log_softmax(logits.float(), -1).gather(1, drawn)
+    def chain(logits):
+        ids = top_k_top_p_sampling_from_logits(logits, TOP_K, TOP_P).long()[:, None]
+        return ids, logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)
 
-        found["transformers warpers"] = warpers
-        from flashinfer.sampling import top_k_top_p_sampling_from_logits
-
-        def flashinfer(logits):
-            ids = top_k_top_p_sampling_from_logits(logits, TOP_K, TOP_P).long()[:, None]
-            return ids, logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)
-
-        found["flashinfer chain"] = flashinfer
-    except ImportError:
-        pass
-    return found
+    return {"flashinfer": chain}
 
 
 def compiled_chains() -> dict[str, Callable]:
@@ -88,8 +77,10 @@ def rotate(make: Callable, n_bytes: int) -> Callable:
     return itertools.cycle([make() for _ in range(n)]).__next__
 
 
-def us(times: dict[str, float]) -> dict[str, float]:
-    return {name: round(t * 1e6, 2) for name, t in times.items()}
+def us_and_ratio(times: dict[str, float]) -> dict:
+    ours, items = times["ours"], times.items()
+    return {"us": {n: round(t * 1e6, 2) for n, t in items},
+            "ratio": {n: round(t / ours, 2) for n, t in items}}  # fmt: skip
 
 
 def errors(found, logits) -> dict:
@@ -104,12 +95,11 @@ def errors(found, logits) -> dict:
 def from_logits(B: int, V: int, runs: int, bandwidth: float) -> dict:
     nxt = rotate(lambda: torch.randn(B, V, device="cuda") * 4 - 100, B * V * 4)
     chains = {"ours": lambda x: kernels.sample_and_score(x, **GIVEN), "eager": eager}
-    chains |= {"as vLLM": without_sort, **compiled_chains(), **installed_chains()}
+    chains |= {"as vLLM": without_sort, **compiled_chains(), **flashinfer_chain()}
     times = gpu_medians({name: lambda f=f: f(nxt()) for name, f in chains.items()}, runs)
     x = nxt()
     return {
-        "from": "logits", "B": B, "V": V, "us": us(times),
-        "ratio": {name: round(t / times["ours"], 2) for name, t in times.items()},
+        "from": "logits", "B": B, "V": V, **us_and_ratio(times),
         "share_of_bandwidth": round(B * V * 4 / times["ours"] / bandwidth, 3),
         **errors(chains["ours"](x), x),
     }  # fmt: skip
@@ -135,13 +125,11 @@ def from_hidden(B: int, V: int, C: int, runs: int) -> dict:
             "ours": lambda h=h, w=w: draw(h, w(), n_vocab=V, **GIVEN),
         }
         chains = {"one pass": lambda x: kernels.sample_and_score(x, **GIVEN), **compiled_chains()}
-        for chain, f in chains.items():
-            candidates[f"product + {chain}"] = lambda h=h, w=w, f=f: f(
-                kernels.fp32_product(h, w())[:, :V]
-            )
+        product = lambda h=h, w=w: kernels.fp32_product(h, w())[:, :V]  # noqa: E731
+        candidates |= {f"product + {n}": lambda f=f, p=product: f(p()) for n, f in chains.items()}
         times = gpu_medians(candidates, runs)
         best = min(t for chain, t in times.items() if chain.endswith("compiled"))
-        result["us"][name] = us(times)
+        result["us"][name] = us_and_ratio(times)["us"]
         result["ratio"][name] = round(times["ours"] / times["bare product"], 3)
         result["ratio_to_chain"][name] = round(best / times["ours"], 3)
     head, convert = heads["3 bf16 pieces"]
@@ -178,19 +166,15 @@ def from_prompts(G: int, t: int, dtype: torch.dtype, runs: int, bandwidth: float
     exact = ((q.float() @ k.float().mT).softmax(-1) @ v.float())[:, :, 0]
     return {
         "from": "prompts", "B": n, "G": G, "t": t, "dtype": str(dtype).removeprefix("torch."),
-        "us": us(times),
-        "ratio": {name: round(x / times["ours"], 2) for name, x in times.items()},
+        **us_and_ratio(times),
         "share_of_bandwidth": round(floor / times["ours"] / bandwidth, 3),
         "error": float((kernels.shared_attention(*given).float() - exact).abs().max()),
     }  # fmt: skip
 
 
 def main(argv=None) -> None:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--quick", action="store_true", help="fewer shapes and runs")
-    p.add_argument("--out", help="write the figures as JSON")
-    args = p.parse_args(argv)
-    if not torch.cuda.is_available():
+    args = parser(__doc__).parse_args(argv)
+    if DEVICE == "cpu":
         raise SystemExit("error: this needs a CUDA GPU; bench/compile_kernels.py does not")
     runs = 30 if args.quick else 200
     a, b = torch.empty(2, 2**28, device="cuda")
@@ -211,9 +195,6 @@ def main(argv=None) -> None:
     for G, dtype in PROMPTS[: 2 if args.quick else None]:
         for t in (16, 64, 128):
             note(from_prompts(G, t, dtype, runs, bandwidth))
-    last = next(r for r in rows if r["from"] == "hidden" and r["B"] == 1000)
-    print(f"hidden to token and log-prob, 1,000 rows: {last['ratio']} of the bare product, best "
-          f"chain {last['ratio_to_chain']}")  # fmt: skip
 
 
 if __name__ == "__main__":

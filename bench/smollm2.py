@@ -10,7 +10,6 @@ Candidates run in turn; figures are medians. See bench/sampling.py and bench/tra
     python bench/smollm2.py --out bench/results/smollm2-cpu.json     # 10 minutes on one thread
 """
 
-import argparse
 import ctypes
 import functools
 import importlib.util
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from bench import sampling, training
-from bench.common import TOP_K, TOP_P, finish, interleaved, machine
+from bench.common import DEVICE, DTYPES, TOP_K, TOP_P, interleaved, parser, report
 from sert_min import tasks
 from sert_min.io import smollm2
 from sert_min.io.hub import find_model
@@ -52,11 +51,8 @@ def llama_cpp(gguf: Path, prompts: list[list[int]], new: int):
     context = api.llama_init_from_model(model, params)
     memory, n_vocab = api.llama_get_memory(context), 49152
     chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-    for sampler in (
-        api.llama_sampler_init_top_k(TOP_K),
-        api.llama_sampler_init_top_p(TOP_P, 1),
-        api.llama_sampler_init_dist(0),
-    ):
+    cuts = api.llama_sampler_init_top_k(TOP_K), api.llama_sampler_init_top_p(TOP_P, 1)
+    for sampler in (*cuts, api.llama_sampler_init_dist(0)):
         api.llama_sampler_chain_add(chain, sampler)
     batch = api.llama_batch_init(512, 0, 1)
 
@@ -79,9 +75,8 @@ def llama_cpp(gguf: Path, prompts: list[list[int]], new: int):
             places = [len(prompt) - 1] * 25
             for n in range(new):
                 drawn = [api.llama_sampler_sample(chain, context, place) for place in places]
-                rows = [np.ctypeslib.as_array(api.llama_get_logits_ith(context, place), (n_vocab,))
-                        for place in places]  # fmt: skip
-                logits = np.stack(rows)
+                found = [api.llama_get_logits_ith(context, place) for place in places]
+                logits = np.stack([np.ctypeslib.as_array(row, (n_vocab,)) for row in found])
                 top = logits.max(1, keepdims=True)
                 total = top[:, 0] + np.log(np.exp(logits - top).sum(1))
                 scores.append(logits[range(25), drawn] - total)
@@ -113,14 +108,13 @@ def measure_sampling(args, folder: Path, dtype: str, temporary: Path) -> dict:
     encoded = [tokenizer.encode_prompt(question_prompt(q)) for q in questions]
     width = sorted(map(len, encoded))[len(encoded) // 2]
     prompts = [ids for ids in encoded if len(ids) == width][: args.questions]
-    model = load_model(folder, dtype=sampling.DTYPES[dtype])
+    model = load_model(folder, DEVICE, DTYPES[dtype])
     candidates = {"ours": sampling.ours(model, prompts, args.new_tokens)}
     given = (str(folder), model, prompts, args.new_tokens)
     candidates["transformers"] = sampling.transformers_generate(*given)
     if importlib.util.find_spec("llama_cpp"):
         for name, file in llama_cpp_files(temporary).items():
             candidates[name] = llama_cpp(file, prompts, args.new_tokens)
-    error = sampling.largest_error(model, prompts, candidates["ours"]())
     times = interleaved(candidates, args.runs)
     tokens = 25 * len(prompts) * args.new_tokens
     return {
@@ -128,47 +122,28 @@ def measure_sampling(args, folder: Path, dtype: str, temporary: Path) -> dict:
         "prompt_tokens": width,
         "tokens_per_s": {name: round(tokens / t, 1) for name, t in times.items()},
         "ratio": {name: round(t / times["ours"], 2) for name, t in times.items()},
-        "logprob_error": error,
     }
 
 
-def measure_training(args, folder: Path, dtype: str) -> dict:
-    """Tokens per second of a step of batch 8, medians over the steps, in turn."""
-    given = str(folder), "cpu", dtype == "bf16"
-    steps = {"ours": training.ours(*given), "transformers": training.transformers_step(*given)}
-    batches, times, losses = training.make_batches(args.steps + 1, 8, True), {}, {}
-    for batch in batches:
-        for name, step in steps.items():
-            start = training.clock("cpu")
-            losses.setdefault(name, []).append(step(batch))
-            seconds = training.clock("cpu") - start
-            times.setdefault(name, []).append(seconds / sum(len(ids) for ids, _ in batch))
-    rates = {name: 1 / float(np.median(t[1:])) for name, t in times.items()}
-    apart = max(abs(a - b) for a, b in zip(losses["ours"], losses["transformers"]))
-    return {
-        "tokens_per_s": {name: round(rate, 1) for name, rate in rates.items()},
-        "ratio": round(rates["ours"] / rates["transformers"], 2),
-        "largest_loss_difference": apart,
-    }
-
-
-def main(argv=None) -> dict:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--out", help="write the figures as JSON")
-    p.add_argument("--dtypes", default="fp32,bf16", help="default: %(default)s")
+def main(argv=None) -> None:
+    p = parser(__doc__)
     p.add_argument("--questions", type=int, default=4)
     p.add_argument("--new-tokens", type=int, default=64)
     p.add_argument("--runs", type=int, default=3)
     p.add_argument("--steps", type=int, default=8)
     args = p.parse_args(argv)
-    folder, result = Path(find_model("smollm2")), {"machine": machine(), "settings": vars(args)}
+    if args.quick:
+        args.questions, args.new_tokens, args.runs, args.steps = 2, 16, 1, 2
+    folder = Path(find_model("smollm2"))
     with tempfile.TemporaryDirectory() as temporary:
-        for dtype in args.dtypes.split(","):
+
+        def figures(dtype: str) -> dict:
             sampled = measure_sampling(args, folder, dtype, Path(temporary))
-            result[dtype] = {"sampling": sampled, "training": measure_training(args, folder, dtype)}
-            print(dtype, result[dtype], flush=True)
-            finish(result, args.out)
-    return result
+            batches = training.make_batches(args.steps + 1, 8, True)
+            trained = training.measure(str(folder), dtype, batches, limit=False)
+            return {"sampling": sampled, "training": trained}
+
+        report(args, ((d, functools.partial(figures, d)) for d in args.dtypes.split(",")))
 
 
 if __name__ == "__main__":

@@ -24,32 +24,28 @@ machine disturb little; else wall seconds.
     python bench/training.py --quick                                   # 1 minute, a smaller model
 """
 
-import argparse
+import itertools
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
 import torch
 from torch import Tensor
 
-from bench.common import ROOT, finish, machine, replay_seconds
-from bench.sampling import SHAPES, make_model
-from sert_min.finetune import (
-    IGNORE,
-    Example,
-    make_optimizer,
-    n_supervised,
-    sparse_embedding,
-    train_step,
-)
+from bench import common
+from bench.common import DEVICE, replay_seconds
+from sert_min import finetune
+from sert_min.finetune import IGNORE, Example, n_supervised
 from sert_min.gpt2 import GPT2
 from sert_min.io.machine import keep_freed_memory
 from sert_min.kernels.fast import cpu
 from sert_min.models import load_model, save_model
+from sert_min.report.likelihood import padded
 
 LR = 3e-4
 # Tokens of prompt + completion, GPT-2's BPE, of every 76th question of CommonsenseQA's train split
@@ -68,9 +64,9 @@ LENGTHS = """
 LABEL = 8
 
 
-def clock(device: str) -> float:
+def clock() -> float:
     """Seconds now: CPU seconds on a CPU with one thread, else wall seconds of finished work."""
-    if device == "cuda":
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
     elif torch.get_num_threads() == 1:
         return time.process_time()
@@ -79,44 +75,40 @@ def clock(device: str) -> float:
 
 def make_batches(n: int, size: int, paths: bool) -> list[list[Example]]:
     """n batches of `size` examples; over and over through LENGTHS, with random ids."""
-    lengths = [tuple(map(int, pair.split("+"))) for pair in LENGTHS.split()]
-    g, batches = torch.Generator().manual_seed(0), []
-    for i in range(n * size):
-        prompt, completion = lengths[i % len(lengths)]
-        completion = completion if paths else LABEL
-        ids = torch.randint(0, 49152, (prompt + completion,), generator=g).tolist()
-        if i % size == 0:
-            batches.append([])
-        batches[-1].append((ids[:-1], [IGNORE] * (prompt - 1) + ids[prompt:]))
-    return batches
+    lengths, g = itertools.cycle(LENGTHS.split()), torch.Generator().manual_seed(0)
+
+    def example() -> Example:
+        prompt, completion = map(int, next(lengths).split("+"))
+        length = prompt + (completion if paths else LABEL)
+        ids = torch.randint(0, 49152, (length,), generator=g).tolist()
+        return ids[:-1], [IGNORE] * (prompt - 1) + ids[prompt:]
+
+    return [[example() for _ in range(size)] for _ in range(n)]
 
 
 # --- the candidates: each is called with a batch, takes one step and returns its loss -------------
 
 
-def ours(folder: str, device: str, bf16: bool) -> Callable:
-    model = load_model(Path(folder), device)
-    model.wte.sparse = sparse_embedding(model)  # as `fit` does
-    optimizer = make_optimizer(model, LR)
-    return lambda batch: train_step(model, optimizer, batch, 0, bf16=bf16)
+def ours(folder: str, bf16: bool) -> Callable:
+    model = load_model(Path(folder), DEVICE)
+    model.wte.sparse = finetune.sparse_embedding(model)  # as `fit` does
+    optimizer = finetune.make_optimizer(model, LR)
+    return lambda batch: finetune.train_step(model, optimizer, batch, 0, bf16=bf16)
 
 
-def transformers_step(folder: str, device: str, bf16: bool) -> Callable:
+def transformers_step(folder: str, bf16: bool) -> Callable:
     """One step as transformers' Trainer takes it."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, fused=True)
 
     def step(batch: list[Example]) -> float:
-        longest = max(len(ids) for ids, _ in batch) + 1
-        rows = []  # ids, mask, labels: the whole text, which the model shifts by itself
-        for ids, targets in batch:
-            pad = longest - len(ids) - 1
-            text, labels = ids + targets[-1:], [IGNORE] + targets
-            rows.append((text + [0] * pad, [1] * len(text) + [0] * pad, labels + [IGNORE] * pad))
-        ids, mask, labels = (torch.tensor(x, device=device) for x in zip(*rows))
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        # the whole texts, padded: the model shifts the labels by itself
+        texts, labels = [i + t[-1:] for i, t in batch], [[IGNORE, *t] for _, t in batch]
+        sides = (texts, 0), ([[1] * len(text) for text in texts], 0), (labels, IGNORE)
+        ids, mask, labels = (padded(rows, fill).to(DEVICE) for rows, fill in sides)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -133,21 +125,20 @@ def transformers_step(folder: str, device: str, bf16: bool) -> Callable:
 @torch.no_grad()
 def limit_seconds(model: GPT2, batch: list[Example], bf16: bool) -> dict[str, float]:
     """What a step on `batch` can't do without, done once: seconds by part."""
-    c, weight = model.config, model.head_weight
-    device, dtype = weight.device.type, torch.bfloat16 if bf16 else torch.float32
+    c, weight, dtype = model.config, model.head_weight, torch.bfloat16 if bf16 else torch.float32
     N, M = sum(len(ids) for ids, _ in batch), n_supervised(batch)
     B, T, D = len(batch), max(len(ids) for ids, _ in batch), c.n_embd // c.n_head
 
     def random(*shape) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype)
+        return torch.randn(shape, device=DEVICE, dtype=dtype)
 
     def seconds(*products: Callable) -> float:
-        if device == "cuda":
+        if DEVICE == "cuda":
             return replay_seconds(lambda: [product() for product in products], 3)
-        start = clock(device)
+        start = clock()
         for product in products:
             product()
-        return clock(device) - start
+        return clock() - start
 
     def three(x, w, g) -> list[Callable]:
         pairs = (x, w), (g, w.t()), (g.t(), x.t())
@@ -161,7 +152,7 @@ def limit_seconds(model: GPT2, batch: list[Example], bf16: bool) -> dict[str, fl
     attention = [lambda: q @ q.mT, lambda: p @ q] * (3 * c.n_layer)
     head = three(random(M, c.n_embd).float(), weight, random(M, len(weight)).float())
     found = {"linear": seconds(*linear), "attention": seconds(*attention), "head": seconds(*head)}
-    a, b = (torch.ones(64 * 2**20, device=device) for _ in range(2))
+    a, b = (torch.ones(64 * 2**20, device=DEVICE) for _ in range(2))
     per_byte = seconds(lambda: a.copy_(b)) / (2 * 4 * a.numel())
     found["optimiser"] = 8 * 4 * model.n_params() * per_byte
     return found
@@ -171,72 +162,58 @@ def linears(block) -> list:
     return [block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
 
 
-def measure(folder: str, device: str, dtype: str, batches: list) -> dict:
+def measure(folder: str, dtype: str, batches: list, limit: bool = True) -> dict:
     """The figures of one dtype and kind of examples, both candidates in turn. The first batch warms
-    up: its loss counts, its time does not."""
+    up: its loss counts, its time does not. `limit`: compare with what no training can leave out."""
     bf16 = dtype == "bf16"
     kinds = {"ours": ours, "transformers": transformers_step}
-    steps = {name: make(folder, device, bf16) for name, make in kinds.items()}
+    steps = {name: make(folder, bf16) for name, make in kinds.items()}
     times, losses, limits = {n: [] for n in kinds}, {n: [] for n in kinds}, []
-    plain = load_model(Path(folder), device)  # its weights for the products alone
+    plain = load_model(Path(folder), DEVICE)  # its weights for the products alone
     for batch in batches:
         for name, step in steps.items():
-            start = clock(device)
+            start = clock()
             losses[name].append(float(step(batch)))
-            times[name].append(clock(device) - start)
-        limits.append(limit_seconds(plain, batch, bf16))
+            times[name].append(clock() - start)
+        limits += [limit_seconds(plain, batch, bf16)] if limit else []
         print(f"  { ({n: round(t[-1], 4) for n, t in times.items()}) } s", flush=True)
     tokens = [sum(len(ids) for ids, _ in batch) for batch in batches]
-    floors = [sum(parts.values()) for parts in limits]
 
     def typical(values: list, per: list) -> float:
         return round(statistics.median(a / b for a, b in list(zip(values, per))[1:]), 3)
 
-    return {
+    found = {
         "tokens": statistics.median(tokens),
         "supervised": statistics.median(map(n_supervised, batches)),
         "tokens_per_s": {name: typical(tokens, t) for name, t in times.items()},
         "ratio": typical(times["transformers"], times["ours"]),
-        "limit_ms": {k: round(statistics.median(x[k] for x in limits) * 1e3, 2) for k in limits[0]},
-        "share_of_limit": typical(floors, times["ours"]),
         "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses.values())),
         "losses": losses["ours"],
     }
+    if limit:
+        medians = {k: statistics.median(x[k] for x in limits) for k in limits[0]}
+        found["limit_ms"] = {k: round(t * 1e3, 2) for k, t in medians.items()}
+        found["share_of_limit"] = typical([sum(x.values()) for x in limits], times["ours"])
+    return found
 
 
-def main(argv=None) -> dict:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--quick", action="store_true", help="small model, 3 steps")
-    p.add_argument("--out", help="write the figures as JSON")
-    p.add_argument("--shape", choices=SHAPES, default="124M")
-    p.add_argument("--dtypes", default="fp32,bf16", help="default: %(default)s")
+def main(argv=None) -> None:
+    p = common.parser(__doc__)
     p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--steps", type=int, help="default: 7 on a CPU, 30 on a GPU")
+    p.add_argument("--steps", type=int, default=30 if DEVICE == "cuda" else 7)
     args = p.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.steps = args.steps or (30 if device == "cuda" else 7)
     if args.quick:
         args.shape, args.steps = "quick", 3
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
     keep_freed_memory()  # as `fit` does; it serves both
-    result: dict = {"machine": machine(), "settings": vars(args)}
-    print(result)
     with tempfile.TemporaryDirectory() as folder:
-        save_model(make_model(args.shape), Path(folder) / "model", ROOT, {})
-        for dtype in args.dtypes.split(","):
-            for kind in ("paths", "labels"):
-                batches = make_batches(args.steps + 1, args.batch, kind == "paths")
-                r = result[f"{dtype}, {kind}"] = measure(f"{folder}/model", device, dtype, batches)
-                print(f"{dtype}, {kind}", *(f"{k}: {v}" for k, v in r.items()), sep="\n  ")
-                finish(result, args.out)
-    for dtype in args.dtypes.split(","):
-        r = result[f"{dtype}, paths"]
-        print(f"{dtype}: {r['share_of_limit']:.0%} of the limit, losses within "
-              f"{r['largest_loss_difference']:.1e} of transformers'")  # fmt: skip
-        print(f"{dtype}: ratio to transformers' best: {r['ratio']}")
-    return result
+        save_model(common.make_model(args.shape), Path(folder) / "model", common.ROOT, {})
+
+        def figures(dtype: str, kind: str) -> dict:
+            batches = make_batches(args.steps + 1, args.batch, kind == "paths")
+            return measure(f"{folder}/model", dtype, batches)
+
+        pairs = itertools.product(args.dtypes.split(","), ("paths", "labels"))
+        common.report(args, ((f"{d}, {k}", partial(figures, d, k)) for d, k in pairs))
 
 
 if __name__ == "__main__":

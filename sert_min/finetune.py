@@ -28,6 +28,7 @@ from sert_min.io.files import read_jsonl, set_torn_tail_aside, sync, to_line, wr
 from sert_min.io.machine import keep_freed_memory, stop_signals
 from sert_min.io.progress import Bar
 from sert_min.io.state import load_state, save_state
+from sert_min.kernels.fast.graph import replay
 from sert_min.kernels.fast.head_loss import HeadLoss
 from sert_min.models import first_broken
 
@@ -56,22 +57,29 @@ class Batch(NamedTuple):
     positions: Tensor  # [N] from 0 in each example
     targets: Tensor  # [N]
     supervised: Tensor  # [M] places in [N] whose target is not IGNORE
+    counts: Tensor  # [M] 1.0, or 0.0 for padding
     place: Tensor  # [N] where a token stands in the flattened grid [B, T] of attention
     grid: tuple[int, int]  # B, T: T is the longest example
 
 
-def pack(examples: list[Example], device="cpu") -> Batch:
-    """Put examples into one Batch."""
-    T = max(len(ids) for ids, _ in examples)
+def pack(examples: list[Example], device="cpu", few_sizes: bool = False) -> Batch:
+    """Put examples into one Batch. With `few_sizes` T is a multiple of 32, N fills the grid and M is
+    a multiple of 64: the padding has no loss, and few shapes need few CUDA graphs."""
+    T, fill = max(len(ids) for ids, _ in examples), few_sizes
+    T += -T % 32 * fill
     ids, positions, targets, place = [], [], [], []
     for row, (example_ids, example_targets) in enumerate(examples):
-        ids += example_ids
-        targets += example_targets
-        positions += range(len(example_ids))
-        place += range(row * T, row * T + len(example_ids))
+        n = len(example_ids)
+        pad = (T - n) * fill
+        ids += example_ids + [0] * pad
+        targets += example_targets + [IGNORE] * pad
+        positions += [*range(n), *[0] * pad]
+        place += range(row * T, row * T + n + pad)
     # The places are found on the host, so nothing has to wait for the device to count them.
     supervised = [i for i, t in enumerate(targets) if t != IGNORE]
-    columns = (torch.tensor(x) for x in (ids, positions, targets, supervised, place))
+    pad = -len(supervised) % 64 * fill
+    counts, supervised = [1.0] * len(supervised) + [0.0] * pad, supervised + [0] * pad
+    columns = (torch.tensor(x) for x in (ids, positions, targets, supervised, counts, place))
     return Batch(*(x.to(device, non_blocking=True) for x in columns), (len(examples), T))
 
 
@@ -100,7 +108,8 @@ def loss_sum(model: GPT2, batch: Batch, bf16: bool = False) -> Tensor:
     with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=bf16):
         hidden = model(batch.ids, batch.positions, packed_attention(batch))  # [N, C]
     hidden = hidden.index_select(0, batch.supervised).float()  # [M, C]
-    return HeadLoss.apply(hidden, model.head_weight, batch.targets[batch.supervised])
+    targets = batch.targets[batch.supervised].clamp(min=0)
+    return (HeadLoss.apply(hidden, model.head_weight, targets) * batch.counts).sum()
 
 
 def n_supervised(examples: list[Example]) -> int:
@@ -138,6 +147,25 @@ def sparse_embedding(model: GPT2) -> bool:
     return model.lm_head is None and model.wte.weight.device.type == "cpu"
 
 
+def add_gradient(model: GPT2, examples: list[Example], n: int, bf16: bool) -> Tensor:
+    """Add to the gradients those of the examples' part of a mean over n tokens; returns that part of
+    the loss. On a GPU it is a CUDA graph, because its thousand small kernels run faster than the host
+    can launch them one by one."""
+    device = model.wte.weight.device
+
+    def run(batch: Batch, n: Tensor) -> Tensor:
+        loss = loss_sum(model, batch, bf16) / n
+        loss.backward()
+        return loss.detach()
+
+    batch = pack(examples, device, few_sizes=device.type == "cuda")
+    inputs = (*batch[:-1], torch.tensor(float(n)).to(device))
+    if device.type != "cuda":
+        return run(batch, inputs[-1])
+    key = (batch.grid, len(batch.supervised), bf16)
+    return replay(model, key, lambda *x: run(Batch(*x[:-1], batch.grid), x[-1]), inputs)
+
+
 def train_step(
     model: GPT2, optimizer, examples: list[Example], step: int, accumulate=1, bf16=False
 ) -> float:
@@ -145,19 +173,18 @@ def train_step(
     `accumulate` runs the examples in so many parts, and torchrun gives each process its share: the
     result is the same. A loss or gradient that is not finite is an error before the update."""
     n, device = n_supervised(examples), model.wte.weight.device
+    on_cpu = device.type == "cpu"  # elsewhere gradients stay where they are, for the graphs
     mine, total = examples[parallel.RANK :: parallel.WORLD], torch.zeros((), device=device)
     size = -(-len(mine) // accumulate) or 1
     for i in range(0, len(mine), size):
-        loss = loss_sum(model, pack(mine[i : i + size], device), bf16) / n
-        loss.backward()
-        total += loss.detach()
+        total += add_gradient(model, mine[i : i + size], n, bf16)
     parameters = list(model.parameters())
     parallel.sum_up(total, parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     # This is a step's only wait for the device: a broken number must not reach the weights.
     total, length = torch.stack([total, norm]).tolist()
     if not (math.isfinite(total) and math.isfinite(length)):
-        optimizer.zero_grad()
+        optimizer.zero_grad(on_cpu)
         places = (first_broken(model, ids) for ids, _ in examples)
         where = next((p for p in places if p.startswith("first")), "finite in fp32 when run again")
         raise SertError(
@@ -167,7 +194,7 @@ def train_step(
     if length > CLIP:
         torch.nn.utils.clip_grads_with_norm_(parameters, CLIP, norm)
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(on_cpu)
     return total
 
 

@@ -35,7 +35,7 @@ def test_both_sides_take_the_same_steps(tmp_path):
     model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=16)).init_weights_(0)
     save_model(model, tmp_path / "model", tmp_path, {})
     sides = (training.ours, training.transformers_step)
-    steps = [make(str(tmp_path / "model"), "cpu", False) for make in sides]
+    steps = [make(str(tmp_path / "model"), False) for make in sides]
     for batch in training.make_batches(4, 3, paths=True):
         assert abs(float(steps[0](batch)) - float(steps[1](batch))) < 1e-4
 

@@ -311,8 +311,8 @@ def test_paper_numbers_are_those_of_the_spec():
     for model, method, *cells in rows:
         for task, cell in zip(("strategy_qa", "commonsense_qa"), cells):
             numbers = [None if x == "-" else float(x) for x in cell.split(" / ")]
-            key = names[model], methods[method]
-            assert table.PAPER[task][key] == tuple(numbers + [None] * (4 - len(numbers)))
+            key = f"{names[model]} {methods[method]}"
+            assert table.PAPER[task][key] == numbers + [None] * (4 - len(numbers))
     assert all(len(cells) == 13 for cells in table.PAPER.values())
 
 
@@ -320,16 +320,15 @@ def test_table_marks_and_averages():
     """Guards marks turned around, seeds counted as cells, numbers in empty cells."""
     found = [metrics(), metrics(seed=1, acc=(0.57, 0.53, 0.61)), metrics("rd", (0.4, 0.36, 0.44)),
              metrics("finetune")]  # fmt: skip
-    text, markdown = table.tables([(Path("metrics.json"), m) for m in found])
-    for said in (text, markdown):
-        assert "always saying no scores 52.55 %" in said
+    text = table.tables([(Path("metrics.json"), m) for m in found])
+    assert "always saying no scores 52.55 %" in text
     lines = {line.split("  ")[0]: line for line in text.splitlines()}
     assert "SERT  56.00 [52.0, 60.0] (paper 54.00, in)" in re.sub("  +", "  ", lines["gpt2 SERT"])
     assert "100.00 (paper 145.33, out)" in lines["gpt2 SERT"] and "687 x 2" in lines["gpt2 SERT"]
     assert "100.00" not in lines["gpt2 Finetune"]  # it gives answers only: it has no Len
-    assert "| gpt2 RD | 40.00 [36.0, 44.0] (paper 52.69, out) |" in markdown
-    assert "| gpt2-large SERT | (paper 55.75) | (paper 0.94) |" in markdown
-    text, _ = table.tables([(Path("metrics.json"), metrics(model="micro", task="micro"))])
+    assert "40.00 [36.0, 44.0] (paper 52.69, out)" in lines["gpt2 RD"]
+    assert "SERT  (paper 55.75)  (paper 0.94)" in re.sub("  +", "  ", lines["gpt2-large SERT"])
+    text = table.tables([(Path("metrics.json"), metrics(model="micro", task="micro"))])
     assert "paper" not in text and "GPT-3.5" not in text
     assert re.search(r"micro SERT\+RD +not trained\n", text)
 
@@ -350,7 +349,7 @@ def test_differences_are_paired(tmp_path):
     half = 1.959964 * (47.871**2 / 4 + 17.678**2 / 2) ** 0.5
     assert mean == 37.5 and low == pytest.approx(37.5 - half, abs=0.01)
     assert row["methods"] == ["sert", "finetune"] and not {"fmt", "acc_likelihood"} & set(row)
-    text, _ = table.tables(found)
+    text = table.tables(found)
     assert "gpt2 SERT - Finetune" in text and f"+37.50 [{low:+.2f}, {high:+.2f}] " in text
     assert "+0.00 [+0.00, +0.00]\n" in text  # of rep: no star
 

@@ -136,7 +136,7 @@ def test_head_loss_equals_cross_entropy():
     found = []
     for f in (
         lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"),
-        lambda h, w: finetune.HeadLoss.apply(h, w, targets),
+        lambda h, w: finetune.HeadLoss.apply(h, w, targets).sum(),
     ):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = f(h, w)
@@ -145,6 +145,22 @@ def test_head_loss_equals_cross_entropy():
     assert found[0][0] > 500
     for a, b in zip(*found):
         assert_close(b, a, 1e-6)
+
+
+@pytest.mark.parametrize("loss_on_all", [False, True])
+def test_padding_to_few_sizes_changes_nothing(loss_on_all):
+    """Guards padding that gets a loss, a position, or a look at what is real."""
+    examples, found = random_examples(), []
+    if loss_on_all:  # then the token that padded losses point to has a target
+        examples = [(ids, ids[1:] + [7]) for ids, _ in examples]
+    for few_sizes in (False, True):
+        model, batch = random_model(), pack(examples, few_sizes=few_sizes)
+        loss = loss_sum(model, batch)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert batch.grid == (4, 32) and len(batch.supervised) == 64
+    for a, b in zip(*found):
+        assert_close(b, a, 1e-5)
 
 
 def test_no_example_sees_another():

@@ -3,9 +3,11 @@ model. Everything here is skipped where there is no CUDA; the GPU's way without 
 test_generate.py."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from test_finetune import random_examples, random_model
 from test_generate import (
     PAPER,
     Words,
@@ -16,7 +18,10 @@ from test_generate import (
     row_keys,
 )
 
+from sert_min import finetune
 from sert_min.generate import GREEDY, sample_block
+from sert_min.io.errors import SertError
+from sert_min.kernels.fast import graph
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -101,3 +106,26 @@ def test_top_k_off():
     rows = sample_block(on_gpu, Words(), *block, s)
     assert count_flips(wanted, rows) <= 2
     assert logprob_error(model, block[0], rows).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("bf16, accumulate", [(False, 1), (False, 2), (True, 1)])
+def test_training_steps_equal_the_cpu(bf16, accumulate, monkeypatch):
+    """Guards graphs of several sizes, captured in one step and replayed in others: padding that gets
+    a loss, gradients that are kept from a step before, a number that was fixed at the capture."""
+    batches = [random_examples(), random_examples(((9, 4), (40, 30)), 1), random_examples(seed=2)]
+    losses = []
+    for device, most in (("cpu", 0), ("cuda", 0), ("cuda", graph.MOST)):
+        monkeypatch.setattr(graph, "MOST", most)
+        model = random_model().to(device)
+        step = partial(finetune.train_step, model, finetune.make_optimizer(model, 1e-3))
+        losses.append([step(batches[i % 3], i, accumulate, bf16) for i in range(15)])
+    cpu, plain, graphs = losses
+    n, error = len(graph.KNOWN[model][1]), max(abs(a - b) for a, b in zip(cpu, graphs))
+    same = sum(a == b for a, b in zip(plain, graphs))
+    print(f"\nbf16={bf16}: loss {cpu[0]:.3f} .. {cpu[-1]:.3f}, {n} graphs, {same} of 15 losses are "
+          f"those without graphs, largest difference from the CPU {error:.1e}")  # fmt: skip
+    assert error < (5e-2 if bf16 else 1e-4) and graphs[-1] < graphs[0]
+    assert max(abs(a - b) for a, b in zip(plain, graphs)) < 1e-5 and 2 <= n <= 4
+    model.h[0].mlp.c_fc.weight.data[0, 0] = float("nan")
+    with pytest.raises(SertError, match="loss nan"):
+        step(batches[0], 15, accumulate, bf16)

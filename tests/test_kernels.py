@@ -315,18 +315,17 @@ def test_bf16_pieces():
 def test_every_variant_compiles_without_spills():
     """Guards what the interpreter can't see: each default configuration compiles for A100 (sm_80)
     and H100/H200 (sm_90), and nothing spills from registers into local memory."""
-    script = [sys.executable, str(ROOT / "bench" / "compile_kernels.py"), "--json"]
+    script = [sys.executable, str(ROOT / "bench" / "compile_kernels.py")]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     p = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert p.returncode == 0, p.stderr[-2000:]
-    rows = json.loads(p.stdout.splitlines()[-1])
+    rows = [json.loads(line) for line in p.stdout.splitlines()]
     assert {r["target"] for r in rows} == {"sm_80", "sm_90"}
     kinds = {"stream_kernel", "merge_kernel", "search_kernel", "head_kernel"}
     kinds |= {"own_kernel", "prompt_kernel"}  # of attention_triton.py
     assert {r["kernel"] for r in rows} == kinds
     for r in rows:
-        # of the stack; older versions of Triton use a little more than this one
-        assert r["spill_bytes"] <= (0 if r["target"] == "sm_90" and r.get("K", 16) == 16 else 64), r
+        assert r["spill_bytes"] <= (0 if r["target"] == "sm_90" else 32), r
         assert r["registers"] <= 255, r
         assert r["shared_bytes"] <= (163 if r["target"] == "sm_80" else 227) * 1024, r
 

@@ -83,8 +83,8 @@ def test_one_error_under_torchrun_is_one_message(tmp_path):
 
 
 @pytest.mark.parametrize("rank, problem, waits", [
-    ("0", SertError("bad"), []), ("1", SertError("bad"), [3]), ("1", RuntimeError("lost"), [3]),
-    ("0", RuntimeError("lost"), [1]), ("0", SystemExit(2), []), ("1", SystemExit(2), [3]),
+    ("0", SertError("bad"), []), ("1", SertError("bad"), [20]), ("1", RuntimeError("lost"), [20]),
+    ("0", RuntimeError("lost"), [1]), ("0", SystemExit(2), []), ("1", SystemExit(2), [20]),
     (None, RuntimeError("a bug"), []),
 ])  # fmt: skip
 def test_processes_wait_for_the_one_that_speaks(rank, problem, waits, monkeypatch):

@@ -1,4 +1,4 @@
-"""Summed cross-entropy of a head without the memory that autograd would take."""
+"""Cross-entropy of a head without the memory that autograd would take."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from .cpu import linear
 
 
 class HeadLoss(torch.autograd.Function):
-    """F.cross_entropy(hidden @ weight.T, targets, reduction="sum"), with the gradient of the logits
+    """F.cross_entropy(hidden @ weight.T, targets, reduction="none"), [M], with the gradient of the logits
     (softmax - one-hot) made in the forward pass: this takes two [M, V] tensors instead of four, and
     the backward pass is two products. It computes in fp32 under autocast, too."""
 
@@ -20,10 +20,10 @@ class HeadLoss(torch.autograd.Function):
         lse = logits.amax(1) - gradient.amax(1).log()  # [M]
         gradient.scatter_add_(1, targets[:, None], -torch.ones_like(own))
         ctx.save_for_backward(hidden, weight, gradient)
-        return (lse - own[:, 0]).sum()
+        return lse - own[:, 0]
 
     @staticmethod
     def backward(ctx, scale: Tensor):
         hidden, weight, gradient = ctx.saved_tensors
-        of_hidden = linear(gradient, weight.t()) * scale
+        of_hidden = linear(gradient, weight.t()) * scale[:, None]
         return of_hidden, linear(gradient.t(), hidden.t() * scale), None

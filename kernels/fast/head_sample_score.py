@@ -107,6 +107,11 @@ def tiles(B: int, V: int, dtype: torch.dtype, processors: int = 132) -> tuple:
     return block_b, block_v, block_c, span, triton.cdiv(V, span)
 
 
+def warps(K: int, block_b: int) -> int:
+    """How many warps a program has: 4, or 8 where 4 would spill registers on an H100."""
+    return 8 if K == 64 or (K == 0 and block_b > 16) else 4
+
+
 def run_head(
     hidden: Tensor, weight: Tensor, top_k: Tensor, K: int, blocks: tuple | None
 ) -> tuple[tuple, int]:
@@ -122,7 +127,7 @@ def run_head(
         hidden, hidden.stride(0), weight, weight.stride(0), B, V, C, span, top_k, top_k.stride(0),
         *memory, strips, K=K, BLOCK_B=block_b, BLOCK_V=block_v, BLOCK_C=block_c,
         PRECISION="tf32x3" if hidden.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=3, **FUSION,
+        num_warps=warps(K, block_b), num_stages=3, **FUSION,
     )  # fmt: skip
     return memory, strips
 

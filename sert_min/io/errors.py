@@ -83,7 +83,7 @@ def run_script(main, args) -> None:
     except BaseException as error:
         told = last_line(error)
         if rank and (rank != "0" or not (told or isinstance(error, SystemExit))):
-            time.sleep(3 if rank != "0" else 1)
+            time.sleep(20 if rank != "0" else 1)  # longer than process 0 may be behind
         if told is None:
             raise
         let_go_of_stdout()

@@ -14,11 +14,11 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import filelock
 
 from sert_min.io.errors import SertError, need
 
@@ -168,8 +168,7 @@ def set_torn_tail_aside(path: Path | str) -> int:
     if not path.exists():
         return 0
     with open(path, "r+b") as f:
-        size = f.seek(0, os.SEEK_END)
-        f.seek(max(0, size - 1))
+        f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
         if f.read() in (b"", b"\n"):
             return 0
         f.seek(0)
@@ -181,7 +180,7 @@ def set_torn_tail_aside(path: Path | str) -> int:
         sync(torn)
         f.truncate(end)
         sync(f.fileno())
-    return size - end
+    return len(whole) - end
 
 
 # --- folders --------------------------------------------------------------------------------------
@@ -227,7 +226,8 @@ def lock_folder(folder: Path | str, name: str = ".lock", wait: bool = False) -> 
     taken = f"another process is writing to {folder}; wait for it or choose another --out-dir"
     folder = Path(os.path.realpath(folder))  # what a link leads to may not be there yet
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / name, "w") as f:
+    holder = folder / f"{name}-holder"
+    with open(folder / name, "w") as f, contextlib.ExitStack() as stack:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -235,51 +235,11 @@ def lock_folder(folder: Path | str, name: str = ".lock", wait: bool = False) -> 
         except OSError as e:
             if e.errno not in UNABLE:
                 raise
-            with lock_file(folder / f"{name}-holder", taken, wait):
-                yield
-            return
+            try:
+                stack.enter_context(filelock.SoftFileLock(holder, timeout=-1 if wait else 0))
+            except filelock.Timeout:
+                raise SertError(f"{taken} (if that process is gone, delete {holder})") from None
         yield
-
-
-@contextlib.contextmanager
-def lock_file(path: Path, taken: str, wait: bool) -> Iterator[None]:
-    """A lock without flock: the file at `path` is there while a process holds it. One that a dead
-    process of this host left is removed."""
-    me = f"{socket.gethostname()} {os.getpid()}"
-    while True:
-        try:
-            with open(path, "x") as f:
-                f.write(me)
-            break
-        except FileExistsError:
-            with contextlib.suppress(FileNotFoundError):  # it was let go just now
-                host, _, number = (said := path.read_text()).partition(" ")
-                if (
-                    host == socket.gethostname()
-                    and number.isdigit()
-                    and not is_running(int(number))
-                ):
-                    os.rename(path, dead := beside(path, str(os.getpid())))
-                    if dead.read_text() != said:  # another process was faster: its lock holds
-                        os.rename(dead, path)
-                    dead.unlink(missing_ok=True)
-                    continue
-                need(wait, f"{taken} (delete {path} if process {number} on {host} is gone)")
-                time.sleep(0.1)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def clean_name(text: str) -> str:
@@ -303,15 +263,13 @@ def stored_settings(path: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def check_settings(path: Path, settings: dict, fix: str, defaults: dict | None = None) -> None:
+def check_settings(path: Path, settings: dict, fix: str) -> None:
     """Store `settings` (JSON) at `path`, or compare with what is stored there: a difference is an
-    error that shows both values, so work under other settings is never mixed into a folder. A
-    setting that an older folder lacks counts as its default."""
+    error that shows both values, so work under other settings is never mixed into a folder."""
     settings = json.loads(json.dumps(settings))
     if not path.exists():
-        write_atomic(path, json.dumps(settings, indent=1) + "\n")
-        return
-    there = {**(defaults or {}), **read_json(path)}
+        return write_atomic(path, json.dumps(settings, indent=1) + "\n")
+    there = read_json(path)
     differ = [k for k in sorted(settings) if there.get(k) != settings[k]]
     shown = "; ".join(f"{k}: {there.get(k)} there, {settings[k]} now" for k in differ)
-    need(not differ, f"{path.parent} holds a run with other settings ({shown}); {fix}")
+    return need(not differ, f"{path.parent} holds a run with other settings ({shown}); {fix}")

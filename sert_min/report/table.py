@@ -27,40 +27,9 @@ COLUMNS = {  # shares in % up to `contradictory`
 NAMES = {"base": "base", "finetune": "Finetune", "star": "STaR", "sert": "SERT", "sert-rd": "SERT+RD",
          "rd": "RD", "teacher": "zero-shot CoT"}  # fmt: skip
 TEACHER = "GPT-3.5"
-# Acc in %, Fmt, Len, Rep [SERT Table II]; Finetune states answers only. Several accuracies are no
-# k / 687 or k / 1221, and the teacher's row fits the full sets.
-PAPER = {
-    "strategy_qa": {
-        (TEACHER, "teacher"): (53.45, None, 76.77, 0.36),
-        ("gpt2", "finetune"): (54.00, None, None, None),
-        ("gpt2", "sert"): (54.00, 0.91, 145.33, 0.53),
-        ("gpt2", "sert-rd"): (54.65, 0.99, 116.62, 0.50),
-        ("gpt2", "rd"): (52.69, 0.92, 116.23, 0.52),
-        ("gpt2-medium", "finetune"): (50.22, None, None, None),
-        ("gpt2-medium", "sert"): (55.17, 0.89, 149.11, 0.49),
-        ("gpt2-medium", "sert-rd"): (56.34, 1.00, 103.42, 0.49),
-        ("gpt2-medium", "rd"): (52.69, 0.85, 181.06, 0.56),
-        ("gpt2-large", "finetune"): (53.57, None, None, None),
-        ("gpt2-large", "sert"): (55.75, 0.94, 63.06, 0.33),
-        ("gpt2-large", "sert-rd"): (57.21, 0.97, 80.28, 0.47),
-        ("gpt2-large", "rd"): (50.22, 0.79, 90.48, 0.51),
-    },
-    "commonsense_qa": {
-        (TEACHER, "teacher"): (60.07, None, 63.82, 0.31),
-        ("gpt2", "finetune"): (20.80, None, None, None),
-        ("gpt2", "sert"): (20.72, 0.96, 120.80, 0.50),
-        ("gpt2", "sert-rd"): (21.95, 0.97, 114.30, 0.49),
-        ("gpt2", "rd"): (21.87, 0.91, 167.11, 0.61),
-        ("gpt2-medium", "finetune"): (19.82, None, None, None),
-        ("gpt2-medium", "sert"): (23.10, 0.82, 160.26, 0.56),
-        ("gpt2-medium", "sert-rd"): (25.72, 0.90, 116.34, 0.52),
-        ("gpt2-medium", "rd"): (21.54, 0.66, 257.40, 0.67),
-        ("gpt2-large", "finetune"): (20.88, None, None, None),
-        ("gpt2-large", "sert"): (22.63, 0.99, 77.53, 0.46),
-        ("gpt2-large", "sert-rd"): (26.03, 1.00, 94.18, 0.47),
-        ("gpt2-large", "rd"): (22.93, 0.93, 96.15, 0.51),
-    },
-}
+# Acc in %, Fmt, Len, Rep by task and "model method" [SERT Table II]; Finetune states answers only.
+# Several accuracies are no k / 687 or k / 1221, and the teacher's row fits the full sets.
+PAPER = read_json(Path(__file__).with_name("table2.json"))
 
 
 class Row(NamedTuple):
@@ -100,10 +69,10 @@ def pooled(values: Iterable, scale: float) -> tuple | None:
 def table_rows(metrics: list[dict], task: str) -> list[Row]:
     """One row per model and method: the paper's cells, and what else was evaluated."""
     paper, rows = PAPER.get(task, {}), []
-    models = dict.fromkeys([model for model, _ in paper] + [m["model"] for m in metrics])
+    models = dict.fromkeys([cell.split()[0] for cell in paper] + [m["model"] for m in metrics])
     for model, method in itertools.product(models, ("teacher", "base", *METHODS)):
         some = [m for m in metrics if (m["model"], m["method"]) == (model, method)]
-        printed = paper.get((model, method), ())
+        printed = paper.get(f"{model} {method}", ())
         # a model that the paper lacks gets its four rows too: missing cells stay empty
         wanted = method in METHODS and method != "star" and model != TEACHER
         if not some and not printed and not wanted:
@@ -213,40 +182,32 @@ def grid(rows: list[Row]) -> list[list[str]]:
     return lines
 
 
-def tables(found: list[tuple[Path, dict]]) -> tuple[str, str]:
-    """(aligned text, Markdown) of all tasks that were evaluated."""
-    text, markdown, metrics = [], [], [m for _, m in found]
+def tables(found: list[tuple[Path, dict]]) -> str:
+    """The aligned tables of all tasks that were evaluated."""
+    text, metrics = [], [m for _, m in found]
     for task in sorted({m["task"] for m in metrics}):
         some = [m for m in metrics if m["task"] == task]
         sets = sorted({(m["n"], *m["majority"]) for m in some}, reverse=True)
-        head = [f"{task} test, {n:,} questions; always saying {answer} scores {100 * share:.2f} %"
-                for n, answer, share in sets]  # fmt: skip
-        text += [*head, ""]
-        markdown += [f"**{head[0]}**", *head[1:], ""]
+        text += [f"{task} test, {n:,} questions; always saying {answer} scores {100 * share:.2f} %"
+                 for n, answer, share in sets] + [""]  # fmt: skip
         rows = differences(found, task)
         for lines in (grid(table_rows(some, task)), *([difference_grid(rows)] if rows else [])):
             widths = [max(map(len, column)) for column in zip(*lines)]
             text += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines] + [""]
-            lines = [f"| {' | '.join(line)} |" for line in lines]
-            markdown += [lines[0], "|---" * len(widths) + "|", *lines[1:], ""]
     if any(m["task"] in PAPER for m in metrics):
-        note = "in, out: the paper's number lies inside or outside our 95 % interval"
-        text.append(note)
-        markdown.append(note)
-    return "\n".join(text).rstrip() + "\n", "\n".join(markdown).rstrip() + "\n"
+        text.append("in, out: the paper's number lies inside or outside our 95 % interval")
+    return "\n".join(text).rstrip() + "\n"
 
 
 def print_table(folder: Path) -> None:
     """Table II of everything under `folder`, printed and kept there."""
     found = find_metrics(folder)
     need(found, f"no metrics.json under {folder}; run evaluate.py on some checkpoints first")
-    text, markdown = tables(found)
+    text, numbers = tables(found), {}
     print(printable_lines(text), end="")
-    numbers = {}
     for task in sorted({m["task"] for _, m in found}):
         rows = table_rows([m for _, m in found if m["task"] == task], task)
         rows = [row._asdict() for row in rows if row.n]
         numbers[task] = {"rows": rows, "differences": differences(found, task)}
     write_atomic(folder / "table.json", json.dumps(without_nan(numbers), indent=1) + "\n")
     write_atomic(folder / "table.txt", text)
-    write_atomic(folder / "table.md", markdown)
