@@ -1,11 +1,8 @@
 """distill.py from flags to checkpoint, with a fake teacher and a tiny student."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -209,39 +206,6 @@ def test_unreadable_answers_stop_after_20(student):
         assert "--two-step only" not in str(stop.value) and "--go-on" in str(stop.value)
 
 
-CHILD = """
-import sys
-import distill
-from sert_min import tasks
-from sert_min.io.errors import run_script
-from sert_min.questions import Question
-ask = [Question("strategy_qa", str(i), f"Is {i} even?", "yes") for i in range(30)]
-tasks.load = lambda *args: ask
-run_script(distill.main, distill.parse_args(sys.argv[1:]))
-"""
-
-
-def test_a_second_process_is_refused_and_sigterm_says_how_to_go_on(student):
-    """The user's view of a stop: status, a line that names the next step, and no traceback."""
-    with FakeServer(ok(YES), delay=0.2) as server:
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, *flags(student, server, "--collect-only")],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        while len(server.bodies) < 3 and child.poll() is None:
-            time.sleep(0.01)
-        with pytest.raises(SertError, match="another process"):
-            run(student, server, "--collect-only")
-        child.send_signal(signal.SIGTERM)
-        out, err = child.communicate()
-        assert child.returncode == 143 and "continue with: python" in out
-        assert "Traceback" not in err and KEY not in out + err
-        assert f"{len(server.bodies)} replies" in out and "without a known bill" not in out
-
-
 def test_replies_of_an_earlier_version_are_found(student):
     """Replies lay in --out-dir: choosing another one must not buy them again."""
     with FakeServer(ok(YES)) as server:
@@ -279,23 +243,12 @@ def test_several_samples_and_shots(student, capsys):
 # --- flags ----------------------------------------------------------------------------------------
 
 
-BAD_FLAGS = {
-    "--teacher-file x": "not both",
-    "--concurrency 0": "--concurrency must be above 0",
-    "--timeout nan": "--timeout must be above 0",
-    "--max-cost 1": "needs --price-in",
-    "--max-cost nan --price-in 1 --price-out 1": "--max-cost must be",
-    "--price-in -1": "--price-in must be",
-    "--teacher-temperature inf": "--teacher-temperature must be",
-    "--base-url https://me:pw@host/v1": "must not hold a password",
-}
-
-
-@pytest.mark.parametrize("more, message", BAD_FLAGS.items())
-def test_bad_flags_are_refused_before_anything_is_sent(more, message, student):
+def test_bad_flags_are_refused_before_anything_is_sent(student):
+    """All flags of an endpoint are tested in test_endpoint.py."""
     with FakeServer(ok(YES)) as server:
-        with pytest.raises(SertError, match=message):
-            run(student, server, *more.split())
+        for words, message in (("--teacher-file x", "not both"), ("--concurrency 0", "above 0")):
+            with pytest.raises(SertError, match=message):
+                run(student, server, *words.split())
         assert server.bodies == []
 
 
@@ -307,18 +260,6 @@ def test_a_teacher_is_needed_for_real_tasks(student):
 
 
 # --- files, students, micro -----------------------------------------------------------------------
-
-
-def test_teacher_file(student, capsys):
-    """The same rationales, whether they came live or from our own record."""
-    with FakeServer(ok(YES)) as server:
-        run(student, server, "--collect-only")
-    live = records()
-    (path,) = Path("out").rglob("rationales.jsonl")
-    run(student, None, "--teacher-file", path, "--out-dir", "run", "--max-steps", 2)
-    again = records("run")
-    assert [{**r, "source": ""} for r in live] == [{**r, "source": ""} for r in again]
-    assert Path("run/last/model.safetensors").exists() and "kept" in capsys.readouterr().out
 
 
 def test_rationales_that_do_not_fit_the_student_are_counted(student, capsys):

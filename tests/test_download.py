@@ -93,15 +93,12 @@ class Hub:
         revision, _, name = rest.partition("/")
         self.asked.append(f"{request.command} {revision}/{name or how}")
         folder, commit = self.repos.get(repo, (None, None))
-        if (
-            commit and how != "resolve"
-        ):  # older clients ask for the revision, newer ones for the tree
-            files = [f.name for f in folder.iterdir()]
-            listing = {
-                "revision": {"id": repo, "sha": commit, "siblings": [{"rfilename": f} for f in files]},
-                "tree": [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": f}
-                         for f in files],
-            }[how]  # fmt: skip
+        if commit and how == "revision":  # older clients ask for this, newer ones for the tree
+            siblings = [{"rfilename": f.name} for f in folder.iterdir()]
+            listing = {"id": repo, "sha": commit, "siblings": siblings}
+        elif commit and how == "tree":
+            listing = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
+                       for f in folder.iterdir()]  # fmt: skip
         status, headers, body = 404, {"Content-Length": "0"}, b""
         if commit is None:
             headers["X-Error-Code"] = "RepoNotFound"
@@ -121,11 +118,8 @@ class Hub:
                 announced = len(body) if self.cut == "short" else announced
             headers["Content-Length"] = str(announced)
         if self.status:  # 200: a login page in place of the hub
-            body = b"<html>log in</html>"
-            status, headers = (
-                self.status,
-                {"Content-Length": str(len(body)), "Content-Type": "text/html"},
-            )
+            status, body = self.status, b"<html>log in</html>"
+            headers = {"Content-Length": str(len(body)), "Content-Type": "text/html"}
         request.send_response(status)
         for header in headers.items():
             request.send_header(*header)

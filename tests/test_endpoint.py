@@ -382,7 +382,6 @@ def in_child(folder, server, n, e) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            os.dup2(os.open(folder / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
             run(folder, server, n, e)
             os._exit(0)
         except SystemExit as stop:
@@ -393,7 +392,7 @@ def in_child(folder, server, n, e) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_keeps_what_is_in_flight(number, tmp_path):
+def test_a_signal_keeps_what_is_in_flight(number, tmp_path, capfd):
     """SIGTERM just killed the process, with paid requests in flight."""
     with FakeServer(ok(), delay=0.3) as server:
         pid = in_child(tmp_path, server, 50, at(server, concurrency=4))
@@ -403,6 +402,8 @@ def test_a_signal_keeps_what_is_in_flight(number, tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + number
         there = stored(tmp_path)
         assert len(there.replies) == len(server.bodies) >= 5 and there.open_bills() == []
+    said = capfd.readouterr().out
+    assert "continue with: python " in said and "without a known bill" not in said
     assert len(server.bodies) <= 9
 
 
@@ -515,13 +516,20 @@ def test_concurrency_adapts_to_a_serial_server(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
+    (["--concurrency", "0"], "--concurrency must be above 0"),
+    (["--timeout", "nan"], "--timeout must be above 0"),
+    (["--max-cost", "1"], "needs --price-in"),
+    (["--max-cost", "nan", "--price-in", "1", "--price-out", "1"], "--max-cost must be"),
+    (["--price-in", "-1"], "--price-in must be"),
+    (["--teacher-temperature", "inf"], "--teacher-temperature must be"),
+    (["--base-url", "https://me:pw@host/v1"], "must not hold a password"),
     (["--extra-body", "[1]"], "no JSON object"),
     (["--extra-body", "{"], "no JSON object"),
     (["--extra-body", '{"n": 2, "stream": true}'], "must not set n, stream"),
     (["--extra-header", "X-Key"], "NAME=VARIABLE"),
     (["--extra-header", "X-Key=NOT_THERE"], "NOT_THERE is not set"),
 ])  # fmt: skip
-def test_bad_additions_to_a_request_are_refused(words, message):
+def test_bad_flags_are_refused(words, message):
     with pytest.raises(SertError, match=message):
         from_words(*words)
 

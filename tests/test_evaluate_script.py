@@ -356,13 +356,9 @@ def test_differences_are_paired(tmp_path):
 
 def test_table_reads_folders(tmp_path, capsys):
     """Guards other splits and variants in the table, and a traceback for a foreign metrics.json."""
-    others = {
-        "sert/seed0": {},
-        "sert/seed0/eval-train": {"split": "train"},
-        "best": {"variant": "best"},
-    }
+    others = {"seed0": {}, "seed0/eval-train": {"split": "train"}, "best": {"variant": "best"}}
     for name, other in others.items():
-        folder = tmp_path / "t/strategy_qa/gpt2" / name
+        folder = tmp_path / "t/strategy_qa/gpt2/sert" / name
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(json.dumps({**metrics(), **other}))
     run("--table", tmp_path / "t")

@@ -95,16 +95,12 @@ def run(server, rows, *more):
 def test_judging_asks_once_at_temperature_0(capsys):
     """Guards paying twice: the same command, and another file with the same texts, ask nothing;
     missing scores are counted."""
-
-    @by_body
-    def step(body):
-        return ok("no idea" if "Is 3?" in body["messages"][0]["content"] else REPLY)
-
-    with FakeServer(step) as server:
+    with FakeServer(by_body(lambda b: ok("no idea" if "Is 3?" in str(b) else REPLY))) as server:
         scored = run(server, predictions(10))
         assert len(server.bodies) == 10
         assert run(server, predictions(10)) == scored and len(server.bodies) == 10
-        run(server, predictions(12)[2:] * 2, "--out-dir", "other", "--max-requests", 5)
+        twice = [r | {"answer": a} for r in predictions(12)[2:] for a in ("yes", "no")]
+        run(server, twice, "--out-dir", "other", "--max-requests", 5)
         assert len(server.bodies) == 12
     assert all(b["temperature"] == 0 and b["max_tokens"] == 512 for b in server.bodies)
     assert [r["mean"] for r in scored] == [6.5] * 3 + [None] + [6.5] * 6
@@ -124,12 +120,11 @@ def test_a_cap_ends_with_status_2_and_keeps_what_came(capsys):
 def test_a_judge_that_ignores_the_form_is_stopped_early():
     """Guards 17,000 paid replies that hold no score."""
     with FakeServer(ok("I like it.")) as server:
-        with pytest.raises(SertError, match="only 0 of the first 20 replies hold all four scores"):
-            run(server, predictions(60))
-        assert len(server.bodies) < 40
-        with pytest.raises(SertError, match="hold all four scores"):  # nor 20 more by repeating
-            run(server, predictions(60))
-        assert len(server.bodies) < 60
+        for first, most in (("20", 40), ("..", 60)):  # nor are 20 more bought by repeating
+            told = f"only 0 of the first {first} replies hold all four scores"
+            with pytest.raises(SertError, match=told):
+                run(server, predictions(60))
+            assert len(server.bodies) < most
 
 
 def test_dry_run_prices_and_sends_nothing(capsys):

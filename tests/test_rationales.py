@@ -111,12 +111,7 @@ def test_log_gives_what_the_jsonl_gives():
 
 def test_davinci_by_name(tmp_path, monkeypatch):
     """Downloaded once, told whole by its number of entries; a cut download is not kept."""
-    said = {
-        "rationale": "R.",
-        "teacher_completion": "Yes.",
-        "teacher_answer": "yes",
-        "answer": "yes",
-    }
+    said = dict(rationale="R.", teacher_completion="Yes.", teacher_answer="yes", answer="yes")
     log, urls = log_of([{"question": f"q{i}?", **said} for i in range(2290)]).encode(), []
     monkeypatch.setenv("SERT_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -144,13 +139,9 @@ def write_step_by_step(folder, change=lambda text: text):
     outputs[1] += "\n\nQ: A made-up question?\nA: No. So the answer is (c) sea."
     outputs[2] = "I do not know"
     outputs = [change(o) for o in outputs]
-    parts = {
-        "train_CoT_0": outputs[:1000],
-        "train_CoT_1": outputs[1000:],
-        "test_CoT_0": ["of the test"],
-    }
-    for name, part in parts.items():
-        (folder / f"{name}.json").write_text(json.dumps(part))
+    (folder / "train_CoT_0.json").write_text(json.dumps(outputs[:1000]))
+    (folder / "train_CoT_1.json").write_text(json.dumps(outputs[1000:]))
+    (folder / "test_CoT_0.json").write_text(json.dumps(["of the test split"]))
 
 
 def test_distilling_step_by_step(tmp_path):

@@ -114,15 +114,6 @@ def test_the_key_is_in_no_byte(what, model, capfd):
     assert "teacher m" in said and "judge m" in said
 
 
-@pytest.mark.parametrize("script", [distill, evaluate])
-def test_no_key_over_http_to_another_machine(script, model, capfd):
-    """192.0.2.1 is nobody; conftest.py has a test fail that even tries."""
-    words = ["--task", "strategy_qa", "--model", model, "--base-url", "http://192.0.2.1/v1"]
-    more = ["--collect-only", "--teacher-model"] if script is distill else ["--judge-model"]
-    said = said_by(script, [*words, *more, "m"], capfd)
-    assert "unencrypted" in said and "--insecure" in said
-
-
 def test_plain_sampling_needs_no_network(monkeypatch):
     """Not even this machine's."""
     for name in ("connect", "connect_ex", "bind", "sendto"):
@@ -148,15 +139,12 @@ def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
     about = {"method": "sert", "root": "..", "seed": "/../../../../../escaped", "parents": [EVIL],
              "task": EVIL, "prompt_suffix": f" {EVIL}"}  # fmt: skip
     (student / "sert.json").write_text(json.dumps(about))
-    said, inside = "", Path("out/commonsense_qa")  # where results go without --out-dir
+    inside = Path("out/commonsense_qa")  # where results go without --out-dir
+    told = []
 
     def run(script, *words):
-        nonlocal said
-        said += said_by(
-            script,
-            ["--task", "commonsense_qa", "--model", student, "--device", "cpu", *words],
-            capfd,
-        )
+        base = ["--task", "commonsense_qa", "--model", student, "--device", "cpu"]
+        told.append(said_by(script, [*base, *words], capfd))
 
     short = ["--max-new-tokens", "4"]
     loose = ["--patterns", "none", "--min-tokens", "1", "--max-rep2", "1", "--min-perplexity", "0"]
@@ -164,7 +152,7 @@ def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
     run(sample, *short, *loose, "--html", "p.html", "--no-early-reject")
     (paths,) = inside.rglob("selected.jsonl")
     run(train, "--max-steps", "1", "--report", "2", "--paths", paths, "--out-dir", "t")
-    assert Path("t/last").is_dir(), said
+    assert Path("t/last").is_dir(), told
     with FakeServer(ok(EVIL, finish=EVIL, model=EVIL, id=EVIL), error(400, EVIL)) as server:
         ask = ["--base-url", server.url, "--concurrency", "1"]
         teach = [*ask, "--teacher-model", EVIL, "--keep", "all", "--collect-only", "--out-dir", "d"]
@@ -178,19 +166,16 @@ def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
     assert len(list(inside.rglob("sent.jsonl"))) == 2  # the teacher's and the judge's
     names = ("id", "question", "answer", "rationale", "teacher_completion", "teacher_answer")
     Path("texts.jsonl").write_text(to_line({**dict.fromkeys(names, EVIL), "answer": "yes"}))
-    said += said_by(evaluate, ["--task", "strategy_qa", "--predictions", "texts.jsonl"], capfd)
+    run(evaluate, "--task", "strategy_qa", "--predictions", "texts.jsonl")
     metrics = {"task": EVIL, "model": EVIL, "n": 1, "majority": [EVIL, 0.5], "split": "test",
                "method": "sert", "acc": [0.5, 0.1, 0.9]}  # fmt: skip
     Path("table").mkdir()
     Path("table/metrics.json").write_text(json.dumps(metrics))
-    said += said_by(evaluate, ["--table", "table"], capfd)
+    run(evaluate, "--table", "table")
+    said = "".join(told)
     assert "scores 50.00 %" in said and "prompt of question" in said
-    bad = [
-        said[max(0, i - 90) : i + 30]
-        for i, c in enumerate(said)
-        if not (c.isprintable() or c in "\n\r")
-    ]
-    assert not bad, bad[:2]
+    bad = [i for i, c in enumerate(said) if not (c.isprintable() or c in "\n\r")]
+    assert not bad, said[: bad[0] + 1][-90:]
     html = Path("p.html").read_text()
     assert "onerror" in html and "<img" not in html and html.count("</script>") == 2  # data, code
     assert "Content-Security-Policy" in html
