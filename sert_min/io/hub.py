@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -140,15 +141,12 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
 
 def is_reachable(url: str) -> bool:
     """Does anything listen at `url`? The hub client would try six times. A proxy is trusted."""
-    if any(
-        os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
-    ):
+    if {urlsplit(url).scheme, "all"} & getproxies().keys():
         return True
     try:
         at = urlsplit(url)
-        socket.create_connection(
-            (at.hostname, at.port or (80 if at.scheme == "http" else 443)), timeout=10
-        ).close()
+        port = at.port or (80 if at.scheme == "http" else 443)
+        socket.create_connection((at.hostname, port), timeout=10).close()
     except (OSError, ValueError):
         return False
     return True
