@@ -17,40 +17,26 @@ import sert_min.io.early  # noqa: F401  (first: it makes one line of what fails 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-from sert_min import prompts, tasks
-from sert_min.answers import plain_answer
-from sert_min.io import asking, endpoint, parallel
-from sert_min.io.endpoint import Ask, Endpoint
+from sert_min import prompts, tasks, teachers
+from sert_min.io import asking, parallel
 from sert_min.io.errors import command, need, printable, printable_lines, run_script
 from sert_min.io.files import clean_name, read_jsonl, to_line, write_atomic
 from sert_min.models import read_config
-from sert_min.questions import Question, describe, stem
-from sert_min.rationales import Output, rationale_records, teacher_answer
+from sert_min.questions import Question, describe
+from sert_min.rationales import Output, rationale_records
 from sert_min.report import console
 from sert_min.script import Student, add_flags, check_counts, open_student, parse, parser
 from sert_min.teacher_files import read_teacher_file
 from sert_min.tokenizer import load_tokenizer
 from train import Options, add_training_flags, options, prepare, train_student
 
-ANSWER_TOKENS = 64  # of the reply to the second request of --two-step
-
 
 def parse_args(argv=None) -> argparse.Namespace:
     p = parser(__doc__)
     # fmt: off
     g = p.add_argument_group("teacher")
-    g.add_argument("--teacher-file", help="existing rationales: davinci (a public log), a .log of "
-                   "zero_shot_cot, distilling-step-by-step's folder, or .jsonl (docs/usage.md)")
-    endpoint.add_flags(g, "teacher")
-    g.add_argument("--teacher-suffix", default="", help="added to the prompt, e.g. to ask for an answer")
-    g.add_argument("--two-step", action="store_true", help="ask for the answer in a second request")
-    g.add_argument("--shots", metavar="FILE", help="worked examples that go before each question: JSONL "
-                   "with question, rationale, answer")
-    g.add_argument("--teacher-samples", type=int, default=1, metavar="N", help="replies per question "
-                   "(above 1: give --teacher-temperature)")
-    g.add_argument("--teacher-dir", help="where replies lie (default: out/TASK/teacher-NAME)")
+    teachers.add_flags(g)
     g = p.add_argument_group("what is learnt")
     g.add_argument("--keep", choices=("right", "all"), default="right", help="by their answers")
     g.add_argument("--per-question", type=int, metavar="M", help="at most M rationales per question")
@@ -68,7 +54,7 @@ def main(args) -> None:
     if parallel.RANK > 0 and (args.dry_run or args.collect_only):
         return None  # process 0 asks the teacher alone; the others only train
     check_counts(args, "limit", "per_question", "teacher_samples")
-    teacher = teacher_from_flags(args)
+    teacher = teachers.from_flags(args)
     questions = tasks.load(args.task, "train", args.data_dir)
     print(describe(questions, "train"))
     questions = questions[: args.limit]
@@ -129,7 +115,8 @@ def collect(args, teacher, questions: list[Question], out: Path, fits) -> tuple[
     for each question, clean them, choose those to learn from, and print all counts."""
     failures: list[str] = []
     if teacher:
-        outputs, failures = ask_teacher(teacher, questions, args, out)
+        stop_early = args.keep == "right" and not args.go_on
+        outputs, failures = teachers.ask(teacher, questions, out, stop_early)
     elif args.teacher_file:
         found, left = read_teacher_file(args.teacher_file, questions)
         outputs = {name: [output] for name, output in found.items()}
@@ -180,123 +167,6 @@ def save_records(out: Path, records: list[dict]) -> None:
          "asked for again)")  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
-
-
-# --- teachers -------------------------------------------------------------------------------------
-
-
-class Teacher(NamedTuple):
-    """A teacher at an endpoint, and how it is asked."""
-
-    endpoint: Endpoint
-    folder: Path  # of its replies
-    others: tuple[Path, ...]  # where earlier versions stored them
-    suffix: str  # added to the prompt
-    two_step: bool  # ask for the answer in a second request
-    shots: tuple[dict, ...]  # worked examples, as messages
-    samples: int  # replies per question
-
-    def asks(self, q: Question) -> list[Ask]:
-        """The requests for rationales."""
-        text = prompts.question_prompt(q, prompts.COT_SUFFIX) + self.suffix
-        messages = (*self.shots, {"role": "user", "content": text})
-        return [Ask(q.task, q.id, i, messages) for i in range(self.samples)]
-
-    def places(self, asks: list[Ask], questions: list[Question]) -> tuple:
-        """What asking.print_plan wants to know."""
-        return self.folder, asks, self.endpoint, self.follow_up(questions), self.others
-
-    def follow_up(self, questions: list[Question]) -> Callable[[Ask, dict], Ask | None] | None:
-        """With --two-step: the request for the answer that follows a rationale, if that is not empty."""
-        triggers = {q.id: prompts.answer_trigger(q) for q in questions}
-
-        def ask_answer(ask: Ask, record: dict) -> Ask | None:
-            trigger, said = triggers[ask.id], record["text"].strip()
-            last = ask.messages[-1]["content"]
-            if not said or last.endswith(trigger):
-                return None
-            answer = {"role": "user", "content": trigger}
-            messages = (*ask.messages, {"role": "assistant", "content": said}, answer)
-            if self.endpoint.completions:
-                whole = {"role": "user", "content": f"{last} {said}\n{trigger}"}
-                messages = (*ask.messages[:-1], whole)
-            return Ask(ask.task, ask.id, ask.sample, messages, ANSWER_TOKENS)
-
-        return ask_answer if self.two_step else None
-
-    def output(self, replies: list[dict]) -> Output:
-        """The output that one reply or, with --two-step, two replies make."""
-        first, answer = replies[0], replies[1]["text"] if len(replies) > 1 else None
-        return Output(first["text"], answer, first.get("finish"), self.endpoint.model)
-
-
-def teacher_from_flags(args) -> Teacher | None:
-    """The teacher that the flags name; None if it is a file or the task's program."""
-    file, model = args.teacher_file, args.teacher_model
-    need(not (file and model), "give --teacher-file or --teacher-model, not both")
-    need(
-        file or model or tasks.get(args.task).teacher,
-        f"{tasks.flags(args.task)} needs a teacher: --teacher-model NAME (any OpenAI-compatible "
-        "endpoint, see --base-url) or --teacher-file FILE",
-    )
-    if not model:
-        for flag in ("base_url", "max_requests", "max_cost", "two_step", "shots", "teacher_dir"):
-            need(not getattr(args, flag), f"--{flag.replace('_', '-')} needs --teacher-model")
-        need(args.teacher_samples == 1, "--teacher-samples needs --teacher-model")
-        return None
-    e, n = endpoint.from_flags(args, "teacher"), args.teacher_samples
-    need(n == 1 or e.temperature, "--teacher-samples above 1 needs a --teacher-temperature above 0: "
-         "without one all replies to a question would be alike")  # fmt: skip
-    # The replies are shared by all students of a task. Earlier versions stored them in --out-dir.
-    default = f"out/{args.task}/teacher-{clean_name(model)}"
-    folder = Path(args.teacher_dir or default)
-    others = tuple(Path(p) for p in (args.out_dir, default) if p and Path(p) != folder)
-    shots = read_shots(args) if args.shots else ()
-    return Teacher(e, folder, others, args.teacher_suffix, args.two_step, shots, n)
-
-
-def read_shots(args) -> tuple[dict, ...]:
-    """The worked examples of --shots as messages. A question of the task itself is refused: the teacher
-    would see its answer, or a test question's."""
-    form, messages, seen = dict.fromkeys(("question", "rationale", "answer"), str), [], set()
-    for split in ("train", "test"):
-        seen |= {plain_answer(stem(q.text)) for q in tasks.load(args.task, split, args.data_dir)}
-    for number, row in enumerate(read_jsonl(args.shots, form), 1):
-        known = plain_answer(stem(row["question"])) in seen
-        need(
-            not known, f"{args.shots} example {number} is a question of this task; take another one"
-        )
-        asked = f"Question: {row['question'].strip()}\nAnswer:{prompts.COT_SUFFIX}"
-        told = f"{row['rationale'].strip()} So the answer is {row['answer'].strip()}."
-        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
-    need(messages, f"{args.shots} holds no examples")
-    return tuple(messages)
-
-
-def ask_teacher(
-    teacher: Teacher, questions: list[Question], args, out: Path
-) -> tuple[dict[str, list[Output]], list[str]]:
-    """Ask for what is missing; (outputs by question id, why others are missing)."""
-    asks, by_id = [a for q in questions for a in teacher.asks(q)], {q.id: q for q in questions}
-    ways = ["--teacher-suffix ' End with: So the answer is ..' asks for all replies again"]
-    ways += ["--two-step only adds a request for the answer"] * (not args.two_step)
-    ways += ["a larger --teacher-max-tokens asks for those again that were cut off",
-             "--go-on keeps those with a right answer, --keep all all of them"]  # fmt: skip
-    readable = asking.Readable(
-        lambda ask, replies: teacher_answer(teacher.output(replies), by_id[ask.id]) is not None,
-        "state an answer that can be read",
-        "; ".join(ways),
-    )
-    wanted = readable if args.keep == "right" and not args.go_on else None
-    folder, asks, e, follow_up, others = teacher.places(asks, questions)
-    others = tuple({*others, out} - {folder})
-    collection, failures = asking.ask_all(folder, asks, e, wanted, follow_up, others)
-    outputs: dict[str, list[Output]] = {}
-    for ask in asks:
-        replies, now = collection.walk(ask)
-        if not now:
-            outputs.setdefault(ask.id, []).append(teacher.output(replies))
-    return outputs, failures
 
 
 def program_outputs(questions: list[Question], teacher: Callable) -> dict[str, list[Output]]:

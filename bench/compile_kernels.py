@@ -4,9 +4,10 @@ The launchers themselves run, on tensors of a CPU, with a driver that pretends t
 they launch is only compiled. Prints registers, spills to local memory and shared memory of each
 variant as a line of JSON, read from the compiled code with the cuobjdump that Triton brings along.
 
-    python bench/compile_kernels.py [80 90 ..]     # targets; 75, 86, 100, 120, ..
+    python bench/compile_kernels.py 80 90
 """
 
+import argparse
 import itertools
 import json
 import re
@@ -76,6 +77,9 @@ def resources(built) -> dict:
 
 
 def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("targets", nargs="*", type=int, default=[80, 90], help="75, 86, 100, 120, ..")
+    args = p.parse_args()
     warnings.filterwarnings("ignore")
     seen, run = [], JITFunction.run
 
@@ -88,7 +92,7 @@ def main() -> None:
             print(json.dumps(row | sizes | resources(built)), flush=True)
 
     JITFunction.run = compile_only
-    for sm in map(int, sys.argv[1:] or (80, 90)):
+    for sm in args.targets:
         driver.set_active(pretended_driver(sm))
         launch_all()
 
