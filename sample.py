@@ -15,8 +15,6 @@ import sert_min.io.early  # noqa: F401  (first: it makes one line of what fails 
 
 # isort: split
 import argparse
-import contextlib
-import itertools
 import json
 import time
 from dataclasses import asdict, replace
@@ -30,7 +28,7 @@ from sert_min.decode import fitting_rows
 from sert_min.generate import SampleSettings, check_lengths, sample_paths
 from sert_min.gpt2 import GPT2
 from sert_min.io import files
-from sert_min.io.errors import SertError, command, need, run_script, this_command
+from sert_min.io.errors import command, need, run_script, this_command
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.io.hub import weights_hash
 from sert_min.io.machine import MACHINE, resolve_machine
@@ -101,7 +99,7 @@ class Run(NamedTuple):
 
 def main(args) -> None:
     if args.prompt is not None or args.check:
-        return without_task(args)
+        return check.run(args, sample_settings(args, 128))
     if args.dry_run and RANK > 0:
         return None
     run = prepare(args)
@@ -119,7 +117,7 @@ def main(args) -> None:
         files.check_settings(run.out / "settings.json", m, fix)
         if m["data"] == "own":
             run.blocks.check_order(run.split)
-        convert(run)
+        script.convert_older(run.out, m, run.blocks, run.split)
         if not args.refilter:
             sample_missing(run)
         if RANK > 0:
@@ -267,38 +265,6 @@ def write_derived(run: Run) -> None:
     write_atomic(run.out / "selected.jsonl", map(to_line, selected))
     told = {"rules": run.limits, "counts": funnel.counts()}
     write_atomic(run.out / "funnel.json", json.dumps(told, indent=1) + "\n")
-
-
-def convert(run: Run) -> None:
-    """Bring a folder of an earlier version into today's form. Its samples stand in paths.jsonl, those
-    of the last finished blocks perhaps still in blocks/, and its settings.json also holds the limits
-    of the rules. Everything behind a torn line is sampled anew."""
-    path, old, n = run.out / "settings.json", run.out / "paths.jsonl", 0
-    if not {rule.flag for rule in filters.RULES} & files.read_json(path).keys():
-        return
-    need(WORLD == 1, f"{run.out} is of an earlier version; run once without torchrun to convert it")
-    form = filters.SAMPLED
-    with contextlib.suppress(SertError):  # the file is torn, or not there yet
-        for _ in read_jsonl(old, form):
-            n += 1
-    each, records = run.blocks.each, read_jsonl(old)
-    blocks = run.blocks._replace(questions=run.split[: n // each])
-    for i in blocks.numbers():
-        part = itertools.islice(records, len(blocks.block(i)) * each)
-        blocks.write(i, [{k: r[k] for k in form} for r in part])
-    write_atomic(path, json.dumps(run.settings, indent=1) + "\n")
-
-
-def without_task(args) -> None:
-    """--prompt and --check: the model alone."""
-    student = script.open_student(args.model or ("gpt2" if args.check else None), args.task)
-    tokenizer, model = load_tokenizer(student.folder), load_model(student.folder)
-    dtype = "fp32" if args.check else args.dtype  # there the right weights are far inside the limit
-    device, machine = resolve_machine(args.device, dtype, {}, model.n_params())
-    model.cast_(torch.bfloat16 if machine["dtype"] == "bf16" else torch.float32).to(device)
-    if args.check:
-        return check.check_known_outputs(model, tokenizer)
-    return check.print_prompt_samples(model, tokenizer, args.prompt, sample_settings(args, 128))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from sert_min import patterns
 from sert_min.answers import SENTENCE_END, leading_answer, stated_answer, strip_answer_sentence
 from sert_min.io.errors import need
 from sert_min.patterns import PATTERN_KINDS, decode
-from sert_min.questions import Question, question_in
+from sert_min.questions import Question
 
 
 class Path(NamedTuple):
@@ -249,18 +249,6 @@ def select(records: Iterable[Mapping]) -> list[dict]:
         best = min(some, key=lambda r: (r["rep2"], r["branch"], r["sample"]))
         best["verdict"] = "selected"
     return records
-
-
-def measures(records: Iterable[Mapping], rule: Rule) -> list:
-    """What a rule measured of the records of paths.jsonl that reached it (not for the pattern rule)."""
-    names = [r.name for r in RULES]
-    reached, found = {*names[names.index(rule.name) :], "kept", "selected"}, []
-    for r in records:
-        if r["verdict"].partition(":")[0] in reached:
-            ids, logprobs = r["token_ids"][r["path_start"] : r["path_end"]], r["logprobs"]
-            path = Path(ids, logprobs[: r["path_end"]], r["text"], {}, question_in(r))
-            found.append(rule.measure(path))
-    return found
 
 
 class Funnel:

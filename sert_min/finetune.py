@@ -24,10 +24,10 @@ from torch import Tensor
 from sert_min.gpt2 import GPT2, causal_attention
 from sert_min.io import parallel
 from sert_min.io.errors import SertError, need, this_command
-from sert_min.io.files import read_jsonl, set_torn_tail_aside, sync, to_line, write_atomic
+from sert_min.io.files import sync, to_line
 from sert_min.io.machine import keep_freed_memory, stop_signals
 from sert_min.io.progress import Bar
-from sert_min.io.state import load_state, save_state
+from sert_min.io.state import keep_metrics_before, load_state, save_state
 from sert_min.kernels.fast.graph import replay
 from sert_min.kernels.fast.head_loss import HeadLoss
 from sert_min.models import first_broken
@@ -294,13 +294,3 @@ def fit(
             if time.perf_counter() - saved > save_seconds:
                 save()
                 saved = time.perf_counter()
-
-
-def keep_metrics_before(metrics: Path, step: int) -> int:
-    """Drop what metrics.jsonl holds of steps after `step`, the saved one: they are taken again.
-    Returns the last step that was validated."""
-    set_torn_tail_aside(metrics)
-    there = read_jsonl(metrics, {"step": int}) if metrics.exists() else ()
-    kept = [r for r in there if r["step"] <= step]
-    write_atomic(metrics, map(to_line, kept))
-    return max((r["step"] for r in kept if "validation_loss" in r), default=0)

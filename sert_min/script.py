@@ -1,15 +1,18 @@
 """What the four scripts share: common flags, the block files, and the student that they open."""
 
 import argparse
+import contextlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from sert_min import __version__, tasks
-from sert_min.io.errors import need
-from sert_min.io.files import to_line, write_atomic
+from sert_min import __version__, filters, tasks
+from sert_min.io.errors import SertError, need
+from sert_min.io.files import read_json, read_jsonl, to_line, write_atomic
 from sert_min.io.hub import commit_of, find_model, model_label, read_sert
+from sert_min.io.parallel import WORLD
 from sert_min.questions import Question
 
 TASK = ("--task", "--fields", "--test-file", "--data-dir")  # what names the questions
@@ -127,6 +130,25 @@ class Blocks(NamedTuple):
     def write(self, i: int, records: list[dict]) -> None:
         self.folder.mkdir(exist_ok=True)
         write_atomic(self.path(i), map(to_line, records))
+
+
+def convert_older(out: Path, settings: dict, blocks: Blocks, split: list[Question]) -> None:
+    """Bring a folder of an earlier version into today's form. Its samples stand in paths.jsonl, those
+    of the last finished blocks perhaps still in blocks/, and its settings.json also holds the limits
+    of the rules. Everything behind a torn line is sampled anew."""
+    path, old, n = out / "settings.json", out / "paths.jsonl", 0
+    if not {rule.flag for rule in filters.RULES} & read_json(path).keys():
+        return
+    need(WORLD == 1, f"{out} is of an earlier version; run once without torchrun to convert it")
+    form = filters.SAMPLED
+    with contextlib.suppress(SertError):  # the file is torn, or not there yet
+        for _ in read_jsonl(old, form):
+            n += 1
+    records, blocks = read_jsonl(old), blocks._replace(questions=split[: n // blocks.each])
+    for i in blocks.numbers():
+        part = itertools.islice(records, len(blocks.block(i)) * blocks.each)
+        blocks.write(i, [{k: r[k] for k in form} for r in part])
+    write_atomic(path, json.dumps(settings, indent=1) + "\n")
 
 
 class Student(NamedTuple):

@@ -66,13 +66,13 @@ SAMPLED = (*sample.DERIVED, *(f"blocks/{i:06d}-2.jsonl" for i in range(3)))
 STUDENT = "--epochs 2 --batch-size 4 --report 0 --save-seconds 0"
 TRAINING = (
     "train.prepare finetune.train_step finetune.fit finetune.note state.save_state "
-    "state.load_state finetune.keep_metrics_before models.save_model figures.plot_training "
+    "state.load_state state.keep_metrics_before models.save_model figures.plot_training "
 )
 TRAINED = "last/model.safetensors", "metrics.jsonl"
 COMMANDS = {
     "sample": Command(sample, LOOSE, SAMPLING + "generate.sample_paths", SAMPLED),
     "filter anew": Command(sample, STRICT, SAMPLING, SAMPLED, lambda out: None),
-    "older folder": Command(sample, LOOSE, SAMPLING + "sample.convert", SAMPLED, make_older),
+    "older folder": Command(sample, LOOSE, SAMPLING + "script.convert_older", SAMPLED, make_older),
     "train": Command(
         train,
         f"--method finetune --limit 16 --holdout {STUDENT}",

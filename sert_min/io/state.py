@@ -11,7 +11,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sert_min.io.errors import SertError, need, this_command
-from sert_min.io.files import atomic_folder, recover_folder
+from sert_min.io.files import (
+    atomic_folder,
+    read_jsonl,
+    recover_folder,
+    set_torn_tail_aside,
+    to_line,
+    write_atomic,
+)
 
 
 def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int) -> None:
@@ -55,3 +62,13 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     print(f"going on from step {step:,}")
     return step
+
+
+def keep_metrics_before(metrics: Path, step: int) -> int:
+    """Drop what metrics.jsonl holds of steps after `step`, the saved one: they are taken again.
+    Returns the last step that was validated."""
+    set_torn_tail_aside(metrics)
+    there = read_jsonl(metrics, {"step": int}) if metrics.exists() else ()
+    kept = [r for r in there if r["step"] <= step]
+    write_atomic(metrics, map(to_line, kept))
+    return max((r["step"] for r in kept if "validation_loss" in r), default=0)

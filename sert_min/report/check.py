@@ -9,6 +9,10 @@ from sert_min.generate import SampleSettings, sample_block
 from sert_min.gpt2 import GPT2
 from sert_min.io.errors import need, printable_lines
 from sert_min.io.files import read_json
+from sert_min.io.machine import resolve_machine
+from sert_min.models import load_model
+from sert_min.script import open_student
+from sert_min.tokenizer import load_tokenizer
 
 KNOWN = Path(__file__).with_name("gpt2_known_outputs.json")
 LIMIT = 0.05  # of the difference of two log-probs
@@ -46,3 +50,15 @@ def print_prompt_samples(model: GPT2, tokenizer, text: str, settings: SampleSett
         said = printable_lines(tokenizer.decode(row.token_ids))
         print(f"--- sample {row.sample}: {len(row.token_ids)} tokens, mean log-prob {mean:.2f}")
         print(text + said)
+
+
+def run(args, settings: SampleSettings) -> None:
+    """sample.py's --prompt and --check."""
+    student = open_student(args.model or ("gpt2" if args.check else None), args.task)
+    tokenizer, model = load_tokenizer(student.folder), load_model(student.folder)
+    dtype = "fp32" if args.check else args.dtype  # there the right weights are far inside the limit
+    device, machine = resolve_machine(args.device, dtype, {}, model.n_params())
+    model.cast_(torch.bfloat16 if machine["dtype"] == "bf16" else torch.float32).to(device)
+    if args.check:
+        return check_known_outputs(model, tokenizer)
+    return print_prompt_samples(model, tokenizer, args.prompt, settings)

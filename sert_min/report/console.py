@@ -1,7 +1,7 @@
 """What the scripts print about their results: the funnel, paths, metrics, before and after."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from sert_min.io.errors import printable, printable_lines, this_command
 from sert_min.io.files import read_jsonl
 from sert_min.metrics import summarize
 from sert_min.patterns import EARLY_KINDS, PATTERN_KINDS
+from sert_min.questions import question_in
 
 
 def print_sampling(m: Mapping, limits: Mapping, n_params: int, n_questions: int, out: Path) -> None:
@@ -77,12 +78,24 @@ def print_hint(folder: Path, funnel: Mapping, early: bool) -> None:
         limit = rule.limit
     else:
         stored = read_jsonl(folder / "paths.jsonl")
-        values = [v for v in filters.measures(stored, rule) if v is not None]
+        values = [v for v in measures(stored, rule) if v is not None]
         low, limit, high = (
             f"{v:.3g}" for v in np.quantile(values, (0.1, 0.5, 0.9), method="lower")
         )
         print(f"a tenth of these are below {low}, half below {limit}, nine tenths below {high}")
     print(f"to loosen this rule: {again} {flag} {limit}")
+
+
+def measures(records: Iterable[Mapping], rule: filters.Rule) -> list:
+    """What a rule measured of the records of paths.jsonl that reached it (not for the pattern rule)."""
+    names = [r.name for r in filters.RULES]
+    reached, found = {*names[names.index(rule.name) :], "kept", "selected"}, []
+    for r in records:
+        if r["verdict"].partition(":")[0] in reached:
+            ids, logprobs = r["token_ids"][r["path_start"] : r["path_end"]], r["logprobs"]
+            path = filters.Path(ids, logprobs[: r["path_end"]], r["text"], {}, question_in(r))
+            found.append(rule.measure(path))
+    return found
 
 
 def print_paths(folder: Path) -> None:
