@@ -23,12 +23,7 @@ LIMIT = 200  # questions of a page; 5.4 MB if every path has 128 tokens
 
 
 def write_page(
-    folder: Path,
-    out: Path | str,
-    tokenizer,
-    title: str = "",
-    limit: int = LIMIT,
-    command: str = "python sample.py",
+    folder: Path, out: Path | str, tokenizer, title="", limit=LIMIT, command="python sample.py"
 ) -> int:
     """Write the page of a run folder of sample.py to `out`; returns how many questions it shows.
     These are the first `limit`; the chart of the rules counts all. `tokenizer` is the one of the
@@ -85,16 +80,15 @@ def compact_path(r: Mapping, tokenizer, vocab: dict[int, int]) -> list:
     token_bytes = [tokenizer.to_bytes[i] for i in r["token_ids"]]
     numbers = [vocab.setdefault(i, len(vocab)) for i in r["token_ids"]]
     start, end = r["path_start"], r["path_end"]
-    # The same three pieces have a look of their own on the page.
-    texts = [t for a, b in ((0, start), (start, end), (end, None)) for t in
-             token_texts(token_bytes[a:b])]  # fmt: skip
+    pieces = token_bytes[:start], token_bytes[start:end], token_bytes[end:]  # they look different
+    texts = [text for piece in pieces for text in token_texts(piece)]
     alone = [b.decode("utf-8", "replace") for b in token_bytes]
     split = {i: t for i, (t, own) in enumerate(zip(texts, alone)) if t != own}
     minus = [round(-1000 * lp) for lp in r["logprobs"]]
-    path = [r["branch"], r["sample"], numbers, minus, start, end, r["finish"], r["perplexity"]]
-    path += [r["rep2"], r["verdict"], breaking_token(r, token_bytes)]
-    path += [filters.answers_stated(r["text"], question_in(r))]
-    return path + [split] * bool(split)
+    path = [r["branch"], r["sample"], numbers, minus, start, end]
+    path += [r["finish"], r["perplexity"], r["rep2"], r["verdict"], breaking_token(r, token_bytes)]
+    path.append(filters.answers_stated(r["text"], question_in(r)))
+    return [*path, split] if split else path
 
 
 def breaking_token(r: Mapping, token_bytes: Sequence[bytes]) -> int:
