@@ -69,12 +69,15 @@ def plot_training(metrics: Path, png: Path, title: str) -> None:
 
 # --- Figures 1, 3, 4 of the paper -----------------------------------------------------------------
 #
-# Read from scores-JUDGE.jsonl beside paths.jsonl and predictions.jsonl. Under a model's folder:
-#   paths-SPLIT/seedN              branched samples: Token 0..4, Token All, and all of Fig. 4
-#   paths-raw-SPLIT/seedN          plain samples: Raw
-#   sert/seedN/paths-raw-SPLIT     plain samples of the self-trained student: Raw SERT
-#   {rd,sert-rd}/seedN             greedy outputs: Fig. 3
+# Read from scores-JUDGE.jsonl beside paths.jsonl and predictions.jsonl.
 
+WHERE = {  # what is drawn -> its folders under a model's; the first one that holds some counts
+    "paths": "paths-{split}/seed*",  # branched samples: Token 0..4, Token All, and all of Fig. 4
+    "raw": "paths-raw-{split}/seed*",  # plain samples: Raw
+    "raw sert": "sert/seed*/paths-raw-{split}",  # those of the self-trained student: Raw SERT
+    "sert-rd": "sert-rd/seed*",  # greedy outputs: Fig. 3
+    "rd": "rd/seed*",
+}
 BINS = ("0–2", "2–4", "4–6", "6–8", "8–10")  # [0,2) [2,4) [4,6) [6,8) [8,10]
 KINDS = ("imitative", "options", "direct", "short", "repetitive", "reasoning")
 
@@ -115,9 +118,7 @@ def question_shares(paths: Iterable[dict], bin_of_path: Callable, n_bins: int) -
     return [sum(b in found for found in bins.values()) / max(1, len(bins)) for b in range(n_bins)]
 
 
-def token_groups(
-    paths: list[dict], raw: list[dict], raw_sert: list[dict], bin_of_path=score_bin, n_bins=5
-) -> dict:
+def token_groups(paths: list, raw: list, raw_sert: list, bin_of_path=score_bin, n_bins=5) -> dict:
     """The eight bars of each bin: name -> shares per bin; samples that are not there have no bar."""
     groups = {f"Token {b}": [r for r in paths if r["branch"] == b] for b in range(5)}
     groups |= {"Token All": paths, "Raw": raw, "Raw SERT": raw_sert}
@@ -172,9 +173,7 @@ def scores(model: Path, folders: str, judge: str | None) -> list[dict]:
 def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
     """Write the numbers of all figures that the files under `top` allow to figures.json in `out`,
     then draw them; print what is missing for the others."""
-    where = {"paths": f"paths-{split}/seed*", "raw": f"paths-raw-{split}/seed*",
-             "raw sert": f"sert/seed*/paths-raw-{split}", "sert-rd": "sert-rd/seed*",
-             "rd": "rd/seed*"}  # fmt: skip
+    where = {what: folders.format(split=split) for what, folders in WHERE.items()}
     pictures: dict[str, tuple] = {}  # name -> (its numbers, the function that draws it, arguments)
     criteria: dict[str, dict] = {}  # task -> model -> method -> criterion -> (mean, low, high)
     for model in folders_in(top):

@@ -12,7 +12,6 @@ import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 
 from sert_min.io.errors import need, printable_lines
 from sert_min.io.files import folders_in, read_json, read_jsonl, write_atomic
@@ -32,26 +31,16 @@ TEACHER = "GPT-3.5"
 PAPER = read_json(Path(__file__).with_name("table2.json"))
 
 
-class Row(NamedTuple):
-    model: str
-    method: str
-    n: int  # test questions; 0: not evaluated
-    seeds: int
-    ours: dict[str, tuple]  # metric -> (mean, low, high), NaN for no interval; Acc in %
-    paper: dict[str, float]
-
-
 def find_metrics(folder: Path) -> list[tuple[Path, dict]]:
     """(path, content) of the metrics.json of test sets anywhere under `folder`, in order of their
     path; other splits, prompts and checkpoints are left out."""
     found = []
     for path in (p / "metrics.json" for p in folders_in(folder) if (p / "metrics.json").exists()):
         m = read_json(path)
-        if m.get("split") != "test" or m.get("variant") or str(m.get("method")) not in NAMES:
-            continue
-        whole = {"task", "model", "n", "majority"} <= m.keys()
-        need(whole, f"{path} is not what evaluate.py writes; evaluate that model again")
-        found.append((path, m))
+        if m.get("split") == "test" and not m.get("variant") and str(m.get("method")) in NAMES:
+            whole = {"task", "model", "n", "majority"} <= m.keys()
+            need(whole, f"{path} is not what evaluate.py writes; evaluate that model again")
+            found.append((path, m))
     return found
 
 
@@ -67,8 +56,10 @@ def pooled(metrics: list[dict], key: str) -> tuple | None:
     return tuple(SCALE[key] * v for v in (mean, low, high))
 
 
-def table_rows(found: list[tuple[Path, dict]], task: str) -> list[Row]:
-    """One row per model and method: the paper's cells, and what else was evaluated."""
+def table_rows(found: list[tuple[Path, dict]], task: str) -> list[dict]:
+    """One row per model and method: the paper's cells, and what else was evaluated. `n` counts test
+    questions (0: not evaluated); `ours` is metric -> (mean, low, high), NaN for no interval, shares in
+    %; `paper` is metric -> value."""
     metrics = [m for _, m in found if m["task"] == task]
     paper, rows = PAPER.get(task, {}), []
     models = dict.fromkeys([cell.split()[0] for cell in paper] + [m["model"] for m in metrics])
@@ -82,8 +73,8 @@ def table_rows(found: list[tuple[Path, dict]], task: str) -> list[Row]:
             keys = [k for k in COLUMNS if method != "finetune" or k.startswith("acc")]
             ours = {k: v for k in keys if (v := pooled(some, k))}
             theirs = {k: v for k, v in zip(("acc", "fmt", "len", "rep"), printed) if v is not None}
-            n = min((m["n"] for m in some), default=0)
-            rows.append(Row(model, method, n, len(some), ours, theirs))
+            row = {"model": model, "method": method, "n": min((m["n"] for m in some), default=0)}
+            rows.append({**row, "seeds": len(some), "ours": ours, "paper": theirs})
     return rows
 
 
@@ -152,15 +143,16 @@ def cell(ours: tuple | None, paper: float | None, interval: bool) -> str:
     return text.strip()
 
 
-def table_grid(rows: list[Row]) -> list[list[str]]:
+def table_grid(rows: list[dict]) -> list[list[str]]:
     """The table as text, a header line first."""
-    keys = [k for k in COLUMNS if any(k in (*row.ours, *row.paper) for row in rows)]
+    keys = [k for k in COLUMNS if any(k in row["ours"] | row["paper"] for row in rows)]
     lines = [["", *(COLUMNS[k] for k in keys), "n"]]
     for row in rows:
-        cells = [cell(row.ours.get(k), row.paper.get(k), k == "acc") for k in keys]
-        n = f"{row.n:,}" + (f" x {row.seeds} seeds" if row.seeds > 1 else "")
-        missing = "not evaluated" if row.method == "base" else "not trained"
-        lines.append([f"{row.model} {NAMES[row.method]}", *cells, n if row.n else missing])
+        cells = [cell(row["ours"].get(k), row["paper"].get(k), k == "acc") for k in keys]
+        n = f"{row['n']:,}" + (f" x {row['seeds']} seeds" if row["seeds"] > 1 else "")
+        if not row["n"]:
+            n = "not evaluated" if row["method"] == "base" else "not trained"
+        lines.append([f"{row['model']} {NAMES[row['method']]}", *cells, n])
     return lines
 
 
@@ -201,7 +193,7 @@ def print_table(folder: Path) -> None:
     text, numbers = tables(found), {}
     print(printable_lines(text), end="")
     for task in sorted({m["task"] for _, m in found}):
-        rows = [row._asdict() for row in table_rows(found, task) if row.n]
+        rows = [row for row in table_rows(found, task) if row["n"]]
         numbers[task] = {"rows": rows, "differences": differences(found, task)}
     write_atomic(folder / "table.json", json.dumps(without_nan(numbers), indent=1) + "\n")
     write_atomic(folder / "table.txt", text)
