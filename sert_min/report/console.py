@@ -19,14 +19,14 @@ def print_sampling(m: Mapping, limits: Mapping, n_params: int, n_questions: int,
     blocks = -(-n_questions // m["block_questions"])
     print(
         f"model {m['model']} ({n_params / 1e6:.1f}M parameters), {m['device']}, {m['dtype']}, "
-        f"{m['threads']} thread(s)\n{n_questions:,} questions x {m['branches'] * m['samples']} paths "
-        f"of at most {m['max_new_tokens']} tokens, {blocks:,} blocks, to {out}\n"
+        f"{m['threads']} thread(s)\n{n_questions:,} questions x {m['branches'] * m['samples']} "
+        f"paths of at most {m['max_new_tokens']} tokens, {blocks:,} blocks, to {out}\n"
         f"rules: {rules}; early rejection {'on' if m['early_reject'] else 'off'}"
     )
 
 
 def print_questions(questions: list, prompts: list[str], lengths: list[int]) -> None:
-    """What --dry-run shows of the questions: their kinds, the first prompt, the longest in tokens."""
+    """What --dry-run shows of the questions: kinds, the first prompt, the longest in tokens."""
     kinds = Counter(own.kind(q) for q in questions)
     first, longest = (printable(questions[i].name) for i in (0, lengths.index(max(lengths))))
     print(", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items())))
@@ -57,8 +57,8 @@ def print_funnel(funnel: Mapping) -> None:
 
 
 def print_hint(folder: Path, funnel: Mapping, early: bool) -> None:
-    """If fewer than a tenth of the questions have a path: the rule that took most, what it saw, and a
-    command that filters the stored samples anew."""
+    """If fewer than a tenth of the questions have a path: the rule that took most, what it saw, and
+    a command that filters the stored samples anew."""
     c, again = funnel["counts"], f"{printable(this_command())} --refilter"
     if c["selected"] * 10 >= c["questions"]:
         return

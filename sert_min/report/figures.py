@@ -1,4 +1,4 @@
-"""Pictures from the JSONL files: the training curve, Figures 1, 3, 4 of the paper, and kinds of paths.
+"""Pictures from the JSONL files: training curve, Figures 1, 3, 4 of the paper, kinds of paths.
 
 Importing this file imports matplotlib, which takes a second: scripts do so only when they draw.
 """
@@ -97,8 +97,8 @@ def score_bin(r: dict) -> int | None:
 
 
 def kind_bin(r: dict) -> int:
-    """The kind of a path by its form, as an index of KINDS: what the first three rules drop, and the
-    rest, which reasons by form (true or not)."""
+    """The kind of a path by its form, as an index of KINDS: what the first three rules drop, and
+    the rest, which reasons by form (true or not)."""
     name = r["verdict"].removeprefix("pattern:")
     name = {"length": "short", "repetition": "repetitive"}.get(name, name)
     return KINDS.index(name if name in KINDS else "reasoning")
@@ -119,7 +119,7 @@ def question_shares(paths: Iterable[dict], bin_of_path: Callable, n_bins: int) -
 
 
 def token_groups(paths: list, raw: list, raw_sert: list, bin_of_path=score_bin, n_bins=5) -> dict:
-    """The eight bars of each bin: name -> shares per bin; samples that are not there have no bar."""
+    """The eight bars of each bin: name -> shares per bin; samples that are missing have no bar."""
     groups = {f"Token {b}": [r for r in paths if r["branch"] == b] for b in range(5)}
     groups |= {"Token All": paths, "Raw": raw, "Raw SERT": raw_sert}
     return {n: question_shares(some, bin_of_path, n_bins) for n, some in groups.items() if some}
@@ -156,8 +156,8 @@ def all_paths(model: Path, folders: str) -> list[dict]:
 
 
 def scores(model: Path, folders: str, judge: str | None) -> list[dict]:
-    """The score records of the first of `folders` (a glob under `model`) that has some. `judge` says
-    whose; texts that early rejection cut short are refused."""
+    """The score records of the first of `folders` (a glob under `model`) that has some. `judge`
+    says whose; texts that early rejection cut short are refused."""
     for folder in sorted(model.glob(folders)):
         found = sorted(folder.glob(f"scores-{clean_name(judge) if judge else '*'}.jsonl"))
         need(len(found) < 2, f"{folder} has scores of several judges; choose with --judge-model")
@@ -238,7 +238,7 @@ def plot_tokens(png: Path, title: str, groups: dict[str, list[float]], figure: s
 
 
 def plot_criteria(png: Path, title: str, by_model: dict[str, dict[str, dict]]) -> None:
-    """Fig. 3: (mean, low, high) of each criterion's scores, SERT+RD against RD; a panel per model."""
+    """Fig. 3: mean and interval of each criterion's scores, SERT+RD and RD; a panel per model."""
     n = len(by_model)
     fig, axes = plt.subplots(1, n, figsize=(1.2 + 4.4 * n, 4), sharey=True, squeeze=False)
     styles = (("sert-rd", "SERT+RD", BLUE, -0.2), ("rd", "RD", ORANGE, 0.2))

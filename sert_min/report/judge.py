@@ -3,7 +3,7 @@
 The prompt says what the paper's says, in our words, and asks for the same score lines. The judge is
 a model at any OpenAI-compatible endpoint, asked at temperature 0 through the teacher's client: the
 same response to the same question is asked once, whoever gave it, so no reply is paid for twice. In
-the micro-world a program judges (tasks.Task.judge). A score that cannot be read is missing, never 0.
+the micro-world a program judges (tasks.Task.judge). An unreadable score is missing, never 0.
 """
 
 import math

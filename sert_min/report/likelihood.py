@@ -1,10 +1,10 @@
 """Answer likelihood: which answer does a student believe after its own reasoning?
 
-For every possible answer a, we take the log-prob of the sentence ` So the answer is {a}.` behind the
-prompt and the student's own greedy reasoning, whose closing answer sentence is taken off. The most
-likely sentence is the answer. Nothing has to be parsed, so no output is unreadable. A small model
-may know the answer but not which letter stands for it: so for a question with options we also take,
-behind ` So the answer is`, the log-prob of each option's *text*, per token and per character (lm-eval
+For every possible answer a, we take the log-prob of the sentence ` So the answer is {a}.` behind
+the prompt and the student's own greedy reasoning, whose closing answer sentence is taken off. The
+most likely sentence is the answer. Nothing has to be parsed, so no output is unreadable. A small
+model may know the answer but not its letter: so for a question with options we also take, behind
+` So the answer is`, the log-prob of each option's *text*, per token and per character (lm-eval
 calls the latter acc_norm).
 
 The options of a question share its context, so each question is one row of the batch: the context
@@ -45,8 +45,8 @@ class Tree(NamedTuple):
 def make_tree(
     tokenizer, question: Question, text: str, suffix: str, most: int, by_text: bool = False
 ) -> Tree:
-    """The row of an output `text`. The end of the reasoning is cut off so that no option ends behind
-    `most` tokens. Context and options are tokenised apart: each starts a word, so nothing merges."""
+    """The row of an output `text`. The end of the reasoning is cut off so that no option ends
+    behind `most` tokens. Context and options are tokenised apart: each starts a word."""
     prompt = tokenizer.encode_prompt(question_prompt(question, suffix))
     reasoning = strip_answer_sentence(text)[0]
     path = tokenizer.encode(" " + reasoning) if reasoning else []
@@ -58,7 +58,8 @@ def make_tree(
     start = len(ids)
     positions, option, told = list(range(start)), [-1] * start, []
     for i, tokens in enumerate(options):
-        before = [start - 1, *range(len(ids), len(ids) + len(tokens) - 1)]  # first: the context
+        # The context's last token predicts the option's first, which predicts the second, ..
+        before = [start - 1, *range(len(ids), len(ids) + len(tokens) - 1)]
         told += zip(before, tokens, [i] * len(tokens))
         ids += tokens
         positions += range(start, start + len(tokens))
@@ -83,8 +84,9 @@ def tree_mask(option: Tensor) -> Tensor:
 def answer_logprobs(
     model: GPT2, tokenizer, questions: list[Question], texts: list[str], suffix="", by_text=False
 ) -> list[list[tuple[float, int]]]:
-    """Per question and answer (log-prob with 4 decimals, tokens) of the answer's sentence behind the
-    question's output in `texts`; with `by_text` of its option's text behind ` So the answer is`."""
+    """Per question and answer (log-prob with 4 decimals, tokens) of the answer's sentence behind
+    the question's output in `texts`; with `by_text` of its option's text behind ` So the answer
+    is`. A log-prob that is not finite is an error."""
     device, n_vocab = model.wte.weight.device, min(tokenizer.n_vocab, model.config.vocab_size)
     most, weight = model.config.n_positions, model.head_weight[:n_vocab]
     found = []

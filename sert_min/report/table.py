@@ -20,11 +20,12 @@ from sert_min.metrics import mean_interval, without_nan
 METHODS = ("finetune", "star", "sert", "sert-rd", "rd")  # in the paper's order; STaR is ours
 COLUMNS = {
     "acc": "Acc % [95 %]", "acc_likelihood": "by likelihood", "acc_text": "of the text",
-    "reasoning": "reasoning", "contradictory": "contradicts", "fmt": "Fmt", "len": "Len", "rep": "Rep",
+    "reasoning": "reasoning", "contradictory": "contradicts",
+    "fmt": "Fmt", "len": "Len", "rep": "Rep",
 }  # fmt: skip
 SCALE = {k: 1 if k in ("fmt", "len", "rep") else 100 for k in COLUMNS}  # the others are in %
-NAMES = {"base": "base", "finetune": "Finetune", "star": "STaR", "sert": "SERT", "sert-rd": "SERT+RD",
-         "rd": "RD", "teacher": "zero-shot CoT"}  # fmt: skip
+NAMES = {"base": "base", "finetune": "Finetune", "star": "STaR", "sert": "SERT",
+         "sert-rd": "SERT+RD", "rd": "RD", "teacher": "zero-shot CoT"}  # fmt: skip
 TEACHER = "GPT-3.5"
 # Acc in %, Fmt, Len, Rep by task and "model method" [SERT Table II]; Finetune states answers only.
 # Several accuracies are no k / 687 or k / 1221, and the teacher's row fits the full sets.
@@ -58,8 +59,8 @@ def pooled(metrics: list[dict], key: str) -> tuple | None:
 
 def table_rows(found: list[tuple[Path, dict]], task: str) -> list[dict]:
     """One row per model and method: the paper's cells, and what else was evaluated. `n` counts test
-    questions (0: not evaluated); `ours` is metric -> (mean, low, high), NaN for no interval, shares in
-    %; `paper` is metric -> value."""
+    questions (0: not evaluated); `ours` is metric -> (mean, low, high), NaN for no interval;
+    `paper` is metric -> value; shares are in %."""
     metrics = [m for _, m in found if m["task"] == task]
     paper, rows = PAPER.get(task, {}), []
     models = dict.fromkeys([cell.split()[0] for cell in paper] + [m["model"] for m in metrics])
