@@ -20,21 +20,19 @@ def print_sampling(m: Mapping, limits: Mapping, n_params: int, n_questions: int,
     blocks = -(-n_questions // m["block_questions"])
     print(
         f"model {m['model']} ({n_params / 1e6:.1f}M parameters), {m['device']}, {m['dtype']}, "
-        f"{m['threads']} thread(s)\n{n_questions:,} questions x {m['branches'] * m['samples']} paths "
-        f"of at most {m['max_new_tokens']} tokens, {blocks:,} blocks, to {out}\n"
+        f"{m['threads']} thread(s)\n{n_questions:,} questions x {m['branches'] * m['samples']} "
+        f"paths of at most {m['max_new_tokens']} tokens, {blocks:,} blocks, to {out}\n"
         f"rules: {rules}; early rejection {'on' if m['early_reject'] else 'off'}"
     )
 
 
 def print_questions(questions: list, prompts: list[str], lengths: list[int]) -> None:
-    """What --dry-run shows of the questions: their kinds, the first prompt, the longest in tokens."""
+    """What --dry-run shows of the questions: kinds, the first prompt, the longest in tokens."""
     kinds = Counter(own.kind(q) for q in questions)
-    longest = max(range(len(questions)), key=lengths.__getitem__)
+    first, longest = (printable(questions[i].name) for i in (0, lengths.index(max(lengths))))
     print(", ".join(f"{n:,} {kind}" for kind, n in sorted(kinds.items())))
-    print(
-        f"the longest prompt has {lengths[longest]:,} tokens: {printable(questions[longest].name)}"
-    )
-    print(f"\nprompt of {printable(questions[0].name)}:\n{printable_lines(prompts[0])}")
+    print(f"the longest prompt has {max(lengths):,} tokens: {longest}")
+    print(f"\nprompt of {first}:\n{printable_lines(prompts[0])}")
 
 
 def print_counts(title: str, counts: Mapping[str, int]) -> None:
@@ -60,30 +58,26 @@ def print_funnel(funnel: Mapping) -> None:
 
 
 def print_hint(folder: Path, funnel: Mapping, early: bool) -> None:
-    """If fewer than a tenth of the questions have a path: the rule that took most, what it saw, and a
-    command that filters the stored samples anew."""
+    """If fewer than a tenth of the questions have a path: the rule that took most, what it saw, and
+    a command that filters the stored samples anew."""
     c, again = funnel["counts"], f"{printable(this_command())} --refilter"
     if c["selected"] * 10 >= c["questions"]:
         return
     rule = max(filters.RULES, key=lambda rule: c["dropped"][rule.name])
-    flag, kinds = f"--{rule.flag.replace('_', '-')}", list(funnel["rules"]["patterns"])
-    print(f"\nfew paths passed: {rule.name} dropped {c['dropped'][rule.name]:,} of the "
-          f"{c['seen'][rule.name]:,} paths that it saw")  # fmt: skip
+    n, saw, limit = c["dropped"][rule.name], c["seen"][rule.name], rule.limit
+    print(f"\nfew paths passed: {rule.name} dropped {n:,} of the {saw:,} paths that it saw")
     if rule.name == "pattern":
+        kinds = list(funnel["rules"]["patterns"])
         most = max(kinds, key=lambda kind: c["dropped"][f"pattern:{kind}"])
         limit = ",".join(kind for kind in kinds if kind != most) or "none"
         if early and most in EARLY_KINDS:
             again = f"{printable(this_command())} --no-early-reject --out-dir ANOTHER"
-    elif isinstance(rule.limit, str):
-        limit = rule.limit
-    else:
-        stored = read_jsonl(folder / "paths.jsonl")
-        values = [v for v in measures(stored, rule) if v is not None]
-        low, limit, high = (
-            f"{v:.3g}" for v in np.quantile(values, (0.1, 0.5, 0.9), method="lower")
-        )
+    elif not isinstance(limit, str):
+        values = measures(read_jsonl(folder / "paths.jsonl"), rule)
+        values = np.quantile([v for v in values if v is not None], (0.1, 0.5, 0.9), method="lower")
+        low, limit, high = (f"{v:.3g}" for v in values)
         print(f"a tenth of these are below {low}, half below {limit}, nine tenths below {high}")
-    print(f"to loosen this rule: {again} {flag} {limit}")
+    print(f"to loosen this rule: {again} --{rule.flag.replace('_', '-')} {limit}")
 
 
 def measures(records: Iterable[Mapping], rule: filters.Rule) -> list:
@@ -130,22 +124,30 @@ def print_rationales(records: list[dict]) -> None:
 def print_before_after(questions, before, after, tokenizer, limits) -> None:
     """The table of what training changed in greedy decoding, and three outputs side by side."""
     print(f"\ngreedy decoding, {len(questions)} test questions{'before':>14}{'after':>10}")
-    columns = []
+    found = []
     for records in (before, after):
         texts = zip(questions, (r["text"] for r in records))
         shown = [filters.reasons(q, text, tokenizer, limits) for q, text in texts]
-        m = summarize(records, questions, shown)
-        shares = m["reasoning"][0], m["acc_lenient"][0], m["acc"][0]
-        columns.append([*(f"{x:>10.1%}" for x in shares), f"{m['unparseable']:>10}"])
-    columns[1][2] += f"   95 % {m['acc'][1]:.1%} to {m['acc'][2]:.1%}"
-    names = ("reasoning outputs", "accuracy (lenient: also other wordings)", "accuracy (strict)",
-             "no readable answer")  # fmt: skip
-    for name, *cells in zip(names, *columns):
-        print(f"{name:<40}{''.join(cells)}")
+        found.append(summarize(records, questions, shown))
+    for key, name in (("reasoning", "reasoning outputs"),
+                      ("acc_lenient", "accuracy (lenient: also other wordings)"),
+                      ("acc", "accuracy (strict)")):  # fmt: skip
+        note = "   95 % {:.1%} to {:.1%}".format(*found[1][key][1:]) if key == "acc" else ""
+        print(f"{name:<40}" + "".join(f"{m[key][0]:>10.1%}" for m in found) + note)
+    print(f"{'no readable answer':<40}" + "".join(f"{m['unparseable']:>10}" for m in found))
     for q, b, a in list(zip(questions, before, after))[:3]:
         print(f"\n  Q: {printable(q.text)[:160]}  [{q.answer}]\n"
               f"     before: {printable(b['text'])[:160]}\n"
               f"     after:  {printable(a['text'])[:240]}")  # fmt: skip
+
+
+NAMES = {  # of the metrics that are printed, in order
+    "acc": "Acc, strict", "acc_lenient": "Acc, lenient", "acc_likelihood": "Acc, by likelihood",
+    "acc_text_token": "Acc, option text, per token", "acc_text": "Acc, option text, per char.",
+    "reasoning": "reasoning, by form", "contradictory": "contradicts itself", "fmt": "Fmt",
+    "len": "Len", "rep": "Rep",
+}  # fmt: skip
+UNITS = {"fmt": ("", 3), "len": (" words", 2), "rep": ("", 3)}  # and digits; the others are in %
 
 
 def print_metrics(title: str, m: dict) -> None:
@@ -153,27 +155,15 @@ def print_metrics(title: str, m: dict) -> None:
     answer, share = m["majority"]
     print(f"\n{title}: {m['n']:,} questions")
 
-    def line(name: str, value, scale: float = 1, unit: str = "", digits: int = 2, note="") -> None:
-        mean, low, high = (None if v is None else scale * v for v in value)
+    def line(name: str, value, unit: str = "", digits: int = 2, note: str = "") -> None:
+        mean, low, high = (100 * v if v is not None and unit == " %" else v for v in value)
         text = f"{'-':>8}" if mean is None else f"{mean:>8.{digits}f}{unit:<7}"
-        if low is not None:
-            text += f"95 %: {low:.{digits}f} to {high:.{digits}f}"
-        print(f"  {name:<27}{text}{note}")
+        span = "" if low is None else f"95 %: {low:.{digits}f} to {high:.{digits}f}"
+        print(f"  {name:<27}{text}{span}{note}")
 
     right = f"   {round(m['acc'][0] * m['n']):,} right; always {answer}: {100 * share:.2f} %"
-    line("Acc, strict", m["acc"], 100, " %", note=right)
-    line("Acc, lenient", m["acc_lenient"], 100, " %")
-    likelihoods = {"acc_likelihood": "by likelihood", "acc_text_token": "option text, per token",
-                   "acc_text": "option text, per char."}  # fmt: skip
-    for key, name in likelihoods.items():
-        if key in m:
-            line(f"Acc, {name}", m[key], 100, " %")
-    if "reasoning" in m:
-        line("reasoning, by form", m["reasoning"], 100, " %")
-    line("contradicts itself", m["contradictory"], 100, " %")
-    line("Fmt", m["fmt"], digits=3)
-    line("Len", m["len"], unit=" words")
-    line("Rep", m["rep"], digits=3)
+    for key in [key for key in NAMES if key in m]:
+        line(NAMES[key], m[key], *UNITS.get(key, (" %", 2)), right if key == "acc" else "")
     for name, j in m.get("judges", {}).items():
         for key in [k for k in j if k not in ("parsed", "total")]:
             line(f"judge: {key}", j[key])

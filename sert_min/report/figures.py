@@ -1,4 +1,4 @@
-"""Pictures from the JSONL files: the training curve, Figures 1, 3, 4 of the paper, and kinds of paths.
+"""Pictures from the JSONL files: training curve, Figures 1, 3, 4 of the paper, kinds of paths.
 
 Importing this file imports matplotlib, which takes a second: scripts do so only when they draw.
 """
@@ -27,6 +27,7 @@ BARS = dict(zip((f"Token {b}" for b in range(5)), TOKENS)) | {
 # Fig. 4's curves. Later marks are smaller: where curves lie on one another, all marks show.
 STYLES = (("--", "o", GREY, 9), ("-", "s", SKY, 8.5), ("-", "^", GREEN, 7.5), ("-", "D", ORANGE, 5),
           ("-", "v", RED, 3.5), ("-", "P", BLUE, 3))  # fmt: skip
+SIZES = ("gpt2", "gpt2-medium", "gpt2-large")  # Fig. 3's panels in the paper's order
 plt.rcdefaults()  # no matplotlibrc, with LaTeX for example, has a say
 plt.rcParams.update({
     "figure.constrained_layout.use": True, "savefig.dpi": 150, "legend.frameon": False,
@@ -68,13 +69,17 @@ def plot_training(metrics: Path, png: Path, title: str) -> None:
 
 # --- Figures 1, 3, 4 of the paper -----------------------------------------------------------------
 #
-# Read from scores-JUDGE.jsonl beside paths.jsonl and predictions.jsonl. Under a model's folder:
-#   paths-SPLIT/seedN              branched samples: Token 0..4, Token All, and all of Fig. 4
-#   paths-raw-SPLIT/seedN          plain samples: Raw
-#   sert/seedN/paths-raw-SPLIT     plain samples of the self-trained student: Raw SERT
-#   {rd,sert-rd}/seedN             greedy outputs: Fig. 3
+# Read from scores-JUDGE.jsonl beside paths.jsonl and predictions.jsonl.
 
+WHERE = {  # what is drawn -> its folders under a model's; the first one that holds some counts
+    "paths": "paths-{split}/seed*",  # branched samples: Token 0..4, Token All, and all of Fig. 4
+    "raw": "paths-raw-{split}/seed*",  # plain samples: Raw
+    "raw sert": "sert/seed*/paths-raw-{split}",  # those of the self-trained student: Raw SERT
+    "sert-rd": "sert-rd/seed*",  # greedy outputs: Fig. 3
+    "rd": "rd/seed*",
+}
 BINS = ("0–2", "2–4", "4–6", "6–8", "8–10")  # [0,2) [2,4) [4,6) [6,8) [8,10]
+KINDS = ("imitative", "options", "direct", "short", "repetitive", "reasoning")
 
 
 def bin_of(score: float) -> int:
@@ -91,30 +96,30 @@ def score_bin(r: dict) -> int | None:
     return None if r["mean"] is None else bin_of(r["mean"])
 
 
-KINDS = ("imitative", "options", "direct", "short", "repetitive", "reasoning")
-
-
 def kind_bin(r: dict) -> int:
-    """The kind of a path by its form, as an index of KINDS: what the first three rules drop, and the
-    rest, which reasons by form (true or not)."""
+    """The kind of a path by its form, as an index of KINDS: what the first three rules drop, and
+    the rest, which reasons by form (true or not)."""
     name = r["verdict"].removeprefix("pattern:")
     name = {"length": "short", "repetition": "repetitive"}.get(name, name)
     return KINDS.index(name if name in KINDS else "reasoning")
 
 
+TOKEN_FIGURES = {  # figure -> (bin of a path, bins, what they tell apart, what the axis says)
+    "fig1": (score_bin, BINS, "output of a quality", "mean of the four judge scores"),
+    "kinds": (kind_bin, KINDS, "path of a kind", "kind of path, by its form"),
+}
+
+
 def question_shares(paths: Iterable[dict], bin_of_path: Callable, n_bins: int) -> list[float]:
-    """Per bin the share of questions with at least one path in it; a path in no bin (None) counts
-    for nothing."""
+    """Per bin the share of questions with at least one path in it; None is no bin."""
     bins: dict[str, set[int]] = {}
     for r in paths:
         bins.setdefault(r["id"], set()).add(bin_of_path(r))
     return [sum(b in found for found in bins.values()) / max(1, len(bins)) for b in range(n_bins)]
 
 
-def token_groups(
-    paths: list[dict], raw: list[dict], raw_sert: list[dict], bin_of_path=score_bin, n_bins=5
-) -> dict:
-    """The eight bars of each bin: name -> shares per bin; samples that are not there have no bar."""
+def token_groups(paths: list, raw: list, raw_sert: list, bin_of_path=score_bin, n_bins=5) -> dict:
+    """The eight bars of each bin: name -> shares per bin; samples that are missing have no bar."""
     groups = {f"Token {b}": [r for r in paths if r["branch"] == b] for b in range(5)}
     groups |= {"Token All": paths, "Raw": raw, "Raw SERT": raw_sert}
     return {n: question_shares(some, bin_of_path, n_bins) for n, some in groups.items() if some}
@@ -133,37 +138,34 @@ def ablation(scored: list[dict]) -> dict[str, list[dict]]:
 
 
 def ablation_numbers(curves: dict[str, list[dict]]) -> dict:
-    """Fig. 4's numbers: criterion -> curve -> mean, n and share of the outputs per bin; none for no
-    scores."""
+    """Fig. 4's numbers: criterion -> curve -> mean, n and share per bin of the scores, if any."""
     numbers: dict[str, dict] = {}
     for key, (name, some) in product(KEYS, curves.items()):
         if values := [r["scores"][key] for r in some if r["scores"][key] is not None]:
             n, bins = len(values), list(map(bin_of, values))
             shares = [round(bins.count(b) / n, 4) for b in range(5)]
-            found = {"mean": round(sum(values) / n, 4), "n": n, "shares": shares}
-            numbers.setdefault(key, {})[name] = found
+            mean = round(sum(values) / n, 4)
+            numbers.setdefault(key, {})[name] = {"mean": mean, "n": n, "shares": shares}
     return numbers
 
 
 def all_paths(model: Path, folders: str) -> list[dict]:
     """The records of the first paths.jsonl in `folders` (a glob under `model`)."""
-    for file in sorted(model.glob(f"{folders}/paths.jsonl")):
-        return [{k: r[k] for k in ("id", "branch", "verdict")} for r in read_jsonl(file)]
-    return []
+    files = sorted(model.glob(f"{folders}/paths.jsonl"))[:1]
+    return [{k: r[k] for k in ("id", "branch", "verdict")} for f in files for r in read_jsonl(f)]
 
 
 def scores(model: Path, folders: str, judge: str | None) -> list[dict]:
-    """The score records of the first of `folders` (a glob under `model`) that has some. `judge` says
-    whose; texts that early rejection cut short are refused."""
+    """The score records of the first of `folders` (a glob under `model`) that has some. `judge`
+    says whose; texts that early rejection cut short are refused."""
     for folder in sorted(model.glob(folders)):
         found = sorted(folder.glob(f"scores-{clean_name(judge) if judge else '*'}.jsonl"))
         need(len(found) < 2, f"{folder} has scores of several judges; choose with --judge-model")
         if found and (records := list(read_jsonl(found[0]))):
-            need(
-                not stored_settings(folder / "settings.json").get("early_reject"),
-                f"{folder} was sampled with early rejection: its texts are cut short, and a figure "
-                "of their scores would be wrong; sample with --no-early-reject into another folder",
-            )
+            early = stored_settings(folder / "settings.json").get("early_reject")
+            need(not early, f"{folder} was sampled with early rejection: its texts are cut short, "
+                 "and a figure of their scores would be wrong; sample with --no-early-reject into "
+                 "another folder")  # fmt: skip
             return records
     return []
 
@@ -171,103 +173,80 @@ def scores(model: Path, folders: str, judge: str | None) -> list[dict]:
 def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
     """Write the numbers of all figures that the files under `top` allow to figures.json in `out`,
     then draw them; print what is missing for the others."""
-    models = [
-        p
-        for p in folders_in(top)
-        if any((p / k).is_dir() for k in (f"paths-{split}", "rd", "sert"))
-    ]
-    where = {"paths": f"paths-{split}/seed*", "raw": f"paths-raw-{split}/seed*",
-             "raw sert": f"sert/seed*/paths-raw-{split}", "sert-rd": "sert-rd/seed*",
-             "rd": "rd/seed*"}  # fmt: skip
-    numbers: dict = {}
-    pictures: list[tuple] = []  # (function, data, its name, title)
+    where = {what: folders.format(split=split) for what, folders in WHERE.items()}
+    pictures: dict[str, tuple] = {}  # name -> (its numbers, the function that draws it, arguments)
     criteria: dict[str, dict] = {}  # task -> model -> method -> criterion -> (mean, low, high)
-    for model in models:
+    for model in folders_in(top):
+        if not any((model / k).is_dir() for k in (f"paths-{split}", "rd", "sert")):
+            continue
         task, name = model.parent.name or "task", model.name
+        title = name if name == task else f"{task}, {name}"
+        ending = title.replace(", ", "-")
         found = {what: scores(model, folders, judge) for what, folders in where.items()}
-        paths, title = found["paths"], name if name == task else f"{task}, {name}"
-        fig1, fig4 = (f"fig{n}-{title.replace(', ', '-')}" for n in (1, 4))
+        judged = [found[what] for what in ("paths", "raw", "raw sert")]
         sampled = [all_paths(model, where[what]) for what in ("paths", "raw", "raw sert")]
-        if sampled[0]:
-            kinds, n = f"kinds-{title.replace(', ', '-')}", len({r["id"] for r in sampled[0]})
-            numbers[kinds] = token_groups(*sampled, kind_bin, len(KINDS))
-            pictures.append((plot_kinds, numbers[kinds], kinds, f"{title}, {n} questions"))
-        if paths and found["raw"]:
-            numbers[fig1] = token_groups(paths, found["raw"], found["raw sert"])
-            about = f"{title}, {len({r['id'] for r in paths})} questions"
-            pictures.append((plot_tokens, numbers[fig1], fig1, about))
-        if paths:
-            numbers[fig4] = ablation_numbers(curves := ablation(paths))
-            pictures.append((plot_ablation, curves, fig4, title))
+        for figure, some in (("kinds", sampled), ("fig1", judged)):
+            if some[0] and (some[1] or figure == "kinds"):
+                bin_of_path, bins, *_ = TOKEN_FIGURES[figure]
+                groups = token_groups(*some, bin_of_path, len(bins))
+                about = f"{title}, {len({r['id'] for r in some[0]})} questions"
+                pictures[f"{figure}-{ending}"] = groups, plot_tokens, (about, groups, figure)
+        if found["paths"]:
+            numbers = ablation_numbers(curves := ablation(found["paths"]))
+            pictures[f"fig4-{ending}"] = numbers, plot_ablation, (title, numbers, curves)
         if found["sert-rd"] and found["rd"]:
-            stats = {method: summary(found[method], 0) for method in ("sert-rd", "rd")}
-            stats = {method: {k: of[k] for k in KEYS} for method, of in stats.items()}
-            criteria.setdefault(task, {})[name] = stats
+            both = {method: summary(found[method], 0) for method in ("sert-rd", "rd")}
+            criteria.setdefault(task, {})[name] = both
         if missing := [folders for what, folders in where.items() if not found[what]]:
             print(f"{model}: no judged {', '.join(missing)}; what needs them is left out")
-    sizes = ["gpt2", "gpt2-medium", "gpt2-large"]
     for task, by_model in criteria.items():
-        order = sorted(by_model, key=lambda m: (sizes.index(m) if m in sizes else 3, m))
+        order = sorted(by_model, key=lambda m: ([*SIZES, m].index(m), m))  # other models come last
         by_model = {model: by_model[model] for model in order}
-        numbers[f"fig3-{task}"] = {
-            model: {m: {k: round(v[0], 4) for k, v in of.items()} for m, of in methods.items()}
-            for model, methods in by_model.items()
+        means = {
+            model: {m: {k: round(of[k][0], 4) for k in KEYS} for m, of in both.items()}
+            for model, both in by_model.items()
         }
-        pictures.append((plot_criteria, by_model, f"fig3-{task}", task))
-    need(
-        numbers,
-        f"nothing under {top} is sampled or judged; run sample.py --split {split}, evaluate.py --paths "
-        "on its paths.jsonl and evaluate.py on SERT+RD and RD checkpoints first",
-    )
+        pictures[f"fig3-{task}"] = means, plot_criteria, (task, by_model)
+    need(pictures, f"nothing under {top} is sampled or judged; run sample.py --split {split}, "
+         "evaluate.py --paths on its paths.jsonl and evaluate.py on SERT+RD and RD checkpoints "
+         "first")  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
+    numbers = {name: picture[0] for name, picture in pictures.items()}
     write_atomic(out / "figures.json", json.dumps(numbers, indent=1) + "\n")
-    for plot, data, name, title in pictures:
-        plot(data, out / f"{name}.png", title)
-    print("\n".join(f"wrote {out / name}.png" for _, _, name, _ in pictures))
+    for name, (_, plot, arguments) in pictures.items():
+        plot(out / f"{name}.png", *arguments)
+    print("\n".join(f"wrote {out / name}.png" for name in pictures))
 
 
-def plot_tokens(groups: dict[str, list[float]], png: Path, title: str) -> None:
-    """Fig. 1: per score bin the share of questions with at least one such output."""
-    title = f"Questions with at least one output of a quality: {title}"
-    plot_bars(groups, png, title, BINS, "mean of the four judge scores")
-
-
-def plot_kinds(groups: dict[str, list[float]], png: Path, title: str) -> None:
-    """Per kind the share of questions with at least one such path."""
-    title = f"Questions with at least one path of a kind: {title}"
-    plot_bars(groups, png, title, KINDS, "kind of path, by its form")
-
-
-def plot_bars(groups: dict[str, list[float]], png: Path, title: str, ticks, what: str) -> None:
-    """A group of bars per tick."""
+def plot_tokens(png: Path, title: str, groups: dict[str, list[float]], figure: str) -> None:
+    """Fig. 1, or the kinds of paths: a bar per group and bin, as high as the share of questions."""
+    _, bins, thing, what = TOKEN_FIGURES[figure]
     fig, ax = plt.subplots(figsize=(11, 4.6))
     width = 0.86 / 8
     for name, shares in groups.items():
         of = list(BARS).index(name)
         gap = 0.02 if of >= 5 else 0  # sets the 25-sample bars apart from the 5-sample ones
-        x = [b + (of - 3.5) * width + gap for b in range(len(ticks))]
+        x = [b + (of - 3.5) * width + gap for b in range(len(bins))]
         bars = ax.bar(x, shares, width * 0.92, color=BARS[name], label=name)
         if of >= 5:
             ax.bar_label(bars, [f"{v:.2f}" if v else "" for v in shares], fontsize=6, padding=2)
-    ax.set_xticks(range(len(ticks)), ticks)
+    ax.set_xticks(range(len(bins)), bins)
     ax.set_xlabel(f"{what} (Token 0 to 4: 5 samples per question each; the others: 25)")
     ax.set(ylabel="share of questions", ylim=(0, 1.08))
+    title = f"Questions with at least one {thing}: {title}"
     save(fig, png, title, ncols=8, fontsize=9.5, columnspacing=1.5, handlelength=1.2)
 
 
-def plot_criteria(by_model: dict[str, dict[str, dict]], png: Path, title: str) -> None:
-    """Fig. 3: (mean, low, high) of each criterion's scores, SERT+RD against RD; a panel per model."""
+def plot_criteria(png: Path, title: str, by_model: dict[str, dict[str, dict]]) -> None:
+    """Fig. 3: mean and interval of each criterion's scores, SERT+RD and RD; a panel per model."""
     n = len(by_model)
     fig, axes = plt.subplots(1, n, figsize=(1.2 + 4.4 * n, 4), sharey=True, squeeze=False)
     styles = (("sert-rd", "SERT+RD", BLUE, -0.2), ("rd", "RD", ORANGE, 0.2))
-    for ax, (model, methods) in zip(axes[0], by_model.items()):
+    for ax, (model, both) in zip(axes[0], by_model.items()):
         for method, label, color, side in styles:
-            means, lows, highs = zip(*methods[method].values())
+            values = [both[method][key] for key in KEYS]
+            means, *spans = zip(*((m, m - low, high - m) for m, low, high in values))
             x = [i + side for i in range(len(KEYS))]
-            spans = [
-                [m - low for m, low in zip(means, lows)],
-                [h - m for h, m in zip(highs, means)],
-            ]
             bars = ax.bar(x, means, 0.36, color=color, label=label, yerr=spans, ecolor=INK)
             ax.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
         ax.set_xticks(range(len(KEYS)), [key.replace(" ", "\n") for key in KEYS], fontsize=9)
@@ -276,10 +255,9 @@ def plot_criteria(by_model: dict[str, dict[str, dict]], png: Path, title: str) -
     save(fig, png, f"Reasoning of greedy outputs: {title}", ncols=2)
 
 
-def plot_ablation(curves: dict[str, list[dict]], png: Path, title: str) -> None:
-    """Fig. 4: the distribution of each criterion's scores as the rules are switched on one by one;
-    a panel per criterion."""
-    numbers = ablation_numbers(curves)
+def plot_ablation(png: Path, title: str, numbers: dict, curves: dict[str, list[dict]]) -> None:
+    """Fig. 4: the distribution of each criterion's scores (`numbers`) as the rules are switched on
+    one by one (`curves`); a panel per criterion."""
     styles = dict(zip(curves, cycle(STYLES)))
     fig, axes = plt.subplots(2, 2, figsize=(9.6, 6.6), sharex=True, sharey=True)
     for ax, key in zip(axes.flat, KEYS, strict=True):

@@ -3,7 +3,7 @@
 The prompt says what the paper's says, in our words, and asks for the same score lines. The judge is
 a model at any OpenAI-compatible endpoint, asked at temperature 0 through the teacher's client: the
 same response to the same question is asked once, whoever gave it, so no reply is paid for twice. In
-the micro-world a program judges (tasks.Task.judge). A score that cannot be read is missing, never 0.
+the micro-world a program judges (tasks.Task.judge). An unreadable score is missing, never 0.
 """
 
 import math
@@ -29,10 +29,8 @@ CRITERIA = {
     "Completeness": "Does it take every step that leads from the question to an answer?",
 }
 KEYS = tuple(name.lower() for name in CRITERIA)  # of a record's scores
-ASKED = "\n".join(
-    f"{i}. {name}: {asks}\n   Score for {name}: <number>"
-    for i, (name, asks) in enumerate(CRITERIA.items(), 1)
-)
+ASKED = "\n".join(f"{i}. {name}: {CRITERIA[name]}\n   Score for {name}: <number>"
+                  for i, name in enumerate(CRITERIA, 1))  # fmt: skip
 PROMPT = f"""Your task is to assess the quality of the reasoning in a response to a question.
 
 Question:
@@ -73,8 +71,7 @@ def parse_scores(reply: str) -> dict[str, float | None]:
     >>> parse_scores("**Score for Coherence:** 7/10\\nScore for Relevance: 11")["coherence"]
     7.0
     """
-    scores: dict[str, float | None] = {}
-    reply = without_thinking(reply)  # a draft of the scores doesn't count
+    scores, reply = {}, without_thinking(reply)  # a draft of the scores doesn't count
     for key, pattern in _SCORES.items():
         said = [rest for rest in pattern.findall(reply) if "<number>" not in rest.lower()]
         m = _NUMBER.match(said[-1]) if said else None
@@ -125,8 +122,7 @@ def print_plan(records: list[dict], judge: Judge | None, what: str) -> None:
 
 def write_scores(records: list[dict], questions: dict, judge: Judge | None, out: Path) -> list[str]:
     """Write scores-NAME.jsonl for records that have replies (`questions` by id, for a program);
-    returns why other replies are missing. Asking stops early if most of the first replies cannot be
-    read."""
+    returns why other replies are missing."""
     if judge is None:
         return []
     failures: list[str] = []
@@ -138,8 +134,8 @@ def write_scores(records: list[dict], questions: dict, judge: Judge | None, out:
             "hold all four scores",
             "Look at responses.jsonl; choose another --judge-model or a larger --judge-max-tokens",
         )
-        asks, e = list(map(make_ask, records)), judge.endpoint
-        collection, failures = asking.ask_all(judge.folder, asks, e, readable)
+        asks = list(map(make_ask, records))
+        collection, failures = asking.ask_all(judge.folder, asks, judge.endpoint, readable)
         told = zip(records, map(collection.find, asks))
         scored = [score_record(r, parse_scores(reply["text"])) for r, reply in told if reply]
     write_atomic(out / f"scores-{judge.name}.jsonl", map(to_line, scored))
@@ -148,10 +144,9 @@ def write_scores(records: list[dict], questions: dict, judge: Judge | None, out:
 
 def score_record(record: dict, scores: dict) -> dict:
     """One line of scores-NAME.jsonl. The scores of a path also name its branch and sample."""
-    names = ("task", "id", "branch", "sample", "verdict")
+    about = {k: record[k] for k in ("task", "id", "branch", "sample", "verdict") if k in record}
     scores = {k: None if scores[k] is None else round(float(scores[k]), 4) for k in KEYS}
     mean = mean_score(scores)
-    about = {k: record[k] for k in names if k in record}
     return {**about, "scores": scores, "mean": mean and round(mean, 4)}
 
 

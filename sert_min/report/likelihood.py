@@ -1,10 +1,10 @@
 """Answer likelihood: which answer does a student believe after its own reasoning?
 
-For every possible answer a, we take the log-prob of the sentence ` So the answer is {a}.` behind the
-prompt and the student's own greedy reasoning, whose closing answer sentence is taken off. The most
-likely sentence is the answer. Nothing has to be parsed, so no output is unreadable. A small model
-may know the answer but not which letter stands for it: so for a question with options we also take,
-behind ` So the answer is`, the log-prob of each option's *text*, per token and per character (lm-eval
+For every possible answer a, we take the log-prob of the sentence ` So the answer is {a}.` behind
+the prompt and the student's own greedy reasoning, whose closing answer sentence is taken off. The
+most likely sentence is the answer. Nothing has to be parsed, so no output is unreadable. A small
+model may know the answer but not its letter: so for a question with options we also take, behind
+` So the answer is`, the log-prob of each option's *text*, per token and per character (lm-eval
 calls the latter acc_norm).
 
 The options of a question share its context, so each question is one row of the batch: the context
@@ -45,23 +45,23 @@ class Tree(NamedTuple):
 def make_tree(
     tokenizer, question: Question, text: str, suffix: str, most: int, by_text: bool = False
 ) -> Tree:
-    """The row of an output `text`. The end of the reasoning is cut off so that no option ends behind
-    `most` tokens. Context and options are tokenised apart: each starts a word, so nothing merges."""
+    """The row of an output `text`. The end of the reasoning is cut off so that no option ends
+    behind `most` tokens. Context and options are tokenised apart: each starts a word."""
     prompt = tokenizer.encode_prompt(question_prompt(question, suffix))
     reasoning = strip_answer_sentence(text)[0]
     path = tokenizer.encode(" " + reasoning) if reasoning else []
     lead = tokenizer.encode(" So the answer is") if by_text else []
-    texts = (
-        question.choices if by_text else [answer_sentence(question, a) for a in question.answers]
-    )
-    options = [tokenizer.encode(f" {text}") for text in texts]
+    sentences = [answer_sentence(question, answer) for answer in question.answers]
+    options = [tokenizer.encode(f" {t}") for t in (question.choices if by_text else sentences)]
     path = path[: max(0, most - len(prompt + lead) - max(map(len, options)))]
-    start = len(prompt + path + lead)
-    ids, positions, option, told = prompt + path + lead, list(range(start)), [-1] * start, []
+    ids = prompt + path + lead
+    start = len(ids)
+    positions, option, told = list(range(start)), [-1] * start, []
     for i, tokens in enumerate(options):
-        for n, token in enumerate(tokens):
-            told.append((len(ids) - 1 if n else start - 1, token, i))  # the first: by the context
-            ids.append(token)
+        # The context's last token predicts the option's first, which predicts the second, ..
+        before = [start - 1, *range(len(ids), len(ids) + len(tokens) - 1)]
+        told += zip(before, tokens, [i] * len(tokens))
+        ids += tokens
         positions += range(start, start + len(tokens))
         option += [i] * len(tokens)
     return Tree(ids, positions, option, start, told)
@@ -82,18 +82,14 @@ def tree_mask(option: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def answer_logprobs(
-    model: GPT2,
-    tokenizer,
-    questions: list[Question],
-    texts: list[str],
-    suffix: str = "",
-    by_text: bool = False,
+    model: GPT2, tokenizer, questions: list[Question], texts: list[str], suffix="", by_text=False
 ) -> list[list[tuple[float, int]]]:
-    """Per question and answer (log-prob with 4 decimals, tokens) of the answer's sentence behind the
-    question's output in `texts`; with `by_text` of its option's text behind ` So the answer is`."""
+    """Per question and answer (log-prob with 4 decimals, tokens) of the answer's sentence behind
+    the question's output in `texts`; with `by_text` of its option's text behind ` So the answer
+    is`. A log-prob that is not finite is an error."""
     device, n_vocab = model.wte.weight.device, min(tokenizer.n_vocab, model.config.vocab_size)
     most, weight = model.config.n_positions, model.head_weight[:n_vocab]
-    out = []
+    found = []
     for i in range(0, len(questions), ROWS):
         some = list(zip(questions[i : i + ROWS], texts[i : i + ROWS]))
         trees = [make_tree(tokenizer, q, text, suffix, most, by_text) for q, text in some]
@@ -103,39 +99,36 @@ def answer_logprobs(
 
         def attend(layer, q, k, v, mask=mask):  # [B, T, H, D]
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            given = {"scale": 1.0, "enable_gqa": True}
-            return F.scaled_dot_product_attention(q, k, v, mask, **given).transpose(1, 2)
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=1.0, enable_gqa=True)
+            return out.transpose(1, 2)
 
         hidden = model(ids, positions, attend)  # [B, T, C]
         told = [(row, *t) for row, tree in enumerate(trees) for t in tree.told]
         rows, at, targets = torch.tensor(told, device=device).T[:3]
         logprobs = score(hidden[rows, at], weight, targets).tolist()
-        sums = [[0.0] * len(q.answers) for q, _ in some]
+        sums = [[(0.0, 0) for _ in q.answers] for q, _ in some]  # of log-probs, and of tokens
         for (row, _, _, option), logprob in zip(told, logprobs):
-            sums[row][option] += logprob
+            total, n = sums[row][option]
+            sums[row][option] = total + logprob, n + 1
         for tree, (q, _), values in zip(trees, some, sums):
-            if not all(map(math.isfinite, values)):
+            if not all(math.isfinite(total) for total, _ in values):
                 why = first_broken(model, tree.ids[: tree.start])
                 why = f"question {q.id}: an answer's log-prob is NaN or infinite ({why}); "
                 raise SertError(why + "check the model's weights, or use --dtype fp32")
-            n_tokens = [sum(t[2] == i for t in tree.told) for i in range(len(values))]
-            out.append([(round(v, 4), n) for v, n in zip(values, n_tokens)])
-    return out
+            found.append([(round(total, 4), n) for total, n in values])
+    return found
 
 
 def weigh_answers(
-    model: GPT2, tokenizer, questions: list[Question], texts: list[str], suffix: str = ""
+    model: GPT2, tokenizer, questions: list[Question], texts: list[str], suffix=""
 ) -> list[dict]:
     """What `answer_logprobs` finds for each question: `sentences`, and `options` by their texts
     where the answers are letters (else [])."""
-    sentences = answer_logprobs(model, tokenizer, questions, texts, suffix)
-    lettered = [(q, text) for q, text in zip(questions, texts) if q.choices and not q.written]
-    asked = [list(column) for column in zip(*lettered)] or [[], []]
-    options = iter(answer_logprobs(model, tokenizer, *asked, suffix, by_text=True))
-    return [
-        {"sentences": found, "options": next(options) if q.choices and not q.written else []}
-        for q, found in zip(questions, sentences)
-    ]
+    found = answer_logprobs(model, tokenizer, questions, texts, suffix)
+    lettered = [i for i, q in enumerate(questions) if q.choices and not q.written]
+    asked = [questions[i] for i in lettered], [texts[i] for i in lettered]
+    options = dict(zip(lettered, answer_logprobs(model, tokenizer, *asked, suffix, by_text=True)))
+    return [{"sentences": f, "options": options.get(i, [])} for i, f in enumerate(found)]
 
 
 def likelihood_record(
@@ -147,9 +140,10 @@ def likelihood_record(
     def likeliest(values) -> str:
         return max(zip(question.answers, values), key=lambda pair: pair[1])[0]
 
+    logprobs = [v for v, _ in sentences]
     record = {"task": question.task, "id": question.id, "answer": question.answer}
-    record["logprobs"] = dict(zip(question.answers, (v for v, _ in sentences)))
-    record["chosen"] = likeliest(v for v, _ in sentences)
+    record["logprobs"] = dict(zip(question.answers, logprobs))
+    record["chosen"] = likeliest(logprobs)
     record["correct"] = record["chosen"] == question.answer
     if options:
         per_token = likeliest(v / n for v, n in options)

@@ -23,12 +23,7 @@ LIMIT = 200  # questions of a page; 5.4 MB if every path has 128 tokens
 
 
 def write_page(
-    folder: Path,
-    out: Path | str,
-    tokenizer,
-    title: str = "",
-    limit: int = LIMIT,
-    command: str = "python sample.py",
+    folder: Path, out: Path | str, tokenizer, title="", limit=LIMIT, command="python sample.py"
 ) -> int:
     """Write the page of a run folder of sample.py to `out`; returns how many questions it shows.
     These are the first `limit`; the chart of the rules counts all. `tokenizer` is the one of the
@@ -38,11 +33,10 @@ def write_page(
     questions: dict[tuple, dict] = {}
     for r in read_jsonl(folder / "paths.jsonl"):
         name = r["task"], r["id"]
-        if name not in questions:
-            if len(questions) == limit:
-                break
-            questions[name] = {"id": r["id"], "q": r["question"], "a": r["answer"], "paths": []}
-        questions[name]["paths"].append(compact_path(r, tokenizer, vocab))
+        if name not in questions and len(questions) == limit:
+            break
+        new = {"id": r["id"], "q": r["question"], "a": r["answer"], "paths": []}
+        questions.setdefault(name, new)["paths"].append(compact_path(r, tokenizer, vocab))
     data = {
         "title": title or "Latent reasoning, seen",
         "source": [settings[k] for k in ("task", "model", "split") if k in settings],
@@ -50,8 +44,8 @@ def write_page(
         "branches": 0 if settings.get("raw") else settings.get("branches", 0),
         "samples": settings.get("samples", 0),
         "limits": funnel["rules"],
-        "rules": [[rule.name, filters.words(rule, funnel["rules"][rule.flag]), rule.flag, rule.words]
-                  for rule in filters.RULES if rule.flag in funnel["rules"]],
+        "rules": [[r.name, filters.words(r, funnel["rules"][r.flag]), r.flag, r.words]
+                  for r in filters.RULES if r.flag in funnel["rules"]],
         "dropped": filters.DROPPED,
         "command": command,
         "counts": funnel["counts"],
@@ -78,27 +72,27 @@ def token_texts(token_bytes: Sequence[bytes]) -> list[str]:
 
 def compact_path(r: Mapping, tokenizer, vocab: dict[int, int]) -> list:
     """A record as the page wants it: [branch, sample, token numbers, -1000 x log-prob, path_start,
-    path_end, finish, perplexity, rep-2, verdict, breaking token or -1, what it states of the answer,
-    {token: text}]; the last holds the texts of tokens that share a character with a neighbour."""
+    path_end, finish, perplexity, rep-2, verdict, breaking token or -1, what it states of the
+    answer, {token: text}]; the last, if there are any, holds tokens that share a character with a
+    neighbour."""
     unknown = [i for i in r["token_ids"] if i not in tokenizer.to_bytes]
     need(not unknown, f"question {r['id']} has a token that this model's tokenizer lacks")
     token_bytes = [tokenizer.to_bytes[i] for i in r["token_ids"]]
     numbers = [vocab.setdefault(i, len(vocab)) for i in r["token_ids"]]
     start, end = r["path_start"], r["path_end"]
-    # The same three pieces have a look of their own on the page.
-    texts = [t for a, b in ((0, start), (start, end), (end, None)) for t in
-             token_texts(token_bytes[a:b])]  # fmt: skip
+    pieces = token_bytes[:start], token_bytes[start:end], token_bytes[end:]  # each has its own look
+    texts = [text for piece in pieces for text in token_texts(piece)]
     alone = [b.decode("utf-8", "replace") for b in token_bytes]
     split = {i: t for i, (t, own) in enumerate(zip(texts, alone)) if t != own}
     minus = [round(-1000 * lp) for lp in r["logprobs"]]
-    path = [r["branch"], r["sample"], numbers, minus, start, end, r["finish"], r["perplexity"]]
-    path += [r["rep2"], r["verdict"], breaking_token(r, token_bytes)]
-    path += [filters.answers_stated(r["text"], question_in(r))]
-    return path + [split] * bool(split)
+    path = [r["branch"], r["sample"], numbers, minus, start, end]
+    path += [r["finish"], r["perplexity"], r["rep2"], r["verdict"], breaking_token(r, token_bytes)]
+    path.append(filters.answers_stated(r["text"], question_in(r)))
+    return [*path, split] if split else path
 
 
 def breaking_token(r: Mapping, token_bytes: Sequence[bytes]) -> int:
-    """Index in `token_ids` of the token with which a path breaks its pattern rule; -1 if unknown."""
+    """Index in `token_ids` of the token with which a path breaks its pattern rule, else -1."""
     rule, _, kind = r["verdict"].partition(":")
     if rule != "pattern" or kind == "direct":  # a bare answer is one as a whole
         return -1
@@ -111,8 +105,8 @@ def breaking_token(r: Mapping, token_bytes: Sequence[bytes]) -> int:
 
 def fill_template(data: dict) -> str:
     """The whole page. All slots are filled in one pass, so text in the data that looks like a slot
-    stays text. The JSON is ASCII without any character that has a meaning in HTML. The policy allows
-    this very style and script and nothing else, above all no request."""
+    stays text. The JSON is ASCII without any character that has a meaning in HTML. The policy
+    allows this very style and script and nothing else, above all no request."""
     template = TEMPLATE.read_text(encoding="utf-8")
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

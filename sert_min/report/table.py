@@ -11,34 +11,25 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from sert_min.io.errors import need, printable_lines
 from sert_min.io.files import folders_in, read_json, read_jsonl, write_atomic
 from sert_min.metrics import mean_interval, without_nan
 
 METHODS = ("finetune", "star", "sert", "sert-rd", "rd")  # in the paper's order; STaR is ours
-COLUMNS = {  # shares in % up to `contradictory`
+COLUMNS = {
     "acc": "Acc % [95 %]", "acc_likelihood": "by likelihood", "acc_text": "of the text",
-    "reasoning": "reasoning", "contradictory": "contradicts", "fmt": "Fmt", "len": "Len", "rep": "Rep",
+    "reasoning": "reasoning", "contradictory": "contradicts",
+    "fmt": "Fmt", "len": "Len", "rep": "Rep",
 }  # fmt: skip
-NAMES = {"base": "base", "finetune": "Finetune", "star": "STaR", "sert": "SERT", "sert-rd": "SERT+RD",
-         "rd": "RD", "teacher": "zero-shot CoT"}  # fmt: skip
+SCALE = {k: 1 if k in ("fmt", "len", "rep") else 100 for k in COLUMNS}  # the others are in %
+NAMES = {"base": "base", "finetune": "Finetune", "star": "STaR", "sert": "SERT",
+         "sert-rd": "SERT+RD", "rd": "RD", "teacher": "zero-shot CoT"}  # fmt: skip
 TEACHER = "GPT-3.5"
 # Acc in %, Fmt, Len, Rep by task and "model method" [SERT Table II]; Finetune states answers only.
 # Several accuracies are no k / 687 or k / 1221, and the teacher's row fits the full sets.
 PAPER = read_json(Path(__file__).with_name("table2.json"))
-
-
-class Row(NamedTuple):
-    model: str
-    method: str
-    n: int  # test questions; 0: not evaluated
-    seeds: int
-    ours: dict[str, tuple]  # metric -> (mean, low, high), NaN for no interval; Acc in %
-    paper: dict[str, float]
 
 
 def find_metrics(folder: Path) -> list[tuple[Path, dict]]:
@@ -47,27 +38,30 @@ def find_metrics(folder: Path) -> list[tuple[Path, dict]]:
     found = []
     for path in (p / "metrics.json" for p in folders_in(folder) if (p / "metrics.json").exists()):
         m = read_json(path)
-        if m.get("split") != "test" or m.get("variant") or str(m.get("method")) not in NAMES:
-            continue
-        whole = {"task", "model", "n", "majority"} <= m.keys()
-        need(whole, f"{path} is not what evaluate.py writes; evaluate that model again")
-        found.append((path, m))
+        if m.get("split") == "test" and not m.get("variant") and str(m.get("method")) in NAMES:
+            whole = {"task", "model", "n", "majority"} <= m.keys()
+            need(whole, f"{path} is not what evaluate.py writes; evaluate that model again")
+            found.append((path, m))
     return found
 
 
-def pooled(values: Iterable, scale: float) -> tuple | None:
-    """(value, low, high) of several seeds as one; None without any value."""
-    values = [v for v in values if v and v[0] is not None]
+def pooled(metrics: list[dict], key: str) -> tuple | None:
+    """(value, low, high) of a metric, several seeds as one; None without any value."""
+    values = [v for m in metrics if (v := m.get(key)) and v[0] is not None]
     if not values:
         return None
     spans = [v for v in values if None not in v]
     mean, n = math.fsum(v[0] for v in values) / len(values), len(spans) or math.nan
-    below, above = math.fsum(v[0] - v[1] for v in spans), math.fsum(v[2] - v[0] for v in spans)
-    return scale * mean, scale * (mean - below / n), scale * (mean + above / n)
+    low = mean - math.fsum(v[0] - v[1] for v in spans) / n
+    high = mean + math.fsum(v[2] - v[0] for v in spans) / n
+    return tuple(SCALE[key] * v for v in (mean, low, high))
 
 
-def table_rows(metrics: list[dict], task: str) -> list[Row]:
-    """One row per model and method: the paper's cells, and what else was evaluated."""
+def table_rows(found: list[tuple[Path, dict]], task: str) -> list[dict]:
+    """One row per model and method: the paper's cells, and what else was evaluated. `n` counts test
+    questions (0: not evaluated); `ours` is metric -> (mean, low, high), NaN for no interval;
+    `paper` is metric -> value; shares are in %."""
+    metrics = [m for _, m in found if m["task"] == task]
     paper, rows = PAPER.get(task, {}), []
     models = dict.fromkeys([cell.split()[0] for cell in paper] + [m["model"] for m in metrics])
     for model, method in itertools.product(models, ("teacher", "base", *METHODS)):
@@ -75,18 +69,13 @@ def table_rows(metrics: list[dict], task: str) -> list[Row]:
         printed = paper.get(f"{model} {method}", ())
         # a model that the paper lacks gets its four rows too: missing cells stay empty
         wanted = method in METHODS and method != "star" and model != TEACHER
-        if not some and not printed and not wanted:
-            continue
-        # Finetune gives answers only: the paper prints its accuracy alone
-        keys = [k for k in COLUMNS if method != "finetune" or k.startswith("acc")]
-        ours = {
-            k: pooled((m.get(k) for m in some), 1 if k in ("fmt", "len", "rep") else 100)
-            for k in keys
-        }
-        ours = {k: v for k, v in ours.items() if v}
-        theirs = {k: v for k, v in zip(("acc", "fmt", "len", "rep"), printed) if v is not None}
-        n = min((m["n"] for m in some), default=0)
-        rows.append(Row(model, method, n, len(some), ours, theirs))
+        if some or printed or wanted:
+            # Finetune gives answers only: the paper prints its accuracy alone
+            keys = [k for k in COLUMNS if method != "finetune" or k.startswith("acc")]
+            ours = {k: v for k in keys if (v := pooled(some, k))}
+            theirs = {k: v for k, v in zip(("acc", "fmt", "len", "rep"), printed) if v is not None}
+            row = {"model": model, "method": method, "n": min((m["n"] for m in some), default=0)}
+            rows.append({**row, "seeds": len(some), "ours": ours, "paper": theirs})
     return rows
 
 
@@ -129,30 +118,15 @@ def differences(found: list[tuple[Path, dict]], task: str) -> list[dict]:
         if m["task"] == task:
             folders[m["model"], m["method"]].append(path.parent)
     rows = []
-    for model, (a, b) in itertools.product(dict.fromkeys(m for m, _ in folders), PAIRS):
-        row: dict = {"model": model, "methods": [a, b]}
-        for metric in VALUES if folders.keys() >= {(model, a), (model, b)} else ():
-            sides = ([question_values(f, metric) for f in folders[model, m]] for m in (a, b))
-            if found_one := difference(*sides):
-                scale = 100 if metric.startswith("acc") else 1
-                row[metric] = tuple(scale * v for v in found_one)
-        rows += [row] if len(row) > 2 else []
+    for model, pair in itertools.product(dict.fromkeys(m for m, _ in folders), PAIRS):
+        sides, values = [folders[model, method] for method in pair], {}
+        for metric in VALUES if all(sides) else ():
+            a, b = ([question_values(folder, metric) for folder in side] for side in sides)
+            if found_one := difference(a, b):
+                values[metric] = tuple(SCALE[metric] * v for v in found_one)
+        if values:
+            rows.append({"model": model, "methods": list(pair), **values})
     return rows
-
-
-def difference_grid(rows: list[dict]) -> list[list[str]]:
-    """The differences as text, a header line first; a star marks an interval without 0."""
-    keys = [k for k in COLUMNS if any(k in row for row in rows)]
-    lines = [["difference, same questions", *(COLUMNS[k].replace(" [95 %]", "") for k in keys)]]
-    for row in rows:
-        cells = []
-        for mean, low, high in (row.get(k, (math.nan,) * 3) for k in keys):
-            mark = "*" if low > 0 or high < 0 else ""
-            known = not math.isnan(low)
-            cells.append(f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{mark}" if known else "")
-        a, b = (NAMES[method] for method in row["methods"])
-        lines.append([f"{row['model']} {a} - {b}", *cells])
-    return lines
 
 
 # --- as text --------------------------------------------------------------------------------------
@@ -170,31 +144,45 @@ def cell(ours: tuple | None, paper: float | None, interval: bool) -> str:
     return text.strip()
 
 
-def grid(rows: list[Row]) -> list[list[str]]:
+def table_grid(rows: list[dict]) -> list[list[str]]:
     """The table as text, a header line first."""
-    keys = [k for k in COLUMNS if any(k in (*row.ours, *row.paper) for row in rows)]
+    keys = [k for k in COLUMNS if any(k in row["ours"] | row["paper"] for row in rows)]
     lines = [["", *(COLUMNS[k] for k in keys), "n"]]
     for row in rows:
-        cells = [cell(row.ours.get(k), row.paper.get(k), k == "acc") for k in keys]
-        n = f"{row.n:,}" + (f" x {row.seeds} seeds" if row.seeds > 1 else "")
-        missing = "not evaluated" if row.method == "base" else "not trained"
-        lines.append([f"{row.model} {NAMES[row.method]}", *cells, n if row.n else missing])
+        cells = [cell(row["ours"].get(k), row["paper"].get(k), k == "acc") for k in keys]
+        n = f"{row['n']:,}" + (f" x {row['seeds']} seeds" if row["seeds"] > 1 else "")
+        if not row["n"]:
+            n = "not evaluated" if row["method"] == "base" else "not trained"
+        lines.append([f"{row['model']} {NAMES[row['method']]}", *cells, n])
+    return lines
+
+
+def difference_grid(rows: list[dict]) -> list[list[str]]:
+    """The differences as text, a header line first; a star marks an interval without 0."""
+    keys = [k for k in COLUMNS if any(k in row for row in rows)]
+    lines = [["difference, same questions", *(COLUMNS[k].replace(" [95 %]", "") for k in keys)]]
+    for row in rows:
+        a, b = (NAMES[method] for method in row["methods"])
+        lines.append([f"{row['model']} {a} - {b}"])
+        for mean, low, high in (row.get(k, (math.nan,) * 3) for k in keys):
+            mark = "*" if low > 0 or high < 0 else ""
+            text = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]{mark}"
+            lines[-1].append("" if math.isnan(low) else text)
     return lines
 
 
 def tables(found: list[tuple[Path, dict]]) -> str:
     """The aligned tables of all tasks that were evaluated."""
-    text, metrics = [], [m for _, m in found]
-    for task in sorted({m["task"] for m in metrics}):
-        some = [m for m in metrics if m["task"] == task]
-        sets = sorted({(m["n"], *m["majority"]) for m in some}, reverse=True)
+    text, tasks = [], sorted({m["task"] for _, m in found})
+    for task in tasks:
+        sets = {(m["n"], *m["majority"]) for _, m in found if m["task"] == task}
         text += [f"{task} test, {n:,} questions; always saying {answer} scores {100 * share:.2f} %"
-                 for n, answer, share in sets] + [""]  # fmt: skip
+                 for n, answer, share in sorted(sets, reverse=True)] + [""]  # fmt: skip
         rows = differences(found, task)
-        for lines in (grid(table_rows(some, task)), *([difference_grid(rows)] if rows else [])):
+        for lines in (table_grid(table_rows(found, task)), difference_grid(rows) if rows else []):
             widths = [max(map(len, column)) for column in zip(*lines)]
             text += ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines] + [""]
-    if any(m["task"] in PAPER for m in metrics):
+    if PAPER.keys() & tasks:
         text.append("in, out: the paper's number lies inside or outside our 95 % interval")
     return "\n".join(text).rstrip() + "\n"
 
@@ -206,8 +194,7 @@ def print_table(folder: Path) -> None:
     text, numbers = tables(found), {}
     print(printable_lines(text), end="")
     for task in sorted({m["task"] for _, m in found}):
-        rows = table_rows([m for _, m in found if m["task"] == task], task)
-        rows = [row._asdict() for row in rows if row.n]
+        rows = [row for row in table_rows(found, task) if row["n"]]
         numbers[task] = {"rows": rows, "differences": differences(found, task)}
     write_atomic(folder / "table.json", json.dumps(without_nan(numbers), indent=1) + "\n")
     write_atomic(folder / "table.txt", text)

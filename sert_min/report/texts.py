@@ -19,13 +19,13 @@ JUDGED = dict.fromkeys(("task", "id", "question", "answer", "text"), str)  # key
 
 
 def question_of(row: dict, task: str, known: Callable[[], dict]) -> Question:
-    """The question of a record. Its options come from its own text, else from the dataset: `known()`
-    gives the questions by id and by text without options. Without any text they are only letters."""
+    """The question of a record. Its options come from its own text, else from the dataset:
+    `known()` gives questions by id and by text without options. Without a text they are letters."""
     answer, text = row.get("answer"), row.get("question")
     name, text = str(row.get("id", row.get("index", ""))), text if isinstance(text, str) else ""
-    if tasks.is_own(task) and ((q := known().get(name)) is None or q.answer != answer):
-        raise ValueError(f"the file of --task has no question {name!r} with answer {answer!r}")
     if tasks.is_own(task):
+        if (q := known().get(name)) is None or q.answer != answer:
+            raise ValueError(f"the file of --task has no question {name!r} with answer {answer!r}")
         return q
     if answer not in ("yes", "no", *LETTERS):
         raise ValueError(f"answer {answer!r} is no letter, yes or no; give --task FILE for others")
