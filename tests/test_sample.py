@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, make_tiny_model, one_line
 
 import sample
-from sert_min import filters
+from sert_min import filters, script
 from sert_min.io.errors import SertError
 from sert_min.io.files import read_json, read_jsonl
 from sert_min.tokenizer import Tokenizer
@@ -224,7 +224,7 @@ def test_an_older_run_that_was_killed_goes_on(model, tmp_path, sampled, monkeypa
     (tmp_path / "blocks/000002-2.jsonl").write_text(old)
     sampled.clear()
     with monkeypatch.context() as m, pytest.raises(SertError, match="once without torchrun"):
-        m.setattr(sample, "WORLD", 2)
+        m.setattr(script, "WORLD", 2)
         run(model, tmp_path)
     run(model, tmp_path)
     assert derived(tmp_path) == before and sampled == made
