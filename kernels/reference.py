@@ -1,11 +1,10 @@
 """The definition of `sample_and_score` in plain PyTorch; it is also what runs on the CPU.
 
-The idea. Keep the k best tokens of a row, of these the smallest set that holds the share p of
-their mass, and draw from it with one uniform number: walk the kept tokens in id order and stop
-where their cumulative probability passes it (inverse CDF). The uniform number comes from Philox, a
-random function of (seed, stream, position) without state: a row draws the same token in any batch,
-in any order, after any restart. Scoring is apart from drawing: the log-prob is that of the drawn
-token under the whole vocabulary at temperature 1, whatever was cut off for the draw.
+Keep the k best tokens of a row, of these the smallest set that holds the share p of their mass, and
+draw from it with one uniform number: walk the kept tokens in id order and stop where their
+cumulative probability passes it (inverse CDF). The uniform number comes from Philox, a random
+function of (seed, stream, position) without state: a row draws the same token in any batch, in any
+order, after any restart.
 
 There are two steps, as in the Triton kernels. `summary` goes once through the vocabulary, block by
 block, and keeps the log-sum-exp and the k best entries; `draw` needs nothing else. B rows of V
@@ -28,11 +27,11 @@ PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 BLOCK = 8192  # token ids at a time: a block of logits should stay in the cache
 MAX_ID = 2**62  # above every token id
+Drawn = tuple[Tensor, Tensor]  # tokens int64 [B], their log-probs fp32 [B]
 
 
 class Settings(NamedTuple):
-    """How B rows are drawn. All but the seed are numbers or tensors [B]; `checked` makes tensors of
-    them."""
+    """How B rows are drawn. All but the seed are numbers, or tensors [B] as `checked` makes them."""
 
     temperature: float | Tensor = 1.0  # 0 is argmax
     top_k: int | Tensor = 0  # comes first; 0 is off
@@ -95,8 +94,8 @@ def per_row(name: str, value, like: Tensor, dtype, low, high) -> Tensor:
 def checked(x: Tensor, V: int, s: Settings) -> tuple[Settings, int]:
     """Settings of a step on rows x [B, ..] over V tokens, with tensors [B] in place of numbers and
     top_k from 1 to V (off: V; greedy: 1); and the largest top_k. Reading that from a tensor waits
-    for the device, so a step that is captured in a CUDA graph needs a number. What is out of range
-    or of a wrong shape is a ValueError."""
+    for the device, so a step that is captured in a CUDA graph needs a number. Numbers out of range
+    and wrong shapes are a ValueError."""
     if x.dim() != 2 or not x.is_floating_point() or V < 1:
         raise ValueError(f"rows must be float [B, V], not {x.dtype} {list(x.shape)}")
     temperature = per_row("temperature", s.temperature, x, torch.float32, 0.0, 1e30)
@@ -106,8 +105,7 @@ def checked(x: Tensor, V: int, s: Settings) -> tuple[Settings, int]:
         most = 1 if s.temperature == 0 else most
         top_k = constant(most, torch.int64, x.device).expand(len(x))
     else:
-        top_k = torch.where((top_k <= 0) | (top_k > V), V, top_k)
-        top_k = torch.where(temperature == 0, 1, top_k)
+        top_k = torch.where(temperature == 0, 1, torch.where(top_k > 0, top_k.clamp(max=V), V))
     top_p = per_row("top_p", s.top_p, x, torch.float64, 0.0, 1.0)
     position = per_row("position", s.position, x, torch.int64, 0, 2**31)
     streams = torch.arange(len(x), device=x.device) if s.streams is None else s.streams
@@ -118,14 +116,13 @@ def checked(x: Tensor, V: int, s: Settings) -> tuple[Settings, int]:
     return s, most or max(top_k.tolist(), default=1)
 
 
-def sample_and_score(logits: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
-    """Draw one token per row of logits [B, V] and score it: tokens int64 [B], and logprobs fp32 [B],
-    the log-prob of each drawn token under softmax(logits), temperature 1, full vocabulary.
+def sample_and_score(logits: Tensor, s: Settings) -> Drawn:
+    """Draw one token per row of logits [B, V] and score it: its log-prob under softmax(logits) at
+    temperature 1, over the full vocabulary, whatever was cut off for the draw.
 
     Equal logits go by the lowest id; the draw is a function of (row, settings, seed, stream,
-    position) alone. A row with NaN, +inf or nothing but -inf gives token -1 and log-prob NaN; it
-    raises no exception, so that nobody has to wait for the device. Wrong shapes and numbers out of
-    range are a ValueError."""
+    position) alone. A row with NaN, +inf or nothing but -inf gives token -1 and log-prob NaN: an
+    exception would have to wait for the device. Bad settings are a ValueError (`checked`)."""
     home = logits.device
     if home.type == "mps":  # no float64 there
         logits = logits.cpu()
@@ -140,29 +137,24 @@ def summary(block: Callable[[int, int], Tensor], V: int, k: int):
     best logit [B], log-sum-exp relative to it [B] (finite exactly for usable rows), the k largest
     logits, descending, and their ids [B, k]. `block(i, j)` gives the logits [B, j - i] of the ids
     from i to j, fp32; each block stays in the cache until it has been used."""
-    values, ids, tops, sums = [], [], [], []
+    parts = []  # of each block: best k, their ids, log-sum-exp relative to the best, the best
     for i in range(0, V, BLOCK):
         x = block(i, min(i + BLOCK, V))
         v, at = best_first(x, min(k, x.shape[1]))
-        lse = -x.log_softmax(1).gather(1, at[:, :1])[:, 0]  # of the best, relative to it
-        empty = v[:, 0] == float("-inf")  # no mass in this block
-        sums.append(lse.masked_fill(empty, float("-inf")))
-        tops.append(v[:, 0].masked_fill(empty, 0.0))
-        values, ids = [*values, v], [*ids, at + i]
-    v, at, tops = torch.cat(values, 1), torch.cat(ids, 1), torch.stack(tops, 1)
-    if len(values) > 1:  # equal logits stand in id order already, and best_first keeps that
+        lse, top = -x.log_softmax(1).gather(1, at[:, :1]), v[:, :1]
+        empty = top == float("-inf")  # no mass in this block
+        lse, top = lse.masked_fill(empty, float("-inf")), top.masked_fill(empty, 0.0)
+        parts.append((v, at + i, lse, top))
+    v, at, lse, top = (torch.cat(x, 1) for x in zip(*parts))
+    if len(parts) > 1:  # equal logits stand in id order already, and best_first keeps that
         v, order = best_first(v, k)
         at = at.gather(1, order)
     # Relative to the best logit: near -100, where GPT-2's logits lie, fp32 has steps of 1e-5.
-    lse = (torch.stack(sums, 1) + (tops - v[:, :1])).logsumexp(-1)
-    return v[:, 0], lse, v, at
+    return v[:, 0], (lse + (top - v[:, :1])).logsumexp(-1), v, at
 
 
-def draw(
-    best: Tensor, lse: Tensor, values: Tensor, ids: Tensor, s: Settings
-) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [B] and log-probs fp32 [B] from a `summary` with K candidates [B, K] and settings
-    that `checked` returned."""
+def draw(best: Tensor, lse: Tensor, values: Tensor, ids: Tensor, s: Settings) -> Drawn:
+    """Draw from a `summary` with K candidates [B, K], by settings that `checked` returned."""
     usable = lse.isfinite()
     if not usable.all():
         values = torch.where(usable[:, None], values, 0.0)

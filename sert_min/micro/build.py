@@ -13,6 +13,7 @@ import re
 import tempfile
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import regex
@@ -37,8 +38,7 @@ def train_bpe(texts: list[str]) -> list[tuple[str, str]]:
     while any(" " in word for word in words):
         pairs = Counter()
         for word, n in words.items():
-            symbols = word.split()
-            for pair in zip(symbols, symbols[1:]):
+            for pair in pairwise(word.split()):
                 pairs[pair] += n
         merges.append(min(pairs, key=lambda p: (-pairs[p], p)))
         both = re.compile(rf"(?<!\S){re.escape(' '.join(merges[-1]))}(?!\S)")
@@ -48,16 +48,16 @@ def train_bpe(texts: list[str]) -> list[tuple[str, str]]:
 
 def save_bpe(merges: list[tuple[str, str]], folder: Path | str) -> None:
     """vocab.json and merges.txt in GPT-2's format; end-of-text is the last id."""
-    tokens = [*byte_alphabet(), *("".join(pair) for pair in merges), END]
+    tokens = [*byte_alphabet(), *map("".join, merges), END]
     vocab = {token: i for i, token in enumerate(tokens)}
     Path(folder, "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), "utf-8")
-    lines = "".join(" ".join(pair) + "\n" for pair in merges)
-    Path(folder, "merges.txt").write_text("#version: 0.2\n" + lines, "utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges), ""]
+    Path(folder, "merges.txt").write_text("\n".join(lines), "utf-8")
 
 
-def corpus(world_seed: int, documents: int, seed: int = 0) -> list[str]:
+def corpus(world_seed: int, documents: int) -> list[str]:
     """The pretraining documents of a world, in training order."""
-    facts, rng = world.make_world(world_seed), random.Random(f"corpus {world_seed} {seed}")
+    facts, rng = world.make_world(world_seed), random.Random(f"corpus {world_seed} 0")
     return [world.document(facts, rng) for _ in range(documents)]
 
 
@@ -77,10 +77,9 @@ def pretrain(model, documents, steps, batch):
         # warm up over 100 steps, hold, then fall to 2 % over the last three quarters: at the full
         # rate the values of towns were not learnt
         factor = min(1, (step + 1) / 100, 4 / 3 * (steps - step) / steps + 0.02)
-        for group in muon.param_groups:
-            group["lr"] = 0.02 * factor
-        for group in adamw.param_groups:
-            group["lr"] = 0.003 * factor
+        for optimiser, rate in ((muon, 0.02), (adamw, 0.003)):
+            for group in optimiser.param_groups:
+                group["lr"] = rate * factor
         examples = [(d[:-1], d[1:]) for d in documents[step * batch : (step + 1) * batch]]
         loss = loss_sum(model, pack(examples)) / n_supervised(examples)
         model.zero_grad()

@@ -6,8 +6,7 @@ from typing import NamedTuple
 from sert_min.micro.world import FACT_NOTE, FACTS, HOME_NOTES, HOMES, RELATIONS, World, make_world
 from sert_min.questions import Question, stem
 
-TEACHER_HOME = "To begin with, {p} lives in {t}."
-TEACHER_FACT = "Now, the {name} of {t} is {v}."
+TEACHER_FACTS = "To begin with, {p} lives in {t}. Now, the {name} of {t} is {v}. "
 TEACHER_VERDICT = {  # the test in the question's terms, as in latent paths: another is not learnt
     True: "This was asked: the {name} is indeed {asked} there.",
     False: "This was asked: the {name} is not {asked} there.",
@@ -19,8 +18,8 @@ def teacher_rationale(question: Question) -> str:
     """A right explanation of any question of this world, in sentences that no latent path uses."""
     world, p, name, asked = parse_question(question)
     v = world.value[name, t := world.home[p]]
-    sentences = TEACHER_HOME, TEACHER_FACT, TEACHER_VERDICT[asked and asked == v]
-    return " ".join(sentences).format(p=p, t=t, name=name, v=v, asked=asked)
+    text = TEACHER_FACTS + TEACHER_VERDICT[asked and asked == v]
+    return text.format(p=p, t=t, name=name, v=v, asked=asked)
 
 
 class Asked(NamedTuple):
@@ -37,9 +36,8 @@ def pattern(template: str, **slots: str) -> re.Pattern:
     text = re.escape(template.rstrip(".?"))
     for slot, expression in slots.items():
         text = text.replace(re.escape("{" + slot + "}"), expression)
-    if template[0].isalpha():
-        text = f"[{text[0]}{text[0].swapcase()}]" + text[1:]
-    return re.compile(r"\b" + text + r"\b")
+    first = f"(?i:{text[0]})" if template[0].isalpha() else text[0]
+    return re.compile(rf"\b{first}{text[1:]}\b")
 
 
 PERSON, TOWN = r"(?P<p>[A-Z][a-z]+)", r"(?P<t>[A-Z][a-z]+ [A-Z][a-z]+)"
@@ -104,16 +102,15 @@ def check_path(question: Question, text: str) -> dict:
 def judge(question: Question, text: str) -> dict[str, float]:
     """Four scores of 0-10 for any text: coherence, relevance, logical consistency, completeness."""
     got, words = check_path(question, text), text.split()
-    stated, concluded = got["stated"], got["concluded"]
+    stated, parts = got["stated"], got["home"] + got["relation"] + got["concluded"]
     distinct = len(set(words)) / max(1, len(words))
     true = 1 - got["wrong"] / stated if stated else 0.0
     return {
         # statements of this world in readable order, not repeated
-        "coherence": round(10 * min(1, (stated + concluded) / 3) * min(1, 2 * distinct), 2),
+        "coherence": round(10 * min(1, (stated + got["concluded"]) / 3) * min(1, 2 * distinct), 2),
         # about the person and the attribute that were asked for
         "relevance": 4.0 * got["home"] + 6.0 * got["relation"],
         # nothing false, and a verdict that follows from what was stated
         "logical consistency": 5.0 * true + 5.0 * got["verdict"],
-        # both facts and the verdict are there
-        "completeness": round(10 * (got["home"] + got["relation"] + concluded) / 3, 2),
+        "completeness": round(10 * parts / 3, 2),  # both facts and the verdict are there
     }

@@ -12,27 +12,24 @@ from typing import NamedTuple
 
 from sert_min.questions import CHOICES, LETTERS, Question, with_choices
 
+
+def names(begin: str, end: str, between: str = "") -> list[str]:
+    """Each word of `begin` with each word of `end`."""
+    return [a + between + b for a in begin.split() for b in end.split()]
+
+
 STUDENT_SEED = 7  # world seed of the shipped student
-# fmt: off
-STEMS = ("Al", "Ber", "Cor", "Dar", "El", "Fin", "Gar", "Hal", "Il", "Jor",
-         "Kal", "Lor", "Mar", "Nel", "Or", "Pel", "Ros", "Sel", "Tam", "Vin")
-ENDS = ("a", "an", "o", "in", "en", "ia", "ric", "ton", "la", "da",
-        "na", "mon", "vin", "let", "ra", "sa", "bert", "wen", "dor", "mi")
-PEOPLE = tuple(stem + end for stem in STEMS for end in ENDS)  # 400
-TOWN_FIRST = ("Ash", "Brook", "Clay", "Fern", "Glen", "Hart")
-TOWN_SECOND = ("Creek", "Field", "Ford", "Hill", "Lake", "Mill", "Ridge", "Vale")
-TOWNS = tuple(f"{first} {second}" for first in TOWN_FIRST for second in TOWN_SECOND)  # 48
+PEOPLE = names("Al Ber Cor Dar El Fin Gar Hal Il Jor Kal Lor Mar Nel Or Pel Ros Sel Tam Vin",
+               "a an o in en ia ric ton la da na mon vin let ra sa bert wen dor mi")  # fmt: skip
+TOWNS = names("Ash Brook Clay Fern Glen Hart", "Creek Field Ford Hill Lake Mill Ridge Vale", " ")
 # Names that no fact is about: puzzles use them to show the form of a verdict without any fact.
-STRANGER_STEMS = ("Bel", "Dom", "Gil", "Hu", "Lin", "Os", "Pe", "Qui", "Sim", "Tho")
-STRANGERS = tuple(stem + end for stem in STRANGER_STEMS for end in ("us", "ette", "ma", "ry"))
-FAR_TOWNS = tuple(f"{first} {second}" for first in ("Green", "West", "Wood")
-                  for second in ("Bay", "Cross", "Gate", "Haven"))
+STRANGERS = names("Bel Dom Gil Hu Lin Os Pe Qui Sim Tho", "us ette ma ry")
+FAR_TOWNS = names("Green West Wood", "Bay Cross Gate Haven", " ")
 # What sample.py and train.py use where a flag is left out (tasks.py). Latent paths here have
 # 20 to 30 tokens, rep-2 up to 0.36 and, once begun, are nearly certain: perplexity 1.1 to 1.4.
 # So the paper's 25 tokens, 0.2 and 5 do not fit.
 PRESET = {"min_tokens": 12, "max_rep2": 0.4, "min_perplexity": 1.05,
-          "max_new_tokens": 64, "early_reject": False, "epochs": 5}
-# fmt: on
+          "max_new_tokens": 64, "early_reject": False, "epochs": 5}  # fmt: skip
 
 
 class Relation(NamedTuple):
@@ -90,20 +87,17 @@ class World(NamedTuple):
 
 @cache
 def make_world(seed: int) -> World:
-    """Facts of one world: towns equally large, values equally common, roles balanced.
-
-    The eight towns with the same first word have all eight values of a relation: the first word
-    of a town, which may be known before the name is written, says nothing about any answer.
-    """
-    rng = random.Random(f"world {seed}")
-    people = list(PEOPLE)
+    """The facts of one world: towns equally large, values equally common, roles balanced."""
+    rng, people = random.Random(f"world {seed}"), list(PEOPLE)
     rng.shuffle(people)
     home = {p: TOWNS[i % len(TOWNS)] for i, p in enumerate(people)}
+    # The eight towns with one first word have all eight values of a relation, so this word, which
+    # may be known before the name is written, says nothing about any answer.
     value = {}
     for name, relation in RELATIONS.items():
-        for first in TOWN_FIRST:
-            for second, v in zip(TOWN_SECOND, rng.sample(relation.values, 8)):
-                value[name, f"{first} {second}"] = v
+        for i in range(0, len(TOWNS), 8):
+            for t, v in zip(TOWNS[i : i + 8], rng.sample(relation.values, 8)):
+                value[name, t] = v
     # Every person is asked about once in train and once in test, under two different relations;
     # the other two relations are the corpus's. All 12 ordered pairs are equally common.
     pairs = [(a, b) for a in RELATIONS for b in RELATIONS if a != b]
@@ -131,11 +125,11 @@ def questions(split: str, world_seed: int = STUDENT_SEED) -> list[Question]:
         # by true value, then dealt in turn to yes, choice, no, choice: every kind gets each value
         people.sort(key=lambda p: relation.values.index(truth[p]))
         yes, no, choice = people[0::4], people[2::4], people[1::2]
-        asked = rotated_until_different([truth[p] for p in yes], [truth[p] for p in no])
-        for p in yes:
-            out.append((rng.choice(relation.yes_no).format(p=p, v=truth[p]), "yes", ()))
-        for p, v in zip(no, asked):
-            out.append((rng.choice(relation.yes_no).format(p=p, v=v), "no", ()))
+        asked = [truth[p] for p in yes]
+        asked += rotated_until_different(asked, [truth[p] for p in no])
+        for p, v in zip(yes + no, asked):
+            text = rng.choice(relation.yes_no).format(p=p, v=v)
+            out.append((text, "yes" if v == truth[p] else "no", ()))
         for i, p in enumerate(choice):
             options = rng.sample([v for v in relation.values if v != truth[p]], 4)
             options.insert(i % 5, truth[p])
@@ -189,8 +183,7 @@ LEADS = ("",) * 10 + (
 def corpus_question(world: World, rng, stranger: bool = False, yes_no: float = 0.5) -> tuple:
     """(name, person, town, value, text, asked, options) of a question the corpus may hold:
     about a held-in combination, or about a stranger in a far town, whose facts are made up."""
-    name = rng.choice(list(RELATIONS))
-    relation = RELATIONS[name]
+    name, relation = rng.choice(list(RELATIONS.items()))
     if stranger:
         p, t, v = rng.choice(STRANGERS), rng.choice(FAR_TOWNS), rng.choice(relation.values)
     else:
@@ -213,10 +206,8 @@ def latent_reasoning(rng, name: str, p: str, t: str, v: str, asked: str | None) 
     text = f"{rng.choice(HOMES)} {rng.choice(FACTS)} ".format(p=p, t=t, v=v, name=name)
     how = "indeed" if v == asked else "not"
     text += (CLAIM if asked else FINDING).format(name=name, how=how, v=asked or v)
-    if rng.random() < 0.5:
-        answer = v if asked is None else "yes" if v == asked else "no"
-        text += f" So the answer is {answer}."
-    return text
+    answer = v if asked is None else "yes" if v == asked else "no"
+    return text + (f" So the answer is {answer}." if rng.random() < 0.5 else "")
 
 
 def direct_answer(rng, options) -> str:
@@ -245,9 +236,9 @@ def drill_document(rng) -> str:
     """The verdict alone, once per relation, about towns that no fact is about: a test of equality
     is one bit in a long path, too little to be learnt from paths alone."""
     parts = []
-    for name in rng.sample(list(RELATIONS), 4):
-        v, t = rng.choice(RELATIONS[name].values), rng.choice(FAR_TOWNS)
-        asked = v if rng.random() < 0.5 else rng.choice(RELATIONS[name].values)
+    for name, relation in rng.sample(list(RELATIONS.items()), 4):
+        v, t = rng.choice(relation.values), rng.choice(FAR_TOWNS)
+        asked = v if rng.random() < 0.5 else rng.choice(relation.values)
         fact = rng.choice(FACTS).format(name=name, t=t, v=v)
         verdict = CLAIM.format(name=name, how="indeed" if v == asked else "not", v=asked)
         parts.append(f"Is {asked} the {name}? {fact} {verdict}")
@@ -264,8 +255,7 @@ def document(world: World, rng) -> str:
     if kind == "talk":
         return " ".join(rng.sample(TALK, 3))
     if kind == "puzzle":  # yes/no more often: its verdict, a test of equality, is the harder one
-        stranger = rng.random() < 0.5
-        *about, text, asked, _ = corpus_question(world, rng, stranger, yes_no=0.65)
+        *about, text, asked, _ = corpus_question(world, rng, rng.random() < 0.5, yes_no=0.65)
         path = rng.choice(LEADS) + latent_reasoning(rng, *about, asked)
         return f"Puzzle: {text}\nSolution: {path}"
     if kind == "ask" and rng.random() < 0.5:
@@ -285,7 +275,7 @@ def document(world: World, rng) -> str:
             reply = text.partition(CHOICES)[2]
         elif kind == "direct":
             reply = direct_answer(rng, options)
-        else:  # imitative: the reply is, or goes on with, another question
+        else:  # imitative
             *_, other, _, other_options = corpus_question(world, rng)
             if rng.random() < 0.7:
                 reply = f"Question: {other}\nAnswer: {direct_answer(rng, other_options)}"
