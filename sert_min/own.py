@@ -13,13 +13,15 @@ import csv
 import hashlib
 import json
 import os
+import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sert_min.answers import number_in
 from sert_min.io.errors import SertError, need
 from sert_min.io.files import clean_name, parse_json, there
+from sert_min.io.parallel import RANK
 from sert_min.questions import LETTERS, Question, choices_of, with_choices
 
 FIELDS = ("question", "answer", "choices", "id", "split")
@@ -29,6 +31,23 @@ SPLITS = ("train", "test")
 
 def is_file(name: str) -> bool:
     return name.lower().endswith((".jsonl", ".csv"))
+
+
+def open_file(name: str, fields: str | None, test_file: str | None) -> tuple[str, Callable, str]:
+    """(the task's name, its reader, the flags that name it) of a file of questions."""
+    mapped = parse_fields(fields)
+    splits, twice = read_splits(name, mapped, test_file)
+    if twice and RANK == 0:
+        print(f"{twice:,} questions of {test_file} are in {name}, too: the student trains on them")
+    given = {"--task": name, "--fields": fields, "--test-file": test_file}
+    flags = shlex.join(part for pair in given.items() if pair[1] for part in pair)
+
+    def read(split: str, data_dir: Path | None) -> list[Question]:
+        need(not data_dir, f"--data-dir is of no use for {name}; leave it out")
+        need(splits[split], f"{name} has no {split} questions; add some, or give a --test-file")
+        return splits[split]
+
+    return task_label(name, mapped), read, flags
 
 
 def parse_fields(text: str | None) -> dict[str, str]:

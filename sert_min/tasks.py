@@ -13,7 +13,6 @@ own questions (own.py) becomes a row when a script is started with `--task FILE`
 """
 
 import hashlib
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,6 @@ from sert_min.io import smollm2
 from sert_min.io.download import DataFile, data_file
 from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_json, read_jsonl
-from sert_min.io.parallel import RANK
 from sert_min.micro import program, world
 from sert_min.questions import Question, with_choices
 
@@ -130,20 +128,8 @@ def open_task(name: str, fields: str | None = None, test_file: str | None = None
     if name in TASKS or not own.is_file(name):
         need(not (fields or test_file), "--fields and --test-file need a file as --task")
         return get(name) and name
-    mapped = own.parse_fields(fields)
-    splits, twice = own.read_splits(name, mapped, test_file)
-    if twice and RANK == 0:
-        print(f"{twice:,} questions of {test_file} are in {name}, too: the student trains on them")
-    given = {"--task": name, "--fields": fields, "--test-file": test_file}
-    flags = shlex.join(part for pair in given.items() if pair[1] for part in pair)
-    label = own.task_label(name, mapped)
-
-    def read(split: str, data_dir: Path | None) -> list[Question]:
-        need(not data_dir, f"--data-dir is of no use for {name}; leave it out")
-        need(splits[split], f"{name} has no {split} questions; add some, or give a --test-file")
-        return splits[split]
-
-    TASKS[label] = Task(read, None, flags=flags)
+    label, read, words = own.open_file(name, fields, test_file)
+    TASKS[label] = Task(read, None, flags=words)
     return label
 
 
