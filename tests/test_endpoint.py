@@ -4,28 +4,21 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import threading
 import time
 from dataclasses import replace
 
 import pytest
+from conftest import KEY, refuses
 from fake_server import USAGE, FakeServer, by_body, dribble, drop, error, hang, json_reply, ok, raw
 
 from sert_min.io import asking, endpoint
 from sert_min.io.asking import Collection, Readable, ask_all
-from sert_min.io.endpoint import Ask, Endpoint
-from sert_min.io.errors import SertError
+from sert_min.io.endpoint import Ask, Endpoint, make_client
 
-KEY = "sk-test-0123456789abcdefKEY"
-
-
-@pytest.fixture(autouse=True)
-def fast_and_keyed(monkeypatch):
-    monkeypatch.setattr(asking, "BACKOFF", 0.01)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("keyed")
 
 
 def asks(n=1):
@@ -114,9 +107,7 @@ def test_what_the_server_does(steps, requests, outcome, word, tmp_path):
         server.models = ["qwen", "llama"]
         e = at(server, concurrency=4, timeout=0.3 if "hang" in repr(steps) else 5.0)
         if outcome == "stop":
-            with pytest.raises(SertError) as stopped:
-                run(tmp_path, server, 5, e)
-            assert word in str(stopped.value)
+            refuses(re.escape(word), run, tmp_path, server, 5, e)
             assert not (tmp_path / "responses.jsonl").exists()
         else:
             collection, failures = run(tmp_path, server, 1, e)
@@ -135,8 +126,7 @@ def test_what_the_server_does(steps, requests, outcome, word, tmp_path):
 def test_advice_names_the_flags_of_who_asks(tmp_path):
     """The judge's users were told to change --teacher-temperature."""
     with FakeServer(error(400, "temperature?")) as server:
-        with pytest.raises(SertError, match="--judge-model .*--judge-temperature"):
-            run(tmp_path, server, who="judge")
+        refuses("--judge-model .*--judge-temperature", run, tmp_path, server, who="judge")
 
 
 # --- times, caps, stopping ------------------------------------------------------------------------
@@ -188,9 +178,9 @@ def test_what_stays_without_a_known_bill(tmp_path):
 
 def test_most_of_the_last_failing_stops(tmp_path):
     """A server that dies in the middle: not all of 200 questions are tried six times each."""
+    told = "got no reply .*HTTP 500.*repeat the command"
     with FakeServer(*[ok()] * 20, error(500, "gone")) as server:
-        with pytest.raises(SertError, match="got no reply .*HTTP 500.*repeat the command"):
-            run(tmp_path, server, 200, concurrency=4)
+        refuses(told, run, tmp_path, server, 200, concurrency=4)
         assert len(server.bodies) <= 20 + 6 * (11 + 4)
     assert len(stored(tmp_path).replies) == 20
 
@@ -218,12 +208,10 @@ def test_a_refused_question_does_not_stop_the_rest(tmp_path, capsys):
 
 
 def test_dead_server(tmp_path):
-    """Nothing listens: an answer after two tries, with the likely cause, and nothing counts as
-    billed."""
+    """Two tries, the likely cause, and nothing counts as billed."""
     with FakeServer(ok()) as server:
         e = at(server, concurrency=4)
-    with pytest.raises(SertError, match=f"no connection to {e.url()}; is the server running"):
-        run(tmp_path, None, 50, e)
+    refuses(f"no connection to {e.url()}; is the server running", run, tmp_path, None, 50, e)
     assert (tmp_path / "sent.jsonl").read_text().count("at_most") <= 2
     assert stored(tmp_path).open_bills() == []
 
@@ -244,9 +232,9 @@ def test_an_early_stop_keeps_what_is_in_flight(tmp_path, monkeypatch):
     """Paid replies were dropped because another request had failed for good."""
     monkeypatch.setattr(asking, "FIRST", 3)
     nothing = Readable(lambda ask, replies: False, "rhyme", "Ask a poet.")
+    told = "only 0 of the first 3 replies rhyme.*Ask a poet"
     with FakeServer(ok(), delay=0.1) as server:
-        with pytest.raises(SertError, match="only 0 of the first 3 replies rhyme.*Ask a poet"):
-            run(tmp_path, server, 20, readable=nothing, concurrency=4)
+        refuses(told, run, tmp_path, server, 20, readable=nothing, concurrency=4)
         assert 3 < len(server.bodies) == len(stored(tmp_path).replies)
 
 
@@ -333,13 +321,10 @@ def test_torn_last_line_is_set_aside(tmp_path, capsys):
 
 OTHER = "https://example.org/v1"
 NO_CLIENT = [  # address, a variable of the environment and its value, what is said
-    ("http://example.com/v1", "", "", "unencrypted"),
-    ("http://192.168.1.4:8000/v1", "", "", "--insecure"),
+    ("http://192.168.1.4:8000/v1", "", "", "unencrypted.*--insecure"),
     ("https://user:secret@example.com/v1", "", "", "must not hold a password"),
     ("https://example.com/v1?key=secret", "", "", "must not hold a password"),
     ("ftp://example.com", "", "", "no http"),
-    ("localhost:8000", "", "", "no http"),
-    ("http://[::1", "", "", "no http"),
     ("http://a:99999/v1", "", "", "no http"),
     (OTHER, "ALL_PROXY", "socks://proxy:1080", "check or unset .*ALL_PROXY"),
     (OTHER, "SSL_CERT_FILE", "/no/such/file.pem", "check or unset .*SSL_CERT_FILE"),
@@ -354,19 +339,17 @@ def test_what_makes_no_client(url, variable, value, message, monkeypatch):
     """Addresses, variables and keys that are refused; no secret is shown."""
     if variable:
         monkeypatch.setenv(variable, value)
-    with pytest.raises(SertError, match=message) as stopped:
-        endpoint.make_client(Endpoint("m", url))
-    assert "secret" not in str(stopped.value)
+    assert "secret" not in refuses(message, lambda: make_client(Endpoint("m", url)))
 
 
 def test_which_servers_need_a_key_and_a_proxy(tmp_path, monkeypatch):
     """With HTTP_PROXY set, requests for 127.0.0.1 went to the proxy, which failed."""
-    assert endpoint.make_client(Endpoint("m", "http://192.168.1.4/v1", insecure=True))
+    assert make_client(Endpoint("m", "http://192.168.1.4/v1", insecure=True))
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")  # the end of a file's line is no part of it
     with FakeServer(ok()) as server:
         run(tmp_path, server)
         monkeypatch.delenv("OPENAI_API_KEY")
-        assert endpoint.make_client(Endpoint("m", "http://192.168.1.4/v1"))
+        assert make_client(Endpoint("m", "http://192.168.1.4/v1"))
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, "http://127.0.0.1:9")
         assert run(tmp_path, server, 2)[1] == [] and server.auths[0] == f"Bearer {KEY}"
@@ -530,8 +513,7 @@ def test_concurrency_adapts_to_a_serial_server(tmp_path):
     (["--extra-header", "X-Key=NOT_THERE"], "NOT_THERE is not set"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(words, message):
-    with pytest.raises(SertError, match=message):
-        from_words(*words)
+    refuses(message, from_words, *words)
 
 
 def test_additions_to_a_request(tmp_path, monkeypatch):
@@ -545,5 +527,4 @@ def test_additions_to_a_request(tmp_path, monkeypatch):
     assert body["top_p"] == 0.5 and headers["x-title"] == "secret-header-value-123"
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert b"secret-header" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
-    with pytest.raises(SertError, match="HEADER_VALUE unencrypted"):
-        endpoint.make_client(replace(e, base_url="http://10.0.0.1/v1"))
+    refuses("HEADER_VALUE unencrypted", make_client, replace(e, base_url="http://10.0.0.1/v1"))

@@ -9,15 +9,15 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_tiny_model, shared
+from conftest import ROOT, make_tiny_model, refuses, shared, start
 
 import evaluate
 from sert_min import tasks
-from sert_min.io.errors import SertError
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.metrics import grade, greedy
 from sert_min.models import load_model
@@ -30,20 +30,8 @@ from sert_min.tokenizer import load_tokenizer
 
 FIELDS = ["task", "id", "question", "answer", "text", "extracted", "extracted_lenient", "correct",
           "finish", "format_ok", "reason", "words", "rep1", "rep2_words"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("evaluate") / "model", n_positions=512)
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def run(*words) -> None:
-    evaluate.main(evaluate.parse_args(list(map(str, words))))
+pytestmark = pytest.mark.usefixtures("empty_folder")
+run = partial(start, evaluate)
 
 
 def run_blocks(model, limit, folder, *more) -> None:
@@ -129,7 +117,7 @@ def test_other_settings_and_weights_are_kept_apart(model, tmp_path, capsys):
     run(*words)
     assert (seed / "scores-other.jsonl").exists()  # of these very outputs
     weights = (seed / "last/model.safetensors").read_bytes()
-    other = make_tiny_model(tmp_path / "other", seed=9, n_positions=512)
+    other = make_tiny_model(tmp_path / "other", seed=9, n_positions=1024)
     (seed / "last/model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     run(*words)
     assert derived(seed)["predictions.jsonl"] != before["predictions.jsonl"]
@@ -143,8 +131,7 @@ def test_other_settings_and_weights_are_kept_apart(model, tmp_path, capsys):
     run(*words)
     assert derived(seed) == before and "question/s" not in capsys.readouterr().err
     (seed / "evaluation.json").write_text("{}")
-    with pytest.raises(SertError, match="an evaluation by an earlier version; move"):
-        run(*words)
+    refuses("an evaluation by an earlier version; move", run, *words)
 
 
 def test_where_results_go(model):
@@ -260,8 +247,7 @@ BAD_RECORDS = [
 @pytest.mark.parametrize("row, message", BAD_RECORDS)
 def test_bad_records_are_named_by_line(row, message):
     write_atomic("p.jsonl", map(to_line, [{"text": "", "answer": "no"}, row]))
-    with pytest.raises(SertError, match=f"p.jsonl line 2: .*{message}"):
-        run("--predictions", "p.jsonl")
+    refuses(f"p.jsonl line 2: .*{message}", run, "--predictions", "p.jsonl")
 
 
 BAD_FLAGS = {
@@ -279,8 +265,7 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("words, message", BAD_FLAGS.items())
 def test_bad_input_is_one_line(words, message):
-    with pytest.raises(SertError, match=message):
-        run(*words.split())
+    refuses(message, run, *words.split())
     assert not Path("o").exists()
 
 
@@ -365,8 +350,7 @@ def test_table_reads_folders(tmp_path, capsys):
     assert "687\n" in capsys.readouterr().out
     assert " x " not in (tmp_path / "t/table.txt").read_text()
     (folder / "metrics.json").write_text('{"split": "test", "method": "rd"}')
-    with pytest.raises(SertError, match="metrics.json is not what evaluate.py writes"):
-        run("--table", tmp_path / "t")
+    refuses("metrics.json is not what evaluate.py writes", run, "--table", tmp_path / "t")
 
 
 # --- runs/ ----------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_tiny_model
-from fake_server import FakeServer, by_body, error, ok, raw
+from conftest import KEY, ROOT, start
+from fake_server import FakeServer, error, ok, raw
 
 import distill
 import evaluate
@@ -28,7 +28,7 @@ from sert_min.questions import Question
 from sert_min.report.likelihood import make_tree
 from sert_min.tokenizer import load_tokenizer
 
-KEY = "sk-test-0123456789abcdefKEY"
+pytestmark = pytest.mark.usefixtures("empty_folder", "keyed")
 EVIL = "\x1b[31m\x1b]0;owned\x07\x9b2J\r\u202e</script><img src=x onerror=alert(1)> ../../x "
 
 
@@ -57,18 +57,10 @@ def test_no_program_file_runs_what_it_reads():
 QUESTIONS = [Question("strategy_qa", str(i), f"Is {i} even?", "yes") for i in range(6)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("security") / "model", n_positions=1024)
-
-
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty folder, a key, and six questions for every task."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(asking, "BACKOFF", 0.01)
+def six_questions(monkeypatch):
+    """Six questions for every task; no long wait for what is in flight."""
     monkeypatch.setattr(asking, "DRAIN", 0.1)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(tasks, "load", lambda *_, **__: QUESTIONS)
 
 
@@ -82,14 +74,8 @@ def said_by(script, words, capfd) -> str:
     return out.out + out.err
 
 
-@by_body
-def sends_it_back(body):
-    """The key in every field of a good reply."""
-    return ok(f"It is {KEY}. So the answer is yes.", finish=KEY, model=KEY, id=KEY)
-
-
 ANSWERS = {
-    "the key in each field": [sends_it_back],
+    "the key in each field": [ok(f"{KEY}. So the answer is yes.", finish=KEY, model=KEY, id=KEY)],
     "401": [error(401, f"Incorrect API key provided: {KEY}", code=KEY)],
     "429 and then good": [error(429, f"slow down {KEY}", retry_after="0"), ok("So it is yes.")],
     "500": [error(500, f"at {KEY}")],
@@ -119,7 +105,7 @@ def test_plain_sampling_needs_no_network(monkeypatch):
     for name in ("connect", "connect_ex", "bind", "sendto"):
         monkeypatch.setattr(socket.socket, name, None)
     monkeypatch.setattr(socket, "getaddrinfo", None)
-    sample.main(sample.parse_args(["--limit", "2", "--max-new-tokens", "4", "--out-dir", "o"]))
+    start(sample, "--limit", 2, "--max-new-tokens", 4, "--out-dir", "o")
     assert Path("o/paths.jsonl").exists()
 
 
