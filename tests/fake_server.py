@@ -72,7 +72,7 @@ class FakeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.steps, self.delay = steps, delay
         self.bodies, self.auths, self.times, self.served = [], [], [], 0
-        self.headers, self.models = [], []
+        self.headers, self.models, self.page, self.paths = [], [], None, []
         self.asked: Counter = Counter()  # by last message
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -115,7 +115,10 @@ class Handler(BaseHTTPRequestHandler):
             server.served += 1
 
     def do_GET(self):
-        json_reply(200, {"data": [{"id": name} for name in self.server.models]})(self)
+        """`page` is what a GET gets, or else the list of `models`."""
+        self.server.paths.append(self.path)
+        models = {"data": [{"id": name} for name in self.server.models]}
+        (self.server.page or json_reply(200, models))(self)
 
     def log_message(self, *args):
         pass

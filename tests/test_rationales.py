@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 from conftest import refuses, shared
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sert_min import tasks, teacher_files
 from sert_min.io.files import read_jsonl, to_line
@@ -248,17 +246,3 @@ def test_every_drop_is_counted():
     assert list(rows[0]) == [
         "task", "id", "question", "rationale", "teacher_answer", "answer", "kept", "reason", "source"
     ]  # fmt: skip
-
-
-TEXT = st.text(max_size=200) | st.sampled_from(["So the answer is", "(B) or (C)", "\x1b[0m", "*"])
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(TEXT, max_size=4), TEXT | st.none(), st.sampled_from([None, "stop", "length"]))
-def test_any_text_is_read_and_cleaned(parts, completion, finish):
-    for q in (YES, MALL):
-        output = Output(" ".join(parts), completion, finish, "t")
-        (record,), _ = records([q], {q.id: output})
-        assert record["teacher_answer"] in (None, *(q.choices and "ABCDE" or ("yes", "no")))
-        assert record["rationale"].isprintable()
-        json.dumps(record)
