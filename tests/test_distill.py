@@ -111,8 +111,11 @@ def test_dry_run_asks_nothing_and_writes_nothing(student, capsys, monkeypatch):
         run(student, server, "--collect-only", "--limit", 5)
         path.write_bytes(path.read_bytes() + b'{"torn')  # another process may be writing that line
         run(student, server, "--dry-run")
-    assert "plan: 25 teacher requests (5 replies are there)" in capsys.readouterr().out
-    assert path.read_bytes().endswith(b'{"torn')
+        said = capsys.readouterr().out
+        assert "a torn last line" in said and "25 teacher requests (5 replies are there)" in said
+        assert path.read_bytes().endswith(b'{"torn')
+        run(student, server, "--collect-only", "--limit", 6)
+        assert len(list(read_jsonl(path))) == 6  # nothing was glued to it
 
 
 def test_missing_rows_and_training_on_what_is_there(student, capsys):

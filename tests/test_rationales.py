@@ -10,7 +10,7 @@ from sert_min import tasks, teacher_files
 from sert_min.io.files import read_jsonl, to_line
 from sert_min.questions import Question
 from sert_min.rationales import Output, clean, rationale_records, teacher_answer
-from sert_min.teacher_files import log_entries, read_teacher_file
+from sert_min.teacher_files import read_teacher_file
 
 YES = Question("strategy_qa", "42", "Is water wet?", "yes")
 NO = Question("strategy_qa", "7", "Do dogs fly?", "no")
@@ -97,15 +97,6 @@ def test_log_of_zero_shot_cot(tmp_path):
     assert [teacher_answer(found[q.id], q) for q in (YES, NO)] == ["yes", "no"]
 
 
-def test_log_gives_what_the_jsonl_gives():
-    """The real davinci outputs, printed as a log and read again: no text is cut or lost."""
-    path = shared("data", "teacher", "strategy_qa.train.text-davinci-002.jsonl")
-    rows = list(read_jsonl(path))
-    entries = log_entries(log_of(rows).encode())
-    assert len(entries) == 1603
-    assert entries == [{k: row[k].strip() for k in entry} for row, entry in zip(rows, entries)]
-
-
 def test_davinci_by_name(tmp_path, monkeypatch):
     """Downloaded once, told whole by its number of entries; a cut download is not kept."""
     said = dict(rationale="R.", teacher_completion="Yes.", teacher_answer="yes", answer="yes")
@@ -161,11 +152,9 @@ BAD_FILES = [
     ("a.jsonl", '{"question": 5, "rationale": "x"}', UNKNOWN),
     ("a.jsonl", '{"question": "Is water wet?", "rationale": ["x"]}', UNKNOWN),
     ("a.jsonl", '{"question": "Is earth flat?", "rationale": "x"}', NOTHING),
-    ("a.jsonl", "no json", "JSON"),
     ("a.jsonl", None, "does not exist"),
     ("a.log", "nothing", NOTHING),
     ("a_0.json", '{"a": 1}', UNKNOWN),
-    ("a_0.json", "[[[", UNKNOWN),
     ("a.json", "[]", UNKNOWN),
 ]
 
