@@ -30,7 +30,7 @@ from typing import NamedTuple
 import openai  # noqa: F401 (slow: once here, not in every child)
 import torch
 from conftest import ROOT, make_tiny_model
-from fake_server import FakeServer, by_body, error, ok
+from fake_server import FakeServer, error, ok
 from test_sample import make_older
 
 import distill
@@ -163,7 +163,6 @@ def start_teacher(asked: Path) -> str:
     if os.fork() == 0:
         parent, count = os.getppid(), itertools.count()
 
-        @by_body
         def answer(body):
             said = body["messages"][-1]["content"]
             with open(asked, "a") as f:
@@ -172,7 +171,7 @@ def start_teacher(asked: Path) -> str:
                 return error(500, "busy")
             return ok(f"There are {len(said)} signs. So the answer is yes.")
 
-        os.write(write, FakeServer(answer).url.encode())
+        os.write(write, FakeServer(answer=answer).url.encode())
         os.close(write)
         while os.getppid() == parent:
             time.sleep(0.2)

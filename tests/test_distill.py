@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import KEY, ROOT, refuses, shared, start
-from fake_server import FakeServer, by_body, error, ok
+from fake_server import FakeServer, error, ok
 
 import distill
 from sert_min import tasks
@@ -20,8 +20,11 @@ pytestmark = pytest.mark.usefixtures("empty_folder", "keyed")
 YES = "Things are so. So the answer is yes."
 GOLD = ("yes", "no") * 15
 QUESTIONS = [Question("strategy_qa", str(10 * i), f"Is {i} even?", a) for i, a in enumerate(GOLD)]
+
+
 # A teacher that answers in the second request only.
-answers_apart = by_body(lambda body: ok("(no)" if TRIGGER in str(body) else " Reasoning. Is it?"))
+def answers_apart(body):
+    return ok("(no)" if TRIGGER in str(body) else " Reasoning. Is it?")
 
 
 @pytest.fixture
@@ -123,12 +126,11 @@ def test_missing_rows_and_training_on_what_is_there(student, capsys):
     replies don't change that student."""
     broken = [" 7 "]
 
-    @by_body
     def step(body):
         bad = any(word in body["messages"][0]["content"] for word in broken)
         return error(500, "\x1b[31moops") if bad else ok(YES)
 
-    with FakeServer(step) as server:
+    with FakeServer(answer=step) as server:
         for more in (["--collect-only"], ["--max-steps", 1]):
             with pytest.raises(SystemExit) as end:
                 run(student, server, *more)
@@ -148,7 +150,7 @@ def test_missing_rows_and_training_on_what_is_there(student, capsys):
 
 
 def test_two_step(student):
-    with FakeServer(answers_apart) as server:
+    with FakeServer(answer=answers_apart) as server:
         for _ in range(2):
             run(student, server, "--collect-only", "--two-step")
             assert len(server.bodies) == 60
@@ -160,7 +162,7 @@ def test_two_step(student):
         run(student, server, "--collect-only", "--two-step", "--limit", 5)
         assert len(server.bodies) == 5
     assert {r["reason"] for r in records()} == {"empty"}
-    with FakeServer(answers_apart) as server:
+    with FakeServer(answer=answers_apart) as server:
         run(student, server, "--collect-only", "--two-step", "--completions", "--limit", 2)
         prompts = sorted(body["prompt"] for body in server.bodies)
     assert prompts[1] == f"{prompts[0]} Reasoning. Is it?\n{TRIGGER}" and len(prompts) == 4

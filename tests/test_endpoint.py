@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import KEY, refuses
-from fake_server import USAGE, FakeServer, by_body, dribble, drop, error, hang, json_reply, ok, raw
+from fake_server import USAGE, FakeServer, dribble, drop, error, hang, json_reply, ok, raw
 
 from sert_min.io import asking, endpoint
 from sert_min.io.asking import Collection, Readable, ask_all
@@ -175,7 +175,7 @@ def test_most_of_the_last_failing_stops(tmp_path):
 
 
 def test_one_poisonous_question_does_not_stop_the_rest(tmp_path):
-    with FakeServer(by_body(lambda body: ok("" if "q0" in str(body) else "Yes."))) as server:
+    with FakeServer(answer=lambda body: ok("" if "q0" in str(body) else "Yes.")) as server:
         collection, failures = run(tmp_path, server, 12)
     assert failures == ["t/0: a 200 reply with empty text (6 attempts)"]
     assert len(collection.replies) == 11
@@ -184,8 +184,7 @@ def test_one_poisonous_question_does_not_stop_the_rest(tmp_path):
 def test_a_refused_question_does_not_stop_the_rest(tmp_path, capsys):
     """A content filter's 400 stopped a collection there, now and at every repetition."""
     risk = error(400, "Content Exists Risk")
-    step = by_body(lambda body: risk if "q3" in str(body) or "q0" in str(body) else ok())
-    with FakeServer(step) as server:
+    with FakeServer(answer=lambda b: risk if re.search("q[03]", str(b)) else ok()) as server:
         collection, failures = run(tmp_path, server, 8)
         said = capsys.readouterr().out
         assert not failures and "t/3 is left out: HTTP 400: Content Exists Risk" in said
@@ -426,8 +425,7 @@ def test_kills_lose_no_reply_and_buy_none_twice(tmp_path):
 
 def test_a_reply_that_ended_by_itself_serves_any_limit(tmp_path):
     """Following "give a smaller --teacher-max-tokens" bought every reply again."""
-    step = by_body(lambda body: ok("half", "length") if "q1" in str(body) else ok())
-    with FakeServer(step) as server:
+    with FakeServer(answer=lambda b: ok("half", "length") if "q1" in str(b) else ok()) as server:
         run(tmp_path, server, 3, max_tokens=100)
         for cap, requests in ((50, 4), (200, 5), (200, 5)):  # the one that was cut is asked again
             collection, failures = run(tmp_path, server, 3, max_tokens=cap)

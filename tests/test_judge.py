@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from conftest import refuses, start
-from fake_server import FakeServer, by_body, ok
+from fake_server import FakeServer, ok
 
 import evaluate
 from sert_min.io.files import read_jsonl, to_line, write_atomic
@@ -85,7 +85,7 @@ def run(server, rows, *more):
 def test_judging_is_planned_capped_and_paid_once(capsys):
     """Guards a plan that sends something, a cap that loses what came, and paying twice: the same
     command, and another file with the same texts, ask nothing. Missing scores are counted."""
-    with FakeServer(by_body(lambda b: ok("no idea" if "Is 3?" in str(b) else REPLY))) as server:
+    with FakeServer(answer=lambda b: ok("no idea" if "Is 3?" in str(b) else REPLY)) as server:
         prices = "--price-in", 1, "--price-out", 2
         assert run(server, predictions(10), "--dry-run", *prices) == [] == server.bodies
         said = capsys.readouterr().out

@@ -180,6 +180,7 @@ def test_davinci_counts():
     assert counts["answer right"] == counts["kept"] == 874
     assert counts["answer not readable"] == 236
     assert counts["lost a half sentence at the end"] == 414
+    assert counts["lost a closing answer sentence"] == 155 and "dropped: empty" not in counts
 
 
 # --- cleaning and choosing ------------------------------------------------------------------------
