@@ -52,9 +52,6 @@ def records(folder="out"):
     return list(read_jsonl(path))
 
 
-# --- a live teacher -------------------------------------------------------------------------------
-
-
 def test_collect_clean_train_and_repeat(student, capsys):
     """The whole of it; the same command again asks nothing, trains nothing, changes no byte."""
     with FakeServer(ok(YES)) as server:
@@ -221,9 +218,6 @@ def test_several_samples_and_shots(student, capsys):
         assert words in said
 
 
-# --- flags ----------------------------------------------------------------------------------------
-
-
 def test_bad_flags_are_refused_before_anything_is_sent(student):
     """All flags of an endpoint are tested in test_endpoint.py."""
     with FakeServer(ok(YES)) as server:
@@ -233,9 +227,6 @@ def test_bad_flags_are_refused_before_anything_is_sent(student):
     refuses("--teacher-model NAME.*--teacher-file FILE", run, student, None)
     told = "--max-cost needs --teacher-model"
     refuses(told, run, student, None, "--teacher-file", "x", "--max-cost", "1")
-
-
-# --- files, students, micro -----------------------------------------------------------------------
 
 
 def test_rationales_that_do_not_fit_the_student_are_counted(student):
@@ -291,7 +282,6 @@ def test_real_davinci_rationales_train(model):
 
 
 def test_help_is_quick_and_asks_nothing():
-    """--help must not import the client."""
     words = [sys.executable, "-X", "importtime", "distill.py", "--help"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert "--teacher-model" in done.stdout and "argparse" in done.stderr

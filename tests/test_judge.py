@@ -65,9 +65,6 @@ def test_the_last_line_counts_and_a_missing_score_is_missing():
     assert found["coherence"][0] == 5 and found["relevance"][0] == 6  # 6 and 6, not 6, 6 and 0
 
 
-# --- asking ---------------------------------------------------------------------------------------
-
-
 def predictions(n: int) -> list[dict]:
     about = {"task": "strategy_qa", "answer": "yes"}
     texts = [f"Reason {i % 8}. So the answer is yes." for i in range(n)]

@@ -144,9 +144,6 @@ def test_judge_takes_the_relation_words_of_every_path_form():
             assert program.check_path(q, text)["gold"], (stem, text)
 
 
-# --- the shipped student --------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def student():
     return load_model(MICRO), load_tokenizer(MICRO)

@@ -31,9 +31,6 @@ def records(questions, outputs, keep="right", fits=lambda q, text: len(text) < 1
     return rationale_records(questions, outputs, keep, fits)
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
 def test_rows_join_by_id_row_number_and_text(tmp_path):
     rows = [
         {"index": 42, "question": " Is water wet? ", "rationale": "It is.", "teacher_completion": "Yes."},
@@ -181,9 +178,6 @@ def test_davinci_counts():
     assert counts["answer not readable"] == 236
     assert counts["lost a half sentence at the end"] == 414
     assert counts["lost a closing answer sentence"] == 155 and "dropped: empty" not in counts
-
-
-# --- cleaning and choosing ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text, finish, cleaned", [

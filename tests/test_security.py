@@ -32,8 +32,6 @@ pytestmark = pytest.mark.usefixtures("empty_folder", "keyed")
 EVIL = "\x1b[31m\x1b]0;owned\x07\x9b2J\r\u202e</script><img src=x onerror=alert(1)> ../../x "
 
 
-# --- the program's own text -----------------------------------------------------------------------
-
 DANGER = re.compile(r"""^\s*(import|from)\ .*\b(c?pickle|dill|cloudpickle|joblib|marshal|shelve|builtins)\b
     |(?<![\w.])(eval|exec|compile|__import__)\(|\bos\.(system|popen)\b|\byaml\.load\(|shell=True
     |verify=False|_create_unverified|allow_pickle=True|trust_remote_code
@@ -51,8 +49,6 @@ def test_no_program_file_runs_what_it_reads():
     assert len(files) > 20
     assert not {str(p): found[0] for p in files if (found := DANGER.search(p.read_text()))}
 
-
-# --- the key --------------------------------------------------------------------------------------
 
 QUESTIONS = [Question("strategy_qa", str(i), f"Is {i} even?", "yes") for i in range(6)]
 
@@ -107,9 +103,6 @@ def test_plain_sampling_needs_no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", None)
     start(sample, "--limit", 2, "--max-new-tokens", 4, "--out-dir", "o")
     assert Path("o/paths.jsonl").exists()
-
-
-# --- hostile text ---------------------------------------------------------------------------------
 
 
 def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):

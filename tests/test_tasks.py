@@ -19,9 +19,6 @@ def data():
     return shared("data")
 
 
-# --- the real files --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("line", [  # sizes and majorities are the published ones
     "commonsense_qa train: 9,741 questions, data 670db8b6ec13, majority D 20.38 %",
     "commonsense_qa validation: 974 questions, data 8d4bfb2479b5, majority B 22.48 %",
@@ -73,8 +70,6 @@ def test_a_changed_data_file_is_refused(tmp_path, data):
     copy.unlink()
     refuses("missing", tasks.load, "commonsense_qa", "test", tmp_path)
 
-
-# --- downloads, from a local server ----------------------------------------------------------
 
 CHOICES = [{"label": a, "text": t} for a, t in zip("BACDE", "qpr st")]
 ROW = {"answerKey": "B", "id": "x1", "question": {"stem": " Where? ", "choices": CHOICES}}
@@ -144,9 +139,6 @@ def test_no_network(site, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SERT_CACHE", str(tmp_path / "file"))
     refuses("SERT_CACHE", tasks.load, "commonsense_qa", "test")
-
-
-# --- the rest --------------------------------------------------------------------------------
 
 
 def test_unknown_names_are_refused():
