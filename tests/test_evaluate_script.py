@@ -40,19 +40,19 @@ def run_blocks(model, limit, folder, *more) -> None:
         "--limit", limit, "--out-dir", folder, *more)  # fmt: skip
 
 
-def as_checkpoint(model: Path, folder: Path, **sert) -> Path:
+def as_checkpoint(model: Path, folder: str, **sert) -> Path:
     """A run folder whose last/ is `model` under another name."""
-    last = shutil.copytree(model, folder / "last")
+    last = shutil.copytree(model, Path(folder, "last"))
     about = {"method": "sert", "root": "gpt2", "task": "micro", "seed": 0, "prompt_suffix": ""}
     (last / "sert.json").write_text(json.dumps({**about, **sert}))
-    return folder
+    return last.parent
 
 
 def derived(folder) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
 
 
-def test_records_metrics_and_repeat(model, capsys):
+def test_records_and_metrics(model, capsys):
     """Guards the record form that others read, and metrics with timings inside."""
     run_blocks(model, 5, "o")
     records = list(read_jsonl("o/predictions.jsonl"))
@@ -64,9 +64,6 @@ def test_records_metrics_and_repeat(model, capsys):
     metrics = json.loads(Path("o/metrics.json").read_text())
     assert metrics["n"] == 5 and "seconds" not in json.dumps(metrics) and metrics["seed"] is None
     assert metrics["judges"]["program"]["total"] == 5
-    before = derived("o")
-    run_blocks(model, 5, "o")
-    assert before == derived("o")
     said = capsys.readouterr().out
     for word in ("Acc, strict", "Acc, lenient", "Fmt", "Len", "Rep", "95 %", "always", "judge:",
                  "no readable"):  # fmt: skip
@@ -109,7 +106,7 @@ def test_missing_and_damaged_blocks_are_made_anew(model, monkeypatch):
 def test_other_settings_and_weights_are_kept_apart(model, tmp_path, capsys):
     """Guards outputs of other settings or of weights before further training that are mixed in or
     lost, scores of the old outputs, and a table that counts both."""
-    seed = as_checkpoint(model, Path("out/micro/gpt2/sert/seed0"))
+    seed = as_checkpoint(model, "out/micro/gpt2/sert/seed0")
     words = ["--model", seed, "--limit", 3, "--max-new-tokens", 4]
     run(*words)
     before = derived(seed)
@@ -138,8 +135,8 @@ def test_where_results_go(model):
     """Guards a checkpoint that is asked in another form than it was trained in, and results of
     another split, prompt or checkpoint that slip into the table."""
     think = " Let's think step by step."
-    seed = as_checkpoint(model, Path("out/micro/gpt2/rd/seed3"), method="rd", seed=3,
-                         prompt_suffix=think)  # fmt: skip
+    about = {"method": "rd", "seed": 3, "prompt_suffix": think}
+    seed = as_checkpoint(model, "out/micro/gpt2/rd/seed3", **about)
 
     def cell(name, task="micro", split="test", suffix=None):
         return evaluate.cell_of(str(name), task, split, suffix)
@@ -212,19 +209,13 @@ def test_letters_and_texts_are_told_apart():
     assert "correct_per_token" not in likelihood_record(yes_no, sentences[:2], [])
 
 
-# --- existing texts -------------------------------------------------------------------------------
-
-
 def test_real_teacher_outputs():
-    """Guards the extractor on 1,603 real texts; somebody else's numbers, with other rules, lie near."""
+    """Guards the extractor on 1,603 real texts; test_rationales.py compares them one by one."""
     file = shared("data", "teacher", "strategy_qa.train.text-davinci-002.jsonl")
     run("--predictions", file, "--task", "strategy_qa", "--out-dir", "o")
     m = json.loads(Path("o/metrics.json").read_text())
-    assert m["n"] == 1603 and round(m["acc"][0] * 1603) in (874, 875) and m["unparseable"] == 236
+    assert m["n"] == 1603 and round(m["acc"][0] * 1603) == 874 and m["unparseable"] == 236
     assert m["fmt"][0] is None and m["reasons"] == {"finish not recorded": 1603}
-    pairs = zip(read_jsonl(file), read_jsonl("o/predictions.jsonl"))
-    agree = [(theirs["teacher_answer"] or None) == ours["extracted"] for theirs, ours in pairs]
-    assert sum(agree) >= 0.995 * 1603
 
 
 def test_predictions_need_only_text_and_answer(capsys):
@@ -235,19 +226,13 @@ def test_predictions_need_only_text_and_answer(capsys):
     own = {"question": "Q? Answer choices: (A) sea, (B) a, (b) mall, (C) sky", "answer": "C"}
     q = question_of(own, "commonsense_qa", dict)
     assert q.choices == ("sea", "a, (b) mall", "sky")
-
-
-BAD_RECORDS = [
-    ({"text": "x"}, "answer None is no letter, yes or no"),
-    ({"answer": "yes"}, "neither text nor rationale"),
-    ({"answer": "A", "text": "x", "question": "Where?"}, "shows no options"),
-]
-
-
-@pytest.mark.parametrize("row, message", BAD_RECORDS)
-def test_bad_records_are_named_by_line(row, message):
-    write_atomic("p.jsonl", map(to_line, [{"text": "", "answer": "no"}, row]))
-    refuses(f"p.jsonl line 2: .*{message}", run, "--predictions", "p.jsonl")
+    for row, message in (
+        ({"text": "x"}, "answer None is no letter, yes or no"),
+        ({"answer": "yes"}, "neither text nor rationale"),
+        ({"answer": "A", "text": "x", "question": "Where?"}, "shows no options"),
+    ):
+        write_atomic("p.jsonl", map(to_line, [rows[0], row]))
+        refuses(f"p.jsonl line 2: .*{message}", run, "--predictions", "p.jsonl")
 
 
 BAD_FLAGS = {
@@ -353,9 +338,6 @@ def test_table_reads_folders(tmp_path, capsys):
     refuses("metrics.json is not what evaluate.py writes", run, "--table", tmp_path / "t")
 
 
-# --- runs/ ----------------------------------------------------------------------------------------
-
-
 def paper(folder: Path, model: Path, *words, **variables) -> subprocess.Popen:
     """runs/paper.sh on one task with a tiny model, in a group of its own."""
     teacher = shared("data/teacher/strategy_qa.train.text-davinci-002.jsonl")
@@ -369,10 +351,9 @@ def paper(folder: Path, model: Path, *words, **variables) -> subprocess.Popen:
         **variables,
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        ["bash", str(ROOT / "runs/paper.sh"), *words], cwd=folder, env={**os.environ, **env},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(["bash", str(ROOT / "runs/paper.sh"), *words], cwd=folder,
+                            env={**os.environ, **env}, start_new_session=True, **out)  # fmt: skip
 
 
 def test_dry_run_of_the_matrix(tmp_path, model):

@@ -34,8 +34,7 @@ def test_no_evaluation_question_or_composed_answer_in_the_corpus(documents):
     of a relation that a train or test question asks about that person."""
     questions = {q.text for q in ALL}
     use = world.make_world(SEED).use
-    relation_of = {v: name for name, r in world.RELATIONS.items() for v in r.values}
-    relation_of |= {name: name for name in world.RELATIONS}
+    relation_of = {v: name for name, r in world.RELATIONS.items() for v in (name, *r.values)}
     seen = 0
     for document in documents:
         for line in document.split("\n"):
