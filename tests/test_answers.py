@@ -4,30 +4,20 @@ The tables hold {question: {what is read, None where nothing is: texts}}.
 """
 
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import shared
 
 from sert_min import answers, tasks
-from sert_min.answers import (
-    extract_answer,
-    extract_lenient,
-    stated_answer,
-    strip_answer_sentence,
-    without_thinking,
-)
+from sert_min.answers import extract_answer, stated_answer, strip_answer_sentence
 from sert_min.io.files import read_jsonl
 from sert_min.questions import Question
 
-FIVE = Question(
-    "commonsense_qa", "q", "Where? Answer choices: (A) bank, ..", "C",
-    ("bank", "bus", "bus stop", "the moon", "relax"),
-)  # fmt: skip
-MALL = Question(
-    "commonsense_qa", "q", "Where? Answer choices: (A) home, ..", "B",
-    ("home", "mall", "bus stop", "the sky", "relax"),
-)  # fmt: skip
-DOUBLE = Question("commonsense_qa", "d", "Where?", "E", ("bank", "mall", "Bank", "park", "zoo"))
+BUS = ("bank", "bus", "bus stop", "the moon", "relax")
+FIVE = Question("commonsense_qa", "q", "Where? Answer choices: (A) bank, ..", "C", BUS)
+MALL = replace(FIVE, answer="B", choices=("home", "mall", "bus stop", "the sky", "relax"))
+DOUBLE = replace(FIVE, answer="E", choices=("bank", "mall", "Bank", "park", "zoo"))
 YES_NO = Question("strategy_qa", "7", "Would a pear sink in water?", "no")
 
 
@@ -271,7 +261,7 @@ LENIENT = {
 @read_from(LENIENT)
 def test_lenient(question, text, answer):
     """Guards a lenient accuracy that is mostly the first option that a discussion names."""
-    assert extract_lenient(text, question) == answer
+    assert answers.extract_lenient(text, question) == answer
 
 
 # --- thinking -------------------------------------------------------------------------------------
@@ -303,7 +293,7 @@ THOUGHT = {  # what is said -> texts
 @pytest.mark.parametrize("text, said", [(t, s) for s, texts in THOUGHT.items() for t in texts])
 def test_without_thinking(text, said):
     """Guards drafts and doubts in a student's text, and an answer that was only thought."""
-    assert without_thinking(text).strip() == said
+    assert answers.without_thinking(text).strip() == said
 
 
 # --- against somebody else's parse of real teacher outputs -----------------------------------

@@ -175,13 +175,6 @@ def test_most_of_the_last_failing_stops(tmp_path):
     assert len(stored(tmp_path).replies) == 20
 
 
-def test_one_poisonous_question_does_not_stop_the_rest(tmp_path):
-    with FakeServer(answer=lambda body: ok("" if "q0" in str(body) else "Yes.")) as server:
-        collection, failures = run(tmp_path, server, 12)
-    assert failures == ["t/0: a 200 reply with empty text (6 attempts)"]
-    assert len(collection.replies) == 11
-
-
 def test_a_refused_question_does_not_stop_the_rest(tmp_path, capsys):
     """A content filter's 400 stopped a collection there, now and at every repetition."""
     risk = error(400, "Content Exists Risk")
@@ -214,30 +207,6 @@ def test_the_deadline_ends_what_never_ends(tmp_path, monkeypatch):
     with FakeServer(error(429, "slow")) as server:
         _, failures = run(tmp_path, server, deadline=1.0)
         assert "HTTP 429" in failures[0] and len(server.bodies) < 10
-
-
-def test_an_early_stop_keeps_what_is_in_flight(tmp_path, monkeypatch):
-    """Paid replies were dropped because another request had failed for good."""
-    monkeypatch.setattr(asking, "FIRST", 3)
-    nothing = Readable(lambda ask, replies: False, "rhyme", "Ask a poet.")
-    told = "only 0 of the first 3 replies rhyme.*Ask a poet"
-    with FakeServer(ok(), delay=0.1) as server:
-        refuses(told, run, tmp_path, server, 20, readable=nothing, concurrency=4)
-        assert 3 < len(server.bodies) == len(stored(tmp_path).replies)
-
-
-def test_follow_up_requests(tmp_path):
-    """The second step of a question is asked once, also when the first was there before."""
-
-    def second(ask, record):
-        message = {"role": "user", "content": ask.messages[-1]["content"] + "+"}
-        return None if ask.sample else Ask(ask.task, ask.id, 1, (*ask.messages, message))
-
-    with FakeServer(ok()) as server:
-        run(tmp_path, server, 3)
-        collection, failures = run(tmp_path, server, 5, follow_up=second)
-        assert failures == [] and len(server.bodies) == len(collection.replies) == 10
-        assert set(server.asked.values()) == {1}
 
 
 # --- keys and files -------------------------------------------------------------------------------

@@ -89,18 +89,16 @@ def test_yes_no_files_and_splits():
     refuses("use one of the two", own.read_splits, "c.csv", {}, "t.jsonl")
 
 
+CHOSEN = [  # choices, answer, what is said
+    (["x", "y"], "z", r"'z' is none of .*\(A\) x, \(B\) y"), (["B", "y"], "B", r"write \(B\) or \(A\)"),
+    (["x", "y"], 1, "may be an index"), (["x", "y"], "1", "may be an index"),
+    (["x", " "], "A", r"option \(B\) is empty"), (["x", "X "], "A", "two options are 'x'"),
+    (["x"], "A", "1 choices; 2 to 26"), ([*map(str, range(27))], "A", "27 choices; 2 to 26"),
+    ({"A": "x"}, "A", "not a list"), (["x, (B) z", "y"], "A", "another list of options"),
+    (["yes", "no"], "maybe", "neither yes nor no"),
+]  # fmt: skip
 REFUSED = [
-    ({"question": "q", "choices": ["x", "y"], "answer": "z"}, r"'z' is none of .*\(A\) x, \(B\) y"),
-    ({"question": "q", "choices": ["B", "y"], "answer": "B"}, r"write \(B\) or \(A\)"),
-    ({"question": "q", "choices": ["x", "y"], "answer": 1}, "may be an index"),
-    ({"question": "q", "choices": ["x", "y"], "answer": "1"}, "may be an index"),
-    ({"question": "q", "choices": ["x", " "], "answer": "A"}, r"option \(B\) is empty"),
-    ({"question": "q", "choices": ["x", "X "], "answer": "A"}, "two options are 'x'"),
-    ({"question": "q", "choices": ["x"], "answer": "A"}, "1 choices; 2 to 26"),
-    ({"question": "q", "choices": [*map(str, range(27))], "answer": "A"}, "27 choices; 2 to 26"),
-    ({"question": "q", "choices": {"A": "x"}, "answer": "A"}, "not a list"),
-    ({"question": "q", "choices": ["x, (B) z", "y"], "answer": "A"}, "another list of options"),
-    ({"question": "q", "choices": ["yes", "no"], "answer": "maybe"}, "neither yes nor no"),
+    *(({"question": "q", "choices": c, "answer": a}, message) for c, a, message in CHOSEN),
     ({"question": " ", "answer": "1"}, "no question"),
     ({"prompt": "q", "answer": "1"}, "no question; --fields"),
     ({"question": "q", "answer": None}, "no answer"),
@@ -112,8 +110,8 @@ REFUSED = [
 
 @pytest.mark.parametrize("row, message", REFUSED)
 def test_a_bad_row_is_named_by_its_line(row, message):
-    first = {"question": "ok", "answer": "1"}
-    first |= {k: v for k, v in {"id": "x", "split": "train"}.items() if k in row}
+    first = {"question": "ok", "answer": "1", "id": "x", "split": "train"}
+    first = {k: v for k, v in first.items() if k in row or k in ("question", "answer")}
     refuses(f"q.jsonl line 2: .*{message}", read, "q.jsonl", [first, row])
 
 

@@ -8,16 +8,14 @@ from conftest import refuses, shared
 
 from sert_min import tasks, teacher_files
 from sert_min.io.files import read_jsonl, to_line
-from sert_min.questions import Question
+from sert_min.questions import Question, with_choices
 from sert_min.rationales import Output, clean, rationale_records, teacher_answer
 from sert_min.teacher_files import read_teacher_file
 
 YES = Question("strategy_qa", "42", "Is water wet?", "yes")
 NO = Question("strategy_qa", "7", "Do dogs fly?", "no")
-MALL = Question(
-    "commonsense_qa", "ab", "Where? Answer choices: (A) home, (B) mall, (C) sea, (D) sky, (E) car",
-    "B", ("home", "mall", "sea", "sky", "car"),
-)  # fmt: skip
+FIVE = ("home", "mall", "sea", "sky", "car")
+MALL = Question("commonsense_qa", "ab", with_choices("Where?", FIVE), "B", FIVE)
 
 
 def read_rows(path, rows, questions):
@@ -32,16 +30,16 @@ def records(questions, outputs, keep="right", fits=lambda q, text: len(text) < 1
 
 
 def test_rows_join_by_id_row_number_and_text(tmp_path):
-    rows = [
-        {"index": 42, "question": " Is water wet? ", "rationale": "It is.", "teacher_completion": "Yes."},
-        {"index": 9, "question": "Do dogs fly?", "rationale": "No wings.", "teacher_completion": "No."},
-        {"id": "ab", "question": "Where?", "rationale": "A shop.", "teacher_completion": "(b) mall."},
-        {"index": 42, "question": "Is water wet?", "rationale": "Again.", "teacher_completion": "Yes."},
-        {"index": 42, "question": "Another one?", "rationale": "x", "teacher_completion": "Yes."},
-    ]  # fmt: skip
+    names = ("index", "question", "rationale", "teacher_completion")
+    told = [(42, " Is water wet? ", "It is.", "Yes."), (9, "Do dogs fly?", "No wings.", "No."),
+            (42, "Is water wet?", "Again.", "Yes."), (42, "Another one?", "x", "Yes.")]  # fmt: skip
+    rows = [dict(zip(names, row)) for row in told]
+    rows += [
+        {"id": "ab", "question": "Where?", "rationale": "Shop.", "teacher_completion": "(b) mall."}
+    ]
     found, left = read_rows(tmp_path / "t.jsonl", rows, [YES, NO, MALL])
     rationales = {i: o.rationale for i, o in found.items()}
-    assert rationales == {"42": "It is.", "7": "No wings.", "ab": "A shop."}
+    assert rationales == {"42": "It is.", "7": "No wings.", "ab": "Shop."}
     assert left == {"repeated questions": 1, "other questions": 1}
     assert [teacher_answer(found[q.id], q) for q in (YES, NO, MALL)] == ["yes", "no", "B"]
     # The original StrategyQA release has the same questions in another order.
@@ -220,9 +218,8 @@ def test_every_drop_is_counted():
     more = [Question("strategy_qa", i, f"{i}?", "yes") for i in ("l", "m", "n", "none")]
     questions = [YES, NO, MALL, *more]
     rows, counts = records(questions, outputs)
-    assert {r["id"]: r["reason"] for r in rows} == {
-        "42": "ok", "7": "answer wrong", "ab": "empty", "l": "too long", "m": "answer not readable",
-        "n": "bare answer"}  # fmt: skip
+    assert [r["reason"] for r in rows] == [
+        "ok", "answer wrong", "empty", "too long", "answer not readable", "bare answer"]  # fmt: skip
     assert counts["kept"] == counts["no output"] == counts["dropped: empty"] == 1
     assert sum(n for what, n in counts.items() if what.startswith(("kept", "dropped"))) == 6
     rows, counts = records(questions, outputs, keep="all")
