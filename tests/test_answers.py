@@ -27,9 +27,7 @@ def read_from(table):
     return pytest.mark.parametrize("question, text, answer", cases)
 
 
-# --- strict: right behind `the answer is` ---------------------------------------------------------
-
-STRICT = {
+STRICT = {  # right behind `the answer is`
     YES_NO: {
         "yes": ["So the answer is yes.", "The answer is: Yes!", "the answer is definitely yes - it does",
                 "the answer is yes, and yes again", "the answer  is\nyes"],
@@ -79,16 +77,13 @@ def test_stated_answers():
     assert answers.stated_answers(text, YES_NO) == ["no", None, "yes"]
 
 
-# --- statements of any form -----------------------------------------------------------------------
-
-
 def statements(text, question):
     """(where it starts, where its answer starts, the answer or None) of each statement."""
     found = answers._ANY_FORM.finditer(text)
     return [(m.start(), m.end(), answers._said(text, m, question)) for m in found]
 
 
-STATED = {
+STATED = {  # in any form
     MALL: {
         "A": ["__Answer:__ A", "The answer is A。"],
         "B": ["So the final answer is: B", "My answer is (B).", "Your answer is mall.",
@@ -195,8 +190,6 @@ def test_every_form_reads_its_example():
     assert found == [("The best answer is", "A"), ("Final answer:", "C")]
 
 
-# --- stripping ------------------------------------------------------------------------------------
-
 STRIPPED = {  # what is left -> texts
     "It floats.": [  # every form goes, with its sentence
         "It floats. So the answer is no.", "It floats. <answer>no</answer>",
@@ -234,9 +227,7 @@ def test_stripping(text, rest):
     assert strip_answer_sentence(want[0]) == (want[0], False)
 
 
-# --- lenient --------------------------------------------------------------------------------------
-
-LENIENT = {
+LENIENT = {  # in any form, or first in a short text
     YES_NO: {
         "yes": ["Yes, because.", "There is no evidence, yes.",  # a determiner is no answer
                 "No. So the answer is yes."],  # strict goes first
@@ -263,8 +254,6 @@ def test_lenient(question, text, answer):
     """Guards a lenient accuracy that is mostly the first option that a discussion names."""
     assert answers.extract_lenient(text, question) == answer
 
-
-# --- thinking -------------------------------------------------------------------------------------
 
 HARMONY = "<|channel|>analysis<|message|>Is it (A)?<|end|><|start|>assistant<|channel|>final"
 MARKS = (
@@ -294,9 +283,6 @@ THOUGHT = {  # what is said -> texts
 def test_without_thinking(text, said):
     """Guards drafts and doubts in a student's text, and an answer that was only thought."""
     assert answers.without_thinking(text).strip() == said
-
-
-# --- against somebody else's parse of real teacher outputs -----------------------------------
 
 
 @pytest.mark.parametrize("step, right, empty, stripped", [

@@ -159,9 +159,6 @@ def test_where_results_go(model):
     assert len(table.find_metrics(Path("out"))) == 1
 
 
-# --- likelihood -----------------------------------------------------------------------------------
-
-
 def test_answer_logprobs_equal_whole_sequences(model):
     """Guards options that see each other, shifted positions and sums over the wrong tokens: each
     sentence is scored alone, in a row of its own, without any mask."""
@@ -260,9 +257,6 @@ def test_dry_run_writes_nothing(model, capsys):
     said = capsys.readouterr().out
     assert "5 of 5 outputs to decode, at most 40 tokens" in said and "Question: " in said
     assert "5 judge requests" in said and "USD" in said and not Path("o").exists()
-
-
-# --- Table II -------------------------------------------------------------------------------------
 
 
 def metrics(method="sert", acc=(0.55, 0.51, 0.59), model="gpt2", seed=0, task="strategy_qa"):

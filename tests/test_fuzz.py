@@ -62,8 +62,6 @@ def holds(work, *allowed, seconds: int = 20):
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-# --- strange input --------------------------------------------------------------------------------
-
 STRANGE = st.one_of(
     st.sampled_from([
         None, True, -1, 0, 2**31, 2**63, 10**400, 0.5, 1e308, float("nan"), float("inf"), "", "x", "0",
@@ -122,8 +120,6 @@ def place():
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         yield Path(name)
 
-
-# --- files ----------------------------------------------------------------------------------------
 
 CHOICES = ("bank", "library", "mall", "park", "bus stop")
 TEXT = "Where? Answer choices: " + ", ".join(f"({a}) {c}" for a, c in zip(LETTERS, CHOICES))
@@ -225,9 +221,6 @@ def test_model_files_of_any_content(model, name, data):
         holds(work)
 
 
-# --- replies and texts ----------------------------------------------------------------------------
-
-
 @tries(100)
 @given(data=st.data())
 def test_replies_of_any_content(data):
@@ -286,8 +279,6 @@ def test_long_texts_are_quick(piece):
     for read, t in itertools.product(READERS, (text, "the answer is bank" + text)):
         holds(lambda read=read, t=t: [read(t, q) for q in QUESTIONS], seconds=6)
 
-
-# --- numbers on the command line ------------------------------------------------------------------
 
 NUMBERS = ("nan", "inf", "-1", "0", "1", "1e400", "1e308", "1e-320", "", "x", "0.5", "2147483648",
            "9223372036854775808", "1" + 400 * "0", "9" * 5000, "0x10", "1_0", "٣", "-0")  # fmt: skip

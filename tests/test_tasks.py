@@ -40,16 +40,6 @@ def test_split_equals_the_published_row_numbers(data):
         assert [int(q.id) for q in tasks.load("strategy_qa", name, data)] == rows[name]
 
 
-def test_the_text_of_a_question(data):
-    """Guards the form of the paper's Figure 2: options in order, no full stop at the end."""
-    q = tasks.load("commonsense_qa", "test", data)[0]
-    assert q.id == "1afa02df02c908a558b4036e80242fac" and q.answer == "A"
-    assert q.text.startswith("A revolving door is convenient for two direction travel, but")
-    options = "(A) bank, (B) library, (C) department store, (D) mall, (E) new york"
-    assert q.text.endswith(f"at a what? Answer choices: {options}")
-    assert q.choices == ("bank", "library", "department store", "mall", "new york")
-
-
 def test_validation_is_a_part_of_train_that_never_moves(data):
     """Guards a holdout that depends on the order of the questions or splits a double question."""
     train = tasks.load("strategy_qa", "train", data)
