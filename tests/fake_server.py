@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 USAGE = {"prompt_tokens": 10, "completion_tokens": 5}
@@ -73,7 +72,6 @@ class FakeServer(ThreadingHTTPServer):
         self.steps, self.answer, self.delay = steps, answer, delay
         self.bodies, self.auths, self.times, self.served = [], [], [], 0
         self.headers, self.models, self.page, self.paths = [], [], None, []
-        self.asked: Counter = Counter()  # by last message
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -103,7 +101,6 @@ class Handler(BaseHTTPRequestHandler):
             server.auths.append(self.headers.get("authorization"))
             server.headers.append(self.headers)
             server.times.append(time.monotonic())
-            server.asked[body["messages"][-1]["content"] if "messages" in body else ""] += 1
             n = len(server.bodies)
         time.sleep(server.delay)
         step = server.answer(body) if server.answer else server.steps[min(n, len(server.steps)) - 1]

@@ -82,9 +82,8 @@ def test_log_of_zero_shot_cot(tmp_path):
     told = [("Do dogs fly?", dog, "No."), ("Is water wet?", "Water wets. It", "Yes, it is.\nReally."),
             ("Is this of the test split?", "Perhaps.", "moot.")]  # fmt: skip
     names = ("question", "rationale", "teacher_completion")
-    rows = [dict(zip(names, row), teacher_answer="", answer="no") for row in told]
     path = tmp_path / "strategyqa_zero_shot_cot.log"
-    path.write_text(log_of(rows))
+    path.write_text(log_of(dict(zip(names, row), teacher_answer="", answer="no") for row in told))
     found, left = read_teacher_file(str(path), [YES, NO])
     assert found["7"][:2] == (dog, "No.") and left == {"other questions": 1}
     assert found["42"][:2] == ("Water wets. It", "Yes, it is.\nReally.")
@@ -99,11 +98,9 @@ def test_davinci_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("SERT_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     q = Question("strategy_qa", "3", "q3?", "yes")
-
     monkeypatch.setattr(teacher_files, "download", lambda url: urls.append(url) or log[:-3000])
     refuses("instead of 2290", read_teacher_file, "davinci", [q])
     assert list(tmp_path.iterdir()) == []
-
     monkeypatch.setattr(teacher_files, "download", lambda url: urls.append(url) or log)
     for _ in range(2):
         found, left = read_teacher_file("davinci", [q])

@@ -1,7 +1,5 @@
-"""What is not trusted: models, datasets, teachers and their replies; and where a key may go.
-
-test_endpoint.py has the key inside the client; test_gpt2.py pickle files; test_page.py hostile text
-in a real browser."""
+"""What is not trusted: models, datasets, teachers and their replies; and where a key may go. Pickle
+files are in test_gpt2.py, hostile text in a real browser in test_page.py."""
 
 import json
 import re
@@ -138,9 +136,8 @@ def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
         for dry in (["--dry-run"], []):
             run(distill, *teach, *dry)
             run(evaluate, *ask, *short, "--judge-model", EVIL, *dry)
-        assert len(server.bodies) >= 2
     (reply, *_) = read_jsonl(next(Path("out").rglob("teacher-*/responses.jsonl")))
-    assert reply["text"] == EVIL
+    assert reply["text"] == EVIL and len(server.bodies) >= 2
     assert list(inside.rglob("predictions.jsonl"))
     assert len(list(inside.rglob("sent.jsonl"))) == 2  # the teacher's and the judge's
     names = ("id", "question", "answer", "rationale", "teacher_completion", "teacher_answer")
@@ -148,9 +145,8 @@ def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
     run(evaluate, "--task", "strategy_qa", "--predictions", "texts.jsonl")
     metrics = {"task": EVIL, "model": EVIL, "n": 1, "majority": [EVIL, 0.5], "split": "test",
                "method": "sert", "acc": [0.5, 0.1, 0.9]}  # fmt: skip
-    Path("table").mkdir()
-    Path("table/metrics.json").write_text(json.dumps(metrics))
-    run(evaluate, "--table", "table")
+    Path("t/metrics.json").write_text(json.dumps(metrics))
+    run(evaluate, "--table", "t")
     said = "".join(told)
     assert "scores 50.00 %" in said and "prompt of question" in said
     bad = [i for i, c in enumerate(said) if not (c.isprintable() or c in "\n\r")]

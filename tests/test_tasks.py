@@ -1,5 +1,4 @@
-"""The loaders: exact splits, hashes, downloads that fail in every way. Each test names the bug it
-guards. Tests of the real files need them in ../shared/data and are skipped where it is absent."""
+"""The loaders: exact splits, hashes, downloads that fail in every way."""
 
 import hashlib
 import json
@@ -81,10 +80,6 @@ def site(monkeypatch, tmp_path):
         yield server
 
 
-def files_in(folder):
-    return [p for p in folder.rglob("*") if p.is_file()]
-
-
 def test_download_once_then_cache(site):
     """Guards a wrong address, options in file order instead of label order, a useless cache, and
     trusting a file because it is there."""
@@ -93,8 +88,7 @@ def test_download_once_then_cache(site):
     for _ in range(2):
         assert tasks.load("commonsense_qa", "test") == want
     assert site.paths == ["/v1/CommonsenseQA/dev_rand_split.jsonl"]
-    (path,) = files_in(site.cache)
-    assert path.name == "dev_rand_split.jsonl"
+    (path,) = site.cache.rglob("*.jsonl")
     path.write_bytes(BODY[:-10])
     assert tasks.load("commonsense_qa", "test") == want
     assert path.read_bytes() == BODY and len(site.paths) == 2
@@ -110,21 +104,19 @@ def test_bad_answers_leave_nothing(site, page, message):
     """Guards half-written or wrong files that a later run would trust."""
     site.page = page
     assert "--data-dir" in refuses(message, tasks.load, "commonsense_qa", "test")
-    assert not files_in(site.cache)
+    assert not [p for p in site.cache.rglob("*") if p.is_file()]
 
 
 def test_no_network(site, tmp_path, monkeypatch):
     """Guards a traceback or an endless wait: silent server, refused at once, no such host; a file is
     where the cache should be."""
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
         for url in (f"http://127.0.0.1:{silent.getsockname()[1]}", "http://nowhere.invalid", "x"):
             monkeypatch.setenv("SERT_DATA_URL", url)
             said = refuses("could not download", tasks.load, "commonsense_qa", "test")
             assert "--data-dir" in said
-    assert not files_in(site.cache)
+    assert not [p for p in site.cache.rglob("*") if p.is_file()]
     monkeypatch.setenv("SERT_DATA_URL", site.url)
     (tmp_path / "file").touch()
     monkeypatch.setenv("SERT_CACHE", str(tmp_path / "file"))
