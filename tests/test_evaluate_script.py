@@ -160,8 +160,7 @@ def test_where_results_go(model):
 
 
 def test_answer_logprobs_equal_whole_sequences(model):
-    """Guards options that see each other, shifted positions and sums over the wrong tokens: each
-    sentence is scored alone, in a row of its own, without any mask."""
+    """Guards options that see each other, shifted positions, sums over the wrong tokens."""
     loaded, tokenizer = load_model(model), load_tokenizer(model)
     for p in loaded.parameters():
         p.data *= 4
@@ -194,8 +193,7 @@ def test_answer_logprobs_equal_whole_sequences(model):
 
 
 def test_letters_and_texts_are_told_apart():
-    """Guards sums where means are asked for: (A) is the likeliest letter, the first text the
-    likeliest sum, the second one the likeliest per token, the third one per character."""
+    """(A) is the likeliest letter, the second text the likeliest per token, the third per character."""
     q = Question("commonsense_qa", "c", "Where?", "C", ("sea", "shop", "department store"))
     sentences, texts = [(-1.0, 6), (-2.0, 6), (-3.0, 6)], [(-3.0, 1), (-3.2, 2), (-8.0, 4)]
     a, b, c = (likelihood_record(replace(q, answer=x), sentences, texts) for x in "ABC")

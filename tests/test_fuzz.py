@@ -253,9 +253,8 @@ PARTS = st.lists(st.one_of(st.sampled_from(PIECES + STATING), st.text(max_size=6
 @tries(600)
 @given(text=PARTS.map("".join), q=st.sampled_from(QUESTIONS))
 def test_texts_of_any_content(text, q):
-    """Guards a crash after hours of generation, answers or scores that there are not, a statement
-    that changes the strict answer although no strict reading knows it, and a second stripping or
-    cutting of thoughts that takes more."""
+    """Guards a crash after hours of generation, answers or scores that there are not, a lenient
+    answer other than the strict one, and a second stripping or cutting that takes more."""
     for read in READERS:
         holds(lambda read=read: read(text, q))
     assert all(v is None or 0 <= v <= 10 for v in judge.parse_scores(text).values())

@@ -128,16 +128,15 @@ FILES = [
 @pytest.mark.parametrize("name, content, message", FILES)
 def test_a_bad_file_is_refused(name, content, message):
     Path(name).write_bytes(content)
-    refuses(message, own.read_splits, name, {})
+    refuses(message, tasks.open_task, name)
 
 
-@pytest.mark.parametrize("name, more", [
-    ("none.jsonl", {}), ("what", {}), ("micro", {"fields": "question=q"}), ("a.jsonl", {"fields": "q=x"}),
-    ("a.jsonl", {"fields": "question"}), ("a.jsonl", {"test_file": "none.csv"}),
-])  # fmt: skip
-def test_what_is_no_task_is_refused(name, more):
+def test_what_is_no_task_is_refused():
     write("a.jsonl", ROWS)
-    refuses(".", tasks.open_task, name, **more)
+    for name, fields in (("none.jsonl", None), ("what", None), ("micro", "question=q"),
+                         ("a.jsonl", "q=x"), ("a.jsonl", "question")):  # fmt: skip
+        refuses(".", tasks.open_task, name, fields)
+    refuses("none.csv", tasks.open_task, "a.jsonl", None, "none.csv")
 
 
 FREE = {  # gold: (texts that state it, texts that do not)
