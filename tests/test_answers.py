@@ -29,35 +29,31 @@ def read_from(table):
 
 STRICT = {  # right behind `the answer is`
     YES_NO: {
-        "yes": ["So the answer is yes.", "The answer is: Yes!", "the answer is definitely yes - it does",
-                "the answer is yes, and yes again", "the answer  is\nyes"],
+        "yes": ["So the answer is yes.", "The answer is: Yes!", "the answer  is\nyes",
+                "the answer is definitely yes - it does"],
         "no": ["THE ANSWER IS **NO**", "the answer is:\n\nNo, it floats.",
                'the answer is most likely "No."', "the answer is (no)",
                "The answer is yes. Wait, so the answer is no."],  # the last one counts
-        None: ["the answer is probably not", "The answer is yes. So the answer is unclear.",
-               "The answer is yes. So the answer is", "the answer is no one",
-               "the answer is no longer known", "the answer is no-one", "the answer is not yes",
-               "the answer is nothing", "the answer is unknown", "the answer is yes and no",
-               "the answer is both yes and no", "the answer is yes/no", "the answer isn't yes", "",
-               "Yes."],  # no statement
+        None: ["the answer is probably not", "The answer is yes. So the answer is",
+               "the answer is no one", "the answer is no longer known", "the answer is no-one",
+               "the answer is not yes", "the answer is yes and no", "the answer is yes/no",
+               "", "Yes."],  # no statement
     },
     FIVE: {
         "A": ["the answer is bank.", "the answer is a bank, of course", "the answer is A",
               "the answer is a.", "the answer is a", "the answer is (A) or (B)",
-              "the answer is (A) bank or (B) bus.", "the answer is (A), (B)", "the answer is bank and bus",
-              "the answer is (A) bank, not (B).", "the answer is (A) bank. And bus drivers wait."],
+              "the answer is (A) bank or (B) bus.", "the answer is bank and bus",
+              "the answer is (A) bank, not (B)."],
         "B": ["the answer is **B**: bus", "the answer is the bus", "the answer is most likely (B).",
               "the answer is (B) bank"],  # the letter goes before the text
-        "C": ["So the answer is (C).", "So the answer is (c) bus stop.", "the answer is C.",
-              "the answer is c", "the answer is C because it is dry",
-              "Because it is dry, the answer is C", "the answer is the bus stop",  # not `bus`
-              "the answer is Bus  Stop", "the answer is (C) or (c) bus stop"],
+        "C": ["So the answer is (C).", "the answer is c", "the answer is C because it is dry",
+              "Because it is dry, the answer is C", "the answer is Bus  Stop",
+              "the answer is the bus stop"],  # not `bus`
         "D": ["the answer is [D]", "the answer is the moon"],
         "E": ["the answer is option E", "the answer is to relax"],
         None: ["the answer is a place", "the answer is A place", "the answer is relaxing",
                "the answer is banker", "the answer is either (A) bank or (B) bus.",
-               "the answer is not (B)", "the answer is (F)", "the answer is E.T.",
-               "the answer is a b c", "the answer is none of these"],
+               "the answer is E.T.", "the answer is a b c"],
     },
     DOUBLE: {  # two options have one text
         None: ["the answer is bank"], "C": ["the answer is (C) bank"], "E": ["the answer is zoo"],
@@ -90,7 +86,7 @@ STATED = {  # in any form
               "The right option is B, since it has shops.", "The correct answer choice is (B).",
               'The answer to "Where would one shop?" is (B).', "The answer, therefore, is (B).",
               "The answer's (B).", "So answer is B.", "Answer: B) mall", "ANSWER: (b)",
-              "So, the answer: (B)", "<answer>B</answer>", "The answer is \\(B\\).",
+              "<answer>B</answer>", "The answer is \\(B\\).",
               '{"reasoning": "It has shops.", "answer": "B"}', "## Final Answer\n(B) mall",
               "Of the above choices, the closest answer is mall.",
               # marks
@@ -119,9 +115,8 @@ STATED = {  # in any form
         None: ["So the answer is not (B).", "The answer is not only (B) but also (C).",
                # denied or taken back
                "The answer is (A). No: the answer can't be (A).",
-               "The answer is (A). The answer cannot be (A).",
                "The answer is (A). The answer isn't (A).", "The answer is (A). Hmm, (B) has more.",
-               "The answer is (A). Wait, homes have no shops.", "The answer is (A) — or rather (B).",
+               "The answer is (A) — or rather (B).",
                "Answer: (A) home is wrong, (B) is right.",
                "The answer is (A) if you shop online. Otherwise it is (B).",
                # doubted, or said by others
@@ -129,14 +124,13 @@ STATED = {  # in any form
                "One could argue (A) is the correct answer.", "I don't think the answer is (A).",
                "This does not mean that the answer is (A).", "I wonder whether the answer is (A).",
                "If it had shops, the answer would be (A).", "If the answer is (A), homes have shops.",
-               "The answer would be (A) if it had shops.", "It may be that the answer is (A).",
+               "It may be that the answer is (A).",
                "I thought the answer was (A).", "Initially the answer was (A).",
                "I can't say the answer is (A).", "It would be wrong to say that the answer is (A).",
                "It is tempting to say the answer is (A).", "Alice says the answer is (A).",
                "The wrong answer is (A).", "Another possible answer is (A).",
                # no statement, or one of nothing: never a first mention
-               "", "(B) fits best.", "(C) is correct.", "It must be (B).", "The answer is a place.",
-               "The answer must be a place with shops. Of the above choices, only mall has some.",
+               "", "(B) fits best.", "It must be (B).", "The answer is a place.",
                "The answer is either (A) or (B).", "The answer is none of the above.", "Answer: (F)",
                "The first option is (A), the second one (B).", "A place is the answer.",
                "Vitamin C is the best choice.", "(A) has no shops, a mall is the best choice.",
@@ -213,8 +207,8 @@ STRIPPED = {  # what is left -> texts
     None: [  # what is no statement stays, and what has reasoning after it
         "The answer is no. Energy cannot be made, so it cannot be kept.", "Answer: No. It floats.",
         "(B) mall is the right answer. It has shops.", "### Answer\n\nPears float. They are light.",
-        "The answer must be a place. A bank is one.", "The answer must be a shop. Only choice is bad.",
-        "There is no definitive answer to this question.", "Yes.", "",
+        "The answer must be a place. A bank is one.", "Yes.", "",
+        "There is no definitive answer to this question.",
         "The answer to it depends on whether it is fresh."],
 }  # fmt: skip
 

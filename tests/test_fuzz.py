@@ -163,9 +163,7 @@ def read_settings(path: Path) -> None:
     check_settings(path, RUN, "choose another --out-dir")
 
 
-judge_paths = partial(
-    start, evaluate, "--dry-run", "--judge-model", "m", "--base-url", URL, "--paths"
-)
+JUDGED = ["--dry-run", "--judge-model", "m", "--base-url", URL]
 read_texts = partial(start, evaluate, "--task", "strategy_qa", "--out-dir", "out", "--predictions")
 FILES = {  # name -> (bytes, what reads them)
     "rationales.jsonl": (jsonl_file(TAUGHT), read_taught),
@@ -175,7 +173,7 @@ FILES = {  # name -> (bytes, what reads them)
     "sent.jsonl": (jsonl_file(SENT), read_collection),
     "selected.jsonl": (jsonl_file(PATHS), lambda path: train.sert_pairs(path, QUESTIONS)),
     "texts.jsonl": (jsonl_file(TEXTS), read_texts),
-    "sampled.jsonl": (jsonl_file(PATHS), judge_paths),
+    "sampled.jsonl": (jsonl_file(PATHS), partial(start, evaluate, *JUDGED, "--paths")),
     "settings.json": (json_file(RUN), read_settings),
 }  # fmt: skip
 
