@@ -44,8 +44,7 @@ def shared(*parts: str) -> Path:
 
 
 def pretend_bf16(monkeypatch, has: bool) -> None:
-    """From now on this CPU has instructions for bf16, or has none. The test is skipped where oneDNN
-    would refuse."""
+    """From now on this CPU has instructions for bf16, or not (skips where oneDNN would refuse)."""
     if has and not cpu.has_bf16():
         pytest.skip("this CPU has no instructions for bf16 (AVX-512 with bf16, or AMX)")
     monkeypatch.setattr(cpu, "has_bf16", lambda: has)

@@ -44,11 +44,6 @@ def hang(seconds):
     return lambda handler: time.sleep(seconds)
 
 
-def drop(handler):
-    """Close the connection without a word."""
-    handler.close_connection = True
-
-
 def dribble(handler):
     """A byte now and then, for ever as the client sees it."""
     handler.send_response(200)
@@ -61,8 +56,7 @@ def dribble(handler):
 
 
 class FakeServer(ThreadingHTTPServer):
-    """`steps`: what the first, second, .. request gets; the last one holds from then on. Or
-    `answer(body)` gives the step for a request."""
+    """`steps`: what each request gets, the last one from then on; or `answer(body)` gives it."""
 
     daemon_threads = True
     request_queue_size = 64

@@ -93,8 +93,8 @@ def name_of(code) -> str:
 
 
 def run_child(command: Command, flags: list[str], kill_at=None, number=0, after=None):
-    """One command in a forked child: (exit status, lines seen per phase, or where it was killed).
-    `kill_at`: the phase and the how-manyth of its lines; `after`: seconds, then killed from here."""
+    """(exit status, lines seen per phase or where it was killed) of a command in a forked child,
+    killed at `kill_at`, a phase and the how-manyth of its lines, or from here `after` seconds."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -157,8 +157,7 @@ def places(name: str, out: Path) -> list[str]:
 
 
 def start_teacher(asked: Path) -> str:
-    """The address of an endpoint in a process of its own (threads and forks do not mix). It writes
-    each question to `asked`, fails now and then, and ends with this process."""
+    """The address of an endpoint in a process of its own, which writes each question to `asked`."""
     read, write = os.pipe()
     if os.fork() == 0:
         parent, count = os.getppid(), itertools.count()

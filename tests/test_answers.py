@@ -1,7 +1,5 @@
 """How an answer is read out of a text and stripped off it, strictly or leniently; thinking is cut.
-
-The tables hold {question: {what is read, None where nothing is: texts}}.
-"""
+The tables hold {question: {what is read, None where nothing is: texts}}."""
 
 import re
 from dataclasses import replace
@@ -161,9 +159,8 @@ BEFORE = {  # what may stand before it without a change
 
 @read_from(STATED)
 def test_what_is_stated(question, text, answer):
-    """Guards the reading of A out of every text that discusses (A) to (E), of `not (B)` as B, of
-    `yes` in "one may say yes", and of `no` as a determiner. And two definitions: a text that ends
-    in a statement of any form loses it."""
+    """Guards the reading of A out of all that discusses (A) to (E), of `not (B)` as B, of `no` as a
+    determiner. And two definitions: a text that ends in a statement of any form loses it."""
     assert stated_answer(text, question) == answer
     assert stated_answer(BEFORE[question] + text, question) == answer
     if answer:
@@ -283,9 +280,8 @@ def test_without_thinking(text, said):
     (10, 714, 19, 27), pytest.param(1, 7377, 182, 235, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_calibration_on_palm(step, right, empty, stripped):
-    """Guards drift of the rules for options: 9,741 real outputs (each tenth), read as their own
-    parser read them; 105 of them name two options (`(a) safe or (b) vault.`: the first counts).
-    test_rationales.py and test_evaluate_script.py have the 1,603 outputs with yes and no."""
+    """Guards drift of the rules: 9,741 real outputs (each tenth), read as their own parser did; 105
+    name two options (the first counts). test_rationales.py has the 1,603 outputs with yes and no."""
     questions = {q.id: q for q in tasks.load("commonsense_qa", "train", shared("data"))}
     found, closed = [], 0
     file = shared("data", "teacher", "commonsense_qa.train.palm-540b.jsonl")

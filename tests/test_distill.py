@@ -75,8 +75,7 @@ def test_collect_clean_train_and_repeat(student, capsys):
 
 
 def test_collect_only_shares_replies_between_students(student, tmp_path):
-    """Replies are bought once for all students of a task, wherever results go; no student is needed.
-    Another prompt is another request."""
+    """Replies are bought once for all students of a task; another prompt is another request."""
     other = "no/such/student"
     with FakeServer(ok(YES)) as server:
         run(student, server, "--collect-only", "--out-dir", "one")
@@ -123,8 +122,7 @@ def test_dry_run_asks_nothing_and_writes_nothing(student, capsys, monkeypatch):
 
 
 def test_missing_rows_and_training_on_what_is_there(student, capsys):
-    """A run that ended green with rows missing. One question without a reply blocked training; later
-    replies don't change that student."""
+    """One question without a reply blocked training; later replies don't change that student."""
     broken = [" 7 "]
 
     def step(body):
@@ -147,7 +145,8 @@ def test_missing_rows_and_training_on_what_is_there(student, capsys):
         broken.clear()
         run(student, server, "--max-steps", 1, "--allow-missing")
         assert trained.read_bytes() == before and len(server.bodies) == requests
-        refuses("a student of other rationales", run, student, server, "--max-steps", 1)
+        told = "a student of other rationales; choose another --out-dir"
+        refuses(told, run, student, server, "--max-steps", 1)
 
 
 def test_two_step(student):
@@ -170,8 +169,7 @@ def test_two_step(student):
 
 
 def test_unreadable_answers_stop_after_20(student):
-    """9,741 replies were bought before somebody looked; the same command buys no 20 more. The advice
-    fits the flags in use."""
+    """9,741 replies were bought before somebody looked; the same command buys no 20 more."""
     with FakeServer(ok("I like trains.")) as server:
         told = "only 0 of the first 2.*--teacher-suffix.*--two-step only adds"
         for _ in range(2):
@@ -271,9 +269,7 @@ def test_real_davinci_rationales_train(model):
     more = ["--data-dir", shared("data"), "--max-steps", 2, "--batch-size", 2, "--out-dir", "run"]
     more += ["--teacher-file", file]
     run(model, None, *more)
-    assert sum(r["kept"] for r in records("run")) == 874
-    told = "other rationales; choose another --out-dir"
-    refuses(told, run, model, None, *more, "--keep", "all")
+    refuses("of other rationales", run, model, None, *more, "--keep", "all")
     assert sum(r["kept"] for r in records("run")) == 874
 
 

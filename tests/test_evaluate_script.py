@@ -53,7 +53,12 @@ def derived(folder) -> dict[str, bytes]:
 
 
 def test_records_and_metrics(model, capsys):
-    """Guards the record form that others read, and metrics with timings inside."""
+    """Guards a dry run that writes, the record form that others read, metrics with timings inside."""
+    judged = ["--judge-model", "m", "--base-url", "http://localhost:1/v1", "--price-in", 1]
+    run_blocks(model, 5, "o", "--dry-run", *judged, "--price-out", 1)
+    said = capsys.readouterr().out
+    assert "5 of 5 outputs to decode, at most 40 tokens" in said and "Question: " in said
+    assert "5 judge requests" in said and "USD" in said and not Path("o").exists()
     run_blocks(model, 5, "o")
     records = list(read_jsonl("o/predictions.jsonl"))
     questions = tasks.load("micro", "test")[:5]
@@ -81,8 +86,7 @@ def test_results_are_those_of_the_questions_asked(model):
 
 
 def test_missing_and_damaged_blocks_are_made_anew(model, monkeypatch):
-    """Guards outputs that are decoded twice, a block of other questions that is taken for ours, and
-    metrics.json of a part that is taken for all after a kill."""
+    """Guards decoding twice, a block of other questions, and metrics of a part after a kill."""
     run_blocks(model, 6, "w")
     before, decoded = derived("w"), []
     (folder,) = Path("w").glob("outputs-*")
@@ -104,8 +108,7 @@ def test_missing_and_damaged_blocks_are_made_anew(model, monkeypatch):
 
 
 def test_other_settings_and_weights_are_kept_apart(model, tmp_path, capsys):
-    """Guards outputs of other settings or of weights before further training that are mixed in or
-    lost, scores of the old outputs, and a table that counts both."""
+    """Guards outputs mixed in or lost, scores of the old outputs, and a table that counts both."""
     seed = as_checkpoint(model, "out/micro/gpt2/sert/seed0")
     words = ["--model", seed, "--limit", 3, "--max-new-tokens", 4]
     run(*words)
@@ -132,8 +135,7 @@ def test_other_settings_and_weights_are_kept_apart(model, tmp_path, capsys):
 
 
 def test_where_results_go(model):
-    """Guards a checkpoint that is asked in another form than it was trained in, and results of
-    another split, prompt or checkpoint that slip into the table."""
+    """Guards a prompt of another form than in training, and results that slip into the table."""
     think = " Let's think step by step."
     about = {"method": "rd", "seed": 3, "prompt_suffix": think}
     seed = as_checkpoint(model, "out/micro/gpt2/rd/seed3", **about)
@@ -249,14 +251,6 @@ def test_bad_input_is_one_line(words, message):
     assert not Path("o").exists()
 
 
-def test_dry_run_writes_nothing(model, capsys):
-    judged = ["--judge-model", "m", "--base-url", "http://localhost:1/v1", "--price-in", 1]
-    run_blocks(model, 5, "o", "--dry-run", *judged, "--price-out", 1)
-    said = capsys.readouterr().out
-    assert "5 of 5 outputs to decode, at most 40 tokens" in said and "Question: " in said
-    assert "5 judge requests" in said and "USD" in said and not Path("o").exists()
-
-
 def metrics(method="sert", acc=(0.55, 0.51, 0.59), model="gpt2", seed=0, task="strategy_qa"):
     return {"task": task, "split": "test", "model": model, "method": method, "seed": seed, "n": 687,
             "variant": "", "acc": acc, "fmt": [0.9, 0.88, 0.92], "len": [100.0, 90.0, 110.0],
@@ -296,8 +290,7 @@ def test_table_marks_and_averages():
 
 
 def test_differences_are_paired(tmp_path):
-    """Guards an interval as wide as that of two separate samples, seeds counted as questions, and a
-    metric that one of the two lacks."""
+    """Guards an interval of two separate samples, seeds counted as questions, a missing metric."""
     found = []
     for method, seed, right in (("sert", 0, "1101"), ("sert", 1, "1111"), ("finetune", 0, "0101")):
         folder = tmp_path / method / f"seed{seed}"
@@ -360,8 +353,7 @@ def test_dry_run_of_the_matrix(tmp_path, model):
 
 @pytest.mark.slow
 def test_the_matrix_survives_kills(tmp_path):
-    """Guards paper.sh: killed at random moments and repeated, it ends with the same table and the
-    same bytes; once done, it does nothing again; a failed cell does not stop the others."""
+    """Killed and repeated it ends with the same bytes; a failed cell does not stop the others."""
     folder = make_tiny_model(tmp_path / "tiny", n_positions=1024)
     said, _ = paper(tmp_path / "whole", folder).communicate()
     assert said.count(" questions\n") >= 4 and "failed" not in said, said

@@ -1,8 +1,7 @@
 """Whatever stands in a file of others, a reply, a text or a flag: a result, or one line of error.
 
-Files are valid ones with JSON values exchanged, keys dropped or bytes changed, or nothing but noise.
-FUZZ=100 tries 100 times as many inputs.
-"""
+Files are valid ones with values exchanged, keys dropped or bytes changed, or noise. FUZZ=100 tries
+100 times as many inputs."""
 
 import argparse
 import contextlib
@@ -44,8 +43,7 @@ def tries(n: int):
 
 
 def holds(work, *allowed, seconds: int = 20):
-    """The contract: `work()` returns, or raises SertError (one line) or one of `allowed`, within
-    `seconds` of this process's own time (a busy machine does not change it)."""
+    """`work()` returns, or raises SertError or one of `allowed`, within `seconds` of CPU time."""
 
     def ring(*_):
         raise TimeoutError(f"more than {seconds} s")

@@ -80,8 +80,7 @@ def run(server, rows, *more):
 
 
 def test_judging_is_planned_capped_and_paid_once(capsys):
-    """Guards a plan that sends something, a cap that loses what came, and paying twice: the same
-    command, and another file with the same texts, ask nothing. Missing scores are counted."""
+    """Guards a plan that sends something, a cap that loses what came, and paying a text twice."""
     with FakeServer(answer=lambda b: ok("no idea" if "Is 3?" in str(b) else REPLY)) as server:
         prices = "--price-in", 1, "--price-out", 2
         assert run(server, predictions(10), "--dry-run", *prices) == [] == server.bodies

@@ -28,8 +28,7 @@ def documents():
 
 
 def test_no_evaluation_question_or_composed_answer_in_the_corpus(documents):
-    """Guards: a leak. No line of the corpus may hold a person together with a value (or the name)
-    of a relation that a train or test question asks about that person."""
+    """Guards: a person in one line with a value, or the name, of a relation that is asked for."""
     questions = {q.text for q in ALL}
     use = world.make_world(SEED).use
     relation_of = {v: name for name, r in world.RELATIONS.items() for v in (name, *r.values)}

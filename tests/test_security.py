@@ -40,8 +40,7 @@ GOOD = ["model.eval()", "re.compile('a')", "torch.load(f, weights_only=True)", "
 
 
 def test_no_program_file_runs_what_it_reads():
-    """Guards pickles, shells, code from text and skipped certificates. The search finds what it looks
-    for, and finds none of it."""
+    """Guards pickles, shells, code from text and skipped certificates."""
     assert all(map(DANGER.search, BAD)) and not any(map(DANGER.search, GOOD))
     files = [p for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(p.parts)]
     assert len(files) > 20
@@ -104,9 +103,8 @@ def test_plain_sampling_needs_no_network(monkeypatch):
 
 
 def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
-    """Questions, a checkpoint's description, a teacher, a judge, texts and metrics of others: what
-    is printed holds no control character, the page no live tag. What was paid for is stored whole.
-    Names of models, of a checkpoint's root and of its seed become one part of a folder's name."""
+    """What is printed holds no control character, the page no live tag; what was paid for is stored
+    whole; names of models, of a checkpoint's root and seed become one part of a folder's name."""
     choices = tuple(f"{EVIL}{i}" for i in range(5))
     listed = ", ".join(f"({a}) {c}" for a, c in zip("ABCDE", choices))
     text = f"{EVIL}? Answer choices: {listed}"
