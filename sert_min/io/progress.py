@@ -45,6 +45,7 @@ class Bar(tqdm):
 
     def reach(self, n: int) -> None:
         """So many units are done."""
+        self.count(0)  # the note may be new
         self.update(n - self.n)
 
     def spent(self) -> dict:

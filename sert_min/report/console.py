@@ -45,7 +45,10 @@ def print_funnel(funnel: Mapping) -> None:
     """How many paths each rule saw and dropped; `funnel` is what funnel.json holds."""
     c, limits = funnel["counts"], funnel["rules"]
     print(f"\n{'rule':<22}{'saw':>9}{'dropped':>9}{'share':>8}   limit")
-    for rule in filters.RULES:
+    known = [
+        rule for rule in filters.RULES if rule.name in c["seen"]
+    ]  # an old file lacks new rules
+    for rule in known:
         saw, dropped = c["seen"][rule.name], c["dropped"][rule.name]
         text = f"{rule.name:<22}{saw:>9,}{dropped:>9,}{dropped / max(saw, 1):>8.1%}"
         print(f"{text}   {filters.words(rule, limits[rule.flag])}")
