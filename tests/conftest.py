@@ -14,12 +14,15 @@ import pytest
 import torch
 
 from sert_min.gpt2 import GPT2, GPT2Config
+from sert_min.io import asking
+from sert_min.io.errors import SertError
 from sert_min.io.vocabulary import END, byte_alphabet
 from sert_min.kernels.fast import cpu
 from sert_min.models import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # real data; not part of the repository
+KEY = "sk-test-0123456789abcdefKEY"
 MERGES = ["h e", "e s", "Ġ t", "Ġt he", "Ġ y", "Ġy es", "Ġ n", "Ġn o", "a n", "an s", "w e", "we r"]
 
 torch.set_num_threads(1)
@@ -55,6 +58,18 @@ def one_line(error: pytest.ExceptionInfo) -> str:
     return text
 
 
+def refuses(message: str, call, *args, **more) -> str:
+    """The error, one line, that `call(*args, **more)` ends with; it matches the regex `message`."""
+    with pytest.raises(SertError, match=message) as error:
+        call(*args, **more)
+    return one_line(error)
+
+
+def start(script, *words) -> None:
+    """Run one of the scripts with these words as its command line."""
+    script.main(script.parse_args(list(map(str, words))))
+
+
 def write_tiny_tokenizer(folder: Path, merges: list[str] = MERGES) -> int:
     """vocab.json and merges.txt: 256 bytes, a few merges, <|endoftext|>; returns how many ids."""
     tokens = [*byte_alphabet(), *(m.replace(" ", "") for m in merges), END]
@@ -79,6 +94,27 @@ def make_tiny_model(folder: Path, seed: int = 0, **config) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """A tiny model whose context holds the long prompts as well."""
+    return make_tiny_model(tmp_path_factory.mktemp("long") / "model", n_positions=1024)
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch) -> None:
+    """The test works in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def keyed(monkeypatch) -> None:
+    """A key for endpoints, nothing else of them in the environment, and short pauses."""
+    monkeypatch.setattr(asking, "BACKOFF", 0.01)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import json
 import threading
 import time
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 USAGE = {"prompt_tokens": 10, "completion_tokens": 5}
@@ -62,18 +61,17 @@ def dribble(handler):
 
 
 class FakeServer(ThreadingHTTPServer):
-    """`steps`: what the first, second, .. request gets; the last one holds from then on. Or a
-    function of the request body that returns such a step."""
+    """`steps`: what the first, second, .. request gets; the last one holds from then on. Or
+    `answer(body)` gives the step for a request."""
 
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, *steps, delay=0.0):
+    def __init__(self, *steps, answer=None, delay=0.0):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.steps, self.delay = steps, delay
+        self.steps, self.answer, self.delay = steps, answer, delay
         self.bodies, self.auths, self.times, self.served = [], [], [], 0
-        self.headers, self.models = [], []
-        self.asked: Counter = Counter()  # by last message
+        self.headers, self.models, self.page, self.paths = [], [], None, []
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -103,25 +101,18 @@ class Handler(BaseHTTPRequestHandler):
             server.auths.append(self.headers.get("authorization"))
             server.headers.append(self.headers)
             server.times.append(time.monotonic())
-            server.asked[body["messages"][-1]["content"] if "messages" in body else ""] += 1
             n = len(server.bodies)
         time.sleep(server.delay)
-        if len(server.steps) == 1 and getattr(server.steps[0], "reads_body", False):
-            step = server.steps[0](body)
-        else:
-            step = server.steps[min(n, len(server.steps)) - 1]
+        step = server.answer(body) if server.answer else server.steps[min(n, len(server.steps)) - 1]
         step(self)
         with server.lock:
             server.served += 1
 
     def do_GET(self):
-        json_reply(200, {"data": [{"id": name} for name in self.server.models]})(self)
+        """`page` is what a GET gets, or else the list of `models`."""
+        self.server.paths.append(self.path)
+        models = {"data": [{"id": name} for name in self.server.models]}
+        (self.server.page or json_reply(200, models))(self)
 
     def log_message(self, *args):
         pass
-
-
-def by_body(function):
-    """Mark `function(body) -> step` as one that reads the request."""
-    function.reads_body = True
-    return function

@@ -2,12 +2,11 @@
 
     PYTHONPATH=. python tests/kill.py [--kills 200] [--seed 0] [--only distill]
 
-A run is a forked child of this process. It traces its own lines and kills itself at one of them,
-chosen at random inside a function that is chosen in turn, or after half of an os.write; a fifth of
-the runs is killed from outside after a random time. Every sixth gets SIGTERM instead of SIGKILL.
-After one to four kills, with the folder renamed now and then, the command may end. Then the files
-that it promises are compared with those of an uninterrupted run. Fails if a record is lost or there
-twice, a byte differs, a file is left over, a reply is bought again, or a phase was never hit.
+A run is a forked child. It traces its own lines and kills itself at a random one of a function that
+is chosen in turn, or after half of an os.write; a fifth is killed from outside at a random time.
+Every sixth gets SIGTERM. After one to four kills, with the folder renamed now and then, the command
+may end, and its files are compared with those of an uninterrupted run. Fails if a record is lost or
+there twice, a byte differs, a file is left over, a reply is bought again, or a phase was never hit.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from typing import NamedTuple
 import openai  # noqa: F401 (slow: once here, not in every child)
 import torch
 from conftest import ROOT, make_tiny_model
-from fake_server import FakeServer, by_body, error, ok
+from fake_server import FakeServer, error, ok
 from test_sample import make_older
 
 import distill
@@ -58,43 +57,31 @@ class Command(NamedTuple):
 
 SAMPLE = "--limit 6 --block-questions 2 --max-new-tokens 6 --patterns none --min-perplexity 0"
 LOOSE, STRICT = (f"{SAMPLE} --max-rep2 {r} --min-tokens {n}" for r, n in ((0.9, 2), (0.5, 3)))
-SAMPLING = (
-    "sample.prepare files.check_settings sample.sample_missing sample.write_derived "
-    "console.print_paths "
-)
+SAMPLING = "sample.prepare files.check_settings sample.sample_missing sample.write_derived "
+SAMPLING += "console.print_paths "
 SAMPLED = (*sample.DERIVED, *(f"blocks/{i:06d}-2.jsonl" for i in range(3)))
 STUDENT = "--epochs 2 --batch-size 4 --report 0 --save-seconds 0"
-TRAINING = (
-    "train.prepare finetune.train_step finetune.fit finetune.note state.save_state "
-    "state.load_state state.keep_metrics_before models.save_model figures.plot_training "
-)
+TRAINING = "train.prepare finetune.train_step finetune.fit finetune.note state.save_state "
+TRAINING += "state.load_state state.keep_metrics_before models.save_model figures.plot_training "
 TRAINED = "last/model.safetensors", "metrics.jsonl"
 COMMANDS = {
     "sample": Command(sample, LOOSE, SAMPLING + "generate.sample_paths", SAMPLED),
     "filter anew": Command(sample, STRICT, SAMPLING, SAMPLED, lambda out: None),
     "older folder": Command(sample, LOOSE, SAMPLING + "script.convert_older", SAMPLED, make_older),
     "train": Command(
-        train,
-        f"--method finetune --limit 16 --holdout {STUDENT}",
-        TRAINING + "train.validate",
-        (*TRAINED, "best/model.safetensors"),
-    ),
+        train, f"--method finetune --limit 16 --holdout {STUDENT}", TRAINING + "train.validate",
+        (*TRAINED, "best/model.safetensors")),
     "distill": Command(
-        distill,
-        f"--teacher-model fake --keep all --limit 10 --concurrency 3 {STUDENT}",
-        TRAINING + "asking.load asking.note asking.add asking.receive "
-        "asking.leave rationales.rationale_records distill.save_records",
-        (*TRAINED, "rationales.jsonl"),
-    ),
+        distill, f"--teacher-model fake --keep all --limit 10 --concurrency 3 {STUDENT}",
+        TRAINING + "asking.load asking.note asking.add asking.receive asking.leave "
+        "rationales.rationale_records distill.save_records", (*TRAINED, "rationales.jsonl")),
     "evaluate": Command(
-        evaluate,
-        "--limit 6 --block-questions 2 --max-new-tokens 8 --by likelihood",
+        evaluate, "--limit 6 --block-questions 2 --max-new-tokens 8 --by likelihood",
         "evaluate.settle files.check_settings script.missing metrics.greedy evaluate.complete "
         "likelihood.answer_logprobs evaluate.remove_derived judge.write_scores metrics.summarize "
         "evaluate.evaluate",
-        ("predictions.jsonl", "likelihood.jsonl", "scores-program.jsonl", "metrics.json"),
-    ),
-}
+        ("predictions.jsonl", "likelihood.jsonl", "scores-program.jsonl", "metrics.json")),
+}  # fmt: skip
 
 
 @functools.cache
@@ -176,7 +163,6 @@ def start_teacher(asked: Path) -> str:
     if os.fork() == 0:
         parent, count = os.getppid(), itertools.count()
 
-        @by_body
         def answer(body):
             said = body["messages"][-1]["content"]
             with open(asked, "a") as f:
@@ -185,7 +171,7 @@ def start_teacher(asked: Path) -> str:
                 return error(500, "busy")
             return ok(f"There are {len(said)} signs. So the answer is yes.")
 
-        os.write(write, FakeServer(answer).url.encode())
+        os.write(write, FakeServer(answer=answer).url.encode())
         os.close(write)
         while os.getppid() == parent:
             time.sleep(0.2)
@@ -197,8 +183,9 @@ def start_teacher(asked: Path) -> str:
 
 def recorded(out: Path) -> set[str]:
     """Ids of the questions whose reply stands whole in responses.jsonl."""
-    files = [p.read_bytes().rpartition(b"\n")[0] for p in out.glob("responses.jsonl")]
-    return {json.loads(line)["id"] for whole in files for line in whole.splitlines()}
+    path = out / "responses.jsonl"
+    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+    return {json.loads(line)["id"] for line in whole.splitlines()}
 
 
 def differences(command: Command, whole: Path, out: Path) -> Counter:
@@ -334,11 +321,11 @@ def main() -> None:
     print("| command | phase | " + " | ".join(columns) + " |\n|---|---|" + "---|" * len(columns))
     for key, row in rows.items():
         print("| " + " | ".join([*key, *(f"{row[c]:,}" for c in columns)]) + " |")
-    bad = [k for k, row in rows.items() if row["lost"] + row["twice"] + row["bytes"] + row["files"]]
-    missed = [k for k, row in rows.items() if not row["kills"]]
+    bad = sum(any(row[c] for c in columns[2:]) for row in rows.values())
+    missed = any(not row["kills"] for row in rows.values()) and args.kills >= 2 * len(rows)
     n = sum(row["kills"] for row in rows.values())
-    print(f"{n} kills in {time.perf_counter() - start:.0f} s, {len(bad)} phases with a difference")
-    sys.exit(bool(bad or (missed and args.kills >= 2 * len(rows))))
+    print(f"{n} kills in {time.perf_counter() - start:.0f} s, {bad} phases with a difference")
+    sys.exit(bool(bad or missed))
 
 
 if __name__ == "__main__":

@@ -18,18 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from conftest import make_tiny_model
+from conftest import make_tiny_model, start
 
 import evaluate
 import sample
 import train
 from sert_min import finetune, tasks
-
-
-def many(questions: list, n: int) -> list:
-    """n questions with ids of their own."""
-    cycle = enumerate(itertools.islice(itertools.cycle(questions), n))
-    return [replace(q, id=f"{q.id}-{i:05d}") for i, q in cycle]
 
 
 @contextlib.contextmanager
@@ -63,22 +57,27 @@ def main() -> None:
     n = p.parse_args().questions
     torch.set_num_threads(1)
     real = tasks.load
-    tasks.load = lambda task, split, data_dir=None: many(real(task, split, data_dir), n)
 
-    def go(script, flags: str) -> None:
-        script.main(script.parse_args(f"--device cpu {flags}".split()))
+    def many(*args, **more) -> list:
+        """n questions with ids of their own."""
+        cycle = enumerate(itertools.islice(itertools.cycle(real(*args, **more)), n))
+        return [replace(q, id=f"{q.id}-{i:05d}") for i, q in cycle]
+
+    tasks.load = many
 
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()):
         os.chdir(place)
         make_tiny_model(Path("m"), n_embd=32, n_layer=1, n_head=2, n_positions=512)
         few = "--branches 2 --samples 2 --max-new-tokens 12"
         loose = "--patterns none --min-tokens 1 --max-rep2 1 --min-perplexity 0"
-        with watch("sample", sample, "sample_paths"):
-            go(sample, f"--model m --out-dir s {few} {loose}")
-        with watch("train", finetune, "train_step"):
-            go(train, "--model m --out-dir t --paths s/selected.jsonl --epochs 1 --report 0")
-        with watch("evaluate", evaluate, "greedy"):
-            go(evaluate, "--model t --out-dir e --max-new-tokens 12")
+        learn = "--paths s/selected.jsonl --epochs 1 --report 0"
+        for script, owner, name, flags in (
+            (sample, sample, "sample_paths", f"--model m --out-dir s {few} {loose}"),
+            (train, finetune, "train_step", f"--model m --out-dir t {learn}"),
+            (evaluate, evaluate, "greedy", "--model t --out-dir e --max-new-tokens 12"),
+        ):
+            with watch(script.__name__, owner, name):
+                start(script, "--device", "cpu", *flags.split())
         os.chdir("/")
     print("memory is flat, no stage became slower")
 

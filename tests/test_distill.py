@@ -6,66 +6,50 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_tiny_model, shared
-from fake_server import FakeServer, by_body, error, ok
+from conftest import KEY, ROOT, refuses, shared, start
+from fake_server import FakeServer, error, ok
 
 import distill
 from sert_min import tasks
-from sert_min.io import asking
-from sert_min.io.errors import SertError
 from sert_min.io.files import read_jsonl
 from sert_min.models import load_model, save_model
 from sert_min.questions import Question
 
 TRIGGER = "Therefore, the answer (Yes or No) is"  # the second request, arXiv 2205.11916
-KEY = "sk-test-0123456789abcdefKEY"
+pytestmark = pytest.mark.usefixtures("empty_folder", "keyed")
 YES = "Things are so. So the answer is yes."
-QUESTIONS = [
-    Question("strategy_qa", str(10 * i), f"Is {i} even?", "no" if i % 2 else "yes")
-    for i in range(30)
-]
+GOLD = ("yes", "no") * 15
+QUESTIONS = [Question("strategy_qa", str(10 * i), f"Is {i} even?", a) for i, a in enumerate(GOLD)]
+
+
 # A teacher that answers in the second request only.
-answers_apart = by_body(lambda body: ok("(no)" if TRIGGER in str(body) else " Reasoning. Is it?"))
+def answers_apart(body):
+    return ok("(no)" if TRIGGER in str(body) else " Reasoning. Is it?")
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    return str(make_tiny_model(tmp_path_factory.mktemp("student") / "model"))
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    """An empty folder to work in, a fake key, and 30 questions instead of a dataset."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(asking, "BACKOFF", 0.01)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+@pytest.fixture
+def student(tiny_model_folder, monkeypatch):
+    """The student; there are 30 questions instead of a dataset."""
     real = tasks.load
 
     def load(task, split, data_dir=None):
         return QUESTIONS if task == "strategy_qa" and not data_dir else real(task, split, data_dir)
 
     monkeypatch.setattr(tasks, "load", load)
-
-
-def flags(student, server, *more):
-    """Without a student its own choice is left to distill.py, without a server the teacher's."""
-    words = ["--task", "strategy_qa", *(["--model", str(student)] if student else [])]
-    if server:
-        words += ["--teacher-model", "org/m", "--base-url", server.url, "--concurrency", "4"]
-    return [*words, *map(str, more)]
+    return tiny_model_folder
 
 
 def run(student, server, *more):
-    distill.main(distill.parse_args(flags(student, server, *more)))
+    """Without a student its own choice is left to distill.py, without a server the teacher's."""
+    words = ["--task", "strategy_qa", *(["--model", student] if student else [])]
+    if server:
+        words += ["--teacher-model", "org/m", "--base-url", server.url, "--concurrency", 4]
+    start(distill, *words, *more)
 
 
 def records(folder="out"):
     (path,) = Path(folder).rglob("rationales.jsonl")
     return list(read_jsonl(path))
-
-
-# --- a live teacher -------------------------------------------------------------------------------
 
 
 def test_collect_clean_train_and_repeat(student, capsys):
@@ -127,8 +111,11 @@ def test_dry_run_asks_nothing_and_writes_nothing(student, capsys, monkeypatch):
         run(student, server, "--collect-only", "--limit", 5)
         path.write_bytes(path.read_bytes() + b'{"torn')  # another process may be writing that line
         run(student, server, "--dry-run")
-    assert "plan: 25 teacher requests (5 replies are there)" in capsys.readouterr().out
-    assert path.read_bytes().endswith(b'{"torn')
+        said = capsys.readouterr().out
+        assert "a torn last line" in said and "25 teacher requests (5 replies are there)" in said
+        assert path.read_bytes().endswith(b'{"torn')
+        run(student, server, "--collect-only", "--limit", 6)
+        assert len(list(read_jsonl(path))) == 6  # nothing was glued to it
 
 
 def test_missing_rows_and_training_on_what_is_there(student, capsys):
@@ -136,12 +123,11 @@ def test_missing_rows_and_training_on_what_is_there(student, capsys):
     replies don't change that student."""
     broken = [" 7 "]
 
-    @by_body
     def step(body):
         bad = any(word in body["messages"][0]["content"] for word in broken)
         return error(500, "\x1b[31moops") if bad else ok(YES)
 
-    with FakeServer(step) as server:
+    with FakeServer(answer=step) as server:
         for more in (["--collect-only"], ["--max-steps", 1]):
             with pytest.raises(SystemExit) as end:
                 run(student, server, *more)
@@ -157,12 +143,11 @@ def test_missing_rows_and_training_on_what_is_there(student, capsys):
         broken.clear()
         run(student, server, "--max-steps", 1, "--allow-missing")
         assert trained.read_bytes() == before and len(server.bodies) == requests
-        with pytest.raises(SertError, match="a student of other rationales"):
-            run(student, server, "--max-steps", 1)
+        refuses("a student of other rationales", run, student, server, "--max-steps", 1)
 
 
 def test_two_step(student):
-    with FakeServer(answers_apart) as server:
+    with FakeServer(answer=answers_apart) as server:
         for _ in range(2):
             run(student, server, "--collect-only", "--two-step")
             assert len(server.bodies) == 60
@@ -174,10 +159,7 @@ def test_two_step(student):
         run(student, server, "--collect-only", "--two-step", "--limit", 5)
         assert len(server.bodies) == 5
     assert {r["reason"] for r in records()} == {"empty"}
-
-
-def test_two_step_by_completions(student):
-    with FakeServer(answers_apart) as server:
+    with FakeServer(answer=answers_apart) as server:
         run(student, server, "--collect-only", "--two-step", "--completions", "--limit", 2)
         prompts = sorted(body["prompt"] for body in server.bodies)
     assert prompts[1] == f"{prompts[0]} Reasoning. Is it?\n{TRIGGER}" and len(prompts) == 4
@@ -189,8 +171,7 @@ def test_unreadable_answers_stop_after_20(student):
     with FakeServer(ok("I like trains.")) as server:
         told = "only 0 of the first 2.*--teacher-suffix.*--two-step only adds"
         for _ in range(2):
-            with pytest.raises(SertError, match=told):
-                run(student, server, "--collect-only")
+            refuses(told, run, student, server, "--collect-only")
         assert 20 <= len(server.bodies) < 20 + 4  # and those in flight
         kept = Path("out/strategy_qa/teacher-org-m/responses.jsonl").read_text().count("\n")
         assert kept == len(server.bodies)
@@ -199,11 +180,9 @@ def test_unreadable_answers_stop_after_20(student):
         run(student, server, "--collect-only", "--go-on")
         assert len(server.bodies) == 30
         assert {r["reason"] for r in records()} == {"answer not readable"}
-        with pytest.raises(SertError, match="no rationale was kept"):
-            run(student, server, "--max-steps", 2)
-        with pytest.raises(SertError) as stop:
-            run(student, server, "--collect-only", "--two-step")
-        assert "--two-step only" not in str(stop.value) and "--go-on" in str(stop.value)
+        refuses("no rationale was kept", run, student, server, "--max-steps", 2)
+        told = refuses("--go-on", run, student, server, "--collect-only", "--two-step")
+        assert "--two-step only" not in told
 
 
 def test_replies_of_an_earlier_version_are_found(student):
@@ -230,49 +209,36 @@ def test_several_samples_and_shots(student, capsys):
     assert [(r["id"], r["sample"]) for r in rows] == numbers
     reasons = [r["reason"] for r in rows if r["answer"] == "yes"]
     assert reasons == ["ok", "ok", "enough of this question"]
-    with pytest.raises(SertError, match="above 1 needs a --teacher-temperature"):
-        run(student, server, *more[:5])
+    refuses("above 1 needs a --teacher-temperature", run, student, server, *more[:5])
     Path("shots.jsonl").write_text(json.dumps(row | {"question": QUESTIONS[0].text.upper()}) + "\n")
-    with pytest.raises(SertError, match="example 1 is a question of this task"):
-        run(student, server, *more, "--shots", "shots.jsonl")
+    told = "example 1 is a question of this task"
+    refuses(told, run, student, server, *more, "--shots", "shots.jsonl")
     said = capsys.readouterr().out
     for words in ("kept: ok", "dropped: answer wrong", "teacher's answer: yes"):
         assert words in said
 
 
-# --- flags ----------------------------------------------------------------------------------------
-
-
 def test_bad_flags_are_refused_before_anything_is_sent(student):
     """All flags of an endpoint are tested in test_endpoint.py."""
     with FakeServer(ok(YES)) as server:
-        for words, message in (("--teacher-file x", "not both"), ("--concurrency 0", "above 0")):
-            with pytest.raises(SertError, match=message):
-                run(student, server, *words.split())
+        refuses("not both", run, student, server, "--teacher-file", "x")
+        refuses("above 0", run, student, server, "--concurrency", 0)
         assert server.bodies == []
+    refuses("--teacher-model NAME.*--teacher-file FILE", run, student, None)
+    told = "--max-cost needs --teacher-model"
+    refuses(told, run, student, None, "--teacher-file", "x", "--max-cost", "1")
 
 
-def test_a_teacher_is_needed_for_real_tasks(student):
-    with pytest.raises(SertError, match="--teacher-model NAME.*--teacher-file FILE"):
-        run(student, None)
-    with pytest.raises(SertError, match="--max-cost needs --teacher-model"):
-        run(student, None, "--teacher-file", "x", "--max-cost", "1")
-
-
-# --- files, students, micro -----------------------------------------------------------------------
-
-
-def test_rationales_that_do_not_fit_the_student_are_counted(student, capsys):
-    """The context is the student's own; a longer text would fail in the middle of training."""
+def test_rationales_that_do_not_fit_the_student_are_counted(student):
+    """A longer text would fail in the middle of training."""
     with FakeServer(ok("Word. " * 300 + "So the answer is yes.")) as server:
-        with pytest.raises(SertError, match="no rationale was kept"):
-            run(student, server, "--limit", 2, "--keep", "all")
+        refuses("no rationale was kept", run, student, server, "--limit", 2, "--keep", "all")
     assert {r["reason"] for r in records()} == {"too long"}
 
 
-def test_the_sert_checkpoint_is_the_default_student(student, tmp_path, monkeypatch, capsys):
+def test_the_sert_checkpoint_is_the_default_student(student, monkeypatch, capsys):
     """SERT+RD if self-training is done, RD else; both said. --model decides by its own record."""
-    row = tasks.get("strategy_qa")._replace(student=student)
+    row = tasks.get("strategy_qa")._replace(student=str(student))
     monkeypatch.setitem(tasks.TASKS, "strategy_qa", row)
     with FakeServer(ok(YES)) as server:
         more = "--limit", 4, "--max-steps", 1
@@ -286,39 +252,37 @@ def test_the_sert_checkpoint_is_the_default_student(student, tmp_path, monkeypat
         run(sert, server, *more)
         assert len(server.bodies) == 4
         make_checkpoint(student, Path("finetuned/last"), label, "finetune")
-        with pytest.raises(SertError, match="trained by finetune already.*--out-dir"):
-            run("finetuned", server, "--limit", 4)
+        refuses("trained by finetune already.*--out-dir", run, "finetuned", server, "--limit", 4)
     found = {str(p.relative_to(sert.parents[2])) for p in Path("out").rglob("rationales.jsonl")}
     assert found == {"rd/seed0/rationales.jsonl", "sert-rd/seed0/rationales.jsonl"}
 
 
 def make_checkpoint(student, folder, label, method):
     folder.parent.mkdir(parents=True)
-    save_model(load_model(Path(student)), folder, Path(student), {"method": method, "root": label})
+    save_model(load_model(student), folder, student, {"method": method, "root": label})
 
 
-def test_micro_teacher_is_offline_and_right(tmp_path):
+def test_micro_teacher_is_offline_and_right(student):
     """The default needs no teacher: the generator explains its own questions."""
-    student = make_tiny_model(tmp_path / "m", n_positions=1024)
     run(student, None, "--task", "micro", "--collect-only", "--limit", 40)
     rows = records()
     assert len(rows) == 40 and all(r["kept"] and r["source"] == "micro" for r in rows)
 
 
-def test_real_davinci_rationales_train(tmp_path):
+def test_real_davinci_rationales_train(model):
     """Real questions and rationales through the whole script; a real context holds them all."""
-    student, data = make_tiny_model(tmp_path / "m", n_positions=1024), shared("data")
     file = shared("data", "teacher", "strategy_qa.train.text-davinci-002.jsonl")
-    more = ["--data-dir", data, "--max-steps", 2, "--batch-size", 2, "--out-dir", "run"]
-    run(student, None, "--teacher-file", file, *more)
+    more = ["--data-dir", shared("data"), "--max-steps", 2, "--batch-size", 2, "--out-dir", "run"]
+    more += ["--teacher-file", file]
+    run(model, None, *more)
     assert sum(r["kept"] for r in records("run")) == 874
-    with pytest.raises(SertError, match="other rationales; choose another --out-dir"):
-        run(student, None, "--teacher-file", file, *more, "--keep", "all")
+    told = "other rationales; choose another --out-dir"
+    refuses(told, run, model, None, *more, "--keep", "all")
     assert sum(r["kept"] for r in records("run")) == 874
 
 
 def test_help_is_quick_and_asks_nothing():
-    """--help must not import the client."""
-    code = "import sys, distill\ntry: distill.parse_args(['--help'])\nexcept SystemExit: pass\nsys.exit('openai' in sys.modules)"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--teacher-model" in done.stdout
+    words = [sys.executable, "-X", "importtime", "distill.py", "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert "--teacher-model" in done.stdout and "argparse" in done.stderr
+    assert "openai" not in done.stderr

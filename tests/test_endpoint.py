@@ -3,29 +3,22 @@
 import argparse
 import json
 import os
-import random
+import re
 import signal
 import threading
 import time
 from dataclasses import replace
 
+import openai  # noqa: F401  once, before any fork
 import pytest
-from fake_server import USAGE, FakeServer, by_body, dribble, drop, error, hang, json_reply, ok, raw
+from conftest import KEY, refuses
+from fake_server import FakeServer, dribble, drop, error, hang, json_reply, ok, raw
 
 from sert_min.io import asking, endpoint
 from sert_min.io.asking import Collection, Readable, ask_all
-from sert_min.io.endpoint import Ask, Endpoint
-from sert_min.io.errors import SertError
+from sert_min.io.endpoint import Ask, Endpoint, make_client
 
-KEY = "sk-test-0123456789abcdefKEY"
-
-
-@pytest.fixture(autouse=True)
-def fast_and_keyed(monkeypatch):
-    monkeypatch.setattr(asking, "BACKOFF", 0.01)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("keyed")
 
 
 def asks(n=1):
@@ -49,7 +42,6 @@ def stored(folder, e=None) -> Collection:
 # what the server does -> requests it gets -> outcome -> a word that record or message must hold
 #   reply    a record with text            missing  tries are used up, the row is reported
 #   final    a record without text         stop     SertError; with 5 questions and concurrency 4
-HTML = raw(200, b"<html>hi</html>", content_type="text/html")
 OLD_NAME = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
 UPSTREAM = json_reply(200, {"error": {"message": "upstream died"}})
 NO_FIELD = json_reply(422, {"detail": [{"loc": ["n"], "msg": "no such field"}]})
@@ -62,38 +54,26 @@ TABLE = [
     ("429, Retry-After", [error(429, "slow", retry_after="0.3"), ok()], 2, "reply", "stop"),
     ("429 without Retry-After", [error(429, "slow")] * 6 + [ok()], 7, "reply", "stop"),
     ("429, Retry-After 1000", [error(429, "slow", retry_after="1000")], 1, "stop", "asks to wait 1000 s"),
-    ("429, Retry-After inf", [error(429, "slow", retry_after="inf")], 1, "stop", "asks to wait inf s"),
     ("429 quota", [error(429, "exceeded", "insufficient_quota")], 1, "stop", "add credit"),
     ("402", [error(402, "Insufficient Balance")], 1, "stop", "add credit"),
     ("401", [error(401, "Incorrect API key")], 1, "stop", "OPENAI_API_KEY"),
     ("403", [error(403, "Country not supported")], 3, "stop", "HTTP 403: the server refused OPENAI_API_KEY"),
     ("404", [error(404, "no such model", "model_not_found")], 1, "stop", MODELS),
-    ("404 HTML", [raw(404, b"<h1>404</h1>")], 1, "stop", "or lacks /v1"),
     ("400", [error(400, OLD_NAME, "unsupported_parameter", "max_tokens")], 3, "stop", "--token-parameter"),
     ("400, body is a list", [json_reply(400, [{"error": "x"}])], 3, "stop", "--teacher-temperature"),
     ("400, error is a string", [json_reply(400, {"error": "bad thing"})], 3, "stop", "bad thing"),
-    ("400, detail is a string", [json_reply(400, {"detail": "not today"})], 3, "stop", "not today"),
     ("400, no JSON", [raw(400, b"plain words")], 3, "stop", "plain words"),
     ("422, detail is a list", [NO_FIELD], 3, "stop", "no such field"),
-    ("500 twice", [error(500, "oops"), error(500, "oops"), ok()], 3, "reply", "stop"),
     ("503 for ever", [error(503, "loading")], 6, "missing", "HTTP 503"),
-    ("hang once", [hang(0.6), ok()], 2, "reply", "stop"),
     ("hang for ever", [hang(0.6)], 6, "missing", "no reply within"),
     ("dropped connection", [drop, ok()], 2, "reply", "stop"),
     ("short body", [raw(200, b"x" * 99, cut=50), ok()], 2, "reply", "stop"),
     ("cut JSON", [raw(200, b'{"choices": [{"mess'), ok()], 2, "reply", "stop"),
     ("deep JSON", [raw(200, b"[" * 100_000), ok()], 2, "reply", "stop"),
-    ("not UTF-8", [raw(200, b"\xff\xfe\x00"), ok()], 2, "reply", "stop"),
     ("broken gzip", [raw(200, b"{}", content_encoding="gzip"), ok()], 2, "reply", "stop"),
-    ("empty body", [raw(200, b""), ok()], 2, "reply", "stop"),
-    ("200 HTML", [HTML, ok()], 2, "reply", "stop"),
-    ("200 HTML for ever", [HTML], 6, "missing", "not JSON"),
+    ("a web page", [raw(200, b"<html>hi</html>", content_type="text/html")], 6, "missing", "not JSON"),
     ("200 with an error inside", [UPSTREAM, ok()], 2, "reply", "stop"),
-    ("choices null", [json_reply(200, {"choices": None}), ok()], 2, "reply", "stop"),
     ("choices []", [json_reply(200, {"choices": []}), ok()], 2, "reply", "stop"),
-    ("message null", [json_reply(200, {"choices": [{"message": None}]}), ok()], 2, "reply", "stop"),
-    ("content null", [ok(None), ok()], 2, "reply", "stop"),
-    ("content a list", [ok([{"type": "text"}]), ok()], 2, "reply", "stop"),
     ("content in parts", [ok(PARTS)], 1, "reply", '"text":"Ice is cold."'),
     ("content null for ever, with thoughts", [ONLY_THINKS], 6, "missing", "it only thinks: raise --teacher-max-tokens"),
     ("empty, length", [ok("", "length")], 1, "final", "length"),
@@ -114,9 +94,7 @@ def test_what_the_server_does(steps, requests, outcome, word, tmp_path):
         server.models = ["qwen", "llama"]
         e = at(server, concurrency=4, timeout=0.3 if "hang" in repr(steps) else 5.0)
         if outcome == "stop":
-            with pytest.raises(SertError) as stopped:
-                run(tmp_path, server, 5, e)
-            assert word in str(stopped.value)
+            refuses(re.escape(word), run, tmp_path, server, 5, e)
             assert not (tmp_path / "responses.jsonl").exists()
         else:
             collection, failures = run(tmp_path, server, 1, e)
@@ -135,11 +113,7 @@ def test_what_the_server_does(steps, requests, outcome, word, tmp_path):
 def test_advice_names_the_flags_of_who_asks(tmp_path):
     """The judge's users were told to change --teacher-temperature."""
     with FakeServer(error(400, "temperature?")) as server:
-        with pytest.raises(SertError, match="--judge-model .*--judge-temperature"):
-            run(tmp_path, server, who="judge")
-
-
-# --- times, caps, stopping ------------------------------------------------------------------------
+        refuses("--judge-model .*--judge-temperature", run, tmp_path, server, who="judge")
 
 
 def test_retry_after_is_waited_for_by_all(tmp_path):
@@ -188,25 +162,17 @@ def test_what_stays_without_a_known_bill(tmp_path):
 
 def test_most_of_the_last_failing_stops(tmp_path):
     """A server that dies in the middle: not all of 200 questions are tried six times each."""
+    told = "got no reply .*HTTP 500.*repeat the command"
     with FakeServer(*[ok()] * 20, error(500, "gone")) as server:
-        with pytest.raises(SertError, match="got no reply .*HTTP 500.*repeat the command"):
-            run(tmp_path, server, 200, concurrency=4)
+        refuses(told, run, tmp_path, server, 200, concurrency=4)
         assert len(server.bodies) <= 20 + 6 * (11 + 4)
     assert len(stored(tmp_path).replies) == 20
-
-
-def test_one_poisonous_question_does_not_stop_the_rest(tmp_path):
-    with FakeServer(by_body(lambda body: ok("" if "q0" in str(body) else "Yes."))) as server:
-        collection, failures = run(tmp_path, server, 12)
-    assert failures == ["t/0: a 200 reply with empty text (6 attempts)"]
-    assert len(collection.replies) == 11
 
 
 def test_a_refused_question_does_not_stop_the_rest(tmp_path, capsys):
     """A content filter's 400 stopped a collection there, now and at every repetition."""
     risk = error(400, "Content Exists Risk")
-    step = by_body(lambda body: risk if "q3" in str(body) or "q0" in str(body) else ok())
-    with FakeServer(step) as server:
+    with FakeServer(answer=lambda b: risk if re.search("q[03]", str(b)) else ok()) as server:
         collection, failures = run(tmp_path, server, 8)
         said = capsys.readouterr().out
         assert not failures and "t/3 is left out: HTTP 400: Content Exists Risk" in said
@@ -218,12 +184,9 @@ def test_a_refused_question_does_not_stop_the_rest(tmp_path, capsys):
 
 
 def test_dead_server(tmp_path):
-    """Nothing listens: an answer after two tries, with the likely cause, and nothing counts as
-    billed."""
     with FakeServer(ok()) as server:
         e = at(server, concurrency=4)
-    with pytest.raises(SertError, match=f"no connection to {e.url()}; is the server running"):
-        run(tmp_path, None, 50, e)
+    refuses(f"no connection to {e.url()}; is the server running", run, tmp_path, None, 50, e)
     assert (tmp_path / "sent.jsonl").read_text().count("at_most") <= 2
     assert stored(tmp_path).open_bills() == []
 
@@ -238,33 +201,6 @@ def test_the_deadline_ends_what_never_ends(tmp_path, monkeypatch):
     with FakeServer(error(429, "slow")) as server:
         _, failures = run(tmp_path, server, deadline=1.0)
         assert "HTTP 429" in failures[0] and len(server.bodies) < 10
-
-
-def test_an_early_stop_keeps_what_is_in_flight(tmp_path, monkeypatch):
-    """Paid replies were dropped because another request had failed for good."""
-    monkeypatch.setattr(asking, "FIRST", 3)
-    nothing = Readable(lambda ask, replies: False, "rhyme", "Ask a poet.")
-    with FakeServer(ok(), delay=0.1) as server:
-        with pytest.raises(SertError, match="only 0 of the first 3 replies rhyme.*Ask a poet"):
-            run(tmp_path, server, 20, readable=nothing, concurrency=4)
-        assert 3 < len(server.bodies) == len(stored(tmp_path).replies)
-
-
-def test_follow_up_requests(tmp_path):
-    """The second step of a question is asked once, also when the first was there before."""
-
-    def second(ask, record):
-        message = {"role": "user", "content": ask.messages[-1]["content"] + "+"}
-        return None if ask.sample else Ask(ask.task, ask.id, 1, (*ask.messages, message))
-
-    with FakeServer(ok()) as server:
-        run(tmp_path, server, 3)
-        collection, failures = run(tmp_path, server, 5, follow_up=second)
-        assert failures == [] and len(server.bodies) == len(collection.replies) == 10
-        assert set(server.asked.values()) == {1}
-
-
-# --- keys and files -------------------------------------------------------------------------------
 
 
 def test_key_of_a_reply_depends_on_everything():
@@ -289,11 +225,10 @@ def from_words(*words, who="teacher"):
 
 
 BOUGHT = [
-    ("teacher", "", "e678dbf9e2b9382c52832a652c441ddee725c0ef9adb54daa83bf330378e0a65"),
-    ("teacher", "--teacher-temperature 0.7 --completions",
-     "1d207c1ab5b17c4448a3d0cf08d3986fd6729d62e5176e6ace8ab907f6ac3f52"),
-    ("judge", "", "e88ab58802c4d882d071e050b1cae92e9bad98ed6c785665d2038bd8db19a6fe"),
-]  # fmt: skip
+    ("teacher", "", "e678dbf9e2b9382c52832a65"),
+    ("teacher", "--teacher-temperature 0.7 --completions", "1d207c1ab5b17c4448a3d0cf"),
+    ("judge", "", "e88ab58802c4d882d071e050"),
+]
 
 
 @pytest.mark.parametrize("who, more, key", BOUGHT)
@@ -301,7 +236,7 @@ def test_keys_stay_what_they_were(who, more, key):
     """Replies that were bought before a change of this program must not be bought again."""
     message = {"role": "user", "content": "Question: Is it é?\nAnswer:"}
     e = from_words(*more.split(), who=who)
-    assert Ask("strategy_qa", "7", 0, (message,)).key(e) == key
+    assert Ask("strategy_qa", "7", 0, (message,)).key(e).startswith(key)
 
 
 def test_what_is_sent(tmp_path):
@@ -310,36 +245,20 @@ def test_what_is_sent(tmp_path):
         run(tmp_path, server, temperature=0.5, completions=True)
         run(tmp_path, server, token_parameter="max_completion_tokens")
     a, b, c = server.bodies
-    assert "temperature" not in a and a["max_tokens"] == 512
-    assert b["prompt"] == "q0" and b["temperature"] == 0.5
-    assert c["max_completion_tokens"] == 512 and "max_tokens" not in c
+    message = {"role": "user", "content": "q0"}
+    assert a == {"model": "m", "messages": [message], "max_tokens": 512}
+    assert b == {"model": "m", "prompt": "q0", "max_tokens": 512, "temperature": 0.5}
+    assert c == {"model": "m", "messages": [message], "max_completion_tokens": 512}
     assert Endpoint("m").token_limit() == {"max_completion_tokens": 512}  # api.openai.com
     assert list(Endpoint("m", "https://evilopenai.com/v1").token_limit()) == ["max_tokens"]
 
 
-def test_torn_last_line_is_set_aside(tmp_path, capsys):
-    """Appending to a torn line destroys the next record as well."""
-    path = tmp_path / "responses.jsonl"
-    with FakeServer(ok()) as server:
-        run(tmp_path, server, 2)
-        whole = path.read_bytes()
-        path.write_bytes(whole[:-10])
-        collection, _ = run(tmp_path, server, 2)
-        assert len(server.bodies) == 3 and len(collection.replies) == 2
-    assert "a torn last line" in capsys.readouterr().out
-    assert path.with_name("responses.jsonl.torn").exists()
-    assert all(json.loads(line)["text"] for line in path.read_text().splitlines())
-
-
 OTHER = "https://example.org/v1"
 NO_CLIENT = [  # address, a variable of the environment and its value, what is said
-    ("http://example.com/v1", "", "", "unencrypted"),
-    ("http://192.168.1.4:8000/v1", "", "", "--insecure"),
+    ("http://192.168.1.4:8000/v1", "", "", "unencrypted.*--insecure"),
     ("https://user:secret@example.com/v1", "", "", "must not hold a password"),
     ("https://example.com/v1?key=secret", "", "", "must not hold a password"),
     ("ftp://example.com", "", "", "no http"),
-    ("localhost:8000", "", "", "no http"),
-    ("http://[::1", "", "", "no http"),
     ("http://a:99999/v1", "", "", "no http"),
     (OTHER, "ALL_PROXY", "socks://proxy:1080", "check or unset .*ALL_PROXY"),
     (OTHER, "SSL_CERT_FILE", "/no/such/file.pem", "check or unset .*SSL_CERT_FILE"),
@@ -351,34 +270,26 @@ NO_CLIENT = [  # address, a variable of the environment and its value, what is s
 
 @pytest.mark.parametrize("url, variable, value, message", NO_CLIENT)
 def test_what_makes_no_client(url, variable, value, message, monkeypatch):
-    """Addresses, variables and keys that are refused; no secret is shown."""
     if variable:
         monkeypatch.setenv(variable, value)
-    with pytest.raises(SertError, match=message) as stopped:
-        endpoint.make_client(Endpoint("m", url))
-    assert "secret" not in str(stopped.value)
+    assert "secret" not in refuses(message, lambda: make_client(Endpoint("m", url)))
 
 
 def test_which_servers_need_a_key_and_a_proxy(tmp_path, monkeypatch):
     """With HTTP_PROXY set, requests for 127.0.0.1 went to the proxy, which failed."""
-    assert endpoint.make_client(Endpoint("m", "http://192.168.1.4/v1", insecure=True))
+    assert make_client(Endpoint("m", "http://192.168.1.4/v1", insecure=True))
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")  # the end of a file's line is no part of it
     with FakeServer(ok()) as server:
         run(tmp_path, server)
         monkeypatch.delenv("OPENAI_API_KEY")
-        assert endpoint.make_client(Endpoint("m", "http://192.168.1.4/v1"))
+        assert make_client(Endpoint("m", "http://192.168.1.4/v1"))
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, "http://127.0.0.1:9")
         assert run(tmp_path, server, 2)[1] == [] and server.auths[0] == f"Bearer {KEY}"
 
 
-# --- signals and kills ----------------------------------------------------------------------------
-
-
 def in_child(folder, server, n, e) -> int:
     """Collect in a forked process (an import of torch per kill would take minutes); its pid."""
-    import openai  # noqa: F401  loaded once, before the fork
-
     pid = os.fork()
     if pid == 0:
         try:
@@ -429,47 +340,9 @@ def test_a_hanging_request_does_not_hold_up_a_signal(tmp_path, monkeypatch):
         assert len(stored(tmp_path).open_bills()) in (1, 2)
 
 
-def test_kills_lose_no_reply_and_buy_none_twice(tmp_path):
-    """SIGKILL behind a random number of requests: what was recorded is never asked for again; what the server was
-    asked for twice was in flight at a kill, and sent.jsonl has counted it."""
-    rng, n, kills = random.Random(0), 120, 0
-    path = tmp_path / "responses.jsonl"
-    recorded_at_kill: list[tuple[set, dict]] = []
-    with FakeServer(ok(), delay=0.02) as server:
-        e = at(server, concurrency=4)
-        while kills < 5:
-            before = len(server.bodies)
-            pid = in_child(tmp_path, server, n, e)
-            wanted, ended = before + rng.randrange(1, 12), os.WEXITED | os.WNOHANG | os.WNOWAIT
-            while len(server.bodies) < wanted and not os.waitid(os.P_PID, pid, ended):
-                time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.03))
-            os.kill(pid, signal.SIGKILL)
-            killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-            time.sleep(0.1)  # what is still on its way reaches the server
-            kills += killed and len(server.bodies) > before
-            whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-            ids = {json.loads(line)["id"] for line in whole.splitlines()}
-            recorded_at_kill.append((ids, dict(server.asked)))
-            if len(ids) == n:
-                n += 60
-        collection, failures = run(tmp_path, server, n, e)
-        assert failures == [] and len(collection.replies) == n == len(server.asked)
-        for ids, asked in recorded_at_kill:
-            assert all(server.asked[f"q{i}"] == asked[f"q{i}"] for i in ids)
-        again = len(server.bodies) - n
-        assert again <= len(collection.open_bills()) <= 4 * len(recorded_at_kill)
-        assert collection.tokens_in == USAGE["prompt_tokens"] * n
-    print(f"{kills} kills, {n} replies, {again} requests in flight at a kill were sent again")
-
-
-# --- replies that serve again, and those that may be cut ------------------------------------------
-
-
 def test_a_reply_that_ended_by_itself_serves_any_limit(tmp_path):
     """Following "give a smaller --teacher-max-tokens" bought every reply again."""
-    step = by_body(lambda body: ok("half", "length") if "q1" in str(body) else ok())
-    with FakeServer(step) as server:
+    with FakeServer(answer=lambda b: ok("half", "length") if "q1" in str(b) else ok()) as server:
         run(tmp_path, server, 3, max_tokens=100)
         for cap, requests in ((50, 4), (200, 5), (200, 5)):  # the one that was cut is asked again
             collection, failures = run(tmp_path, server, 3, max_tokens=cap)
@@ -486,17 +359,17 @@ def test_the_same_server_at_another_address_is_named_by_a_flag(tmp_path, capsys)
         assert len(new.bodies) == 3 and "--also-url" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("finish", ["error", "abort", "MAX_TOKENS", "sensitive"])
-def test_an_unknown_finish_is_asked_again_once_a_run(finish, tmp_path):
+def test_an_unknown_finish_is_asked_again_once_a_run(tmp_path):
     """Half a text under a word that we don't know counted as whole, and for ever."""
-    with FakeServer(ok("Half a", finish), ok("Half a", finish), ok("Whole.")) as server:
+    half = ok("Half a", "sensitive")
+    with FakeServer(half, half, ok("Whole.")) as server:
         for requests, text in ((1, "Half a"), (2, "Half a"), (3, "Whole."), (3, "Whole.")):
             collection, failures = run(tmp_path, server, 1)
             assert (len(server.bodies), failures) == (requests, [])
             assert collection.find(asks()[0])["text"] == text
     with FakeServer(error(500, "gone")) as server:  # what is there stays, and nothing is missing
         (tmp_path / "b").mkdir()
-        record = {"key": asks()[0].key(at(server)), "text": "Half", "finish": finish, "id": "0"}
+        record = {"key": asks()[0].key(at(server)), "text": "Half", "finish": "abort", "id": "0"}
         (tmp_path / "b/responses.jsonl").write_text(json.dumps(record) + "\n")
         assert run(tmp_path / "b", server, 1)[1] == []
 
@@ -523,15 +396,13 @@ def test_concurrency_adapts_to_a_serial_server(tmp_path):
     (["--price-in", "-1"], "--price-in must be"),
     (["--teacher-temperature", "inf"], "--teacher-temperature must be"),
     (["--base-url", "https://me:pw@host/v1"], "must not hold a password"),
-    (["--extra-body", "[1]"], "no JSON object"),
-    (["--extra-body", "{"], "no JSON object"),
+    (["--extra-body", "[1]"], "no JSON object"), (["--extra-body", "{"], "no JSON object"),
     (["--extra-body", '{"n": 2, "stream": true}'], "must not set n, stream"),
     (["--extra-header", "X-Key"], "NAME=VARIABLE"),
     (["--extra-header", "X-Key=NOT_THERE"], "NOT_THERE is not set"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(words, message):
-    with pytest.raises(SertError, match=message):
-        from_words(*words)
+    refuses(message, from_words, *words)
 
 
 def test_additions_to_a_request(tmp_path, monkeypatch):
@@ -545,5 +416,4 @@ def test_additions_to_a_request(tmp_path, monkeypatch):
     assert body["top_p"] == 0.5 and headers["x-title"] == "secret-header-value-123"
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     assert b"secret-header" not in b"".join(p.read_bytes() for p in tmp_path.iterdir())
-    with pytest.raises(SertError, match="HEADER_VALUE unencrypted"):
-        endpoint.make_client(replace(e, base_url="http://10.0.0.1/v1"))
+    refuses("HEADER_VALUE unencrypted", make_client, replace(e, base_url="http://10.0.0.1/v1"))

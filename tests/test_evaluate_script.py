@@ -9,15 +9,15 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_tiny_model, shared
+from conftest import ROOT, make_tiny_model, refuses, shared, start
 
 import evaluate
 from sert_min import tasks
-from sert_min.io.errors import SertError
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.metrics import grade, greedy
 from sert_min.models import load_model
@@ -30,20 +30,8 @@ from sert_min.tokenizer import load_tokenizer
 
 FIELDS = ["task", "id", "question", "answer", "text", "extracted", "extracted_lenient", "correct",
           "finish", "format_ok", "reason", "words", "rep1", "rep2_words"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("evaluate") / "model", n_positions=512)
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def run(*words) -> None:
-    evaluate.main(evaluate.parse_args(list(map(str, words))))
+pytestmark = pytest.mark.usefixtures("empty_folder")
+run = partial(start, evaluate)
 
 
 def run_blocks(model, limit, folder, *more) -> None:
@@ -52,19 +40,19 @@ def run_blocks(model, limit, folder, *more) -> None:
         "--limit", limit, "--out-dir", folder, *more)  # fmt: skip
 
 
-def as_checkpoint(model: Path, folder: Path, **sert) -> Path:
+def as_checkpoint(model: Path, folder: str, **sert) -> Path:
     """A run folder whose last/ is `model` under another name."""
-    last = shutil.copytree(model, folder / "last")
+    last = shutil.copytree(model, Path(folder, "last"))
     about = {"method": "sert", "root": "gpt2", "task": "micro", "seed": 0, "prompt_suffix": ""}
     (last / "sert.json").write_text(json.dumps({**about, **sert}))
-    return folder
+    return last.parent
 
 
 def derived(folder) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
 
 
-def test_records_metrics_and_repeat(model, capsys):
+def test_records_and_metrics(model, capsys):
     """Guards the record form that others read, and metrics with timings inside."""
     run_blocks(model, 5, "o")
     records = list(read_jsonl("o/predictions.jsonl"))
@@ -76,9 +64,6 @@ def test_records_metrics_and_repeat(model, capsys):
     metrics = json.loads(Path("o/metrics.json").read_text())
     assert metrics["n"] == 5 and "seconds" not in json.dumps(metrics) and metrics["seed"] is None
     assert metrics["judges"]["program"]["total"] == 5
-    before = derived("o")
-    run_blocks(model, 5, "o")
-    assert before == derived("o")
     said = capsys.readouterr().out
     for word in ("Acc, strict", "Acc, lenient", "Fmt", "Len", "Rep", "95 %", "always", "judge:",
                  "no readable"):  # fmt: skip
@@ -121,7 +106,7 @@ def test_missing_and_damaged_blocks_are_made_anew(model, monkeypatch):
 def test_other_settings_and_weights_are_kept_apart(model, tmp_path, capsys):
     """Guards outputs of other settings or of weights before further training that are mixed in or
     lost, scores of the old outputs, and a table that counts both."""
-    seed = as_checkpoint(model, Path("out/micro/gpt2/sert/seed0"))
+    seed = as_checkpoint(model, "out/micro/gpt2/sert/seed0")
     words = ["--model", seed, "--limit", 3, "--max-new-tokens", 4]
     run(*words)
     before = derived(seed)
@@ -129,7 +114,7 @@ def test_other_settings_and_weights_are_kept_apart(model, tmp_path, capsys):
     run(*words)
     assert (seed / "scores-other.jsonl").exists()  # of these very outputs
     weights = (seed / "last/model.safetensors").read_bytes()
-    other = make_tiny_model(tmp_path / "other", seed=9, n_positions=512)
+    other = make_tiny_model(tmp_path / "other", seed=9, n_positions=1024)
     (seed / "last/model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     run(*words)
     assert derived(seed)["predictions.jsonl"] != before["predictions.jsonl"]
@@ -143,16 +128,15 @@ def test_other_settings_and_weights_are_kept_apart(model, tmp_path, capsys):
     run(*words)
     assert derived(seed) == before and "question/s" not in capsys.readouterr().err
     (seed / "evaluation.json").write_text("{}")
-    with pytest.raises(SertError, match="an evaluation by an earlier version; move"):
-        run(*words)
+    refuses("an evaluation by an earlier version; move", run, *words)
 
 
 def test_where_results_go(model):
     """Guards a checkpoint that is asked in another form than it was trained in, and results of
     another split, prompt or checkpoint that slip into the table."""
     think = " Let's think step by step."
-    seed = as_checkpoint(model, Path("out/micro/gpt2/rd/seed3"), method="rd", seed=3,
-                         prompt_suffix=think)  # fmt: skip
+    about = {"method": "rd", "seed": 3, "prompt_suffix": think}
+    seed = as_checkpoint(model, "out/micro/gpt2/rd/seed3", **about)
 
     def cell(name, task="micro", split="test", suffix=None):
         return evaluate.cell_of(str(name), task, split, suffix)
@@ -173,9 +157,6 @@ def test_where_results_go(model):
     run("--model", seed, "--limit", 2, "--max-new-tokens", 4)
     run("--model", seed, "--limit", 2, "--max-new-tokens", 4, "--split", "train")
     assert len(table.find_metrics(Path("out"))) == 1
-
-
-# --- likelihood -----------------------------------------------------------------------------------
 
 
 def test_answer_logprobs_equal_whole_sequences(model):
@@ -225,19 +206,13 @@ def test_letters_and_texts_are_told_apart():
     assert "correct_per_token" not in likelihood_record(yes_no, sentences[:2], [])
 
 
-# --- existing texts -------------------------------------------------------------------------------
-
-
 def test_real_teacher_outputs():
-    """Guards the extractor on 1,603 real texts; somebody else's numbers, with other rules, lie near."""
+    """Guards the extractor on 1,603 real texts; test_rationales.py compares them one by one."""
     file = shared("data", "teacher", "strategy_qa.train.text-davinci-002.jsonl")
     run("--predictions", file, "--task", "strategy_qa", "--out-dir", "o")
     m = json.loads(Path("o/metrics.json").read_text())
-    assert m["n"] == 1603 and round(m["acc"][0] * 1603) in (874, 875) and m["unparseable"] == 236
+    assert m["n"] == 1603 and round(m["acc"][0] * 1603) == 874 and m["unparseable"] == 236
     assert m["fmt"][0] is None and m["reasons"] == {"finish not recorded": 1603}
-    pairs = zip(read_jsonl(file), read_jsonl("o/predictions.jsonl"))
-    agree = [(theirs["teacher_answer"] or None) == ours["extracted"] for theirs, ours in pairs]
-    assert sum(agree) >= 0.995 * 1603
 
 
 def test_predictions_need_only_text_and_answer(capsys):
@@ -248,20 +223,13 @@ def test_predictions_need_only_text_and_answer(capsys):
     own = {"question": "Q? Answer choices: (A) sea, (B) a, (b) mall, (C) sky", "answer": "C"}
     q = question_of(own, "commonsense_qa", dict)
     assert q.choices == ("sea", "a, (b) mall", "sky")
-
-
-BAD_RECORDS = [
-    ({"text": "x"}, "answer None is no letter, yes or no"),
-    ({"answer": "yes"}, "neither text nor rationale"),
-    ({"answer": "A", "text": "x", "question": "Where?"}, "shows no options"),
-]
-
-
-@pytest.mark.parametrize("row, message", BAD_RECORDS)
-def test_bad_records_are_named_by_line(row, message):
-    write_atomic("p.jsonl", map(to_line, [{"text": "", "answer": "no"}, row]))
-    with pytest.raises(SertError, match=f"p.jsonl line 2: .*{message}"):
-        run("--predictions", "p.jsonl")
+    for row, message in (
+        ({"text": "x"}, "answer None is no letter, yes or no"),
+        ({"answer": "yes"}, "neither text nor rationale"),
+        ({"answer": "A", "text": "x", "question": "Where?"}, "shows no options"),
+    ):
+        write_atomic("p.jsonl", map(to_line, [rows[0], row]))
+        refuses(f"p.jsonl line 2: .*{message}", run, "--predictions", "p.jsonl")
 
 
 BAD_FLAGS = {
@@ -279,8 +247,7 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("words, message", BAD_FLAGS.items())
 def test_bad_input_is_one_line(words, message):
-    with pytest.raises(SertError, match=message):
-        run(*words.split())
+    refuses(message, run, *words.split())
     assert not Path("o").exists()
 
 
@@ -290,9 +257,6 @@ def test_dry_run_writes_nothing(model, capsys):
     said = capsys.readouterr().out
     assert "5 of 5 outputs to decode, at most 40 tokens" in said and "Question: " in said
     assert "5 judge requests" in said and "USD" in said and not Path("o").exists()
-
-
-# --- Table II -------------------------------------------------------------------------------------
 
 
 def metrics(method="sert", acc=(0.55, 0.51, 0.59), model="gpt2", seed=0, task="strategy_qa"):
@@ -365,11 +329,7 @@ def test_table_reads_folders(tmp_path, capsys):
     assert "687\n" in capsys.readouterr().out
     assert " x " not in (tmp_path / "t/table.txt").read_text()
     (folder / "metrics.json").write_text('{"split": "test", "method": "rd"}')
-    with pytest.raises(SertError, match="metrics.json is not what evaluate.py writes"):
-        run("--table", tmp_path / "t")
-
-
-# --- runs/ ----------------------------------------------------------------------------------------
+    refuses("metrics.json is not what evaluate.py writes", run, "--table", tmp_path / "t")
 
 
 def paper(folder: Path, model: Path, *words, **variables) -> subprocess.Popen:
@@ -385,10 +345,9 @@ def paper(folder: Path, model: Path, *words, **variables) -> subprocess.Popen:
         **variables,
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        ["bash", str(ROOT / "runs/paper.sh"), *words], cwd=folder, env={**os.environ, **env},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(["bash", str(ROOT / "runs/paper.sh"), *words], cwd=folder,
+                            env={**os.environ, **env}, start_new_session=True, **out)  # fmt: skip
 
 
 def test_dry_run_of_the_matrix(tmp_path, model):

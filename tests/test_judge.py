@@ -3,16 +3,16 @@
 from pathlib import Path
 
 import pytest
-from fake_server import FakeServer, by_body, ok
+from conftest import refuses, start
+from fake_server import FakeServer, ok
 
 import evaluate
-from sert_min.io import asking
-from sert_min.io.errors import SertError
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.micro import program, world
 from sert_min.report import judge
 from sert_min.report.judge import CRITERIA, KEYS, judge_prompt, mean_score, parse_scores
 
+pytestmark = pytest.mark.usefixtures("empty_folder", "keyed")
 REPLY = "\n".join(f"Score for {name}: {i}" for i, name in enumerate(CRITERIA, 5)) + "\nFine."
 
 
@@ -49,8 +49,8 @@ def test_thinking_is_no_score():
     """Guards the draft scores of a reasoning judge, taken where its reply was cut in the thinking."""
     draft = REPLY.replace("7", "1")
     assert mean_score(parse_scores(f"<think>{draft}</think>{REPLY}")) == 6.5
-    for start in ("<think>", "[THINK]", "<|channel|>analysis<|message|>"):
-        assert set(parse_scores(start + draft).values()) == {None}
+    for mark in ("<think>", "[THINK]", "<|channel|>analysis<|message|>"):
+        assert set(parse_scores(mark + draft).values()) == {None}
 
 
 def test_the_last_line_counts_and_a_missing_score_is_missing():
@@ -65,39 +65,34 @@ def test_the_last_line_counts_and_a_missing_score_is_missing():
     assert found["coherence"][0] == 5 and found["relevance"][0] == 6  # 6 and 6, not 6, 6 and 0
 
 
-# --- asking ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(asking, "BACKOFF", 0.01)
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-
-
 def predictions(n: int) -> list[dict]:
-    return [
-        {"task": "strategy_qa", "id": str(i), "question": f"Is {i}?", "answer": "yes",
-         "text": f"Reason {i % 8}. So the answer is yes."}
-        for i in range(n)
-    ]  # fmt: skip
+    about = {"task": "strategy_qa", "answer": "yes"}
+    texts = [f"Reason {i % 8}. So the answer is yes." for i in range(n)]
+    return [about | {"id": str(i), "question": f"Is {i}?", "text": t} for i, t in enumerate(texts)]
 
 
 def run(server, rows, *more):
     write_atomic("predictions.jsonl", map(to_line, rows))
     flags = ["--predictions", "predictions.jsonl", "--task", "strategy_qa", "--judge-model", "j/m"]
-    flags += ["--base-url", server.url, *map(str, more)]
-    evaluate.main(evaluate.parse_args(flags))
+    start(evaluate, *flags, "--base-url", server.url, *more)
     path = Path("scores-j-m.jsonl")
     return list(read_jsonl(path)) if path.exists() else []
 
 
-def test_judging_asks_once_at_temperature_0(capsys):
-    """Guards paying twice: the same command, and another file with the same texts, ask nothing;
-    missing scores are counted."""
-    with FakeServer(by_body(lambda b: ok("no idea" if "Is 3?" in str(b) else REPLY))) as server:
+def test_judging_is_planned_capped_and_paid_once(capsys):
+    """Guards a plan that sends something, a cap that loses what came, and paying twice: the same
+    command, and another file with the same texts, ask nothing. Missing scores are counted."""
+    with FakeServer(answer=lambda b: ok("no idea" if "Is 3?" in str(b) else REPLY)) as server:
+        prices = "--price-in", 1, "--price-out", 2
+        assert run(server, predictions(10), "--dry-run", *prices) == [] == server.bodies
+        said = capsys.readouterr().out
+        assert "10 judge requests (0 replies are there)" in said and "5,120 out; at most" in said
+        with pytest.raises(SystemExit) as end:
+            run(server, predictions(10), "--max-requests", 4)
+        assert end.value.code == 2 and len(server.bodies) == 4
+        assert len(list(read_jsonl("scores-j-m.jsonl"))) == 4
+        assert "6 judge replies are missing" in capsys.readouterr().err
         scored = run(server, predictions(10))
-        assert len(server.bodies) == 10
         assert run(server, predictions(10)) == scored and len(server.bodies) == 10
         twice = [r | {"answer": a} for r in predictions(12)[2:] for a in ("yes", "no")]
         run(server, twice, "--out-dir", "other", "--max-requests", 5)
@@ -107,33 +102,13 @@ def test_judging_asks_once_at_temperature_0(capsys):
     assert "all four scores of 9 of 10 responses" in capsys.readouterr().out
 
 
-def test_a_cap_ends_with_status_2_and_keeps_what_came(capsys):
-    with FakeServer(ok(REPLY)) as server:
-        with pytest.raises(SystemExit) as end:
-            run(server, predictions(10), "--max-requests", 4)
-        assert end.value.code == 2 and len(server.bodies) == 4
-        assert len(list(read_jsonl("scores-j-m.jsonl"))) == 4
-        assert len(run(server, predictions(10))) == 10 and len(server.bodies) == 10
-    assert "6 judge replies are missing" in capsys.readouterr().err
-
-
 def test_a_judge_that_ignores_the_form_is_stopped_early():
     """Guards 17,000 paid replies that hold no score."""
     with FakeServer(ok("I like it.")) as server:
         for first, most in (("20", 40), ("..", 60)):  # nor are 20 more bought by repeating
             told = f"only 0 of the first {first} replies hold all four scores"
-            with pytest.raises(SertError, match=told):
-                run(server, predictions(60))
+            refuses(told, run, server, predictions(60))
             assert len(server.bodies) < most
-
-
-def test_dry_run_prices_and_sends_nothing(capsys):
-    with FakeServer(ok(REPLY)) as server:
-        assert run(server, predictions(30), "--dry-run", "--price-in", 1, "--price-out", 2) == []
-        assert server.bodies == []
-    said = capsys.readouterr().out
-    assert "30 judge requests (0 replies are there)" in said and f"{30 * 512:,} out" in said
-    assert "USD" in said
 
 
 def test_the_micro_world_has_a_program_judge(tmp_path):
@@ -143,7 +118,7 @@ def test_the_micro_world_has_a_program_judge(tmp_path):
     texts = [program.teacher_rationale(q), "", "Yes."]
     rows = [{**about, "sample": i, "verdict": "kept", "text": t} for i, t in enumerate(texts)]
     write_atomic("paths.jsonl", map(to_line, rows))
-    evaluate.main(evaluate.parse_args(["--paths", "paths.jsonl"]))
+    start(evaluate, "--paths", "paths.jsonl")
     good, empty, direct = read_jsonl("scores-program.jsonl")
     assert good["mean"] > 9 and empty["mean"] == 0 and direct["mean"] < 3
     assert (good["branch"], good["sample"], good["verdict"]) == (2, 0, "kept")

@@ -21,7 +21,7 @@ SLOW = ["sample", *(pytest.param(n, marks=pytest.mark.slow) for n in LOCKS if n 
 ALL = pytest.param(60, [*COMMANDS], marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("kills, names", [(8, ["sample", "filter anew"]), ALL])
+@pytest.mark.parametrize("kills, names", [(8, ["sample", "filter anew"]), (5, ["distill"]), ALL])
 def test_killed_anywhere_ends_the_same(kills, names):
     """tests/kill.py in small, in a process of its own: autograd may not be forked once it has run."""
     command = [sys.executable, str(ROOT / "tests/kill.py"), "--kills", str(kills), "--only", *names]

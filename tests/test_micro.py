@@ -1,5 +1,6 @@
-"""The micro-world and its student. Each test names the bug it guards."""
+"""The micro-world and its student."""
 
+import itertools
 import os
 import random
 import re
@@ -33,8 +34,7 @@ def test_no_evaluation_question_or_composed_answer_in_the_corpus(documents):
     of a relation that a train or test question asks about that person."""
     questions = {q.text for q in ALL}
     use = world.make_world(SEED).use
-    relation_of = {v: name for name, r in world.RELATIONS.items() for v in r.values}
-    relation_of |= {name: name for name in world.RELATIONS}
+    relation_of = {v: name for name, r in world.RELATIONS.items() for v in (name, *r.values)}
     seen = 0
     for document in documents:
         for line in document.split("\n"):
@@ -69,17 +69,6 @@ def test_answers_are_balanced(seed, split):
     assert 190 <= n <= 210 and abs(sum(c["yes"] for c in by_value.values()) - n / 2) <= 4
 
 
-def test_gold_answers_are_the_facts():
-    """Guards: a wrong gold label. Worked out here from the facts alone."""
-    for q in ALL:
-        asked = program.parse_question(q)
-        value = asked.world.value[asked.relation, asked.world.home[asked.person]]
-        if q.choices:
-            assert q.choices["ABCDE".index(q.answer)] == value
-        else:
-            assert q.answer == ("yes" if asked.value == value else "no")
-
-
 def test_the_same_world_in_every_process():
     """Guards: a draw that depends on hash() or on the order of a set."""
     made = "(world.questions('test', 3), build.corpus(3, 300))"
@@ -90,7 +79,7 @@ def test_the_same_world_in_every_process():
 
 
 def test_teacher_is_right_and_speaks_otherwise_than_the_corpus(documents):
-    """Guards: a teacher that is wrong, or that has nothing new to teach."""
+    """Guards: a wrong gold label, a teacher that is wrong, or that has nothing new to teach."""
     told = {re.sub(r"[A-Z]\w+", "X", s) for d in documents for s in re.split(r"(?<=\.) ", d)}
     for q in ALL:
         rationale = program.teacher_rationale(q)
@@ -138,22 +127,20 @@ def test_judge_on_right_wrong_irrelevant_and_incomplete_texts():
 def test_judge_takes_the_relation_words_of_every_path_form():
     """Guards: a wording of the corpus that the judge can't read (its paths would look wrong)."""
     facts, rng = world.make_world(SEED), random.Random(0)
-    for name, relation in world.RELATIONS.items():
-        for p in world.PEOPLE[:20]:
-            t = facts.home[p]
-            v = facts.value[name, t]
-            others = [u for u in relation.values if u != v]
-            forms = [(None, relation.choice[0].format(p=p), "A", (v, *others[:4]))]
-            for asked, answer in ((v, "yes"), (others[0], "no")):
-                forms.append((asked, relation.yes_no[0].format(p=p, v=asked), answer, ()))
-            for asked, stem, answer, options in forms:
-                q = Question("micro", f"w{SEED}-x", stem, answer, options, options)
-                text = world.latent_reasoning(rng, name, p, t, v, asked)
-                assert scored(q, text) == (10, 10, 10, 10), (stem, text)
-                assert program.check_path(q, text)["gold"], (stem, text)
-
-
-# --- the shipped student --------------------------------------------------------------------------
+    for (name, relation), p in itertools.product(world.RELATIONS.items(), world.PEOPLE[:20]):
+        t = facts.home[p]
+        v = facts.value[name, t]
+        others = [u for u in relation.values if u != v]
+        (choice, *_), (yes_no, *_) = relation.choice, relation.yes_no
+        forms = [(None, choice.format(p=p), "A", (v, *others[:4]))]
+        forms += [
+            (u, yes_no.format(p=p, v=u), "yes" if u == v else "no", ()) for u in (v, others[0])
+        ]
+        for asked, stem, answer, options in forms:
+            q = Question("micro", f"w{SEED}-x", stem, answer, options, options)
+            text = world.latent_reasoning(rng, name, p, t, v, asked)
+            assert scored(q, text) == (10, 10, 10, 10), (stem, text)
+            assert program.check_path(q, text)["gold"], (stem, text)
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +158,8 @@ def test_student_knows_its_facts_and_answers_directly(student):
     known = [text.rstrip(" .").endswith(q.answer)
              for q, (text, _) in zip(asked, greedy(*student, asked, "", 12))]  # fmt: skip
     assert sum(known) >= 0.95 * len(known)
-    texts = [text for text, _ in greedy(*student, questions, "", 48)]
-    assert sum(program.check_path(q, t)["stated"] > 0 for q, t in zip(questions, texts)) <= 2
+    said = zip(questions, greedy(*student, questions, "", 48))
+    assert sum(program.check_path(q, text)["stated"] > 0 for q, (text, _) in said) <= 2
 
 
 def test_latent_paths_of_the_student_are_right(student):

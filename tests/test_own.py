@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import make_tiny_model, one_line
+from conftest import refuses, start
 
 import distill
 import evaluate
@@ -13,7 +13,6 @@ import sample
 import train
 from sert_min import own, tasks
 from sert_min.answers import extract_answer, free_answer, stated_answer
-from sert_min.io.errors import SertError
 from sert_min.io.files import read_jsonl
 from sert_min.patterns import pattern_break
 from sert_min.questions import LETTERS, choices_of
@@ -51,8 +50,7 @@ def read(name: str, rows: list[dict], fields: dict | None = None) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def own_table(empty_folder, monkeypatch):
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
 
 
@@ -88,22 +86,19 @@ def test_yes_no_files_and_splits():
     assert texts == {"train": ["0?", "2?"], "test": ["1?", "3?"]}
     found, twice = own.read_splits("a.jsonl", {}, write("t.jsonl", rows[:1] + [ROWS[-1]]))
     assert (len(found["train"]), len(found["test"]), twice) == (4, 2, 1)
-    with pytest.raises(SertError, match="use one of the two"):
-        own.read_splits("c.csv", {}, "t.jsonl")
+    refuses("use one of the two", own.read_splits, "c.csv", {}, "t.jsonl")
 
 
+CHOSEN = [  # choices, answer, what is said
+    (["x", "y"], "z", r"'z' is none of .*\(A\) x, \(B\) y"), (["B", "y"], "B", r"write \(B\) or \(A\)"),
+    (["x", "y"], 1, "may be an index"), (["x", "y"], "1", "may be an index"),
+    (["x", " "], "A", r"option \(B\) is empty"), (["x", "X "], "A", "two options are 'x'"),
+    (["x"], "A", "1 choices; 2 to 26"), ([*map(str, range(27))], "A", "27 choices; 2 to 26"),
+    ({"A": "x"}, "A", "not a list"), (["x, (B) z", "y"], "A", "another list of options"),
+    (["yes", "no"], "maybe", "neither yes nor no"),
+]  # fmt: skip
 REFUSED = [
-    ({"question": "q", "choices": ["x", "y"], "answer": "z"}, r"'z' is none of .*\(A\) x, \(B\) y"),
-    ({"question": "q", "choices": ["B", "y"], "answer": "B"}, r"write \(B\) or \(A\)"),
-    ({"question": "q", "choices": ["x", "y"], "answer": 1}, "may be an index"),
-    ({"question": "q", "choices": ["x", "y"], "answer": "1"}, "may be an index"),
-    ({"question": "q", "choices": ["x", " "], "answer": "A"}, r"option \(B\) is empty"),
-    ({"question": "q", "choices": ["x", "X "], "answer": "A"}, "two options are 'x'"),
-    ({"question": "q", "choices": ["x"], "answer": "A"}, "1 choices; 2 to 26"),
-    ({"question": "q", "choices": [*map(str, range(27))], "answer": "A"}, "27 choices; 2 to 26"),
-    ({"question": "q", "choices": {"A": "x"}, "answer": "A"}, "not a list"),
-    ({"question": "q", "choices": ["x, (B) z", "y"], "answer": "A"}, "another list of options"),
-    ({"question": "q", "choices": ["yes", "no"], "answer": "maybe"}, "neither yes nor no"),
+    *(({"question": "q", "choices": c, "answer": a}, message) for c, a, message in CHOSEN),
     ({"question": " ", "answer": "1"}, "no question"),
     ({"prompt": "q", "answer": "1"}, "no question; --fields"),
     ({"question": "q", "answer": None}, "no answer"),
@@ -115,11 +110,9 @@ REFUSED = [
 
 @pytest.mark.parametrize("row, message", REFUSED)
 def test_a_bad_row_is_named_by_its_line(row, message):
-    first = {"question": "ok", "answer": "1"}
-    first |= {k: v for k, v in {"id": "x", "split": "train"}.items() if k in row}
-    with pytest.raises(SertError, match=f"q.jsonl line 2: .*{message}") as error:
-        read("q.jsonl", [first, row])
-    one_line(error)
+    first = {"question": "ok", "answer": "1", "id": "x", "split": "train"}
+    first = {k: v for k, v in first.items() if k in row or k in ("question", "answer")}
+    refuses(f"q.jsonl line 2: .*{message}", read, "q.jsonl", [first, row])
 
 
 FILES = [
@@ -135,8 +128,7 @@ FILES = [
 @pytest.mark.parametrize("name, content, message", FILES)
 def test_a_bad_file_is_refused(name, content, message):
     Path(name).write_bytes(content)
-    with pytest.raises(SertError, match=message):
-        own.read_splits(name, {})
+    refuses(message, own.read_splits, name, {})
 
 
 @pytest.mark.parametrize("name, more", [
@@ -145,8 +137,7 @@ def test_a_bad_file_is_refused(name, content, message):
 ])  # fmt: skip
 def test_what_is_no_task_is_refused(name, more):
     write("a.jsonl", ROWS)
-    with pytest.raises(SertError):
-        tasks.open_task(name, **more)
+    refuses(".", tasks.open_task, name, **more)
 
 
 FREE = {  # gold: (texts that state it, texts that do not)
@@ -185,21 +176,15 @@ def test_answers_of_each_kind_are_graded():
     (q,) = [q for q in splits["train"] + splits["test"] if q.answer == "I"]
     assert extract_answer("the answer is I think that", q) is None
     assert extract_answer("the answer is I.", q) == "I"
-    both = "It is (Y) word Y or (Z) word Z, one of them, that is all."
-    assert pattern_break(both, q) == "options"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return str(make_tiny_model(tmp_path_factory.mktemp("own") / "model", n_positions=1024))
+    assert pattern_break("It is (Y) word Y or (Z) word Z, one of them.", q) == "options"
 
 
 RULES = ["--patterns", "none", "--min-tokens", "1", "--min-perplexity", "0", "--max-rep2", "1"]
 DRAW = ["--branches", "2", "--samples", "1", "--max-new-tokens", "8", "--block-questions", "8"]
 
 
-def run(script, file: str, model: str, *more: str) -> Path:
-    script.main(script.parse_args(["--task", file, "--model", model, "--device", "cpu", *more]))
+def run(script, file: str, model: Path, *more: str) -> Path:
+    start(script, "--task", file, "--model", model, "--device", "cpu", *more)
     return Path("out") / own.task_label(file, {})
 
 
@@ -223,10 +208,10 @@ def test_the_four_scripts(model, capsys):
     assert [r["kept"] for r in kept] == [True] * len(questions)
     run(evaluate, "q.jsonl", model, "--max-new-tokens", "4")
     assert list(a.glob("*/base/metrics.json"))
-    with pytest.raises(SertError, match="questions have numbers or free texts"):
-        run(evaluate, "q.jsonl", model, "--by", "likelihood")
+    told = "questions have numbers or free texts"
+    refuses(told, run, evaluate, "q.jsonl", model, "--by", "likelihood")
     (predictions,) = a.glob("*/base/predictions.jsonl")
-    run(evaluate, "q.jsonl", model, "--predictions", str(predictions), "--out-dir", "again")
+    run(evaluate, "q.jsonl", model, "--predictions", predictions, "--out-dir", "again")
     assert Path("again/predictions.jsonl").read_bytes() == predictions.read_bytes()
 
 
@@ -244,8 +229,7 @@ def test_rows_are_appended_but_not_inserted(model, monkeypatch):
     assert sum(made) == more - n // 8 * 8
     assert next(out.glob("*/*/*/paths.jsonl")).read_text().splitlines()[: len(before)] == before
     write("q.jsonl", [{"question": "First?", "answer": "1", "id": "new"}, *ROWS])
-    with pytest.raises(SertError, match="append new rows at the end"):
-        run(sample, "q.jsonl", model, *DRAW, *RULES)
+    refuses("append new rows at the end", run, sample, "q.jsonl", model, *DRAW, *RULES)
 
 
 def test_dry_run_and_hint(model, capsys):

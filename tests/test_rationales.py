@@ -4,23 +4,18 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import shared
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import refuses, shared
 
 from sert_min import tasks, teacher_files
-from sert_min.io.errors import SertError
 from sert_min.io.files import read_jsonl, to_line
-from sert_min.questions import Question
+from sert_min.questions import Question, with_choices
 from sert_min.rationales import Output, clean, rationale_records, teacher_answer
-from sert_min.teacher_files import log_entries, read_teacher_file
+from sert_min.teacher_files import read_teacher_file
 
 YES = Question("strategy_qa", "42", "Is water wet?", "yes")
 NO = Question("strategy_qa", "7", "Do dogs fly?", "no")
-MALL = Question(
-    "commonsense_qa", "ab", "Where? Answer choices: (A) home, (B) mall, (C) sea, (D) sky, (E) car",
-    "B", ("home", "mall", "sea", "sky", "car"),
-)  # fmt: skip
+FIVE = ("home", "mall", "sea", "sky", "car")
+MALL = Question("commonsense_qa", "ab", with_choices("Where?", FIVE), "B", FIVE)
 
 
 def read_rows(path, rows, questions):
@@ -34,20 +29,17 @@ def records(questions, outputs, keep="right", fits=lambda q, text: len(text) < 1
     return rationale_records(questions, outputs, keep, fits)
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
 def test_rows_join_by_id_row_number_and_text(tmp_path):
-    rows = [
-        {"index": 42, "question": " Is water wet? ", "rationale": "It is.", "teacher_completion": "Yes."},
-        {"index": 9, "question": "Do dogs fly?", "rationale": "No wings.", "teacher_completion": "No."},
-        {"id": "ab", "question": "Where?", "rationale": "A shop.", "teacher_completion": "(b) mall."},
-        {"index": 42, "question": "Is water wet?", "rationale": "Again.", "teacher_completion": "Yes."},
-        {"index": 42, "question": "Another one?", "rationale": "x", "teacher_completion": "Yes."},
-    ]  # fmt: skip
+    names = ("index", "question", "rationale", "teacher_completion")
+    told = [(42, " Is water wet? ", "It is.", "Yes."), (9, "Do dogs fly?", "No wings.", "No."),
+            (42, "Is water wet?", "Again.", "Yes."), (42, "Another one?", "x", "Yes.")]  # fmt: skip
+    rows = [dict(zip(names, row)) for row in told]
+    rows += [
+        {"id": "ab", "question": "Where?", "rationale": "Shop.", "teacher_completion": "(b) mall."}
+    ]
     found, left = read_rows(tmp_path / "t.jsonl", rows, [YES, NO, MALL])
     rationales = {i: o.rationale for i, o in found.items()}
-    assert rationales == {"42": "It is.", "7": "No wings.", "ab": "A shop."}
+    assert rationales == {"42": "It is.", "7": "No wings.", "ab": "Shop."}
     assert left == {"repeated questions": 1, "other questions": 1}
     assert [teacher_answer(found[q.id], q) for q in (YES, NO, MALL)] == ["yes", "no", "B"]
     # The original StrategyQA release has the same questions in another order.
@@ -90,23 +82,13 @@ def test_log_of_zero_shot_cot(tmp_path):
     told = [("Do dogs fly?", dog, "No."), ("Is water wet?", "Water wets. It", "Yes, it is.\nReally."),
             ("Is this of the test split?", "Perhaps.", "moot.")]  # fmt: skip
     names = ("question", "rationale", "teacher_completion")
-    rows = [dict(zip(names, row), teacher_answer="", answer="no") for row in told]
     path = tmp_path / "strategyqa_zero_shot_cot.log"
-    path.write_text(log_of(rows))
+    path.write_text(log_of(dict(zip(names, row), teacher_answer="", answer="no") for row in told))
     found, left = read_teacher_file(str(path), [YES, NO])
     assert found["7"][:2] == (dog, "No.") and left == {"other questions": 1}
     assert found["42"][:2] == ("Water wets. It", "Yes, it is.\nReally.")
     assert clean(found["42"])[0] == "Water wets."
     assert [teacher_answer(found[q.id], q) for q in (YES, NO)] == ["yes", "no"]
-
-
-def test_log_gives_what_the_jsonl_gives():
-    """The real davinci outputs, printed as a log and read again: no text is cut or lost."""
-    path = shared("data", "teacher", "strategy_qa.train.text-davinci-002.jsonl")
-    rows = list(read_jsonl(path))
-    entries = log_entries(log_of(rows).encode())
-    assert len(entries) == 1603
-    assert entries == [{k: row[k].strip() for k in entry} for row, entry in zip(rows, entries)]
 
 
 def test_davinci_by_name(tmp_path, monkeypatch):
@@ -116,12 +98,9 @@ def test_davinci_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("SERT_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     q = Question("strategy_qa", "3", "q3?", "yes")
-
     monkeypatch.setattr(teacher_files, "download", lambda url: urls.append(url) or log[:-3000])
-    with pytest.raises(SertError, match="instead of 2290"):
-        read_teacher_file("davinci", [q])
+    refuses("instead of 2290", read_teacher_file, "davinci", [q])
     assert list(tmp_path.iterdir()) == []
-
     monkeypatch.setattr(teacher_files, "download", lambda url: urls.append(url) or log)
     for _ in range(2):
         found, left = read_teacher_file("davinci", [q])
@@ -129,8 +108,7 @@ def test_davinci_by_name(tmp_path, monkeypatch):
     url = ("https://raw.githubusercontent.com/kojima-takeshi188/zero_shot_cot/"
            "5ef330fcdeec0cd26aee27943504f91f8ec1c33c/log/strategyqa_zero_shot_cot.log")  # fmt: skip
     assert urls == [url] * 2
-    with pytest.raises(SertError, match="--task strategy_qa"):
-        read_teacher_file("davinci", [MALL])
+    refuses("--task strategy_qa", read_teacher_file, "davinci", [MALL])
 
 
 def write_step_by_step(folder, change=lambda text: text):
@@ -157,8 +135,7 @@ def test_distilling_step_by_step(tmp_path):
     assert list(one) == [f"i{n}" for n in range(1000, 1200)]
     # Nothing but their order ties these outputs to the questions.
     write_step_by_step(tmp_path / "other", lambda text: text.replace("mall", "moon"))
-    with pytest.raises(SertError, match="name no option"):
-        read_teacher_file(str(tmp_path / "other"), questions)
+    refuses("name no option", read_teacher_file, str(tmp_path / "other"), questions)
 
 
 UNKNOWN, NOTHING = "none of the known forms", "no output for any"
@@ -167,13 +144,9 @@ BAD_FILES = [
     ("a.jsonl", '{"question": 5, "rationale": "x"}', UNKNOWN),
     ("a.jsonl", '{"question": "Is water wet?", "rationale": ["x"]}', UNKNOWN),
     ("a.jsonl", '{"question": "Is earth flat?", "rationale": "x"}', NOTHING),
-    ("a.jsonl", "no json", "JSON"),
     ("a.jsonl", None, "does not exist"),
-    ("a.jsonl", "", NOTHING),
     ("a.log", "nothing", NOTHING),
     ("a_0.json", '{"a": 1}', UNKNOWN),
-    ("a_0.json", "[1, 2]", UNKNOWN),
-    ("a_0.json", "[[[", UNKNOWN),
     ("a.json", "[]", UNKNOWN),
 ]
 
@@ -182,72 +155,39 @@ BAD_FILES = [
 def test_files_of_another_kind_are_refused(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(SertError, match=message):
-        read_teacher_file(str(tmp_path / name), [YES])
-
-
-# --- the real files -------------------------------------------------------------------------------
-
-
-def real(task, name):
-    questions = tasks.load(task, "train", shared("data"))
-    path = shared("data", "teacher", name)
-    outputs, left = read_teacher_file(str(path), questions)
-    assert not left and len(outputs) == len(questions)
-    theirs = [row["teacher_answer"] or None for row in read_jsonl(path)]
-    rows, counts = records(questions, outputs, fits=None)
-    return [(a, r["teacher_answer"]) for a, r in zip(theirs, rows)], counts
+    refuses(message, read_teacher_file, str(tmp_path / name), [YES])
 
 
 def test_davinci_counts():
     """Somebody else's parse: 875 right, 234 without an answer. Ours differs in four rows: it reads
     "YES!", and not "3. Yes, eliminating ..", "Santa Claus .. is Yes." and "both Yes and No."."""
-    pairs, counts = real("strategy_qa", "strategy_qa.train.text-davinci-002.jsonl")
-    differ = [(theirs, ours) for theirs, ours in pairs if theirs != ours]
+    questions = tasks.load("strategy_qa", "train", shared("data"))
+    path = shared("data", "teacher", "strategy_qa.train.text-davinci-002.jsonl")
+    outputs, left = read_teacher_file(str(path), questions)
+    assert not left and len(outputs) == len(questions)
+    rows, counts = records(questions, outputs, fits=None)
+    pairs = zip((row["teacher_answer"] or None for row in read_jsonl(path)), rows)
+    differ = [(a, r["teacher_answer"]) for a, r in pairs if a != r["teacher_answer"]]
     assert sorted(differ, key=str) == [*[("yes", None)] * 3, (None, "yes")]
     assert counts["answer right"] == counts["kept"] == 874
     assert counts["answer not readable"] == 236
     assert counts["lost a half sentence at the end"] == 414
+    assert counts["lost a closing answer sentence"] == 155 and "dropped: empty" not in counts
 
 
-@pytest.mark.slow
-def test_palm_counts():
-    """Theirs: 7,377 right, 182 without an answer. Ours reads "(b) x or (d) y" as no answer where
-    they take the first; it never reads another one."""
-    pairs, counts = real("commonsense_qa", "commonsense_qa.train.palm-540b.jsonl")
-    assert counts["kept"] == 7377 and counts["answer not readable"] == 182
-    assert all(ours in (None, theirs) for theirs, ours in pairs)
-    assert 230 <= counts["lost a closing answer sentence"] <= 240
-    assert counts["lost a half sentence at the end"] == 0
-
-
-# --- cleaning and choosing ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text, finish, cleaned",
-    [
-        ("It is wet. So the answer is yes.", "stop", "It is wet."),
-        ("It is wet. Therefore, the answer is **yes**.", "stop", "It is wet."),
-        ("It is wet. It also", "length", "It is wet."),
-        ("It is wet. It also", None, "It is wet."),
-        ("It is wet. It also", "content_filter", "It is wet."),
-        ("It is wet. It also", "stop", "It is wet. It also"),
-        ("It is wet. It also", "MAX_TOKENS", "It is wet."),  # an unknown reason is no success
-        ("It is wet. It also", "sensitive", "It is wet."),
-        ("It is wet. It also", "end_turn", "It is wet. It also"),
-        ("It is wet. So the answer is", "length", "It is wet."),
-        ("It is wet. So the answer is yes. And on", "length", "It is wet."),
-        ("no full sentence", "length", "no full sentence"),
-        ("So the answer is yes.", "stop", ""),
-        ("  It\nis \n\n wet. ", "stop", "It is wet."),
-        ("It \x1b[31mis\x1b[0m wet.\x07", "stop", "It [31mis [0m wet."),
-        ("", "length", ""),
-        ("<think>\nIs it? No. </think>\n\nIt is wet.", "stop", "It is wet."),
-        ("Is it? No. </think> It is wet.", "stop", "It is wet."),  # some chat templates open it
-        ("<think> Is it? The answer is yes.", "length", ""),
-    ],
-)
+@pytest.mark.parametrize("text, finish, cleaned", [
+    ("It is wet. So the answer is yes.", "stop", "It is wet."),
+    *(("It is wet. It also", finish, "It is wet.") for finish in ("length", None, "MAX_TOKENS")),
+    *(("It is wet. It also", finish, "It is wet. It also") for finish in ("stop", "end_turn")),
+    ("It is wet. So the answer is", "length", "It is wet."),
+    ("It is wet. So the answer is yes. And on", "length", "It is wet."),
+    ("no full sentence", "length", "no full sentence"),
+    ("So the answer is yes.", "stop", ""),
+    ("  It\nis \n\n wet. ", "stop", "It is wet."),
+    ("It \x1b[31mis\x1b[0m wet.\x07", "stop", "It [31mis [0m wet."),
+    ("<think>\nIs it? No. </think>\n\nIt is wet.", "stop", "It is wet."),
+    ("<think> Is it? The answer is yes.", "length", ""),
+])  # fmt: skip
 def test_cleaning(text, finish, cleaned):
     assert clean(Output(text, None, finish, ""))[0] == cleaned
 
@@ -255,11 +195,7 @@ def test_cleaning(text, finish, cleaned):
 @pytest.mark.parametrize("q, text, completion, answer", [
     (MALL, "<think> The answer is (A).", None, None),  # no more than thought
     (MALL, "<think> Say (A)? </think> The answer is (B).", None, "B"),
-    (MALL, "A shop. **So the answer is (B).**", None, "B"),
-    (MALL, "A shop.\n\nSo the answer is **(B) mall**.", None, "B"),
     (YES, "### Answer\n\n**Yes**, it is.", None, "yes"),  # lenient
-    (YES, "I can't say.", None, None),
-    (YES, "", None, None),
     (YES, "Yes, some do.", "moot.", None),  # an answer that came apart is read strictly only
     (YES, "Yes, some do.", "", None),
 ])  # fmt: skip
@@ -279,9 +215,8 @@ def test_every_drop_is_counted():
     more = [Question("strategy_qa", i, f"{i}?", "yes") for i in ("l", "m", "n", "none")]
     questions = [YES, NO, MALL, *more]
     rows, counts = records(questions, outputs)
-    assert {r["id"]: r["reason"] for r in rows} == {
-        "42": "ok", "7": "answer wrong", "ab": "empty", "l": "too long", "m": "answer not readable",
-        "n": "bare answer"}  # fmt: skip
+    assert [r["reason"] for r in rows] == [
+        "ok", "answer wrong", "empty", "too long", "answer not readable", "bare answer"]  # fmt: skip
     assert counts["kept"] == counts["no output"] == counts["dropped: empty"] == 1
     assert sum(n for what, n in counts.items() if what.startswith(("kept", "dropped"))) == 6
     rows, counts = records(questions, outputs, keep="all")
@@ -289,17 +224,3 @@ def test_every_drop_is_counted():
     assert list(rows[0]) == [
         "task", "id", "question", "rationale", "teacher_answer", "answer", "kept", "reason", "source"
     ]  # fmt: skip
-
-
-TEXT = st.text(max_size=200) | st.sampled_from(["So the answer is", "(B) or (C)", "\x1b[0m", "*"])
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(TEXT, max_size=4), TEXT | st.none(), st.sampled_from([None, "stop", "length"]))
-def test_any_text_is_read_and_cleaned(parts, completion, finish):
-    for q in (YES, MALL):
-        output = Output(" ".join(parts), completion, finish, "t")
-        (record,), _ = records([q], {q.id: output})
-        assert record["teacher_answer"] in (None, *(q.choices and "ABCDE" or ("yes", "no")))
-        assert record["rationale"].isprintable()
-        json.dumps(record)

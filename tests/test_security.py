@@ -1,7 +1,5 @@
-"""What is not trusted: models, datasets, teachers and their replies; and where a key may go.
-
-test_endpoint.py has the key inside the client; test_gpt2.py pickle files; test_page.py hostile text
-in a real browser."""
+"""What is not trusted: models, datasets, teachers and their replies; and where a key may go. Pickle
+files are in test_gpt2.py, hostile text in a real browser in test_page.py."""
 
 import json
 import re
@@ -10,8 +8,8 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_tiny_model
-from fake_server import FakeServer, by_body, error, ok, raw
+from conftest import KEY, ROOT, start
+from fake_server import FakeServer, error, ok, raw
 
 import distill
 import evaluate
@@ -28,11 +26,9 @@ from sert_min.questions import Question
 from sert_min.report.likelihood import make_tree
 from sert_min.tokenizer import load_tokenizer
 
-KEY = "sk-test-0123456789abcdefKEY"
+pytestmark = pytest.mark.usefixtures("empty_folder", "keyed")
 EVIL = "\x1b[31m\x1b]0;owned\x07\x9b2J\r\u202e</script><img src=x onerror=alert(1)> ../../x "
 
-
-# --- the program's own text -----------------------------------------------------------------------
 
 DANGER = re.compile(r"""^\s*(import|from)\ .*\b(c?pickle|dill|cloudpickle|joblib|marshal|shelve|builtins)\b
     |(?<![\w.])(eval|exec|compile|__import__)\(|\bos\.(system|popen)\b|\byaml\.load\(|shell=True
@@ -52,23 +48,13 @@ def test_no_program_file_runs_what_it_reads():
     assert not {str(p): found[0] for p in files if (found := DANGER.search(p.read_text()))}
 
 
-# --- the key --------------------------------------------------------------------------------------
-
 QUESTIONS = [Question("strategy_qa", str(i), f"Is {i} even?", "yes") for i in range(6)]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_tiny_model(tmp_path_factory.mktemp("security") / "model", n_positions=1024)
-
-
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    """An empty folder, a key, and six questions for every task."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(asking, "BACKOFF", 0.01)
+def six_questions(monkeypatch):
+    """Six questions for every task; no long wait for what is in flight."""
     monkeypatch.setattr(asking, "DRAIN", 0.1)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(tasks, "load", lambda *_, **__: QUESTIONS)
 
 
@@ -82,14 +68,8 @@ def said_by(script, words, capfd) -> str:
     return out.out + out.err
 
 
-@by_body
-def sends_it_back(body):
-    """The key in every field of a good reply."""
-    return ok(f"It is {KEY}. So the answer is yes.", finish=KEY, model=KEY, id=KEY)
-
-
 ANSWERS = {
-    "the key in each field": [sends_it_back],
+    "the key in each field": [ok(f"{KEY}. So the answer is yes.", finish=KEY, model=KEY, id=KEY)],
     "401": [error(401, f"Incorrect API key provided: {KEY}", code=KEY)],
     "429 and then good": [error(429, f"slow down {KEY}", retry_after="0"), ok("So it is yes.")],
     "500": [error(500, f"at {KEY}")],
@@ -119,11 +99,8 @@ def test_plain_sampling_needs_no_network(monkeypatch):
     for name in ("connect", "connect_ex", "bind", "sendto"):
         monkeypatch.setattr(socket.socket, name, None)
     monkeypatch.setattr(socket, "getaddrinfo", None)
-    sample.main(sample.parse_args(["--limit", "2", "--max-new-tokens", "4", "--out-dir", "o"]))
+    start(sample, "--limit", 2, "--max-new-tokens", 4, "--out-dir", "o")
     assert Path("o/paths.jsonl").exists()
-
-
-# --- hostile text ---------------------------------------------------------------------------------
 
 
 def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
@@ -159,9 +136,8 @@ def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
         for dry in (["--dry-run"], []):
             run(distill, *teach, *dry)
             run(evaluate, *ask, *short, "--judge-model", EVIL, *dry)
-        assert len(server.bodies) >= 2
     (reply, *_) = read_jsonl(next(Path("out").rglob("teacher-*/responses.jsonl")))
-    assert reply["text"] == EVIL
+    assert reply["text"] == EVIL and len(server.bodies) >= 2
     assert list(inside.rglob("predictions.jsonl"))
     assert len(list(inside.rglob("sent.jsonl"))) == 2  # the teacher's and the judge's
     names = ("id", "question", "answer", "rationale", "teacher_completion", "teacher_answer")
@@ -169,9 +145,8 @@ def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
     run(evaluate, "--task", "strategy_qa", "--predictions", "texts.jsonl")
     metrics = {"task": EVIL, "model": EVIL, "n": 1, "majority": [EVIL, 0.5], "split": "test",
                "method": "sert", "acc": [0.5, 0.1, 0.9]}  # fmt: skip
-    Path("table").mkdir()
-    Path("table/metrics.json").write_text(json.dumps(metrics))
-    run(evaluate, "--table", "table")
+    Path("t/metrics.json").write_text(json.dumps(metrics))
+    run(evaluate, "--table", "t")
     said = "".join(told)
     assert "scores 50.00 %" in said and "prompt of question" in said
     bad = [i for i, c in enumerate(said) if not (c.isprintable() or c in "\n\r")]
