@@ -100,17 +100,12 @@ def test_our_folder_opens_in_transformers(name, tmp_path):
     assert (folder / "model.safetensors").stat().st_mode & 0o044, "others can't read the weights"
 
 
-def save_tiny(folder, tokenizer, seed=0, **sert):
-    save_model(GPT2(GPT2Config(300, 16, 16, 1, 2)).init_weights_(seed), folder, tokenizer, sert)
-
-
 def test_saving_over_a_model_keeps_its_tokenizer(tmp_path):
     """Guards `tokenizer_from` being the very folder that is replaced."""
-    write_tiny_tokenizer(tmp_path)
-    save_tiny(tmp_path / "m", tmp_path, step=1)
-    save_tiny(tmp_path / "m", tmp_path / "m", step=2)
-    assert read_sert(tmp_path / "m") == {"step": 2}
-    assert (tmp_path / "m" / "merges.txt").exists() and (tmp_path / "m" / "vocab.json").exists()
+    folder = make_tiny_model(tmp_path / "m")
+    save_model(load_model(folder), folder, folder, {"step": 2})
+    assert read_sert(folder) == {"step": 2}
+    assert (folder / "merges.txt").exists() and (folder / "vocab.json").exists()
 
 
 def test_labels_tell_local_models_apart(tmp_path, monkeypatch):
@@ -118,18 +113,14 @@ def test_labels_tell_local_models_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     labels = set()
     for seed, where in enumerate(["a/gpt2", "b/gpt2", "gpt2"]):
-        save_tiny(tmp_path / where, tmp_path, seed)
+        make_tiny_model(tmp_path / where, seed)
         labels.add(model_label(where, hub.find_model(where)))
     assert len(labels) == 3 and all(label.startswith("gpt2-") for label in labels)
 
 
-# --- precision -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_real_logits_keep_their_top_ten(dtype):
-    """Guards the order of real GPT-2's best tokens: five hidden states and a head that give exactly
-    its logits of the golden rows come from an SVD."""
+    """Of five golden rows: hidden states and a head that give exactly their logits come from an SVD."""
     rows = np.load(shared("golden", "gpt2_logits.npz"))["logits"]  # [5, V]
     prompts = json.loads(shared("golden", "gpt2_prompts.json").read_text())
     u, s, vt = np.linalg.svd(rows.astype(np.float64), full_matrices=False)
@@ -170,9 +161,6 @@ def test_bf16_network_is_no_worse_than_transformers():
     errors = bf16_errors(GPT2Config(2000, 64, 256, 4, 4), rows=4, length=64)
     (median, worst), (their_median, their_worst) = errors["ours"], errors["transformers"]
     assert median < min(0.02, their_median) and worst < their_worst
-
-
-# --- refused -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -218,8 +206,9 @@ def test_tensors_are_checked(change, named, folder):
     assert named in refused(folder)
 
 
-def test_damaged_weight_files_are_refused(folder):
-    """Guards tracebacks, a huge allocation, or worse a model, from a truncated or garbled file."""
+def test_damaged_folders_are_refused(folder):
+    """Guards tracebacks, a huge allocation, or worse a model, from a truncated or garbled file; and
+    loading pickles."""
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     garbage = struct.pack("<Q", 50) + b"\xff" * 50 + whole[58:]
@@ -227,6 +216,15 @@ def test_damaged_weight_files_are_refused(folder):
     for damaged in (b"", whole[:500], whole[:-1], whole + b"x", garbage, long, empty):
         file.write_bytes(damaged)
         assert re.search("again|missing", refused(folder))
+    file.rename(folder / "pytorch_model.bin")
+    assert "pickle files are refused" in refused(folder)
+    (folder / "config.json").write_text("[" * 100000)
+    assert "config.json" in refused(folder)
+    (folder / "config.json").unlink()
+    assert "config.json does not exist" in refused(folder)
+    for name in ("./nowhere", "/nowhere", "a/b/c", "~/model"):
+        with pytest.raises(SertError, match="no such folder"):
+            hub.find_model(name)
 
 
 def test_index_cannot_leave_the_folder(folder):
@@ -241,31 +239,17 @@ def test_index_cannot_leave_the_folder(folder):
     assert "model-00001.safetensors is missing" in refused(folder)
 
 
-def test_pickle_only_and_empty_folders_are_refused(folder):
-    """Guards against loading pickles, and against tracebacks from an empty folder."""
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
-    assert re.search("pickle files are refused", refused(folder))
-    (folder / "config.json").write_text("[" * 100000)
-    assert "config.json" in refused(folder)
-    (folder / "config.json").unlink()
-    assert "config.json does not exist" in refused(folder)
-    for name in ("./nowhere", "/nowhere", "a/b/c", "~/model"):
-        with pytest.raises(SertError, match="no such folder"):
-            hub.find_model(name)
-
-
-@pytest.mark.parametrize("prefix", [
-    "_orig_mod.transformer.", "transformer._orig_mod.", "module.", "module._orig_mod.transformer.",
-    "_fsdp_wrapped_module.transformer.", "h.0._orig_mod.",
+@pytest.mark.parametrize("at, prefix", [
+    ("", "_orig_mod.transformer."), ("", "transformer._orig_mod."), ("", "module."),
+    ("", "module._orig_mod.transformer."), ("", "_fsdp_wrapped_module.transformer."),
+    ("h.0.", "h.0._orig_mod."),
 ])  # fmt: skip
-def test_names_of_compiled_and_parallel_models(prefix, tmp_path):
+def test_names_of_compiled_and_parallel_models(at, prefix, tmp_path):
     """Guards the loss of a training that transformers would have saved under these names."""
     folder = make_tiny_model(tmp_path / "m")
     wanted = load_model(folder).state_dict()
-    layer = prefix.startswith("h.0.")
-    rename = (lambda k: k.replace("h.0.", prefix)) if layer else (lambda k: prefix + k)
-    tensors = {rename(k): v for k, v in load_file(folder / "model.safetensors").items()}
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {k.replace(at, prefix, 1): v for k, v in tensors.items()}
     save_file(tensors, folder / "model.safetensors")
     found = load_model(folder).state_dict()
     assert all(torch.equal(found[k], v) for k, v in wanted.items())

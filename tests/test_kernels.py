@@ -14,10 +14,12 @@ import random
 import subprocess
 import sys
 from contextlib import nullcontext
+from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import ROOT, shared
+from test_cpu import head_like_gpt2
 from test_reference import chi_square_p, kept_set, oracle, uniform_ints
 
 pytest.importorskip("triton", reason="triton is not installed on this platform")
@@ -93,7 +95,8 @@ CORNERS = [  # many rows; GPT-2's vocabulary in one part and in several
 @pytest.mark.parametrize("case", SMALL + LARGE_K + CORNERS, ids=label)
 def test_equals_the_reference(case):
     """Guards every branch of both kernels: block edges, one and many blocks and parts, ties (coarse),
-    dtypes, strides. A wrong token in 1 of 100 rows would pass all these cases with odds below 20 %."""
+    dtypes, strides; and that a draw depends on its row, stream, seed and position alone. A wrong token
+    in 1 of 100 rows would pass with odds below 20 %."""
     case = dict(case)
     B, V, dtype, stride, coarse = map(case.pop, ("B", "V", "dtype", "stride", "coarse"))
     g = torch.Generator().manual_seed(V * 31 + B)
@@ -125,9 +128,8 @@ def test_real_gpt2_logits():
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_settings_as_tensors_of_any_stride(backend):
-    """Guards settings whose memory is not one number per row: expanded or 0-dimensional ones that say
-    greedy or off, and columns. The silent result was a draw that is not greedy, or token -1. Each row
-    is compared with a draw of it alone from numbers."""
+    """Guards settings whose memory is not one number per row (expanded, 0-dimensional, columns), which
+    drew something else: each row is compared with a draw of it alone from numbers."""
     g, B = torch.Generator().manual_seed(6), 4
     logits = torch.randn(B, 40, generator=g) * 3
     wide = torch.randint(0, 2**60, (B, 3), generator=g)
@@ -214,62 +216,32 @@ def test_odd_rows(top_k):
         assert k_tokens[5] < 5 and k_tokens[6] < 5  # ties: the five lowest ids
 
 
-def test_a_draw_depends_on_its_row_alone():
-    """Guards batch invariance (FlashInfer uses only the first seed): rows in another order and alone
-    draw the same; other seeds, streams and positions draw otherwise. That 8 rows agree by luck under
-    another seed has odds below 1e-4."""
-    g = torch.Generator().manual_seed(5)
-    logits, streams = torch.randn(1, 50, generator=g), torch.randint(0, 2**60, (8,), generator=g)
-
-    def draw(**given):
-        given = {"top_k": 16, "streams": streams, **given}
-        return both(logits.expand(len(given["streams"]), 50), **given)[1][0]
-
-    base, order = draw(), torch.randperm(8, generator=g)[:5]
-    assert torch.equal(draw(streams=streams[order]), base[order])
-    for change in ({"seed": 1}, {"position": 1}, {"streams": streams + 1}):
-        assert not torch.equal(draw(**change), base)
+DRAWS = 200_000 if DEVICE == "cuda" else 60
 
 
-def frequencies(n: int) -> float:
-    """The p-value of n draws of one row."""
+@pytest.mark.parametrize("n", [DRAWS, pytest.param(5_000, marks=pytest.mark.slow)])
+def test_frequencies(n):
+    """Guards the distribution: chi-square against the exact one (fixed seed), and no draw outside
+    the kept set. 5,000 interpreted draws take about five minutes."""
     row = torch.randn(48, generator=torch.Generator().manual_seed(8)) * 1.5
     given = {"top_k": 10, "top_p": 0.95, "seed": 1, "backend": "triton", "block": 64, "parts": 1}
     tokens, _ = kernels.sample_and_score(row.to(DEVICE).expand(n, 48), **given)
     ids, probs, _ = kept_set(row.double().numpy(), 1.0, 10, 0.95)
     counts = np.bincount(tokens.cpu().numpy(), minlength=48)
     assert counts[ids].sum() == n, "a draw outside the kept set"
-    return chi_square_p(counts[ids], probs)
-
-
-def test_frequencies():
-    """Guards the distribution: chi-square against the exact one, p > 0.001 (fixed seed), and no
-    draw outside the kept set. 200,000 draws on a GPU; 60 here, and 5,000 with `-m slow`."""
-    assert frequencies(200_000 if DEVICE == "cuda" else 60) > 0.001
-
-
-@pytest.mark.slow
-def test_frequencies_5000():
-    """The same with 5,000 interpreted draws (about five minutes)."""
-    p = frequencies(5_000)
+    p = chi_square_p(counts[ids], probs)
     print(f"chi-square p = {p:.4f}")
     assert p > 0.001
 
 
-# --- from hidden states ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "B, V, C, blocks, dtype, top_k",
-    [
-        (1, 7, 8, (16, 128, 16, 128, 1), torch.float32, 5),  # one ragged block
-        (3, 1000, 48, (16, 128, 32, 512, 2), torch.float32, 10),  # two strips
-        (5, 1000, 40, (16, 128, 32, 128, 8), torch.float16, 10),  # ragged depth, many strips
-        (3, 600, 64, (16, 64, 32, 256, 3), torch.float32, 64),
-        (17, 300, 32, (16, 128, 16, 384, 1), torch.float32, 1),  # a second, nearly empty row tile
-        (3, 1000, 64, None, torch.float32, 10),  # the default tiles
-    ],
-)
+@pytest.mark.parametrize("B, V, C, blocks, dtype, top_k", [
+    (1, 7, 8, (16, 128, 16, 128, 1), torch.float32, 5),  # one ragged block
+    (3, 1000, 48, (16, 128, 32, 512, 2), torch.float32, 10),  # two strips
+    (5, 1000, 40, (16, 128, 32, 128, 8), torch.float16, 10),  # ragged depth, many strips
+    (3, 600, 64, (16, 64, 32, 256, 3), torch.float32, 64),
+    (17, 300, 32, (16, 128, 16, 384, 1), torch.float32, 1),  # a second, nearly empty row tile
+    (3, 1000, 64, None, torch.float32, 10),  # the default tiles
+])  # fmt: skip
 def test_head_equals_product_then_reference(B, V, C, blocks, dtype, top_k):
     """Guards the fused head: ragged vocabulary, rows and depth, strips, and that no padded token is
     ever drawn or summed. (bf16 products can't be interpreted: tested on a GPU.)"""
@@ -280,10 +252,9 @@ def test_head_equals_product_then_reference(B, V, C, blocks, dtype, top_k):
     given = {"top_k": top_k, "top_p": 0.95, "seed": 7, "position": 3, "blocks": blocks}
     hidden, weight = hidden.to(DEVICE), weight.to(DEVICE)
     found = kernels.head_sample_and_score(hidden, weight, backend="triton", **given)
-    tolerance = 1e-5 if dtype is torch.float32 else 1e-3
-    found = [x.cpu() for x in found]
-    case = {"k": top_k, "p": 0.95, "temperature": 1.0}
-    check_draws(*found, exact, torch.arange(B), 7, 3, tolerance, **case)
+    tokens, logprobs = (x.cpu() for x in found)
+    tolerance, case = 1e-5 if dtype is torch.float32 else 1e-3, {"k": top_k, "p": 0.95}
+    check_draws(tokens, logprobs, exact, torch.arange(B), 7, 3, tolerance, temperature=1.0, **case)
     targets = torch.randint(0, V, (B,), generator=g)
     wanted = exact.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     for backend in ("triton", "reference"):
@@ -294,21 +265,15 @@ def test_head_equals_product_then_reference(B, V, C, blocks, dtype, top_k):
 def test_bf16_pieces():
     """Guards the precision of the head in bf16 pieces on logits near -100 (GPT-2's): within 0.01 of
     float64 as the log-probs must be, where plain bf16 is off by more than 0.1."""
-    g = torch.Generator().manual_seed(2)
-    common = torch.randn(256, generator=g) * 2
-    hidden = torch.randn(8, 256, generator=g) * 3 + 3 * common
-    weight = torch.randn(1000, 256, generator=g) * 0.15 - 0.03 * common
-    exact = hidden.double() @ weight.double().T
-    assert exact.mean() < -60
-    pieces = [kernels.bf16_pieces(x, w) for x, w in ((hidden, False), (weight, True))]
-    ours = (pieces[0].double() @ pieces[1].double().T).log_softmax(-1)
-    plain = (hidden.bfloat16().double() @ weight.bfloat16().double().T).log_softmax(-1)
-    wanted = exact.log_softmax(-1)
-    assert (ours - wanted).abs().max() < 0.01
-    assert (plain - wanted).abs().max() > 0.1
+    both = head_like_gpt2(1000, B=8)
 
+    def logprobs(hidden, weight):
+        return (hidden.double() @ weight.double().T).log_softmax(-1)
 
-# --- without a GPU: do they compile, do they spill? -----------------------------------------------
+    wanted = logprobs(*both)
+    plain = logprobs(*(x.bfloat16() for x in both))
+    ours = logprobs(*map(kernels.bf16_pieces, both, (False, True)))
+    assert (ours - wanted).abs().max() < 0.01 and (plain - wanted).abs().max() > 0.1
 
 
 @pytest.mark.slow
@@ -321,19 +286,17 @@ def test_every_variant_compiles_without_spills():
     assert p.returncode == 0, p.stderr[-2000:]
     rows = [json.loads(line) for line in p.stdout.splitlines()]
     assert {r["target"] for r in rows} == {"sm_80", "sm_90"}
-    kinds = {"stream_kernel", "merge_kernel", "search_kernel", "head_kernel"}
-    kinds |= {"own_kernel", "prompt_kernel"}  # of attention_triton.py
-    assert {r["kernel"] for r in rows} == kinds
+    kinds = ("stream", "merge", "search", "head", "own", "prompt")
+    assert {r["kernel"] for r in rows} == {f"{kind}_kernel" for kind in kinds}
     for r in rows:
-        assert r["spill_bytes"] <= (0 if r["target"] == "sm_90" else 32), r
+        spills, shared_kib = (32, 163) if r["target"] == "sm_80" else (0, 227)
+        assert r["spill_bytes"] <= spills and r["shared_bytes"] <= shared_kib * 1024, r
         assert r["registers"] <= 255, r
-        assert r["shared_bytes"] <= (163 if r["target"] == "sm_80" else 227) * 1024, r
 
 
 @GPU
 def test_cuda_graph_replays_give_new_draws():
-    """Guards frozen randomness under CUDA graphs: positions live in a tensor, so a replay after
-    they moved draws anew."""
+    """Guards frozen randomness: a replay after the positions moved draws anew."""
     logits = torch.randn(64, 50257, device="cuda") * 3
     streams, position = torch.arange(64, device="cuda"), torch.zeros(64, dtype=torch.int64).cuda()
     given = {"top_k": 10, "top_p": 0.95, "streams": streams, "position": position}
@@ -352,35 +315,25 @@ def test_cuda_graph_replays_give_new_draws():
     assert not torch.equal(drawn[0], drawn[1])
 
 
-# --- do the kernels work here? --------------------------------------------------------------------
+def zeros(*_):
+    return torch.zeros(5).long(), torch.zeros(5)
 
 
-def no_compiler(*_, **__):
-    raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
-
-
-BROKEN = {
-    "raises": (sample_score, "launch", no_compiler, "RuntimeError: Failed to find C compiler"),
-    "wrong token": (head_sample_score, "launch", lambda x, *_: (torch.zeros(5).long(), torch.zeros(5)),
-                    "result is wrong"),
-    "wrong search": (search, "launch", lambda x, *_: (torch.zeros(5).long(), torch.zeros(5)),
-                     "result is wrong"),
-    "wrong attention": (attention_triton, "launch", lambda q, *_: q, "result is wrong"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("how", ["healthy", *BROKEN])
-def test_the_kernels_are_tried_before_they_serve(how, monkeypatch):
+@pytest.mark.parametrize("module, broken, why", [
+    (None, None, ""),
+    (sample_score, mock.Mock(side_effect=RuntimeError("no C compiler")), "RuntimeError: no C compiler"),
+    (head_sample_score, zeros, "result is wrong"),
+    (search, zeros, "result is wrong"),
+    (attention_triton, lambda q, *_: q, "result is wrong"),
+])  # fmt: skip
+def test_the_kernels_are_tried_before_they_serve(module, broken, why, monkeypatch):
     """Guards a crash, or wrong draws, where Triton can't serve: the reason is found at the first use."""
-    device = torch.device(DEVICE)
+    if module:
+        monkeypatch.setattr(module, "launch", broken)
     kernels.check.problem.cache_clear()
-    if how == "healthy":
-        assert kernels.check.problem(device) == ""
-    else:
-        module, name, broken, why = BROKEN[how]
-        monkeypatch.setattr(module, name, broken)
-        assert why in kernels.check.problem(device)
+    problem = kernels.check.problem(torch.device(DEVICE))
     kernels.check.problem.cache_clear()
+    assert why in problem if why else not problem
 
 
 def test_a_machine_without_triton(tmp_path):

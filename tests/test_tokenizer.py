@@ -106,9 +106,6 @@ def test_long_runs_are_fast(tiny):
         assert tiny.decode(tiny.encode(text)) == text
 
 
-# --- other vocabularies --------------------------------------------------------------------------
-
-
 def train_bpe(folder, texts, size, form):
     """An ordinary BPE of the `tokenizers` package, in either form of files."""
     bpe = tokenizers.ByteLevelBPETokenizer()
@@ -123,8 +120,8 @@ def train_bpe(folder, texts, size, form):
 @pytest.mark.parametrize("form", ["merges.txt", "tokenizer.json"])
 @pytest.mark.parametrize("alphabet", ["ab", "abc ", "aé 日1'"])
 def test_trained_bpes_agree_with_transformers(form, alphabet, tmp_path):
-    """Guards the difference of the engines: tiktoken merges by the joined token, Hugging Face by
-    the pair. Few letters make many overlapping merges. And ranks used as ids: END is the first here."""
+    """Guards tiktoken's merging by the joined token, where Hugging Face merges by the pair (few letters
+    make many overlapping merges), and ranks used as ids: END is the first here."""
     rng = random.Random(alphabet)
     texts = ["".join(rng.choices(alphabet, k=rng.randrange(1, 60))) for _ in range(1500)]
     bpe = train_bpe(tmp_path, texts[:500], 900, form)
@@ -135,15 +132,11 @@ def test_trained_bpes_agree_with_transformers(form, alphabet, tmp_path):
 
 
 def test_merges_that_tiktoken_reads_otherwise_are_refused(tmp_path):
-    """Guards the one case in which the engines differ: `abc` is a + bc here, which no merge
-    allows, yet tiktoken would join them. Also two merges for one token."""
+    """Guards the one case in which the engines differ: `abc` is a + bc here, which no merge allows."""
     for merges in (["b c", "a b", "ab c"], ["a b", "b c", "ab c", "a bc"]):
         write_tiny_tokenizer(tmp_path, list(dict.fromkeys(merges)))
         with pytest.raises(SertError, match="never lead to the merge"):
             load_tokenizer(tmp_path)
-
-
-# --- refused -------------------------------------------------------------------------------------
 
 
 def refused(folder) -> str:

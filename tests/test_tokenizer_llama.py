@@ -24,16 +24,12 @@ MORE = [
 START = "<|begin_of_text|>"
 
 
-def words(regex: str):
-    split = pre_tokenizers.Split(Regex(regex), "isolated")
-    return [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-
-
-DIGITS = pre_tokenizers.Digits(individual_digits=True)
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+BYTES_ALONE = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 FORMS = {
-    "smollm2": [DIGITS, pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "qwen2": words(QWEN2),
-    "llama3": words(LLAMA3),
+    "smollm2": [pre_tokenizers.Digits(individual_digits=True), BYTES],
+    "qwen2": [pre_tokenizers.Split(Regex(QWEN2), "isolated"), BYTES_ALONE],
+    "llama3": [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES_ALONE],
 }
 
 
@@ -78,8 +74,8 @@ def pair(request, tmp_path_factory):
 
 
 def test_ids_equal_tokenizers(pair):
-    """Guards the splitting of digits, contractions, line ends and white space, Unicode's composed
-    form, merge priorities that are ids, and the token that begins a text."""
+    """Guards how texts are split, Unicode's composed form, merge priorities that are ids, and the token
+    that begins a text."""
     theirs, folder = pair
     ours, rng = load_tokenizer(folder), random.Random(0)
     texts = [*TEXTS, *AWKWARD, *MORE]
@@ -105,20 +101,14 @@ def test_special_tokens_end_paths_and_are_seen(pair):
 
 
 def test_config_names_the_end_of_text(pair):
-    """Guards `<|im_end|>` taken for a special token like others, lists of ends, and an end that is
-    an ordinary token (transformers ends there, too)."""
+    """Guards lists of ends, and an end that is an ordinary token, as in transformers."""
     _, folder = pair
     usual, *_, other = load_tokenizer(folder).ends
     plain = load_tokenizer(folder).eot
-    for eos, wanted in (
-        (other, {other}),
-        ([other, usual], {other, usual}),
-        (5, {5}),
-        (None, {plain}),
-    ):
+    for eos, *wanted in (other, other), ([other, usual], other, usual), (5, 5), (None, plain):
         (folder / "config.json").write_text(json.dumps({"eos_token_id": eos}))
         ours = load_tokenizer(folder)
-        assert {i for i, finish in ours.ends.items() if finish == "eos"} == wanted
+        assert {i for i, finish in ours.ends.items() if finish == "eos"} == {*wanted}
         assert ours.eot in wanted
     (folder / "config.json").unlink()
 
