@@ -55,9 +55,10 @@ def test_exactly_one_end_is_supervised(tiny_model_folder, loss_on):
     """Guards the shift by one, the mask, masking by token id (the real end would go with it, and the
     student never stops) and text that turns into the special token."""
     tokenizer = load_tokenizer(tiny_model_folder)
+    tokenizer.encode_prompt = lambda text: [7, *tokenizer.encode(text)]  # as a Llama's
     prompt, completion = "Question: what is <|endoftext|>\nAnswer:", " the <|endoftext|> mark. yes"
     ids, targets = finetune.encode_example(tokenizer, prompt, completion, loss_on)
-    p, c = tokenizer.encode(prompt), tokenizer.encode(completion)
+    p, c = tokenizer.encode_prompt(prompt), tokenizer.encode(completion)
     assert ids == p + c  # apart: no merge over the seam, no special token inside
     assert tokenizer.eot not in ids
     assert targets.count(tokenizer.eot) == 1 and targets[-1] == tokenizer.eot

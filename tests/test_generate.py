@@ -91,8 +91,8 @@ def count_flips(rows, others) -> int:
     return sum(a.token_ids != b.token_ids for a, b in zip(rows, others, strict=True))
 
 
-def refuse_sums(n: int):
-    """A rule that rejects ids in which two neighbours have a sum that n divides."""
+def no_sums(n: int):
+    """A rule against ids in which two neighbours have a sum that n divides."""
     return lambda question, ids: any(sum(pair) % n == 0 for pair in zip(ids, ids[1:]))
 
 
@@ -271,8 +271,8 @@ def test_looking_seldom_draws_the_same(look, ahead, raw):
     its end is dropped, also from the count of progress, and rejection cuts at the same token."""
     given, told = (loud_model(), make_prompts(8), replace(PAPER, rows=30, raw=raw)), []
     ways = {"look": look, "ahead": ahead, "progress": lambda n, ended: told.append(n)}
-    once = sample_right(*given, reject=refuse_sums(29))
-    rows = sample_right(*given, reject=refuse_sums(29), **ways)
+    once = sample_right(*given, reject=no_sums(29))
+    rows = sample_right(*given, reject=no_sums(29), **ways)
     assert {row.finish for row in rows} == {"eos", "length", "rejected"}
     assert count_flips(once, rows) <= 1  # other neighbours, other last bits; measured 0
     assert [r.finish for r in rows] == [r.finish for r in once] or count_flips(once, rows)
@@ -290,7 +290,7 @@ class NoWait(TorchDispatchMode):
 def test_a_gpus_steps_could_be_graphs(monkeypatch):
     """Guards the GPU's way as far as a CPU can: a step waits for nothing (the draw apart, which is
     another one there), a second block finds all buffers where they were, and the rows are the same."""
-    plain_make_draw, reject = decode.make_draw, refuse_sums(53)
+    plain_make_draw, reject = decode.make_draw, no_sums(53)
 
     def capture(f, state, pool=None):
         def replay():

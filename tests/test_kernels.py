@@ -85,10 +85,11 @@ def label(case):
 
 
 BIG = {"p": 0.95, "temperature": 1.0, "stride": 0, "coarse": False, "block": 2048}
-CORNERS = [  # many rows; GPT-2's vocabulary in one part and in several
+CORNERS = [  # many rows; GPT-2's vocabulary in one part and in several; rows in several
     {"B": 64, "V": 7, "k": 5, "dtype": torch.float32, **BIG},
     {"B": 1, "V": 50257, "k": 10, "dtype": torch.bfloat16, "parts": 1, **BIG},
     {"B": 1, "V": 50257, "k": 64, "dtype": torch.float32, "parts": 5, **BIG},
+    {"B": 3, "V": 1000, "k": 10, "dtype": torch.float32, **BIG, "block": 128, "parts": 3},
 ]
 
 
