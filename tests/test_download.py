@@ -15,9 +15,8 @@ import threading
 from pathlib import Path
 
 import pytest
-import tokenizers
+import transformers
 from conftest import ROOT, make_tiny_model
-from safetensors.torch import load_file, save_file
 
 from sert_min.io.hub import HUB, weights_hash
 from sert_min.models import load_model
@@ -166,18 +165,12 @@ def whole(tmp_path_factory) -> Path:
 def sharded(whole, tmp_path_factory) -> Path:
     """The same model as newer transformers write it: shards with an index, tokenizer.json."""
     folder = tmp_path_factory.mktemp("hub") / "sharded"
-    folder.mkdir()
-    shutil.copy(whole / "config.json", folder)
-    tensors, where = load_file(whole / SHORT), {}
-    for i in range(3):
-        part = {k: tensors[k] for k in sorted(tensors)[i::3]}
-        save_file(part, folder / f"model-{i}.safetensors")
-        where |= dict.fromkeys(part, f"model-{i}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    model = transformers.GPT2LMHeadModel.from_pretrained(whole)
+    model.save_pretrained(folder, max_shard_size="40KB")
     files = (str(whole / name) for name in ("vocab.json", "merges.txt"))
-    bpe = tokenizers.ByteLevelBPETokenizer(*files)
-    bpe.add_special_tokens(["<|endoftext|>"])
-    bpe.save(str(folder / "tokenizer.json"))
+    transformers.GPT2Tokenizer(*files).save_pretrained(folder)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    assert not (folder / "merges.txt").exists()
     return folder
 
 

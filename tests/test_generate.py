@@ -56,6 +56,14 @@ def make_prompts(n: int, seed: int = 0, vocab: int = 60) -> tuple[list[list[int]
     return prompts, [f"test/{i}" for i in range(n)]
 
 
+def blocks_of(n: int, size: int = 10) -> list:
+    """n blocks of so many prompts, all as wide."""
+    blocks = [make_prompts(size, seed=3 + i) for i in range(n)]
+    for prompts, _ in blocks:
+        prompts[0] = [5] * 40
+    return blocks
+
+
 @torch.inference_mode()
 def plain_logits(model: GPT2, prompt: list[int], ids: list[int]) -> torch.Tensor:
     """Logits [len(ids) + 1, V] for each token of `ids` and the one after, by one full forward."""
@@ -104,9 +112,8 @@ def no_sums(n: int):
     (2, 33, False, {"n_embd": 320}),  # products above 2**16 numbers take another way
 ])  # fmt: skip
 def test_logprobs_equal_full_forward(monkeypatch, n, rows, raw, config):
-    """Guards against a wrong position, mask, cache slot, prompt or head, scores that are scaled
-    otherwise, and attention to slots that a row has not written (they hold huge numbers), also after
-    rows retired and others took their place. A missing prompt token would change log-probs by more."""
+    """Guards a wrong position, mask, cache slot, prompt, head or scale, and attention to slots that a
+    row has not written (they hold huge numbers), also after others took the place of rows."""
     plain_begin = decode.Decoder.begin
 
     def begin(self, *block):
@@ -126,8 +133,7 @@ def test_logprobs_equal_full_forward(monkeypatch, n, rows, raw, config):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_bf16_is_near_fp32(monkeypatch, has):
-    """Guards bf16 on CPUs with and without instructions for it: log-probs near those of fp32 (a lost
-    bias or activation changes them by more than 0.5)."""
+    """On CPUs with and without instructions for it (a lost bias would change log-probs by over 0.5)."""
     pretend_bf16(monkeypatch, has)
     config = {"n_embd": 320, "vocab_size": 700}
     model, exact, (prompts, names) = loud_model(**config), loud_model(**config), make_prompts(4)
@@ -142,12 +148,12 @@ def test_bf16_is_near_fp32(monkeypatch, has):
 
 def test_branches_are_the_top_tokens():
     """Guards the five best tokens of a plain forward, in order, and topk's order among equals."""
-    model, (prompts, names) = loud_model(), make_prompts(8)
-    got = sample_block(model, Words(), prompts, names, replace(PAPER, max_new_tokens=2))
-    for q, prompt in enumerate(prompts):
-        best = plain_logits(model, prompt, [])[-1].topk(5).indices.tolist()
+    model, block = loud_model(), make_prompts(8)
+    got = sample_block(model, Words(), *block, replace(PAPER, max_new_tokens=2))
+    for q, prompt in enumerate(block[0]):
+        best = plain_logits(model, prompt, [])[-1].topk(5).indices
         firsts = [row.token_ids[0] for row in got if row.question == q]
-        assert firsts == [token for token in best for _ in range(5)]
+        assert firsts == best.repeat_interleave(5).tolist()
     logits = torch.zeros(1, 5000).index_fill(1, torch.tensor([4000, 3000, 77]), 2.0)
     rows = generate.first_rows(logits, ["a/0"], SampleSettings(samples=1), eot=9)
     assert [row.token_ids[0] for row in rows] == [77, 3000, 4000, 0, 1]
@@ -162,9 +168,8 @@ DRAWN = {"seed": 2**62 + 5, "temperature": 1.3, "top_k": 7, "top_p": 0.9}
     (replace(GREEDY, max_new_tokens=32), 7),
 ], ids=["branched", "raw", "greedy"])  # fmt: skip
 def test_rows_can_be_drawn_by_hand(s, eot):
-    """Guards against a wrong stream, seed, position or setting on its way to the sampler, an end
-    that is recorded or overlooked and a cap that forgets the branch token: whole rows are drawn
-    again, one token at a time, from plain forwards (odds by luck below 1e-100)."""
+    """Guards a wrong stream, seed, position or setting, an end that is recorded or overlooked and a cap
+    that forgets the branch token: rows are drawn again, a token at a time, from plain forwards."""
     model, (prompts, names) = loud_model(), make_prompts(20, seed=1)
     got = sample_block(model, Words(eot=eot), prompts, names, s)
     given = {name: getattr(s, name) for name in DRAWN}
@@ -207,37 +212,27 @@ def test_ending_does_not_depend_on_how_tokens_arrive():
     assert ending([6, -1], 1, ends) == (1, "length")  # a NaN behind the end does no harm
 
 
-def test_end_of_text_as_a_branch():
-    """Guards sampling that goes on behind such a branch token: only the path starts later [Fig. 2,
-    Top-5], also for a rule that may reject it."""
-    model, block, seen = loud_model(), make_prompts(4), []
-    eot = plain_logits(model, block[0][2], [])[-1].topk(3).indices[2].item()
-    got = sample_right(model, block, PAPER, Words(eot=eot), lambda _, ids: seen.extend(ids))
-    assert seen and eot not in seen
-    behind = [row for row in got if row.token_ids[0] == eot]
-    assert {row.branch for row in behind if row.question == 2} == {2}
-    assert any(len(row.token_ids) > 3 for row in behind)
-    for row in got:
-        assert row.path_start == (row.token_ids[0] == eot) and eot not in row.token_ids[1:]
-        assert len(row.token_ids) == len(row.logprobs) <= 24
-        assert (row.finish == "length") == (len(row.token_ids) == 24)
-
-
 @pytest.mark.parametrize("raw", [False, True])
 def test_special_tokens_end_paths_and_begin_none(raw):
-    """Guards a path that goes on behind a chat's `<|im_start|>`, that hides it, or that begins with
-    it: branches are the best of the ordinary tokens and end-of-text."""
-    model, block = loud_model(), make_prompts(4)
+    """Guards a path that goes on behind a chat's `<|im_start|>`, hides it, or begins with it; and one
+    that ends at a branch token that is end-of-text: only the path starts later [Fig. 2, Top-5], also
+    for a rule that may reject it."""
+    model, block, seen = loud_model(), make_prompts(4), []
     best = [plain_logits(model, prompt, [])[-1].topk(3).indices.tolist() for prompt in block[0]]
     eot = best[0][1]
     special = {best[0][0], best[1][1], 7, 8, 9} - {eot}
-    got = sample_right(model, block, replace(PAPER, raw=raw), Words(eot=eot, special=(*special,)))
-    assert {row.finish for row in got} >= {"eos", "special"}
+    words, s = Words(eot=eot, special=(*special,)), replace(PAPER, raw=raw)
+    got = sample_right(model, block, s, words, lambda _, ids: seen.extend(ids))
+    assert {row.finish for row in got} >= {"eos", "special"} and seen and eot not in seen
+    assert raw or max(len(row.token_ids) for row in got[:5]) > 3  # behind the branch eot
     for row in got:
-        assert not special & set(row.token_ids[:-1])
-        assert (row.finish == "special") == bool(special & set(row.token_ids[-1:]))
-        assert len(row.token_ids) == len(row.logprobs) <= 24
-        assert raw or row.token_ids[0] not in special
+        ids = row.token_ids
+        assert not special & set(ids[:-1]) and eot not in ids[row.path_start :]
+        assert (row.finish == "special") == bool(special & set(ids[-1:]))
+        assert len(ids) == len(row.logprobs) <= 24
+        assert row.finish in ("special", "length" if len(ids) == 24 else "eos")
+        assert raw or ids[0] not in special
+        assert row.path_start == (ids[:1] == [eot] and not raw)
     assert raw or got[0].token_ids[0] == eot
 
 
@@ -303,10 +298,7 @@ def test_a_gpus_steps_could_be_graphs(monkeypatch):
         return _disable_current_modes()(plain_make_draw(*given))
 
     model, kept, found = loud_model(), {}, []
-    s = replace(PAPER, rows=130, max_new_tokens=40)
-    blocks = [make_prompts(6, seed=3), make_prompts(6, seed=4)]
-    for prompts, _ in blocks:
-        prompts[0] = [5] * 40  # all blocks are as wide
+    s, blocks = replace(PAPER, rows=130, max_new_tokens=40), blocks_of(2, 6)
     plain = [sample_block(model, Words(), *block, s, reject) for block in blocks]
     monkeypatch.setattr(decode, "make_draw", make_draw)
     monkeypatch.setattr(decode, "capture", capture)
@@ -328,10 +320,12 @@ def test_a_gpus_steps_could_be_graphs(monkeypatch):
 
 @pytest.mark.parametrize("new, raw", [(1, False), (1, True), (32, False), (33, False), (70, True)])
 def test_caps(new, raw):
-    """Guards a cap of 1 that still decodes, and the seam between two chunks of 32 of own keys."""
-    s = SampleSettings(branches=2, max_new_tokens=new, rows=20, raw=raw)
-    rows = sample_right(loud_model(), make_prompts(4), s, Words(eot=-1))
+    """Guards a cap of 1 that still decodes, the seam between two chunks of 32 of own keys, and ids of a
+    padded vocabulary: the model has 61, the tokenizer 50."""
+    s = SampleSettings(2, max_new_tokens=new, rows=20, raw=raw, top_k=0, top_p=1.0, temperature=2.0)
+    rows = sample_right(loud_model(), make_prompts(4, vocab=50), s, Words(n_vocab=50, eot=-1))
     assert {(len(row.token_ids), row.finish) for row in rows} == {(new, "length")}
+    assert max(max(row.token_ids) for row in rows) < 50
 
 
 def test_same_block_same_bytes():
@@ -381,13 +375,6 @@ def test_nan_names_the_question(raw, table, row, question):
         sample_block(model, Words(), prompts, names, replace(PAPER, raw=raw), kept=kept)
     assert one_line(error).startswith(names[question]) and "NaN" in one_line(error)
     assert not kept  # its NaN would spoil the next block
-
-
-def test_ids_without_a_token_are_never_drawn():
-    """Guards against ids of a padded vocabulary: the model has 61, the tokenizer 50."""
-    for s in (PAPER, replace(PAPER, raw=True, top_k=0, top_p=1.0, temperature=2.0)):
-        got = sample_right(loud_model(), make_prompts(6, vocab=50), s, Words(n_vocab=50, eot=49))
-        assert max(max(row.token_ids, default=0) for row in got) < 50
 
 
 def test_rows_follow_a_gpus_memory(monkeypatch):

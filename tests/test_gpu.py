@@ -7,15 +7,7 @@ from functools import partial
 import pytest
 import torch
 from test_finetune import random_examples, random_model
-from test_generate import (
-    PAPER,
-    Words,
-    count_flips,
-    logprob_error,
-    loud_model,
-    make_prompts,
-    no_sums,
-)
+from test_generate import PAPER, Words, blocks_of, count_flips, logprob_error, loud_model, no_sums
 
 from sert_min import finetune
 from sert_min.generate import GREEDY, sample_block
@@ -23,14 +15,6 @@ from sert_min.io.errors import SertError
 from sert_min.kernels.fast import graph
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-def blocks_of(n: int) -> list:
-    """n blocks of 10 prompts, all as wide."""
-    blocks = [make_prompts(10, seed=3 + i) for i in range(n)]
-    for prompts, _ in blocks:
-        prompts[0] = [5] * 40
-    return blocks
 
 
 @pytest.mark.parametrize("raw", [False, True], ids=["branched", "raw"])
@@ -76,7 +60,7 @@ def test_bf16_is_near_the_cpu(raw):
     (replace(PAPER, rows=150, top_k=0, max_new_tokens=12), 10, 2),  # the kernel without candidates
 ])  # fmt: skip
 def test_settings_and_sizes(s, n, flips):
-    model, on_gpu, block = loud_model(), loud_model().cuda(), make_prompts(n, seed=1)
+    model, on_gpu, (block,) = loud_model(), loud_model().cuda(), blocks_of(1, n)
     wanted = sample_block(model, Words(), *block, s)
     rows = sample_block(on_gpu, Words(), *block, s)
     assert count_flips(wanted, rows) <= flips
