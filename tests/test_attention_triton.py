@@ -48,14 +48,13 @@ def dirty_memory(monkeypatch):
 
 
 def make(G, J, P, chunks, D, dtype, H=2, K=None, absent=0, empty=0, loud=3.0) -> dict:
-    """Random arguments of shared_attention as the decoder has them: parts of larger buffers, rows in
-    any order, `absent` places without a row, `empty` slots without one, huge numbers where nothing is
-    real."""
+    """Random arguments as the decoder has them: parts of larger buffers, rows in any order, `absent`
+    places without a row, `empty` slots without one, huge numbers where nothing is real."""
     g = torch.Generator().manual_seed(G * 1000 + J * 100 + P + D)
     n = G * J - absent + empty
 
-    def random(*size, scale=1.0):
-        return torch.randn(*size, generator=g) * scale
+    def random(*size):
+        return torch.randn(*size, generator=g)
 
     def ends(count, most):
         x = torch.randint(1, most + 1, (count,), generator=g)
@@ -74,7 +73,7 @@ def make(G, J, P, chunks, D, dtype, H=2, K=None, absent=0, empty=0, loud=3.0) ->
     shared.mul_(1 + 1e4 * stale[:, None, :, None])
     stale = torch.arange(chunks * CHUNK).view(-1, 1, CHUNK) >= t[:, None]  # [chunks, n, CHUNK]
     own.mul_(1 + 1e4 * stale[:, :, None, :, None])
-    q = random(n, 3, H, D, scale=loud * D**-0.5)[:, 1]
+    q = random(n, 3, H, D)[:, 1] * loud * D**-0.5
     q, shared, own = (x.to(dtype) for x in (q, shared, own))
     return {"q": q, "keys": Keys(*shared, lengths, *own), "t": t, "place": place, "J": J}
 

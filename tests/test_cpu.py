@@ -27,13 +27,20 @@ def head_like_gpt2(V: int, C: int = 256, B: int = 40, seed: int = 0):
     return hidden, weight
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 CPU")
+def test_bf16_needs_instructions(monkeypatch):
+    """Guards bf16 where oneDNN only emulates it, eight times as slow as fp32."""
+    for name in cpu.X86_BF16:
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: False, raising=False)
+    assert not cpu.has_bf16()
+
+
 @pytest.mark.parametrize("has_bf16", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 768, 3072), (3, 4, 512, 600), (1, 300, 300), (2, 8, 8)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_a_product_with_fp32_sums(shape, bias, dtype, has_bf16, monkeypatch):
-    """Guards a product at less than fp32, a lost bias or activation, a lost leading dimension and
-    memory that is not contiguous, on each way."""
+    """Guards a product at less than fp32, and a lost bias, activation, dimension or stride."""
     pretend_bf16(monkeypatch, has_bf16)
     *lead, i, o = shape
     x, w = torch.randn(*lead, 2 * i)[..., ::2].to(dtype), torch.randn(i, o).T.to(dtype)
@@ -47,14 +54,6 @@ def test_linear_is_a_product_with_fp32_sums(shape, bias, dtype, has_bf16, monkey
         assert ((x - y).abs() <= 1e-6 * i + 2 * off * y.abs() + off).all()
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 CPU")
-def test_bf16_needs_instructions(monkeypatch):
-    """Guards bf16 where oneDNN only emulates it, eight times as slow as fp32."""
-    for name in cpu.X86_BF16:
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: False, raising=False)
-    assert not cpu.has_bf16()
-
-
 @pytest.mark.parametrize("operator", [
     mock.Mock(side_effect=RuntimeError("no such operator")),
     lambda x, w, b, *_: exact_linear(x, w, b),  # no activation
@@ -63,8 +62,7 @@ def test_bf16_needs_instructions(monkeypatch):
     lambda x, w, b, *_: exact_linear(x, w, b) * float("nan"),
 ])  # fmt: skip
 def test_pytorch_serves_where_onednn_is_wrong(operator, monkeypatch):
-    """Guards wrong numbers where another PyTorch changed its private operator, and a run that goes on
-    elsewhere with other bytes: its machine says who multiplied."""
+    """Guards a private operator that another PyTorch changed; a run's machine says who multiplied."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
     assert cpu.onednn_is_right()
@@ -161,8 +159,8 @@ def test_largest_is_topk(V, k):
 
 @pytest.mark.parametrize("V", [reference.BLOCK - 1, reference.BLOCK, 2 * reference.BLOCK + 3])
 def test_blocks_change_nothing(V):
-    """Guards ids that are off by a block, a last block shorter than k, a sum over part of the
-    vocabulary, equal logits in different blocks, and NaN from a block without mass."""
+    """Guards ids off by a block, a last block shorter than k, partial sums, equal logits in different
+    blocks, and NaN from a block without mass."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(6, V, generator=g) * 4 - 100
     best, lse, values, ids = reference.summary(lambda i, j: logits[:, i:j], V, 10)
@@ -182,9 +180,8 @@ def test_blocks_change_nothing(V):
 
 @pytest.mark.parametrize("real", [False, True])
 def test_bf16_head_is_as_good_as_fp32(real):
-    """Guards the whole point of screening: on logits near -100 the best ids are those of a float64
-    head and all log-probs are within 0.01 (rounding the logits to bf16 gives errors of 0.25). The
-    weight of a head that gives exactly the real logits are these themselves."""
+    """Guards the point of screening: on logits near -100 the best ids are those of a float64 head, and
+    log-probs are within 0.01 (where rounded logits are off by 0.25)."""
     hidden, weight = (
         (torch.eye(5), golden_rows().T.contiguous()) if real else head_like_gpt2(20_000)
     )
@@ -221,8 +218,7 @@ def test_draws_equal_those_of_an_exact_head(given, twice):
 
 
 def test_rows_that_screening_can_not_tell_apart_are_computed_in_full(monkeypatch):
-    """Guards the check behind screening: in flat rows the 32 rough best are not the best. These must
-    take the exact way, the others must not."""
+    """In flat rows the 32 rough best are not the best: these must take the exact way, others not."""
     hidden, weight = head_like_gpt2(9_000, B=6)
     hidden[2] *= 1e-3
     full, exact_blocks = [], cpu.blocks

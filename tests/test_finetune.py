@@ -13,6 +13,7 @@ from sert_min.finetune import IGNORE, TrainSettings, loss_sum, n_supervised, pac
 from sert_min.gpt2 import GPT2, GPT2Config
 from sert_min.io.errors import SertError
 from sert_min.io.state import load_state
+from sert_min.models import TRANSPOSED
 from sert_min.tokenizer import load_tokenizer
 
 SMALL = {"vocab_size": 61, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -52,8 +53,7 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, relative: float) -> None:
 
 @pytest.mark.parametrize("loss_on", ["answer", "all"])
 def test_exactly_one_end_is_supervised(tiny_model_folder, loss_on):
-    """Guards the shift by one, the mask, masking by token id (the real end would go with it, and the
-    student never stops) and text that turns into the special token."""
+    """Guards the shift by one, masking by token id (the student would never stop), and ends in text."""
     tokenizer = load_tokenizer(tiny_model_folder)
     tokenizer.encode_prompt = lambda text: [7, *tokenizer.encode(text)]  # as a Llama's
     prompt, completion = "Question: what is <|endoftext|>\nAnswer:", " the <|endoftext|> mark. yes"
@@ -66,25 +66,14 @@ def test_exactly_one_end_is_supervised(tiny_model_folder, loss_on):
     assert targets[: len(p) - 1] == (p[1:] if loss_on == "all" else [IGNORE] * (len(p) - 1))
 
 
-def test_epoch_order_is_a_new_permutation_each_epoch():
-    """Guards an order that ignores seed or epoch, or that changes from version to version."""
-    order = finetune.epoch_order
-    assert len({tuple(order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-    assert order(8, 3, 2) == [2, 3, 5, 7, 4, 0, 6, 1]
-
-
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_loss_and_gradients_equal_transformers(config):
-    """Guards everything between tensors and gradient: scale, shift, mask, tying, and packing in which
-    one example sees another."""
+    """Guards scale, shift, mask, tying, examples that see each other, and a sparse gradient."""
     model, examples = random_model(**config), random_examples()
-    c = {k: v for k, v in vars(model.config).items() if not k.endswith("token_id")}
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**c, **no_dropout))
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**vars(model.config))).eval()
 
     def ours_of(name: str, t: torch.Tensor) -> torch.Tensor:
-        conv1d = name.endswith("weight") and t.dim() == 2 and ".h." in name
-        return t.t() if conv1d else t
+        return t.t() if name.endswith(TRANSPOSED) else t
 
     mine = dict(model.named_parameters())
     with torch.no_grad():
@@ -99,6 +88,7 @@ def test_loss_and_gradients_equal_transformers(config):
     mask[[len(i) == T for i, _ in examples], T] = 1  # a full row still needs its last label
     their_loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
     their_loss.backward()
+    model.wte.sparse = finetune.sparse_embedding(model)
     loss = loss_sum(model, pack(examples)) / n_supervised(examples)
     loss.backward()
     assert abs(loss.item() / their_loss.item() - 1) < 1e-5
@@ -128,10 +118,10 @@ def test_head_loss_equals_cross_entropy():
         assert_close(b, a, 1e-6)
 
 
-@pytest.mark.parametrize("loss_on_all", [False, True])
-def test_padding_to_few_sizes_changes_nothing(loss_on_all):
+@pytest.mark.parametrize("all_tokens", [False, True])
+def test_padding_to_few_sizes_changes_nothing(all_tokens):
     examples, found = random_examples(), []
-    if loss_on_all:  # then the token that padded losses point to has a target
+    if all_tokens:  # then the token that padded losses point to has a target
         examples = [(ids, ids[1:] + [7]) for ids, _ in examples]
     for few_sizes in (False, True):
         model, batch = random_model(), pack(examples, few_sizes=few_sizes)
@@ -143,11 +133,15 @@ def test_padding_to_few_sizes_changes_nothing(loss_on_all):
         assert_close(b, a, 1e-5)
 
 
-def test_mean_loss_is_per_token():
-    """Guards a mean of means (examples of other lengths would weigh too much)."""
+def test_mean_loss_and_order():
+    """Guards a mean of means (examples of other lengths would weigh too much), and an order that
+    ignores seed or epoch, or that changes from version to version."""
     model, examples = random_model(), random_examples(((9, 4), (3, 1)) * 40)
     want = sum(loss_sum(model, pack([e])).item() for e in examples) / n_supervised(examples)
     assert abs(finetune.mean_loss(model, examples) / want - 1) < 1e-5
+    order = finetune.epoch_order
+    assert len({tuple(order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert order(8, 3, 2) == [2, 3, 5, 7, 4, 0, 6, 1]
 
 
 def test_bf16_keeps_loss_and_gradients_in_fp32():
@@ -160,27 +154,14 @@ def test_bf16_keeps_loss_and_gradients_in_fp32():
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def test_sparse_embedding_gradient_is_the_dense_one():
-    """Guards a gradient that loses repeated tokens, or stays sparse (the optimiser refuses it)."""
-    examples, found = random_examples(((30, 12), (30, 30))), []  # more tokens than ids: many repeat
-    for sparse in (False, True):
-        model = random_model()
-        model.wte.sparse = sparse
-        for _ in range(2):  # accumulated
-            loss_sum(model, pack(examples)).backward()
-        assert not model.wte.weight.grad.is_sparse
-        found.append([p.grad for p in model.parameters()])
-    for dense, sparse in zip(*found):
-        assert_close(sparse, dense, 1e-6)
-    assert not finetune.sparse_embedding(random_model(tie_word_embeddings=False))
-
-
 def test_accumulated_equals_whole_batch(monkeypatch):
-    """Guards a mean per part. SGD: Adam turns rounding of a near-zero gradient into a whole step."""
+    """Guards a mean per part, and a sparse gradient that stays sparse or loses repeated tokens. SGD:
+    Adam turns rounding of a near-zero gradient into a whole step."""
     monkeypatch.setattr(finetune, "CLIP", 1e9)
     examples, moved = random_examples(((9, 4), (3, 1), (20, 15), (5, 5)) * 2), []
     for accumulate in (1, 3, 8):
         model = random_model()
+        model.wte.sparse = accumulate > 1
         train_step(model, torch.optim.SGD(model.parameters(), 1.0), examples, 0, accumulate)
         moved.append([a - b for a, b in zip(model.parameters(), random_model().parameters())])
     for whole, *in_parts in zip(*moved):
@@ -241,8 +222,7 @@ def run_fit(model, out, epochs=2, examples=None, names="abcde", max_steps=None) 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_resumed_run_takes_the_same_steps(tmp_path, n):
-    """Guards a resume with fresh moments, another order or other weights, inside an epoch and at its
-    end. The log may hold later steps and half a line when a run is killed."""
+    """Guards fresh moments, another order or weights. A killed run's log may hold later steps."""
     want = run_fit(random_model(), tmp_path / "whole")
     out = tmp_path / "run"
     run_fit(random_model(), out, max_steps=n)
@@ -270,8 +250,7 @@ def test_states_that_do_not_fit_are_named(tmp_path):
 
 
 def test_kills_and_a_full_disk_keep_the_state_before(tmp_path):
-    """Guards the moment in which the old state has been moved away and the new one is not there, and
-    half a state under the final name."""
+    """Guards the moment between two renames, and half a state under the final name."""
     run_fit(random_model(), tmp_path)
     (tmp_path / "state").rename(tmp_path / ".state.old")
     (tmp_path / ".state.tmp").mkdir()
@@ -279,11 +258,11 @@ def test_kills_and_a_full_disk_keep_the_state_before(tmp_path):
     assert load_state(model, optimizer, tmp_path / "state") == 6
     assert len(optimizer.state) == len(list(model.parameters()))
     before = (tmp_path / "state" / "state.safetensors").read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the state has more bytes
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the state has more bytes
     try:
         with pytest.raises((SertError, OSError), match="(?i)file too large"):
             run_fit(random_model(), tmp_path, epochs=3)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "state" / "state.safetensors").read_bytes() == before

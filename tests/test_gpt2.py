@@ -1,15 +1,14 @@
-"""gpt2.py against transformers and real GPT-2 logits; damaged folders refused."""
+"""gpt2.py against transformers; damaged folders refused."""
 
 import json
 import math
 import re
 import struct
 
-import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_tiny_model, one_line, shared, write_tiny_tokenizer
+from conftest import make_tiny_model, one_line, write_tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from sert_min.gpt2 import GPT2, GPT2Config
@@ -113,21 +112,6 @@ def test_labels_tell_local_models_apart(tmp_path, monkeypatch):
         make_tiny_model(tmp_path / where, seed)
         labels.add(model_label(where, hub.find_model(where)))
     assert len(labels) == 3 and all(label.startswith("gpt2-") for label in labels)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_real_logits_keep_their_top_ten(dtype):
-    """Of five golden rows: hidden states and a head that give exactly their logits come from an SVD."""
-    rows = np.load(shared("golden", "gpt2_logits.npz"))["logits"]  # [5, V]
-    prompts = json.loads(shared("golden", "gpt2_prompts.json").read_text())
-    u, s, vt = np.linalg.svd(rows.astype(np.float64), full_matrices=False)
-    hidden, weight = torch.tensor(u * s).float(), torch.tensor(vt.T).float()
-    model = GPT2(GPT2Config(weight.shape[0], 8, weight.shape[1], 1, 1))
-    model.wte.weight.data = weight
-    ours = model.cast_(dtype).logits(hidden).log_softmax(-1)
-    assert (ours - torch.tensor(rows).double().log_softmax(-1)).abs().max() < 0.01
-    for row, prompt in zip(ours, prompts):
-        assert row.topk(10).indices.tolist() == [t["id"] for t in prompt["top"]]
 
 
 @torch.no_grad()

@@ -53,8 +53,14 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
 
 
-def stop_at(monkeypatch, module, name: str, call: int, number: int) -> None:
-    """Send this process a signal at the given call of a function."""
+@pytest.mark.parametrize("module, name, call, number", [
+    ("sert_min.finetune", "train_step", 3, signal.SIGINT),
+    ("train", "mean_loss", 1, signal.SIGTERM),  # in the first validation
+    ("train", "greedy", 2, signal.SIGINT),  # before validation decodes (1 is the report)
+])  # fmt: skip
+def test_signals_save_and_name_the_command(run, monkeypatch, capsys, module, name, call, number):
+    """Guards a lost epoch, a validation line that is missing or there twice, or can't be stopped."""
+    whole = run("--holdout --out-dir whole")
     real, calls = getattr(sys.modules[module], name), itertools.count(1)
 
     def signalling(*args, **kwargs):
@@ -62,21 +68,10 @@ def stop_at(monkeypatch, module, name: str, call: int, number: int) -> None:
             os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(sys.modules[module], name, signalling)
-
-
-@pytest.mark.parametrize("module, name, call, number", [
-    ("sert_min.finetune", "train_step", 3, signal.SIGINT),  # in a step
-    ("train", "mean_loss", 1, signal.SIGTERM),  # in the first validation
-    ("train", "greedy", 2, signal.SIGINT),  # before validation decodes (1 is the report)
-])  # fmt: skip
-def test_signals_save_and_name_the_command(run, monkeypatch, capsys, module, name, call, number):
-    """Guards a lost epoch, a validation line that is missing or there twice, or can't be stopped."""
-    whole = run("--holdout --out-dir whole")
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(sys, "argv", ["train.py", "--out-dir", "a b"])
     with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
-        stop_at(m, module, name, call, number)
+        m.setattr(f"{module}.{name}", signalling)
         run("--holdout --out-dir run")
     assert e.value.code == 128 + number
     assert "continue with: python train.py --out-dir 'a b'" in capsys.readouterr().out
@@ -86,32 +81,26 @@ def test_signals_save_and_name_the_command(run, monkeypatch, capsys, module, nam
     assert_same_run(out, whole)
 
 
-def test_finished_run_does_nothing_on_repeat(run, capsys):
-    out = run("--report 4")
-    printed = capsys.readouterr().out
-    assert "greedy decoding, 4 test questions" in printed and "reasoning outputs" in printed
-    assert printed.count("before: ") == printed.count("after: ") == 3
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
-    assert run() == out and "is there already, trained for 6 steps" in capsys.readouterr().out
-    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
-    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_a_picture_that_fails_costs_nothing(run, monkeypatch, capsys):
-    """Guards a picture that is drawn before the model is saved: a notebook's backend once failed it."""
+def test_finished_run_does_nothing_on_repeat(run, monkeypatch, capsys):
+    """Guards a picture that is drawn before the model is saved: it may fail. The repeat draws it."""
 
     def plot(metrics, png, title):
         assert (png.parent / "last/model.safetensors").exists()
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("sert_min.report.figures.plot_training", plot)
-    out = run("--max-steps 1")
-    assert "loss.png was not drawn (RuntimeError: no fonts)" in capsys.readouterr().out
+    with monkeypatch.context() as m:
+        m.setattr("sert_min.report.figures.plot_training", plot)
+        out = run("--report 4")
+    printed = capsys.readouterr().out
+    assert "greedy decoding, 4 test questions" in printed and "reasoning outputs" in printed
+    assert printed.count("before: ") == printed.count("after: ") == 3
+    assert "loss.png was not drawn (RuntimeError: no fonts)" in printed
     assert not (out / "loss.png").exists()
-    monkeypatch.undo()
-    monkeypatch.chdir(out.parents[4])
-    run("--max-steps 1")  # a repeated command draws what is missing
-    assert (out / "loss.png").exists()
+    run()
+    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
+    assert run() == out and "is there already, trained for 6 steps" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
 
 
 def test_more_epochs_continue(run, tmp_path):
@@ -170,10 +159,9 @@ def test_what_is_learnt_from_a_file_of_paths(tmp_path, capsys):
     """Guards a training text that states two answers, rejected paths, and those of another task."""
     a, b, c = questions = tasks.load("micro", "train")[:3]
     texts = " One fact. So the answer is no.", "So the answer is yes.", "never"
-    records = [
-        {"id": q.id, "question": q.text, "text": text, "verdict": verdict}
-        for q, text, verdict in zip(questions, texts, ("selected", "selected", "kept"))
-    ]
+    records = [{"id": q.id, "question": q.text, "text": text, "verdict": "selected"}
+               for q, text in zip(questions, texts)]  # fmt: skip
+    records[2]["verdict"] = "kept"
     (tmp_path / "selected.jsonl").write_text("".join(map(to_line, records)))
     pairs = train.sert_pairs(tmp_path / "selected.jsonl", questions)
     assert pairs == [(a, f"Question: {a.text}\nAnswer:", f" One fact. {answer_sentence(a)}")]
@@ -242,10 +230,10 @@ def test_sert_and_star_from_one_folder(run, tmp_path, tiny, monkeypatch, capsys)
             run(f"--method {method} {flags} --out-dir {order[:4]}-{method}", paths=str(paths))
     warned = capsys.readouterr().out.count("8 of these paths state another answer")
     assert warned == 2  # twice for sert, never for star
-    assert ["golf golf" in pair[2] for pair in learnt["sert"]] == [False] * 8
-    assert ["golf golf" in pair[2] for pair in learnt["star"]] == [True] * 8
-    assert all(pair[2].count(" is ") == 1 for pairs in learnt.values() for pair in pairs)
     for method in ("sert", "star"):
+        texts = [text for _, _, text in learnt[method]]
+        assert ["golf golf" in text for text in texts] == [method == "star"] * 8
+        assert all(text.count(" is ") == 1 for text in texts)
         assert_same_run(*(tmp_path / f"{first}-{method}" for first in ("sert", "star")))
     assert {p.name: p.read_bytes() for p in paths.parent.iterdir()} == before
     rules = read_sert(tmp_path / "star-star/last")["rules"]
