@@ -82,8 +82,7 @@ def test_pytorch_serves_where_onednn_is_wrong(operator, monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7, 300, 400), (2, 3, 400, 300)])
 def test_linear_has_gradients(shape, bias):
-    """Guards training: a gradient that is transposed, summed over part of the rows, or of less than
-    fp32; and one that autocast to bf16 would not see."""
+    """Guards a gradient that is transposed, partial or of less than fp32, and autocast to bf16."""
     *lead, i, o = shape
     given = [torch.randn(*lead, i), torch.randn(o, i), torch.randn(o) if bias else None]
     given = [x if x is None else x.requires_grad_() for x in given]
@@ -106,8 +105,7 @@ def test_linear_has_gradients(shape, bias):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunks, n, slots, group", [(1, 5, 5, 1), (3, 4, 7, 1), (3, 4, 7, 2)])
 def test_own_attention_is_that_of_the_definition(dtype, chunks, n, slots, group):
-    """Guards rows of another slot, head, chunk or layer, weights of another token, and rows kept from
-    a call of another shape, with fewer live rows and chunks than there is memory for."""
+    """Guards rows of another slot, head, chunk, layer or call, and weights of another token."""
     H, D, C = 3, 16, attention.CHUNK
     g = torch.Generator().manual_seed(chunks)
     size = (2, chunks + 1, slots, H)
@@ -202,8 +200,7 @@ def test_bf16_head_is_as_good_as_fp32(real):
     *(({name: x}, twice) for name, x in (("temperature", 0.0), ("top_k", 9)) for twice in (False, True)),
 ])  # fmt: skip
 def test_draws_equal_those_of_an_exact_head(given, twice):
-    """Guards the way from screening to the drawn token; top-k off or above what is screened; and equal
-    tokens, which rounded logits find in any order: the lowest id comes first."""
+    """Guards the way from screening to the drawn token, and equal tokens: the lowest id comes first."""
     hidden, weight = head_like_gpt2(9_000)
     weight = torch.cat([weight, weight]) if twice else weight
     screened = given.get("top_k") not in (0, 100)

@@ -25,8 +25,7 @@ VALUE = st.none() | st.booleans() | st.integers() | st.floats(-1e9, 1e9) | TEXT 
 @settings(max_examples=40)
 @given(st.lists(st.dictionaries(TEXT, VALUE, max_size=5), max_size=4))
 def test_records_come_back(tmp_path_factory, records):
-    """Guards line breaks, U+2028 and lone surrogates in text: one record stays one line; and wrong
-    paths."""
+    """Guards line breaks, U+2028 and lone surrogates in one line's text, and wrong paths."""
     path = tmp_path_factory.mktemp("jsonl") / "a.jsonl"
     path.write_text("".join(map(files.to_line, records)))
     assert path.read_bytes().count(b"\n") == len(records)
@@ -73,8 +72,7 @@ def test_a_full_disk_leaves_whole_records(tmp_path, monkeypatch, written):
     """Guards half a record behind ENOSPC, and os.write, which may write less than it was given."""
     path, real, left = tmp_path / "a.jsonl", os.write, [10**6]
 
-    def write(fd, data):
-        """At most 7 bytes at a time."""
+    def write(fd, data):  # at most 7 bytes at a time
         if left[0] == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         piece = bytes(data)[: min(7, left[0])]
@@ -107,8 +105,7 @@ def test_a_torn_tail_is_set_aside_not_glued(tmp_path):
 
 
 def killed(n: int, work) -> bool:
-    """Run `work` in a forked process that kills itself at its n-th write, sync or rename (of a
-    write half is done); False if there were fewer."""
+    """Run `work` in a fork that kills itself at its n-th write (half is done), sync or rename."""
     child = os.fork()
     if child == 0:
         calls = [0]
@@ -154,8 +151,7 @@ def test_sigkill_while_appending_loses_nothing(tmp_path):
 
 
 def test_a_failure_keeps_the_old_file_and_folder(tmp_path, monkeypatch):
-    """Guards open(path, "w") on a file that matters, a mixture of two checkpoints, and the moment
-    between the two renames: where the second fails, the old folder returns."""
+    """Guards open(path, "w") on a file that matters, mixed checkpoints, and a second rename that fails."""
     file, path, real = tmp_path / "a.json", tmp_path / "deep" / "model", os.rename
 
     def broken():

@@ -197,8 +197,7 @@ def test_streams_are_sha256():
 
 
 def test_ending_does_not_depend_on_how_tokens_arrive():
-    """Guards a row that ends elsewhere when the host sees eight tokens at once: every list of up to
-    four tokens, with every room, in one piece and one by one (its docstring has the five cases)."""
+    """Every list of up to four tokens, with every room, in one piece and one by one."""
     ends, reject = {9: "eos", 8: "special"}, lambda new: 7 in new
     lists = (itertools.product((6, 7, 8, 9), repeat=n) for n in range(1, 5))
     for tokens, room in itertools.product(itertools.chain(*lists), range(1, 6)):
@@ -238,8 +237,7 @@ def test_special_tokens_end_paths_and_begin_none(raw):
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_reject_stops_rows_and_leaves_the_others(raw):
-    """Guards early rejection that changes what other rows draw, or that looks too late: rejected rows
-    are prefixes of what they would have been."""
+    """Guards rejection that changes what other rows draw, or comes late: rejected rows are prefixes."""
     seen = []
 
     def reject(question, ids) -> bool:
@@ -285,7 +283,6 @@ class NoWait(TorchDispatchMode):
 def test_a_gpus_steps_could_be_graphs(monkeypatch):
     """Guards the GPU's way as far as a CPU can: a step waits for nothing (the draw apart, which is
     another one there), a second block finds all buffers where they were, and the rows are the same."""
-    plain_make_draw, reject = decode.make_draw, no_sums(53)
 
     def capture(f, state, pool=None):
         def replay():
@@ -294,13 +291,11 @@ def test_a_gpus_steps_could_be_graphs(monkeypatch):
 
         return replay
 
-    def make_draw(*given):
-        return _disable_current_modes()(plain_make_draw(*given))
-
     model, kept, found = loud_model(), {}, []
     s, blocks = replace(PAPER, rows=130, max_new_tokens=40), blocks_of(2, 6)
-    plain = [sample_block(model, Words(), *block, s, reject) for block in blocks]
-    monkeypatch.setattr(decode, "make_draw", make_draw)
+    plain = [sample_block(model, Words(), *block, s, no_sums(53)) for block in blocks]
+    draw = decode.make_draw
+    monkeypatch.setattr(decode, "make_draw", lambda *x: _disable_current_modes()(draw(*x)))
     monkeypatch.setattr(decode, "capture", capture)
     for module in (decode, generate):
         monkeypatch.setattr(module, "on_gpu", lambda x: True)
@@ -309,7 +304,7 @@ def test_a_gpus_steps_could_be_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", mock.MagicMock)
     monkeypatch.setattr(decode.check, "problem", lambda device: "")
     for block, wanted in zip(blocks, plain):
-        rows = sample_right(model, block, s, reject=reject, kept=kept)
+        rows = sample_right(model, block, s, reject=no_sums(53), kept=kept)
         assert count_flips(wanted, rows) <= 1  # measured 0
         (decoder,) = kept.values()
         buffers = (*vars(decoder).values(), *vars(decoder.prompts).values())
@@ -351,10 +346,9 @@ def test_flips_across_blocks():
         assert count_flips(base, got) <= 2  # measured 0
 
 
-@pytest.mark.parametrize(
-    "bad, message",
-    [([1] * 105, "exceeds the context of 128"), ([], "empty"), ([61], "do not belong together")],
-)
+@pytest.mark.parametrize("bad, message", [
+    ([1] * 105, "exceeds the context of 128"), ([], "empty"), ([61], "do not belong together"),
+])  # fmt: skip
 def test_prompts_that_do_not_fit(bad, message):
     """Guards against an index error deep in the model: one line that names the question."""
     with pytest.raises(SertError) as error:

@@ -93,8 +93,7 @@ CASES = SMALL + LARGE_K + CORNERS
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_equals_the_reference(case):
     """Guards every branch of both kernels: block edges, one and many blocks and parts, ties (coarse),
-    dtypes, strides; and that a draw depends on its row, stream, seed and position alone. A wrong token
-    in 1 of 100 rows would pass with odds below 20 %."""
+    dtypes, strides; and that a draw depends on its row, stream, seed and position alone."""
     case = dict(case)
     B, V, dtype, stride, coarse = map(case.pop, ("B", "V", "dtype", "stride", "coarse"))
     g = torch.Generator().manual_seed(V * 31 + B)
@@ -190,28 +189,18 @@ def test_launches_are_on_the_gpu_of_their_tensors(monkeypatch):
 def test_odd_rows(top_k):
     """Guards the silent wrong token: what can't be sampled says so (-1, NaN), what can be is exact
     next to infinities, equal logits and huge numbers."""
-    V = 300
-    rows = {
-        "all -inf": (torch.full((V,), -INF), False),
-        "one finite": (torch.full((V,), -INF).index_fill(0, torch.tensor([17]), -3.0), True),
-        "last finite": (torch.full((V,), -INF).index_fill(0, torch.tensor([V - 1]), 2.0), True),
-        "NaN": (torch.zeros(V).index_fill(0, torch.tensor([250]), NAN), False),
-        "+inf": (torch.zeros(V).index_fill(0, torch.tensor([4]), INF), False),
-        "equal": (torch.zeros(V), True),
-        "signed zeros": (torch.zeros(V).index_fill(0, torch.tensor([0, 2]), -0.0), True),
-        "huge": (torch.linspace(-1e30, 1e30, V), True),
-        "half -inf": (torch.where(torch.arange(V) % 2 == 0, -INF, torch.arange(V) / 50.0), True),
-    }
-    logits = torch.stack([row for row, _ in rows.values()])
+    at = torch.arange(300)
+    unusable = at - INF, torch.where(at == 250, NAN, 0.0), torch.where(at == 4, INF, 0.0)
+    usable = [at * 0.0, torch.where(at % 2 == 0, -0.0, 0.0), torch.linspace(-1e30, 1e30, 300)]
+    usable += [torch.where(some, at / 50.0, -INF) for some in (at == 17, at == 299, at % 2 == 1)]
+    logits = torch.stack([*unusable, *usable])
     launch = {"block": 128} if top_k else {}
-    (tokens, logprobs), (k_tokens, k_logprobs) = both(logits, launch, top_k=top_k, top_p=0.9)
+    (tokens, logprobs), (k_tokens, k_logprobs) = both(logits, launch, top_k=top_k, top_p=0.905)
     assert torch.equal(tokens, k_tokens)
     torch.testing.assert_close(k_logprobs, logprobs, equal_nan=True, atol=1e-5, rtol=1e-6)
-    for (name, (row, usable)), token in zip(rows.items(), k_tokens.tolist()):
-        assert (token >= 0) == usable, name
-        assert not usable or row[token] > -INF, name
-    if top_k == 5:
-        assert k_tokens[5] < 5 and k_tokens[6] < 5  # ties: the five lowest ids
+    assert (k_tokens >= 0).tolist() == [False] * 3 + [True] * 6
+    assert logits[3:].gather(1, k_tokens[3:, None]).min() > -INF
+    assert not top_k or k_tokens[3:5].max() < 5  # ties: the five lowest ids
 
 
 DRAWS = 200_000 if DEVICE == "cuda" else 60
@@ -254,8 +243,7 @@ def test_head_equals_product_then_reference(B, V, C, blocks, dtype, top_k):
 
 
 def test_bf16_pieces():
-    """Guards the precision of the head in bf16 pieces on logits near -100 (GPT-2's): within 0.01 of
-    float64 as the log-probs must be, where plain bf16 is off by more than 0.1."""
+    """On logits near -100 (GPT-2's) within 0.01 of float64, where bf16 is off by more than 0.1."""
     both = head_like_gpt2(1000, B=8)
 
     def logprobs(hidden, weight):
@@ -269,8 +257,7 @@ def test_bf16_pieces():
 
 @pytest.mark.slow
 def test_every_variant_compiles_without_spills():
-    """Guards what the interpreter can't see: each default configuration compiles for A100 (sm_80)
-    and H100/H200 (sm_90), and nothing spills from registers into local memory."""
+    """For A100 (sm_80) and H100/H200 (sm_90)."""
     script = [sys.executable, str(ROOT / "bench" / "compile_kernels.py")]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     p = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)

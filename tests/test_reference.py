@@ -114,9 +114,8 @@ LEVELS = {
 }  # fmt: skip
 
 
-def make_logits(case: dict, g: torch.Generator) -> torch.Tensor:
+def make_logits(B: int, V: int, case: dict, g: torch.Generator) -> torch.Tensor:
     """Logits near -100 as GPT-2's are, in the asked dtype and memory layout."""
-    B, V = case["B"], case["V"]
     x = (torch.randn(B, V, generator=g) * 3 - 100).to(case["dtype"])
     if case["layout"] == "rows":
         wide = torch.full((2 * B, V + 5), 3e4, dtype=case["dtype"])
@@ -134,7 +133,8 @@ def test_tokens_equal_oracle():
     rows = near = 0
     worst = 0.0
     for number, case in enumerate(cases):
-        B, V, x = case["B"], case["V"], make_logits(case, g)
+        B, V = case["B"], case["V"]
+        x = make_logits(B, V, case, g)
         k = {"V": V, "more": V + 3}.get(case["k"], case["k"])
         given = {"temperature": case["t"], "top_p": case["p"], "top_k": k, "position": number}
         t, p, k, position = ([x] * B for x in given.values())
@@ -160,13 +160,12 @@ def test_tokens_equal_oracle():
             assert tokens[i] == token or close, (case, i)
             worst = max(worst, 0.0 if close else abs(logprobs[i].item() - logprob))
     print(f"\n{len(cases)} cases, {rows} rows, {near} too near to call, log-prob error {worst:.1e}")
-    assert near < rows * 0.02 and worst < 1e-5
+    assert near < rows * 0.02 and worst < 4e-6  # near -100 fp32 has steps of 7.6e-6
 
 
 @pytest.mark.parametrize("batches", [12, pytest.param(100, marks=pytest.mark.slow)])  # of 2,000
 def test_draws_have_the_right_frequencies(batches):
-    """Guards against a bias that single draws do not show, in five settings, and draws outside the
-    kept set. p > 0.001, so a right sampler fails with odds of 1 in 200."""
+    """Guards a bias that single draws do not show. A right sampler fails with odds of 1 in 200."""
     row = torch.randn(200, generator=torch.Generator().manual_seed(3)) * 2 - 100
     row[50:90] = float("-inf")
     settings = [(10, 0.95, 1.0), (0, 0.9, 0.7), (0, 1.0, 1.0), (50, 1.0, 2.0), (3, 0.5, 1.0)]
@@ -190,20 +189,6 @@ def check_frequencies(
     assert counts[ids].sum() == size * batches, "a draw outside the kept set"
     print(f"chi-square p = {chi_square_p(counts[ids], probs):.4f}")
     assert chi_square_p(counts[ids], probs) > 0.001, (k, p, t)
-
-
-def test_real_rows():
-    """Guards log-probs that lose digits near -136, where fp32 steps are 1.5e-5: of rare tokens, which
-    temperature 50 draws, and of the best ones."""
-    rows = golden_rows()
-    exact = rows.double().log_softmax(-1)
-    check_frequencies(rows[2].topk(1000).values, 10, 0.95, 1.0, 11, batches=12)
-    assert torch.equal(sample_and_score(rows, temperature=0)[0], rows.argmax(-1))
-    for temperature, n in ((50.0, 15), (0.0, 1)):
-        for row, want in zip(rows, exact):
-            tokens, found = sample_and_score(row.expand(n, -1), temperature=temperature, seed=2)
-            assert tokens.unique().numel() > 0.9 * n
-            assert ((found - want[tokens]).abs() < 2e-6 * want[tokens].abs().clamp(min=1)).all()
 
 
 INF = float("inf")
@@ -243,8 +228,7 @@ def test_which_tokens_come_up(row, settings, wanted):
 
 
 def test_order_of_ids_decides_not_order_of_logits(monkeypatch):
-    """Guards the corners of the CDF: uniforms 0 and 1 - 2^-24 give the first and the last kept id that
-    has any mass, and one that hits a border exactly gives the token behind it."""
+    """Guards the first and the last kept id with any mass (uniforms 0 and 1 - 2^-24), and borders."""
     row, tie = [-INF, 1.0, 3.0, -50.0, 2.0, -200.0], [-1e6, 0.0, 0.0, -1e6]
     last = 1 - 2**-24
     cases = [(row, 3, 0.0, 1), (row, 3, last, 4), (row, 0, 0.0, 1), (row, 0, last, 4)]
