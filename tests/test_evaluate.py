@@ -18,15 +18,9 @@ YES_NO = Question("strategy_qa", "7", "Is it so?", "yes")
 CHOICE = Question("commonsense_qa", "c", "Where? Answer choices: ..", "B", ("sea", "mall", "sky"))
 
 
-@pytest.mark.parametrize(
-    "k, n, low, high",  # Newcombe 1998, Statistics in Medicine 17, Table I, method 3
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
+@pytest.mark.parametrize("k, n, low, high", [  # Newcombe 1998, Table I, method 3
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
+])  # fmt: skip
 def test_share_interval_equals_published_values(k, n, low, high):
     p, a, b = share_interval(k, n)
     assert p == k / n and round(a, 4) == low and round(b, 4) == high
@@ -47,7 +41,7 @@ def test_intervals_of_nothing_and_of_a_mean():
     assert mean_interval([4])[0] == 4 and all(map(math.isnan, mean_interval([4])[1:]))
 
 
-FORMS = [  # (text, finish, format_ok, reason, extracted)
+@pytest.mark.parametrize("text, finish, ok, reason, extracted", [
     ("Tea is hot. So the answer is yes.", "eos", True, "ok", "yes"),
     ("Tea is hot. So the answer is yes.", "length", False, "does not end", "yes"),
     ("Tea is hot.", "eos", False, "states no answer", None),
@@ -57,10 +51,7 @@ FORMS = [  # (text, finish, format_ok, reason, extracted)
     ("a b " * 30 + "so the answer is yes.", "eos", False, "severely repetitive", "yes"),
     ("So the answer is yes.", None, None, "finish not recorded", "yes"),
     ("", "eos", False, "states no answer", None),
-]
-
-
-@pytest.mark.parametrize("text, finish, ok, reason, extracted", FORMS)
+])  # fmt: skip
 def test_format_and_its_reason(text, finish, ok, reason, extracted):
     r = grade(YES_NO, text, finish)
     assert (r["format_ok"], r["reason"], r["extracted"]) == (ok, reason, extracted)
@@ -114,8 +105,6 @@ def test_greedy_stays_in_the_context(tmp_path):
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     (text, finish), *_ = greedy(model, tokenizer, questions(5))
     assert finish in ("length", "eos")
-    with pytest.raises(
-        SertError, match="question 1 has .* tokens and fills the model's context of 64"
-    ):
+    with pytest.raises(SertError, match="question 1 has .* tokens and fills the model's context"):
         greedy(model, tokenizer, questions(2, 30))
     assert tasks.get("commonsense_qa").greedy_cap == 512 and tasks.get("micro").greedy_cap == 64

