@@ -20,7 +20,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ from sert_min.io.endpoint import (
 from sert_min.io.errors import SertError, need, printable, this_command
 from sert_min.io.files import append_durable, lock_folder, to_line
 from sert_min.io.machine import stop_signals
-from sert_min.io.progress import FORM, Bar
+from sert_min.io.progress import Bar
 
 TRIES = 6  # attempts per request, not counting those that only met a rate limit
 BACKOFF = 0.5  # seconds before the second attempt; doubles with each further one
@@ -62,45 +63,37 @@ def is_doubtful(reply: dict) -> bool:
     return reply.get("finish") not in (None, REFUSED, *WHOLE, *CUT)
 
 
-@dataclass
 class Collection:
     """The replies in a folder by key (responses.jsonl), and what they cost, open bills included
-    (sent.jsonl). Only one process at a time may write. Replies in `others`, folders in which earlier
-    versions stored them, count as well."""
+    (sent.jsonl). Only one process at a time may write. What lies in `others`, the folders that
+    earlier versions used, counts as well."""
 
-    folder: Path
-    e: Endpoint
-    follow_up: FollowUp = None
-    others: tuple[Path, ...] = ()
-    replies: dict[str, dict] = field(default_factory=dict)
-    unanswered: dict[str, list] = field(default_factory=dict)  # key -> [tokens in, out] at most
-    tokens_in: int = 0
-    tokens_out: int = 0
-    alike: tuple[Endpoint, ...] = ()  # `e` with other limits of tokens or another address
+    def __init__(self, folder: Path, e: Endpoint, follow_up: FollowUp = None, others=()):
+        self.folder, self.e, self.follow_up, self.others = folder, e, follow_up, others
+        self.replies: dict[str, dict] = {}
+        self.unanswered: dict[str, list] = {}  # key -> [tokens in, tokens out] at most, of each
+        self.tokens_in = self.tokens_out = 0
+        self.caps = {e.max_tokens}  # limits of tokens that replies were asked for with
+        self.alike: list[Endpoint] = []  # `e` with these limits, also at its other address
 
     def load(self) -> "Collection":
         """Read the files without touching them: another process may be writing. A torn last line is
         left out (the next append sets it aside)."""
-        caps: set = {self.e.max_tokens}
-        notes, counted = self.folder / "sent.jsonl", self.folder / "responses.jsonl"
-        files = [(notes, self.count_note), (counted, self.count)]
-        files += [(other / counted.name, self.keep) for other in self.others]
-        files += [(p / notes.name, lambda note: caps.update(note.get("at_most", ())[1:]))
-                  for p in (self.folder, *self.others)]  # fmt: skip
-        for path, count in files:
-            *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
-            if torn:
-                print(f"{path}: a torn last line ({len(torn)} bytes) is left out")
-            for number, line in enumerate(lines, 1):
-                try:
-                    count(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    raise SertError(f"{path} line {number} is damaged; remove that line") from None
-        urls = [self.e.base_url] + [self.e.also_url] * bool(self.e.also_url)
-        caps = {cap for cap in caps if cap is None or (type(cap) is int and cap > 0)}
-        self.alike = tuple(
-            replace(self.e, base_url=url, max_tokens=cap) for url in urls for cap in caps
-        )
+        for name, count in (("sent.jsonl", self.count_note), ("responses.jsonl", self.count)):
+            for path in (folder / name for folder in (self.folder, *self.others)):
+                *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+                if torn:
+                    print(f"{path}: a torn last line ({len(torn)} bytes) is left out")
+                for number, line in enumerate(lines, 1):
+                    try:
+                        count(json.loads(line))
+                    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                        told = f"{path} line {number} is damaged; remove that line"
+                        raise SertError(told) from None
+        urls = self.e.base_url, self.e.also_url or self.e.base_url
+        self.alike = [
+            replace(self.e, base_url=url, max_tokens=cap) for url in urls for cap in self.caps
+        ]
         return self
 
     def note(self, note: dict) -> None:
@@ -118,24 +111,22 @@ class Collection:
             if None in bound:
                 raise ValueError("a note without two numbers of tokens")
             bounds.append(bound)
+            self.caps.add(bound[1])
 
-    def add(self, key: str, ask: Ask, reply: dict) -> None:
+    def add(self, ask: Ask, reply: dict) -> None:
         """Store a reply."""
-        names = {"key": key, "task": ask.task, "id": ask.id, "sample": ask.sample}
+        names = {"key": ask.key(self.e), "task": ask.task, "id": ask.id, "sample": ask.sample}
         record = {**names, **reply, "time": round(time.time(), 3)}
         append_durable(self.folder / "responses.jsonl", to_line(record))
         self.count(record)
 
-    def keep(self, record: dict) -> None:
-        """Know a reply: the first of two equal keys, or a later one if the first may be cut."""
+    def count(self, record: dict) -> None:
+        """Know a reply (of two with one key the first, or a later one if that may be cut) and its
+        bill."""
         if not isinstance(record["text"], str):
             raise TypeError("a reply without text")
-        held = self.replies.get(record["key"])
-        if held is None or is_doubtful(held):
+        if is_doubtful(self.replies.setdefault(record["key"], record)):
             self.replies[record["key"]] = record
-
-    def count(self, record: dict) -> None:
-        self.keep(record)
         n_in, n_out = tokens_of(record.get("usage"))
         if n_in is not None and n_out is not None:  # else its bound stays, as if unanswered
             self.tokens_in += n_in
@@ -144,9 +135,7 @@ class Collection:
 
     def find(self, ask: Ask) -> dict | None:
         """The stored reply to a request; one that ended by itself serves any limit of tokens."""
-        if found := self.replies.get(ask.key(self.e)):
-            return found
-        for e in self.alike:
+        for e in (self.e, *self.alike):
             found = self.replies.get(ask.key(e))
             if found and (e.max_tokens == self.e.max_tokens or found.get("finish") in WHOLE):
                 return found
@@ -177,11 +166,11 @@ class Collection:
 
     def open_bills(self) -> list:
         """[tokens in, tokens out] at most, of each request whose bill is not known."""
-        return [bound for bounds in list(self.unanswered.values()) for bound in bounds]
+        return list(chain.from_iterable(self.unanswered.values()))
 
-    def most_usd(self) -> float:
-        """The most that all runs of this folder can have cost; prices must be known."""
-        n_in, n_out = map(sum, zip((self.tokens_in, self.tokens_out), *self.open_bills()))
+    def most_usd(self, *more) -> float:
+        """The most that all runs of this folder, and `more` requests, can cost; prices are known."""
+        n_in, n_out = map(sum, zip((self.tokens_in, self.tokens_out), *self.open_bills(), *more))
         return self.e.usd(n_in, n_out)
 
     def summary(self) -> str:
@@ -219,21 +208,20 @@ def ask_all(
     why others are missing). Stops at the caps of `e` (an open bill counts in full), at an error
     that no retry repairs, when most of the last asks failed, when most replies are of no use, and
     at a signal. Replies to requests in flight are kept whatever happens."""
-    asks = list(asks)
+    asks, failures = list(asks), []
     with lock_folder(folder, ".lock-responses"):
         collection = Collection(folder, e, follow_up, others).load()
-        todo, again, failures = collection.missing(asks), collection.doubtful(asks), []
+        todo, again = collection.missing(asks), collection.doubtful(asks)
+        if todo and len(todo) == len(asks) and collection.replies:
+            print(f"the {len(collection.replies):,} replies in {folder} were made with other settings "
+                  "or at another address (--also-url), and do not serve here")  # fmt: skip
+        if again:
+            print(f"{e.who}: {len(again):,} replies with an unknown finish are asked for again")
         try:
-            if todo and len(todo) == len(asks) and collection.replies:
-                print(f"the {len(collection.replies):,} replies in {folder} were made with other "
-                      "settings or at another address (--also-url), and do not serve here")  # fmt: skip
-            if again:
-                print(f"{e.who}: {len(again):,} replies with an unknown finish are asked for again")
-            if todo := todo + again:
-                n = len(todo) - len(again)
-                print(f"{e.who}: {n:,} of {len(asks):,} prompts have no reply yet")
-                with Bar(len(todo), "reply", bar_format=FORM.replace("{unit}s", "replies")) as bar:
-                    failures = Asking(collection, bar, asks, readable).until_done(todo)
+            if todo or again:
+                print(f"{e.who}: {len(todo):,} of {len(asks):,} prompts have no reply yet")
+                with Bar(len(todo + again), "request") as bar:
+                    failures = Asking(collection, bar, asks, readable).until_done(todo + again)
         finally:
             print(collection.summary())
         return collection, failures
@@ -249,7 +237,7 @@ def print_plan(
 ) -> None:
     """Print what asking would send and cost at most. Sends and writes nothing."""
     collection = Collection(folder, e, follow_up, others).load()
-    there, bounds = 0, []
+    there, bounds = 0, [(0, 0)]
     for ask in {ask.key(e): ask for ask in asks}.values():
         records, now = collection.walk(ask)
         there += len(records)
@@ -257,12 +245,12 @@ def print_plan(
             bounds.append(now.most_tokens(e))
             said = {"text": "x" * bounds[-1][1]}  # as if it had used all its tokens
             now = follow_up and follow_up(now, said)
-    n_in, n_out = (sum(bound[i] for bound in bounds) for i in (0, 1))
+    n_in, n_out = map(sum, zip(*bounds))
     usd = e.usd(n_in, n_out)
+    cost = "" if usd is None else f"; at most {usd:.2f} USD, --max-cost is a hard cap"
     print(
-        f"{what}: {len(bounds):,} {e.who} requests ({there:,} replies are there), at most {n_in:,} "
-        f"tokens in (a token per byte; English has about 4 bytes) and {n_out:,} out"
-        + ("" if usd is None else f"; at most {usd:.2f} USD, --max-cost is a hard cap")
+        f"{what}: {len(bounds) - 1:,} {e.who} requests ({there:,} replies are there), at most {n_in:,} "
+        f"tokens in (a token per byte; English has about 4 bytes) and {n_out:,} out{cost}"
     )
 
 
@@ -283,30 +271,36 @@ def end_if_missing(failures: list[str], who: str, folder: Path) -> None:
 # --- many requests --------------------------------------------------------------------------------
 
 
-class MayNotLeave(Exception):
-    """No request may leave: a cap is reached, or the run ends."""
+@dataclass
+class Job:
+    """An ask that was begun: it is in flight, or waits to be repeated."""
+
+    ask: Ask
+    in_flight: bool = False
+    attempts: int = 0
+    tries: int = 0  # attempts that met more than a rate limit
+    due: float = 0.0  # it is not repeated before
+    end: float = math.inf  # it is given up then
+    why: str = ""  # the last attempt failed
 
 
 class Asking:
-    """Asks at work. The calling thread starts them, stores replies and decides; a worker thread makes
-    all attempts of one ask. Workers are daemons, so a server that hangs cannot keep the process from
-    ending. `lock` guards the collection and what decides whether a request may leave."""
+    """Asks at work. One thread decides and writes everything; each attempt is made by a thread of
+    its own, which hands over what came of it. Those are daemons, so a server that hangs cannot keep
+    the process from ending."""
 
     def __init__(self, collection: Collection, bar: tqdm, asks: list, readable: Readable | None):
         self.collection, self.e, self.bar = collection, collection.e, bar
         self.asks, self.readable = asks, readable
         self.client = make_client(self.e)
         self.todo: deque[Ask] = deque()
-        self.working: dict[str, tuple[Ask, float]] = {}  # key -> ask, when it is given up
-        self.arrived: queue.SimpleQueue = queue.SimpleQueue()  # of (ask, reply or error)
+        self.jobs: dict[str, Job] = {}  # by key
+        self.arrived: queue.SimpleQueue = queue.SimpleQueue()  # of (job, reply or error)
         self.failures: dict[str, str] = {}  # key -> why
         self.recent: deque[bool] = deque(maxlen=20)  # did the last asks succeed?
         self.refused: list[tuple[Ask, Refused]] = []  # until another question has a reply
-        self.lock, self.closing = threading.Lock(), threading.Event()
         self.sent = 0
-        self.slots, self.in_time = 1.0, 0  # requests at a time; replies since the last timeout
-        self.slow = False  # has a request timed out?
-        self.flying = 0  # requests that have left and wait for their reply
+        self.slots, self.step = 1.0, 1.0  # requests at a time; how many more after each reply
         self.resume = 0.0  # no request before this time: a server said so
         self.capped = ""  # why no request may leave
 
@@ -316,30 +310,26 @@ class Asking:
         self.todo.extend(asks)
         with stop_signals() as stopped:
             try:
-                while not stopped and (self.working or self.todo and not self.capped):
-                    slots = min(self.e.concurrency, int(self.slots)) if any(self.recent) else 1
-                    while self.todo and not self.capped and len(self.working) < slots:
-                        ask = self.todo.popleft()
-                        self.working[ask.key(self.e)] = ask, math.inf
-                        threading.Thread(target=self.work, args=(ask,), daemon=True).start()
+                while not stopped and self.go_on():
                     if self.receive(wait=0.05):
                         self.check_readable()
                 if stopped:  # after the last reply as well: what comes next may take hours
                     print(f"\nno new requests; continue with: {this_command()}", flush=True)
                     raise SystemExit(128 + stopped[0])
             finally:  # what is in flight is paid for: keep it; a second signal ends the wait
-                self.closing.set()
-                if self.working:
+                if self.flying():
                     print(f"waiting at most {DRAIN:g} s for requests in flight", flush=True)
                 end = time.monotonic() + DRAIN
-                while self.working and time.monotonic() < end:
+                while self.flying() and time.monotonic() < end:
                     with contextlib.suppress(SertError):  # the error that led here is to be shown
                         self.receive(wait=0.1)
         if self.refused:  # and nothing else succeeded
             raise self.refused[0][1]
+        left = [job.ask for job in self.jobs.values()] + list(self.todo)
+        for ask in left:
+            self.failures[ask.key(self.e)] = f"{ask.task}/{ask.id}: {self.capped}"
         there = self.collection.replies  # a doubtful one, if it was only asked for again
-        left = {ask.key(self.e): f"{ask.task}/{ask.id}: {self.capped}" for ask in self.todo}
-        return [why for key, why in (self.failures | left).items() if key not in there]
+        return [why for key, why in self.failures.items() if key not in there]
 
     def check_readable(self) -> None:
         """Stop if most of the first replies are of no use. Checks once, when there are enough."""
@@ -359,147 +349,118 @@ class Asking:
         )
         self.readable = None
 
-    def receive(self, wait: float) -> bool:
-        """Take one result within `wait` seconds; was it a reply? A request is given up at the
-        deadline, because a server that sends a byte now and then never runs into the timeout; a
+    def flying(self) -> int:
+        """How many requests wait for their reply?"""
+        return sum(job.in_flight for job in self.jobs.values())
+
+    def go_on(self) -> bool:
+        """Let all requests leave that may; is there anything to wait for? A job that is out of time
+        is given up, because a server that sends a byte now and then never runs into the timeout; a
         reply that comes after all is kept."""
+        now, self.capped = time.monotonic(), ""
+        for job in [job for job in self.jobs.values() if now > job.end]:
+            never = f"no complete reply within {self.e.deadline:g} s"
+            self.fail(job, never if job.in_flight else job.why)
+        while self.todo and len(self.jobs) < int(self.slots):
+            ask = self.todo.popleft()
+            self.jobs[ask.key(self.e)] = Job(ask)
+        for job in self.jobs.values():
+            may = not job.in_flight and now >= max(job.due, self.resume)
+            if may and not self.capped and self.flying() < int(self.slots):
+                self.leave(job)
+        return bool(self.flying() or self.jobs and not self.capped)
+
+    def leave(self, job: Job) -> None:
+        """Note a request and send it, unless that could pass a cap."""
+        e, at_most = self.e, job.ask.most_tokens(self.e)
+        if e.max_requests is not None and self.sent >= e.max_requests:
+            self.capped = f"not asked, --max-requests {e.max_requests} is reached"
+        elif e.max_cost is not None and self.collection.most_usd(at_most) > e.max_cost:
+            self.capped = f"not asked, it could pass --max-cost {e.max_cost:g}"
+        else:
+            self.collection.note({"key": job.ask.key(e), "at_most": at_most})
+            self.sent += 1
+            job.attempts, job.in_flight = job.attempts + 1, True
+            job.end = min(job.end, time.monotonic() + e.deadline)
+            threading.Thread(target=self.send, args=(job,), daemon=True).start()
+
+    def send(self, job: Job) -> None:
+        """Make one attempt, in a thread of its own."""
         try:
-            ask, result = self.arrived.get(timeout=wait)
+            result = attempt(self.client, self.e, job.ask)
+        except BaseException as error:  # for the thread that decides
+            result = error
+        self.arrived.put((job, result))
+
+    def receive(self, wait: float) -> bool:
+        """Take what came of one attempt within `wait` seconds; was it a reply?"""
+        try:
+            job, result = self.arrived.get(timeout=wait)
         except queue.Empty:
-            for ask in [ask for ask, end in self.working.values() if time.monotonic() > end]:
-                self.fail(ask, f"no complete reply within {self.e.deadline:g} s")
             return False
+        job.in_flight, key = False, job.ask.key(self.e)
+        if isinstance(result, Retry | SertError) and not getattr(result, "billed", False):
+            self.collection.note({"key": key, "refused": True})
         if isinstance(result, dict):
-            with self.lock:
-                self.collection.add(ask.key(self.e), ask, result)
-        known = self.working.pop(ask.key(self.e), None)  # else it was given up before
-        if isinstance(result, Refused):
-            self.refused.append((ask, result))
-            if len(self.refused) == 3 and not self.collection.replied():
-                raise self.refused[0][1]
-        if self.collection.replied():
-            self.record_refused()
-        if isinstance(result, dict):
-            self.failures.pop(ask.key(self.e), None)
+            self.collection.add(job.ask, {**result, "attempts": job.attempts})
+            self.jobs.pop(key, None)  # else it was given up before
+            self.failures.pop(key, None)
             self.recent.append(True)
-            self.capped = ""  # the bill may be smaller than its bound was
-            self.speed_up()
-            self.todo.extendleft(self.collection.missing([ask]))
+            self.slots = min(self.slots + self.step, self.e.concurrency)
+            self.todo.extendleft(self.collection.missing([job.ask]))
             self.bar.set_postfix_str("", refresh=False)
             self.bar.update()
-            return True
-        if isinstance(result, MayNotLeave):
-            self.capped = str(result)
-            self.todo.appendleft(ask)
-        elif not isinstance(result, Retry | Refused):
+        elif isinstance(result, Retry):
+            self.repeat(job, result)
+        elif isinstance(result, Refused):
+            self.jobs.pop(key, None)
+            self.refused.append((job.ask, result))
+        else:
             raise result
-        elif known and isinstance(result, Retry):
-            self.fail(ask, str(result))
-        return False
+        if self.collection.replied():
+            self.record_refused()
+        if len(self.refused) == 3:
+            raise self.refused[0][1]
+        return isinstance(result, dict)
 
-    def speed_up(self) -> None:
-        """One more request at a time for each reply; behind the first timeout for each 20 of them."""
-        self.in_time += 1
-        if not self.slow or self.in_time % 20 == 0:
-            self.slots = min(self.slots + 1, self.e.concurrency)
-
-    def slow_down(self) -> None:
-        """A request timed out: half as many at a time."""
-        self.slow, self.in_time, self.slots = True, 0, max(1.0, self.slots / 2)
+    def repeat(self, job: Job, why: Retry) -> None:
+        """Let an ask wait for its next attempt, or give it up."""
+        now = time.monotonic()
+        if why.kind == "timeout":  # half as many at a time, and one more for 20 replies in time
+            self.slots, self.step = max(1.0, self.slots / 2), 1 / 20
+        dead = why.kind == "no connection" and not any(self.recent)
+        need(not dead or job.attempts < 2, str(why))
+        wait = f"the server asks to wait {why.after:.0f} s ({why}); repeat the command then"
+        need(why.after <= self.e.deadline, wait)
+        self.resume = max(self.resume, now + why.after)
+        pause = min(BACKOFF * 2 ** min(job.attempts - 1, 9), 30) * random.uniform(0.75, 1.25)
+        job.due, job.tries = now + max(pause, why.after), job.tries + (why.kind != "rate limit")
+        job.why = f"{why} ({job.attempts} attempts)"
+        if job.tries >= TRIES or job.due > job.end:
+            self.fail(job, job.why)
+        self.bar.set_postfix_str(f"retrying: {server_text(str(why), 60)}", refresh=False)
+        self.bar.update(0)
 
     def record_refused(self) -> None:
         """Store what the server refused as final for its questions; it is never asked again."""
         for ask, why in self.refused:
             reply = {"text": "", "finish": REFUSED, "reason": server_text(str(why), 300)}
-            with self.lock:
-                self.collection.add(ask.key(self.e), ask, reply)
+            self.collection.add(ask, reply)
             tqdm.write(f"{printable(f'{ask.task}/{ask.id}')} is left out: {reply['reason']}")
             self.bar.update()
         self.refused.clear()
 
-    def fail(self, ask: Ask, why: str) -> None:
+    def fail(self, job: Job, why: str) -> None:
         """Give one ask up; stop everything when most of the last ones failed."""
-        self.working.pop(ask.key(self.e), None)
-        self.failures[ask.key(self.e)] = f"{ask.task}/{ask.id}: {why}"
+        key = job.ask.key(self.e)
+        if self.jobs.pop(key, None) is None:  # it was given up before
+            return
+        self.failures[key] = f"{job.ask.task}/{job.ask.id}: {why}"
         self.recent.append(False)
-        failed, of = self.recent.count(False), len(self.recent)
-        if of >= (10 if any(self.recent) else 2) and failed > of / 2:
-            known = "" if any(self.recent) else model_names(self.client)
+        failed, of, some = self.recent.count(False), len(self.recent), any(self.recent)
+        if of >= (10 if some else 2) and failed > of / 2:
+            known = "" if some else model_names(self.client)
             raise SertError(
                 f"{failed} of the last {of} requests got no reply ({why}{known}); replies so far are "
                 "kept, repeat the command later"
             )
-
-    # --- in the thread of an ask
-
-    def work(self, ask: Ask) -> None:
-        """Hand over the reply to an ask, or the error that ends its attempts."""
-        try:
-            result = self.reply_to(ask)
-        except BaseException as error:  # for the thread that decides
-            result = error
-        self.arrived.put((ask, result))
-
-    def reply_to(self, ask: Ask) -> dict:
-        """Attempt until there is a reply. Raises Retry when tries or time are used up, MayNotLeave,
-        or SertError to stop everything."""
-        tries, attempts, end = 0, 0, math.inf
-        while True:
-            end = self.leave(ask, end)
-            attempts += 1
-            try:
-                reply = attempt(self.client, self.e, ask)
-                with self.lock:
-                    self.flying -= 1
-                return {**reply, "attempts": attempts}
-            except (Retry, SertError) as error:
-                why, now = error, time.monotonic()
-            with self.lock:
-                self.flying -= 1
-                if not getattr(why, "billed", False):
-                    self.collection.note({"key": ask.key(self.e), "refused": True})
-                if isinstance(why, SertError):
-                    raise why
-                if why.kind == "timeout":
-                    self.slow_down()
-                dead = why.kind == "no connection" and not any(self.recent)
-                need(not dead or attempts < 2, str(why))
-                wait = f"the server asks to wait {why.after:.0f} s ({why}); repeat the command then"
-                need(why.after <= self.e.deadline, wait)
-                self.resume = max(self.resume, now + why.after)
-            pause = min(BACKOFF * 2 ** min(attempts - 1, 9), 30) * random.uniform(0.75, 1.25)
-            tries += not why.busy
-            if tries >= TRIES or now + max(pause, why.after) > end:
-                raise Retry(f"{why} ({attempts} attempts)")
-            self.bar.set_postfix_str(f"retrying: {server_text(str(why), 60)}", refresh=False)
-            self.bar.update(0)
-            self.closing.wait(pause)
-
-    def leave(self, ask: Ask, end: float) -> float:
-        """Wait as servers told, and with a repetition for its turn, then note that a request leaves;
-        returns the time after which the ask is attempted no more. Raises MayNotLeave at a cap, and
-        Retry behind the time `end`."""
-        e, key, at_most = self.e, ask.key(self.e), ask.most_tokens(self.e)
-        wait = 0.0
-        while not self.closing.wait(max(wait, self.resume - time.monotonic())):
-            with self.lock:
-                now, wait = time.monotonic(), 0.02
-                if now < self.resume:  # another request was told to wait
-                    continue
-                if self.flying >= int(self.slots) and end < math.inf:
-                    continue
-                if now > end:
-                    raise Retry(f"rate limits for {e.deadline:g} s")
-                if e.max_requests is not None and self.sent >= e.max_requests:
-                    raise MayNotLeave(f"not asked, --max-requests {e.max_requests} is reached")
-                if (
-                    e.max_cost is not None
-                    and self.collection.most_usd() + e.usd(*at_most) > e.max_cost
-                ):
-                    raise MayNotLeave(f"not asked, it could pass --max-cost {e.max_cost:g}")
-                self.collection.note({"key": key, "at_most": at_most})
-                self.sent += 1
-                self.flying += 1
-                self.working[key] = ask, now + e.deadline
-                return min(end, now + e.deadline)
-        raise MayNotLeave("not asked, the run ended")

@@ -253,11 +253,10 @@ class Ask:
 class Retry(Exception):
     """This attempt failed in a way that another one may not."""
 
-    def __init__(self, why: str, after: float | None = None, busy=False, billed=True, kind=""):
+    def __init__(self, why: str, kind: str = "", after: float = 0.0, billed: bool = True):
         super().__init__(why)
-        self.kind = kind  # "timeout", "no connection", or ""
-        self.after = after or 0.0  # seconds to wait, as the server said
-        self.busy = busy  # a rate limit: nothing is wrong with the request or the server
+        self.kind = kind  # "timeout", "no connection", "rate limit", or ""
+        self.after = after  # seconds to wait, as the server said
         self.billed = billed  # the server may have done the work
 
 
@@ -321,12 +320,12 @@ def attempt(client, e: Endpoint, ask: Ask) -> dict:
         raise Retry("a 200 reply that is not JSON (cut off, or a web page)") from None
     except openai.APITimeoutError:
         told = f"no reply within {e.timeout:g} s; raise --timeout or lower --concurrency"
-        raise Retry(told, kind="timeout") from None
+        raise Retry(told, "timeout") from None
     except openai.APIConnectionError as error:
         cause = type(error.__cause__).__name__
         if cause == "ConnectError":
             told = f"no connection to {e.url()}; is the server running, is --base-url right?"
-            raise Retry(told, billed=False, kind="no connection") from None
+            raise Retry(told, "no connection", billed=False) from None
         raise Retry(f"connection failed ({cause})") from None
     except openai.APIStatusError as error:
         raise explain(error, e, client) from None
@@ -387,7 +386,8 @@ def explain(error, e: Endpoint, client=None) -> Exception:
     if status in (408, 409, 425, 429) or status >= 500:
         billed = status in (408, 504, 524)  # a gateway gave up, but the server may have gone on
         after = retry_after(error.response.headers)
-        return Retry(f"HTTP {status}: {said}", after, busy=status == 429, billed=billed)
+        kind = "rate limit" if status == 429 else ""  # there, nothing is wrong with the request
+        return Retry(f"HTTP {status}: {said}", kind, after, billed)
     if status in (401, 403):
         kind = Refused if status == 403 else SertError
         return kind(f"HTTP {status}: the server refused OPENAI_API_KEY; check it ({said})")
@@ -413,12 +413,12 @@ def model_names(client) -> str:
     return f"; it has {server_text(', '.join(names[:10]), 300)}" if names else ""
 
 
-def retry_after(headers) -> float | None:
-    """Seconds that the server asks to wait; None if it gives no number."""
+def retry_after(headers) -> float:
+    """Seconds that the server asks to wait; 0 if it gives no number."""
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         with contextlib.suppress(KeyError, ValueError):
             return max(0.0, float(headers[name]) / unit)
-    return None
+    return 0.0
 
 
 def hide_key(text: str) -> str:
