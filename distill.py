@@ -59,10 +59,10 @@ def main(args) -> None:
     print(describe(questions, "train"))
     questions = questions[: args.limit]
     if teacher and args.dry_run:
-        asks, e = [ask for q in questions for ask in teacher.asks(q)], teacher.endpoint
+        asks, url = [ask for q in questions for ask in teacher.asks(q)], teacher.replies.e.url()
         told = "\n".join(printable_lines(m["content"]) for m in asks[0].messages)
-        print(f"\nprompt of {printable(questions[0].name)}, to {e.url()}:\n{told}\n")
-        return asking.print_plan("plan", *teacher.places(asks, questions))
+        print(f"\nprompt of {printable(questions[0].name)}, to {url}:\n{told}\n")
+        return asking.print_plan("plan", teacher.replies, asks)
     out, student, method, o = where_to(args, teacher)
     path = out / "rationales.jsonl"
     if args.allow_missing and (out / "settings.json").exists() and path.exists():
@@ -75,7 +75,7 @@ def main(args) -> None:
             return None
         save_records(out, records)
         if not args.allow_missing:
-            asking.end_if_missing(failures, "teacher", teacher.folder if teacher else out)
+            asking.end_if_missing(failures, teacher and teacher.replies)
     if args.collect_only:
         more = "the same command without --collect-only trains a student on them"
         return print(f"wrote {path}\nnext: {more}")
@@ -102,7 +102,7 @@ def where_to(args, teacher) -> tuple[Path, Student | None, str, Options | None]:
     there is no student, and they go to the teacher's replies."""
     if args.collect_only:
         name = clean_name(args.teacher_model or args.teacher_file or "program")
-        folder = teacher.folder if teacher else f"out/{args.task}/teacher-{name}"
+        folder = teacher.replies.folder if teacher else f"out/{args.task}/teacher-{name}"
         return Path(args.out_dir or folder), None, "", None
     student, method = pick_student(args)
     o = options(args, student.label)

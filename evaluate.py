@@ -181,7 +181,7 @@ def evaluate(cell: Cell, job: Job) -> dict:
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     console.print_metrics(cell.title, metrics)
     print(f"wrote {out}/predictions.jsonl and metrics.json")
-    asking.end_if_missing(failures, "judge", job.judge.folder if failures else out)
+    asking.end_if_missing(failures, job.judge and job.judge.replies)
     return metrics
 
 

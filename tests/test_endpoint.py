@@ -36,10 +36,12 @@ def at(server, **more):
     return Endpoint(**{"model": "m", "base_url": server.url, "timeout": 5, "deadline": 20, **more})
 
 
-def run(folder, server, n=1, e=None, readable=None, follow_up=None, **more):
+def run(folder, server, n=1, e=None, readable=None, then=None, **more):
     """(collection, why others are missing) of asking for what is missing in `folder`; `e`, or else
     the endpoint at `server`, with the fields `more`."""
-    return ask_all(folder, asks(n), replace(e or at(server), **more), readable, follow_up)
+    collection = Collection(folder, replace(e or at(server), **more))
+    wanted = [replace(ask, then=then) for ask in asks(n)]
+    return collection, ask_all(collection, wanted, readable)
 
 
 def stored(folder, e=None) -> Collection:
@@ -253,13 +255,13 @@ def test_an_early_stop_keeps_what_is_in_flight(tmp_path, monkeypatch):
 def test_follow_up_requests(tmp_path):
     """The second step of a question is asked once, also when the first was there before."""
 
-    def second(ask, record):
+    def second(ask, said):
         message = {"role": "user", "content": ask.messages[-1]["content"] + "+"}
-        return None if ask.sample else Ask(ask.task, ask.id, 1, (*ask.messages, message))
+        return Ask(ask.task, ask.id, 1, (*ask.messages, message))
 
     with FakeServer(ok()) as server:
         run(tmp_path, server, 3)
-        collection, failures = run(tmp_path, server, 5, follow_up=second)
+        collection, failures = run(tmp_path, server, 5, then=second)
         assert failures == [] and len(server.bodies) == len(collection.replies) == 10
         assert set(server.asked.values()) == {1}
 

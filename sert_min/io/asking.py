@@ -27,22 +27,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from sert_min.io.endpoint import (
-    CUT,
-    REFUSED,
-    USAGE,
-    WHOLE,
-    Ask,
-    Endpoint,
-    Refused,
-    Retry,
-    attempt,
-    flag,
-    make_client,
-    model_names,
-    server_text,
-    tokens_of,
-)
+from sert_min.io import endpoint
+from sert_min.io.endpoint import CUT, REFUSED, USAGE, WHOLE, Ask, Endpoint, Refused, Retry
 from sert_min.io.errors import SertError, need, printable, this_command
 from sert_min.io.files import append_durable, lock_folder, to_line
 from sert_min.io.machine import stop_signals
@@ -55,8 +41,6 @@ FIRST = 20  # replies after which a collection checks whether they are of use
 
 # --- what a folder holds --------------------------------------------------------------------------
 
-FollowUp = Callable[[Ask, dict], Ask | None] | None  # gives the ask that a reply leads to, if any
-
 
 def is_doubtful(reply: dict) -> bool:
     """Has a reply a finish reason that we don't know? (None: the server gave none.)"""
@@ -68,19 +52,18 @@ class Collection:
     (sent.jsonl). Only one process at a time may write. What lies in `others`, the folders that
     earlier versions used, counts as well."""
 
-    def __init__(self, folder: Path, e: Endpoint, follow_up: FollowUp = None, others=()):
-        self.folder, self.e, self.follow_up, self.others = folder, e, follow_up, others
-        self.replies: dict[str, dict] = {}
-        self.unanswered: dict[str, list] = {}  # key -> [tokens in, tokens out] at most, of each
-        self.tokens_in = self.tokens_out = 0
-        self.caps = {e.max_tokens}  # limits of tokens that replies were asked for with
-        self.alike: list[Endpoint] = []  # `e` with these limits, also at its other address
+    def __init__(self, folder: Path, e: Endpoint, *others: Path):
+        self.folder, self.e, self.others = folder, e, others
 
     def load(self) -> "Collection":
         """Read the files without touching them: another process may be writing. A torn last line is
         left out (the next append sets it aside)."""
+        self.replies: dict[str, dict] = {}
+        self.unanswered: dict[str, list] = {}  # key -> [tokens in, tokens out] at most, of each
+        self.tokens_in = self.tokens_out = 0
+        self.caps = {self.e.max_tokens}  # the limits of tokens that were asked with
         for name, count in (("sent.jsonl", self.count_note), ("responses.jsonl", self.count)):
-            for path in (folder / name for folder in (self.folder, *self.others)):
+            for path in dict.fromkeys(place / name for place in (self.folder, *self.others)):
                 *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
                 if torn:
                     print(f"{path}: a torn last line ({len(torn)} bytes) is left out")
@@ -91,7 +74,7 @@ class Collection:
                         told = f"{path} line {number} is damaged; remove that line"
                         raise SertError(told) from None
         urls = self.e.base_url, self.e.also_url or self.e.base_url
-        self.alike = [
+        self.alike = [  # whose replies may serve as well
             replace(self.e, base_url=url, max_tokens=cap) for url in urls for cap in self.caps
         ]
         return self
@@ -107,7 +90,7 @@ class Collection:
         if note.get("refused"):
             del bounds[-1:]
         else:
-            bound = tokens_of(dict(zip(USAGE, note["at_most"])))
+            bound = endpoint.tokens_of(dict(zip(USAGE, note["at_most"])))
             if None in bound:
                 raise ValueError("a note without two numbers of tokens")
             bounds.append(bound)
@@ -127,7 +110,7 @@ class Collection:
             raise TypeError("a reply without text")
         if is_doubtful(self.replies.setdefault(record["key"], record)):
             self.replies[record["key"]] = record
-        n_in, n_out = tokens_of(record.get("usage"))
+        n_in, n_out = endpoint.tokens_of(record.get("usage"))
         if n_in is not None and n_out is not None:  # else its bound stays, as if unanswered
             self.tokens_in += n_in
             self.tokens_out += n_out
@@ -147,22 +130,12 @@ class Collection:
         now: Ask | None = ask
         while now and (record := self.find(now)):
             records.append(record)
-            now = self.follow_up and self.follow_up(now, record)
+            now = now.then and now.then(now, record["text"])
         return records, now
 
-    def missing(self, asks: Iterable[Ask]) -> list[Ask]:
-        """The requests that are still to send; equal ones once."""
-        now = (self.walk(ask)[1] for ask in asks)
-        return list({ask.key(self.e): ask for ask in now if ask}.values())
-
-    def doubtful(self, asks: Iterable[Ask]) -> list[Ask]:
-        """The requests whose reply may be cut: its finish reason is unknown."""
-        asks = {ask.key(self.e): ask for ask in asks}.values()
-        return [ask for ask in asks if is_doubtful(self.find(ask) or {})]
-
-    def replied(self) -> bool:
-        """Has any question a reply?"""
-        return any(r.get("finish") != REFUSED for r in self.replies.values())
+    def unique(self, asks: Iterable[Ask]) -> list[Ask]:
+        """The asks, equal ones once."""
+        return list({ask.key(self.e): ask for ask in asks}.values())
 
     def open_bills(self) -> list:
         """[tokens in, tokens out] at most, of each request whose bill is not known."""
@@ -197,74 +170,59 @@ class Readable(NamedTuple):
 
 
 def ask_all(
-    folder: Path,
-    asks: Iterable[Ask],
-    e: Endpoint,
-    readable: Readable | None = None,
-    follow_up: FollowUp = None,
-    others: tuple[Path, ...] = (),
-) -> tuple[Collection, list[str]]:
-    """Ask for what the replies in `folder` lack, `e.concurrency` requests at a time; (all replies,
-    why others are missing). Stops at the caps of `e` (an open bill counts in full), at an error
-    that no retry repairs, when most of the last asks failed, when most replies are of no use, and
-    at a signal. Replies to requests in flight are kept whatever happens."""
-    asks, failures = list(asks), []
+    collection: Collection, asks: Iterable[Ask], readable: Readable | None = None
+) -> list[str]:
+    """Ask for what a collection lacks, `e.concurrency` requests at a time; why some replies are
+    missing. Stops at the caps of `e` (an open bill counts in full), at an error that no retry
+    repairs, when most of the last asks failed, when most replies are of no use, and at a signal.
+    Replies to requests in flight are kept whatever happens."""
+    folder, who, failures = collection.folder, collection.e.who, []
     with lock_folder(folder, ".lock-responses"):
-        collection = Collection(folder, e, follow_up, others).load()
-        todo, again = collection.missing(asks), collection.doubtful(asks)
-        if todo and len(todo) == len(asks) and collection.replies:
-            print(f"the {len(collection.replies):,} replies in {folder} were made with other settings "
-                  "or at another address (--also-url), and do not serve here")  # fmt: skip
+        there, asks = len(collection.load().replies), collection.unique(asks)
+        todo = [now for ask in asks if (now := collection.walk(ask)[1])]
+        again = [ask for ask in asks if is_doubtful(collection.find(ask) or {})]
+        if there and todo and len(todo) == len(asks):
+            print(f"the {there:,} replies in {folder} were made with other settings or at another "
+                  "address (--also-url), and do not serve here")  # fmt: skip
         if again:
-            print(f"{e.who}: {len(again):,} replies with an unknown finish are asked for again")
+            print(f"{who}: {len(again):,} replies with an unknown finish are asked for again")
         try:
             if todo or again:
-                print(f"{e.who}: {len(todo):,} of {len(asks):,} prompts have no reply yet")
+                print(f"{who}: {len(todo):,} of {len(asks):,} prompts have no reply yet")
                 with Bar(len(todo + again), "request") as bar:
                     failures = Asking(collection, bar, asks, readable).until_done(todo + again)
         finally:
             print(collection.summary())
-        return collection, failures
+    return failures
 
 
-def print_plan(
-    what: str,
-    folder: Path,
-    asks: Iterable[Ask],
-    e: Endpoint,
-    follow_up: FollowUp = None,
-    others: tuple[Path, ...] = (),
-) -> None:
+def print_plan(what: str, collection: Collection, asks: Iterable[Ask]) -> None:
     """Print what asking would send and cost at most. Sends and writes nothing."""
-    collection = Collection(folder, e, follow_up, others).load()
-    there, bounds = 0, [(0, 0)]
-    for ask in {ask.key(e): ask for ask in asks}.values():
+    there, bounds, e = 0, [], collection.load().e
+    for ask in collection.unique(asks):
         records, now = collection.walk(ask)
         there += len(records)
         while now:
             bounds.append(now.most_tokens(e))
-            said = {"text": "x" * bounds[-1][1]}  # as if it had used all its tokens
-            now = follow_up and follow_up(now, said)
-    n_in, n_out = map(sum, zip(*bounds))
+            now = now.then and now.then(now, "x" * bounds[-1][1])  # it may use all its tokens
+    n_in, n_out = (sum(bound[i] for bound in bounds) for i in (0, 1))
     usd = e.usd(n_in, n_out)
     cost = "" if usd is None else f"; at most {usd:.2f} USD, --max-cost is a hard cap"
-    print(
-        f"{what}: {len(bounds) - 1:,} {e.who} requests ({there:,} replies are there), at most {n_in:,} "
-        f"tokens in (a token per byte; English has about 4 bytes) and {n_out:,} out{cost}"
-    )
+    print(f"{what}: {len(bounds):,} {e.who} requests ({there:,} replies are there), at most {n_in:,} "
+          f"tokens in (a token per byte; English has about 4 bytes) and {n_out:,} out{cost}")  # fmt: skip
 
 
-def end_if_missing(failures: list[str], who: str, folder: Path) -> None:
+def end_if_missing(failures: list[str], collection: Collection | None) -> None:
     """If replies are missing, say which and how to go on, and exit with status 2."""
     if not failures:
         return
     for why in failures[:5]:
         print(f"  missing: {printable(why)}", file=sys.stderr)
-    spent = any("--max-cost" in why for why in failures)  # it counts all runs together
+    who, spent = collection.e.who, any("--max-cost" in why for why in failures)  # of all runs
     fix = "Raise --max-cost and repeat" if spent else "Repeat"
     less = "; --allow-missing trains without them" if who == "teacher" else ""
-    text = f"error: {len(failures):,} {who} replies are missing; those so far are in {folder}. "
-    print(f"{text}{fix} the command to ask for the rest{less}", file=sys.stderr)
+    print(f"error: {len(failures):,} {who} replies are missing; those so far are in "
+          f"{collection.folder}. {fix} the command to ask for the rest{less}", file=sys.stderr)  # fmt: skip
     raise SystemExit(2)
 
 
@@ -292,7 +250,7 @@ class Asking:
     def __init__(self, collection: Collection, bar: tqdm, asks: list, readable: Readable | None):
         self.collection, self.e, self.bar = collection, collection.e, bar
         self.asks, self.readable = asks, readable
-        self.client = make_client(self.e)
+        self.client = endpoint.make_client(self.e)
         self.todo: deque[Ask] = deque()
         self.jobs: dict[str, Job] = {}  # by key
         self.arrived: queue.SimpleQueue = queue.SimpleQueue()  # of (job, reply or error)
@@ -345,7 +303,7 @@ class Asking:
         need(
             n >= len(done) / 2,
             f"only {n} of the first {len(done)} replies {self.readable.what} ({cut} were cut off at "
-            f"{flag(self.e.who, 'max_tokens')}); they are kept. {self.readable.advice}",
+            f"{endpoint.flag(self.e.who, 'max_tokens')}); they are kept. {self.readable.advice}",
         )
         self.readable = None
 
@@ -387,7 +345,7 @@ class Asking:
     def send(self, job: Job) -> None:
         """Make one attempt, in a thread of its own."""
         try:
-            result = attempt(self.client, self.e, job.ask)
+            result = endpoint.attempt(self.client, self.e, job.ask)
         except BaseException as error:  # for the thread that decides
             result = error
         self.arrived.put((job, result))
@@ -407,7 +365,8 @@ class Asking:
             self.failures.pop(key, None)
             self.recent.append(True)
             self.slots = min(self.slots + self.step, self.e.concurrency)
-            self.todo.extendleft(self.collection.missing([job.ask]))
+            now = self.collection.walk(job.ask)[1]
+            self.todo.extendleft([now] * bool(now))
             self.bar.set_postfix_str("", refresh=False)
             self.bar.update()
         elif isinstance(result, Retry):
@@ -417,7 +376,7 @@ class Asking:
             self.refused.append((job.ask, result))
         else:
             raise result
-        if self.collection.replied():
+        if any(r.get("finish") != REFUSED for r in self.collection.replies.values()):
             self.record_refused()
         if len(self.refused) == 3:
             raise self.refused[0][1]
@@ -438,13 +397,13 @@ class Asking:
         job.why = f"{why} ({job.attempts} attempts)"
         if job.tries >= TRIES or job.due > job.end:
             self.fail(job, job.why)
-        self.bar.set_postfix_str(f"retrying: {server_text(str(why), 60)}", refresh=False)
+        self.bar.set_postfix_str(f"retrying: {endpoint.server_text(str(why), 60)}", refresh=False)
         self.bar.update(0)
 
     def record_refused(self) -> None:
         """Store what the server refused as final for its questions; it is never asked again."""
         for ask, why in self.refused:
-            reply = {"text": "", "finish": REFUSED, "reason": server_text(str(why), 300)}
+            reply = {"text": "", "finish": REFUSED, "reason": endpoint.server_text(str(why), 300)}
             self.collection.add(ask, reply)
             tqdm.write(f"{printable(f'{ask.task}/{ask.id}')} is left out: {reply['reason']}")
             self.bar.update()
@@ -459,7 +418,7 @@ class Asking:
         self.recent.append(False)
         failed, of, some = self.recent.count(False), len(self.recent), any(self.recent)
         if of >= (10 if some else 2) and failed > of / 2:
-            known = "" if some else model_names(self.client)
+            known = "" if some else endpoint.model_names(self.client)
             raise SertError(
                 f"{failed} of the last {of} requests got no reply ({why}{known}); replies so far are "
                 "kept, repeat the command later"

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from urllib.parse import urlsplit
 
@@ -196,6 +197,7 @@ class Ask:
     sample: int
     messages: tuple  # of {"role":, "content":}
     max_tokens: int | None = None  # instead of the endpoint's
+    then: Callable[["Ask", str], "Ask | None"] | None = None  # (this, its reply) -> what follows
 
     def body(self, e: Endpoint) -> dict:
         """The request that is sent, without extra_body; no secret is part of it."""

@@ -86,7 +86,7 @@ def evaluate_texts(file: str, about: dict, load: Callable, to: Judge | None, lim
         write_atomic(out / "predictions.jsonl", map(to_line, records))
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         print(f"wrote {out}/predictions.jsonl and metrics.json")
-    return end_if_missing(failures, "judge", to.folder if to else out)
+    return end_if_missing(failures, to and to.replies)
 
 
 def judge_paths(paths: list[str], limit: int | None, to: Judge, dry_run: bool) -> None:
@@ -106,4 +106,4 @@ def judge_paths(paths: list[str], limit: int | None, to: Judge, dry_run: bool) -
         found = judge.summaries(path.parent, len(records))[to.name]
         means = ", ".join(f"{k} {found[k][0]:.2f}" for k in judge.KEYS)
         print(f"{path}: {found['parsed']:,} of {len(records):,} paths judged; {means}")
-        end_if_missing(failures, "judge", to.folder)
+        end_if_missing(failures, to.replies)
