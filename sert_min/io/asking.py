@@ -25,8 +25,6 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from sert_min.io import endpoint
 from sert_min.io.endpoint import CUT, REFUSED, USAGE, WHOLE, Ask, Endpoint, Refused, Retry
 from sert_min.io.errors import SertError, need, printable, this_command
@@ -229,17 +227,16 @@ def end_if_missing(failures: list[str], collection: Collection | None) -> None:
 # --- many requests --------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """An ask that was begun: it is in flight, or waits to be repeated."""
+    """An ask that still lacks its reply."""
 
     ask: Ask
-    in_flight: bool = False
     attempts: int = 0
     tries: int = 0  # attempts that met more than a rate limit
-    due: float = 0.0  # it is not repeated before
+    due: float = 0.0  # no attempt before
     end: float = math.inf  # it is given up then
-    why: str = ""  # the last attempt failed
+    why: str = ""  # what went wrong
 
 
 class Asking:
@@ -247,16 +244,16 @@ class Asking:
     its own, which hands over what came of it. Those are daemons, so a server that hangs cannot keep
     the process from ending."""
 
-    def __init__(self, collection: Collection, bar: tqdm, asks: list, readable: Readable | None):
+    def __init__(self, collection: Collection, bar: Bar, asks: list, readable: Readable | None):
         self.collection, self.e, self.bar = collection, collection.e, bar
         self.asks, self.readable = asks, readable
         self.client = endpoint.make_client(self.e)
-        self.todo: deque[Ask] = deque()
-        self.jobs: dict[str, Job] = {}  # by key
+        self.jobs: list[Job] = []  # the first of them are at work, as many as there are slots
+        self.flying: set[Job] = set()  # these wait for their reply
         self.arrived: queue.SimpleQueue = queue.SimpleQueue()  # of (job, reply or error)
-        self.failures: dict[str, str] = {}  # key -> why
+        self.failed: list[Job] = []
+        self.refused: list[Job] = []  # until another question has a reply
         self.recent: deque[bool] = deque(maxlen=20)  # did the last asks succeed?
-        self.refused: list[tuple[Ask, Refused]] = []  # until another question has a reply
         self.sent = 0
         self.slots, self.step = 1.0, 1.0  # requests at a time; how many more after each reply
         self.resume = 0.0  # no request before this time: a server said so
@@ -264,10 +261,10 @@ class Asking:
 
     def until_done(self, asks: list[Ask]) -> list[str]:
         """Send the asks and all that follows from them; why some are still missing."""
-        self.check_readable()
-        self.todo.extend(asks)
+        self.jobs = [Job(ask) for ask in asks]
         with stop_signals() as stopped:
             try:
+                self.check_readable()
                 while not stopped and self.go_on():
                     if self.receive(wait=0.05):
                         self.check_readable()
@@ -275,58 +272,51 @@ class Asking:
                     print(f"\nno new requests; continue with: {this_command()}", flush=True)
                     raise SystemExit(128 + stopped[0])
             finally:  # what is in flight is paid for: keep it; a second signal ends the wait
-                if self.flying():
+                if self.flying:
                     print(f"waiting at most {DRAIN:g} s for requests in flight", flush=True)
                 end = time.monotonic() + DRAIN
-                while self.flying() and time.monotonic() < end:
+                while self.flying and time.monotonic() < end:
                     with contextlib.suppress(SertError):  # the error that led here is to be shown
                         self.receive(wait=0.1)
         if self.refused:  # and nothing else succeeded
-            raise self.refused[0][1]
-        left = [job.ask for job in self.jobs.values()] + list(self.todo)
-        for ask in left:
-            self.failures[ask.key(self.e)] = f"{ask.task}/{ask.id}: {self.capped}"
-        there = self.collection.replies  # a doubtful one, if it was only asked for again
-        return [why for key, why in self.failures.items() if key not in there]
+            raise SertError(self.refused[0].why)
+        for job in self.jobs:
+            job.why = self.capped
+        # A doubtful reply, which was only asked for again, is there.
+        lost = [job for job in self.failed + self.jobs if not self.collection.find(job.ask)]
+        return [f"{job.ask.task}/{job.ask.id}: {job.why}" for job in lost]
 
     def check_readable(self) -> None:
         """Stop if most of the first replies are of no use. Checks once, when there are enough."""
         if not self.readable or len(self.collection.replies) < FIRST:
             return
         walks = [(ask, *self.collection.walk(ask)) for ask in self.asks]
-        done = [(ask, records) for ask, records, now in walks if not now]
-        done = [(ask, records) for ask, records in done if records[0]["finish"] != REFUSED]
-        if len(done) < FIRST:
-            return
-        n = sum(self.readable.test(ask, records) for ask, records in done)
-        cut = sum(records[0].get("finish") == "length" for _, records in done)
+        done = [(ask, replies) for ask, replies, now in walks
+                if not now and replies[0].get("finish") != REFUSED]  # fmt: skip
+        n = sum(self.readable.test(ask, replies) for ask, replies in done)
+        cut = sum(replies[0].get("finish") == "length" for _, replies in done)
         need(
-            n >= len(done) / 2,
+            len(done) < FIRST or n >= len(done) / 2,
             f"only {n} of the first {len(done)} replies {self.readable.what} ({cut} were cut off at "
             f"{endpoint.flag(self.e.who, 'max_tokens')}); they are kept. {self.readable.advice}",
         )
-        self.readable = None
-
-    def flying(self) -> int:
-        """How many requests wait for their reply?"""
-        return sum(job.in_flight for job in self.jobs.values())
+        if len(done) >= FIRST:
+            self.readable = None
 
     def go_on(self) -> bool:
         """Let all requests leave that may; is there anything to wait for? A job that is out of time
         is given up, because a server that sends a byte now and then never runs into the timeout; a
         reply that comes after all is kept."""
         now, self.capped = time.monotonic(), ""
-        for job in [job for job in self.jobs.values() if now > job.end]:
-            never = f"no complete reply within {self.e.deadline:g} s"
-            self.fail(job, never if job.in_flight else job.why)
-        while self.todo and len(self.jobs) < int(self.slots):
-            ask = self.todo.popleft()
-            self.jobs[ask.key(self.e)] = Job(ask)
-        for job in self.jobs.values():
-            may = not job.in_flight and now >= max(job.due, self.resume)
-            if may and not self.capped and self.flying() < int(self.slots):
+        for job in self.jobs[: self.e.concurrency]:
+            if now > job.end:
+                never = f"no complete reply within {self.e.deadline:g} s"
+                self.fail(job, never if job in self.flying else job.why)
+        for job in self.jobs[: int(self.slots)]:
+            may = job not in self.flying and now >= max(job.due, self.resume)
+            if may and not self.capped and len(self.flying) < int(self.slots):
                 self.leave(job)
-        return bool(self.flying() or self.jobs and not self.capped)
+        return bool(self.flying or self.jobs and not self.capped)
 
     def leave(self, job: Job) -> None:
         """Note a request and send it, unless that could pass a cap."""
@@ -338,8 +328,9 @@ class Asking:
         else:
             self.collection.note({"key": job.ask.key(e), "at_most": at_most})
             self.sent += 1
-            job.attempts, job.in_flight = job.attempts + 1, True
+            job.attempts += 1
             job.end = min(job.end, time.monotonic() + e.deadline)
+            self.flying.add(job)
             threading.Thread(target=self.send, args=(job,), daemon=True).start()
 
     def send(self, job: Job) -> None:
@@ -356,30 +347,27 @@ class Asking:
             job, result = self.arrived.get(timeout=wait)
         except queue.Empty:
             return False
-        job.in_flight, key = False, job.ask.key(self.e)
+        self.flying.discard(job)
         if isinstance(result, Retry | SertError) and not getattr(result, "billed", False):
-            self.collection.note({"key": key, "refused": True})
+            self.collection.note({"key": job.ask.key(self.e), "refused": True})
         if isinstance(result, dict):
             self.collection.add(job.ask, {**result, "attempts": job.attempts})
-            self.jobs.pop(key, None)  # else it was given up before
-            self.failures.pop(key, None)
+            self.drop(job)
             self.recent.append(True)
             self.slots = min(self.slots + self.step, self.e.concurrency)
-            now = self.collection.walk(job.ask)[1]
-            self.todo.extendleft([now] * bool(now))
+            if now := self.collection.walk(job.ask)[1]:
+                self.jobs.insert(0, Job(now))
             self.bar.set_postfix_str("", refresh=False)
             self.bar.update()
         elif isinstance(result, Retry):
             self.repeat(job, result)
         elif isinstance(result, Refused):
-            self.jobs.pop(key, None)
-            self.refused.append((job.ask, result))
+            self.drop(job)
+            job.why = str(result)
+            self.refused.append(job)
         else:
             raise result
-        if any(r.get("finish") != REFUSED for r in self.collection.replies.values()):
-            self.record_refused()
-        if len(self.refused) == 3:
-            raise self.refused[0][1]
+        self.settle_refused()
         return isinstance(result, dict)
 
     def repeat(self, job: Job, why: Retry) -> None:
@@ -400,21 +388,34 @@ class Asking:
         self.bar.set_postfix_str(f"retrying: {endpoint.server_text(str(why), 60)}", refresh=False)
         self.bar.update(0)
 
-    def record_refused(self) -> None:
-        """Store what the server refused as final for its questions; it is never asked again."""
-        for ask, why in self.refused:
-            reply = {"text": "", "finish": REFUSED, "reason": endpoint.server_text(str(why), 300)}
-            self.collection.add(ask, reply)
-            tqdm.write(f"{printable(f'{ask.task}/{ask.id}')} is left out: {reply['reason']}")
-            self.bar.update()
-        self.refused.clear()
+    def settle_refused(self) -> None:
+        """Once another question has a reply, store what the server refused as final: it is never
+        asked again. If nothing else came of the first three questions, stop."""
+        if any(r.get("finish") != REFUSED for r in self.collection.replies.values()):
+            for job in self.refused:
+                reason = endpoint.server_text(job.why, 300)
+                self.collection.add(job.ask, {"text": "", "finish": REFUSED, "reason": reason})
+                name = printable(f"{job.ask.task}/{job.ask.id}")
+                self.bar.write(f"{name} is left out: {reason}")
+                self.bar.update()
+            self.refused.clear()
+        if len(self.refused) == 3:
+            raise SertError(self.refused[0].why)
+
+    def drop(self, job: Job) -> bool:
+        """Let a job go; was it there?"""
+        self.flying.discard(job)
+        there = job in self.jobs  # else it was given up before
+        if there:
+            self.jobs.remove(job)
+        return there
 
     def fail(self, job: Job, why: str) -> None:
         """Give one ask up; stop everything when most of the last ones failed."""
-        key = job.ask.key(self.e)
-        if self.jobs.pop(key, None) is None:  # it was given up before
+        if not self.drop(job):
             return
-        self.failures[key] = f"{job.ask.task}/{job.ask.id}: {why}"
+        job.why = why
+        self.failed.append(job)
         self.recent.append(False)
         failed, of, some = self.recent.count(False), len(self.recent), any(self.recent)
         if of >= (10 if some else 2) and failed > of / 2:
