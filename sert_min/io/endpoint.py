@@ -1,17 +1,11 @@
 """One request to a teacher or a judge, at any OpenAI-compatible endpoint (asking.py sends many).
 
-The openai package sends it, without its own retries: asking.py notes and counts each attempt. This
-is what follows one:
-
-    stop      authentication, quota, unknown model or redirect: an error with advice. Only one
-              request is in flight until the first reply arrives, so such a mistake costs one request.
-    refused   a bad request, or one that moderation forbids (400, 403, 413, 422): once another
-              question has a reply, this is recorded as final for its question; if the first three
-              questions are refused so, it stops as above
-    retry     rate limit (all requests honour Retry-After), 5xx, timeout, connection, or a 200
-              without a completion: HTML, cut JSON, no choices, empty text
-    record    any completion, also an empty one that hit the token limit, was filtered or was
-              refused: asking again would give, and bill, the same
+The openai package sends it, without its own retries: asking.py notes and counts each attempt. What
+follows is a reply; Retry: another attempt may help (a rate limit, 5xx, timeout, connection, or a 200
+without a completion); Refused: this request is bad or forbidden, others may pass (400, 403, 413,
+422); or an error with advice, which ends all asking (authentication, quota, model, redirect). A
+reply that hit the token limit, was filtered or refused may be empty: asking again would give, and
+bill, the same.
 """
 
 import contextlib
@@ -32,8 +26,6 @@ WHOLE = ("stop", "eos", "end_turn", "stop_sequence", "completed", "STOP")
 CUT = ("length", "content_filter", "refusal")  # these explain an empty text
 REFUSED = "refused"  # ours: the server refused the request
 USAGE = ("prompt_tokens", "completion_tokens")
-CLIENT_VARIABLES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE",
-                    "SSL_CERT_DIR")  # fmt: skip
 SECRETS = {"OPENAI_API_KEY"}  # variables whose values are never printed or stored
 OURS = {"model", "messages", "prompt", "n", "best_of", "stream", "max_tokens",
         "max_completion_tokens"}  # fields that --extra-body must not set  # fmt: skip
@@ -137,10 +129,6 @@ class Endpoint:
 
     def is_openai(self) -> bool:
         return f".{self.host()}".endswith(".openai.com")
-
-    def headers(self) -> dict[str, str]:
-        """Name and value of each --extra-header."""
-        return {name: os.environ.get(variable, "") for name, variable in self.extra_header or ()}
 
     def token_limit(self, cap: int | None = None) -> dict[str, int]:
         """The parameter that caps a reply. Newer OpenAI models refuse the old name, and most local
@@ -260,11 +248,9 @@ def make_client(e: Endpoint):
         http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not e.is_local())
         return openai.OpenAI(**how, http_client=http)
     except Exception as error:  # a proxy scheme without its package, a certificate that is gone
-        names = [n for n in os.environ if n.upper() in CLIENT_VARIABLES and os.environ[n]]
-        raise SertError(
-            f"the HTTP client does not start ({type(error).__name__}: {server_text(str(error))}); "
-            f"check or unset {', '.join(names) or 'the proxy settings of this machine'}"
-        ) from None
+        why = f"{type(error).__name__}: {server_text(str(error))}"
+        raise SertError(f"the HTTP client does not start ({why}); check or unset ALL_PROXY, "
+                        "HTTP_PROXY, HTTPS_PROXY, SSL_CERT_FILE and SSL_CERT_DIR") from None  # fmt: skip
 
 
 def attempt(client, e: Endpoint, ask: Ask) -> dict:
@@ -272,7 +258,8 @@ def attempt(client, e: Endpoint, ask: Ask) -> dict:
     import openai
 
     api = client.completions if e.completions else client.chat.completions
-    more = {"extra_body": e.extra_body, "extra_headers": e.headers()}
+    headers = {name: os.environ.get(variable, "") for name, variable in e.extra_header or ()}
+    more = {"extra_body": e.extra_body, "extra_headers": headers}
     try:
         raw = api.with_raw_response.create(**ask.body(e), **more)
         return read_reply(json.loads(raw.text), e, raw.headers.get("x-request-id"))
@@ -282,11 +269,10 @@ def attempt(client, e: Endpoint, ask: Ask) -> dict:
         told = f"no reply within {e.timeout:g} s; raise --timeout or lower --concurrency"
         raise Retry(told, "timeout") from None
     except openai.APIConnectionError as error:
-        cause = type(error.__cause__).__name__
-        if cause == "ConnectError":
+        if type(error.__cause__).__name__ == "ConnectError":
             told = f"no connection to {e.url()}; is the server running, is --base-url right?"
             raise Retry(told, "no connection", billed=False) from None
-        raise Retry(f"connection failed ({cause})") from None
+        raise Retry(f"connection failed ({type(error.__cause__).__name__})") from None
     except openai.APIStatusError as error:
         raise explain(error, e, client) from None
     except openai.OpenAIError as error:
@@ -333,19 +319,23 @@ def tokens_of(usage) -> list[int | None]:
     return [n if type(n) is int and 0 <= n < 2**53 else None for n in values]
 
 
-def explain(error, e: Endpoint, client=None) -> Exception:
-    """The Retry, or the SertError with advice, that an HTTP error amounts to."""
+def explain(error, e: Endpoint, client) -> Exception:
+    """The Retry, or the SertError with advice, that an HTTP error amounts to. What the server says is
+    part of it: `message`, `error` as a string, `detail`, else the beginning of the body."""
     status, code, headers = error.status_code, f"{error.code} {error.type}", error.response.headers
-    said = what_it_says(error)
+    said = error.body or error.response.text
+    if isinstance(said, dict):
+        said = next((said[k] for k in ("message", "error", "detail") if said.get(k)), "")
+    said = server_text(said if isinstance(said, str) else json.dumps(said)).strip() or str(status)
     if status == 402 or "insufficient_quota" in code or "billing" in code:
         return SertError(f"the account has no quota left ({said}); add credit, then repeat")
     if status in (408, 409, 425, 429) or status >= 500:
         billed = status in (408, 504, 524)  # a gateway gave up, but the server may have gone on
         kind = "rate limit" if status == 429 else ""  # there, nothing is wrong with the request
-        return Retry(f"HTTP {status}: {said}", kind, retry_after(headers), billed)
-    if status in (401, 403):
-        kind = Refused if status == 403 else SertError
-        return kind(f"HTTP {status}: the server refused OPENAI_API_KEY; check it ({said})")
+        after = 0.0
+        with contextlib.suppress(KeyError, ValueError):
+            after = max(after, float(headers["retry-after"]))
+        return Retry(f"HTTP {status}: {said}", kind, after, billed)
     if status == 404:
         lacks = f"{e.url()} has no model {e.model} (hosted models get shut down), or lacks /v1"
         fix = f"give another {flag(e.who, 'model')} or --base-url"
@@ -353,20 +343,12 @@ def explain(error, e: Endpoint, client=None) -> Exception:
     if status < 400:
         where = server_text(headers.get("location", "elsewhere"))
         return SertError(f"{e.url()} redirects to {where}; if that is right, give it as --base-url")
+    kind = Refused if status in (400, 403, 413, 422) else SertError
+    if status in (401, 403):
+        return kind(f"HTTP {status}: the server refused OPENAI_API_KEY; check it ({said})")
     names = "model", "token_parameter", "max_tokens", "temperature"
     flags = " or ".join(flag(e.who, name) for name in names)
-    kind = Refused if status in (400, 413, 422) else SertError
     return kind(f"HTTP {status}: {said}; change {flags}")
-
-
-def what_it_says(error) -> str:
-    """The server's own words in an HTTP error: `message`, `error` as a string or `detail`, else the
-    beginning of the body."""
-    said = error.body or error.response.text
-    if isinstance(said, dict):
-        said = next((said[k] for k in ("message", "error", "detail") if said.get(k)), "")
-    said = said if isinstance(said, str) else json.dumps(said)
-    return server_text(said).strip() or f"{error.status_code}"
 
 
 def model_names(client) -> str:
@@ -376,14 +358,6 @@ def model_names(client) -> str:
     except Exception:  # this only adorns an error
         return ""
     return f"; it has {server_text(', '.join(names[:10]), 300)}" if names else ""
-
-
-def retry_after(headers) -> float:
-    """Seconds that the server asks to wait; 0 if it gives no number."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        with contextlib.suppress(KeyError, ValueError):
-            return max(0.0, float(headers[name]) / unit)
-    return 0.0
 
 
 def hide_key(text: str) -> str:
