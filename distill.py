@@ -29,7 +29,7 @@ from sert_min.report import console
 from sert_min.script import Student, add_flags, check_counts, open_student, parse, parser
 from sert_min.teacher_files import read_teacher_file
 from sert_min.tokenizer import load_tokenizer
-from train import Options, add_training_flags, options, prepare, train_student
+from train import add_training_flags, options, prepare, train_student
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -63,7 +63,15 @@ def main(args) -> None:
         told = "\n".join(printable_lines(m["content"]) for m in asks[0].messages)
         print(f"\nprompt of {printable(questions[0].name)}, to {url}:\n{told}\n")
         return asking.print_plan("plan", teacher.replies, asks)
-    out, student, method, o = where_to(args, teacher)
+    student, method, o = None, "", None
+    if args.collect_only:  # there is no student: the rationales go to the teacher's replies
+        name = clean_name(args.teacher_file or "program")
+        out = teacher.replies.folder if teacher else Path(f"out/{args.task}/teacher-{name}")
+        out = Path(args.out_dir or out)
+    else:
+        student, method = pick_student(args)
+        o = options(args, student.label)
+        out = Path(o.out_dir or f"out/{o.task}/{student.label}/{method}/seed{o.s.seed}")
     path = out / "rationales.jsonl"
     if args.allow_missing and (out / "settings.json").exists() and path.exists():
         # What was missing when this student was first trained stays left out.
@@ -95,19 +103,6 @@ def main(args) -> None:
         task = tasks.flags(args.task)
         print(f"next: {command('evaluate.py', task, model=out, data_dir=args.data_dir)}")
     return None
-
-
-def where_to(args, teacher) -> tuple[Path, Student | None, str, Options | None]:
-    """(where the rationales go, the student, the method, the training flags); with --collect-only
-    there is no student, and they go to the teacher's replies."""
-    if args.collect_only:
-        name = clean_name(args.teacher_model or args.teacher_file or "program")
-        folder = teacher.replies.folder if teacher else f"out/{args.task}/teacher-{name}"
-        return Path(args.out_dir or folder), None, "", None
-    student, method = pick_student(args)
-    o = options(args, student.label)
-    out = o.out_dir or f"out/{o.task}/{student.label}/{method}/seed{o.s.seed}"
-    return Path(out), student, method, o
 
 
 def collect(args, teacher, questions: list[Question], out: Path, fits) -> tuple[list, list[str]]:

@@ -101,10 +101,8 @@ def read_shots(args) -> tuple[dict, ...]:
     for split in ("train", "test"):
         seen |= {plain_answer(stem(q.text)) for q in tasks.load(args.task, split, args.data_dir)}
     for number, row in enumerate(read_jsonl(args.shots, form), 1):
-        known = plain_answer(stem(row["question"])) in seen
-        need(
-            not known, f"{args.shots} example {number} is a question of this task; take another one"
-        )
+        new = plain_answer(stem(row["question"])) not in seen
+        need(new, f"{args.shots} example {number} is a question of this task; take another one")
         asked = f"Question: {row['question'].strip()}\nAnswer:{prompts.COT_SUFFIX}"
         told = f"{row['rationale'].strip()} So the answer is {row['answer'].strip()}."
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]

@@ -36,13 +36,9 @@ TRIES = 6  # attempts per request, not counting those that only met a rate limit
 BACKOFF = 0.5  # seconds before the second attempt; doubles with each further one
 DRAIN = 30.0  # seconds that an interrupted collection waits for requests in flight
 FIRST = 20  # replies after which a collection checks whether they are of use
+KNOWN = (None, REFUSED, *WHOLE, *CUT)  # a reply with another finish reason may be cut
 
 # --- what a folder holds --------------------------------------------------------------------------
-
-
-def is_doubtful(reply: dict) -> bool:
-    """Has a reply a finish reason that we don't know? (None: the server gave none.)"""
-    return reply.get("finish") not in (None, REFUSED, *WHOLE, *CUT)
 
 
 class Collection:
@@ -106,7 +102,7 @@ class Collection:
         bill."""
         if not isinstance(record["text"], str):
             raise TypeError("a reply without text")
-        if is_doubtful(self.replies.setdefault(record["key"], record)):
+        if self.replies.setdefault(record["key"], record).get("finish") not in KNOWN:
             self.replies[record["key"]] = record
         n_in, n_out = endpoint.tokens_of(record.get("usage"))
         if n_in is not None and n_out is not None:  # else its bound stays, as if unanswered
@@ -178,7 +174,7 @@ def ask_all(
     with lock_folder(folder, ".lock-responses"):
         there, asks = len(collection.load().replies), collection.unique(asks)
         todo = [now for ask in asks if (now := collection.walk(ask)[1])]
-        again = [ask for ask in asks if is_doubtful(collection.find(ask) or {})]
+        again = [a for a in asks if (collection.find(a) or {}).get("finish") not in KNOWN]
         if there and todo and len(todo) == len(asks):
             print(f"the {there:,} replies in {folder} were made with other settings or at another "
                   "address (--also-url), and do not serve here")  # fmt: skip
@@ -310,8 +306,11 @@ class Asking:
         now, self.capped = time.monotonic(), ""
         for job in self.jobs[: self.e.concurrency]:
             if now > job.end:
-                never = f"no complete reply within {self.e.deadline:g} s"
-                self.fail(job, never if job in self.flying else job.why)
+                if job in self.flying:
+                    self.flying.remove(job)
+                    job.why = f"no complete reply within {self.e.deadline:g} s"
+                self.jobs.remove(job)
+                self.fail(job)
         for job in self.jobs[: int(self.slots)]:
             may = job not in self.flying and now >= max(job.due, self.resume)
             if may and not self.capped and len(self.flying) < int(self.slots):
@@ -348,24 +347,26 @@ class Asking:
         except queue.Empty:
             return False
         self.flying.discard(job)
-        if isinstance(result, Retry | SertError) and not getattr(result, "billed", False):
-            self.collection.note({"key": job.ask.key(self.e), "refused": True})
+        if known := job in self.jobs:  # else it was given up before
+            self.jobs.remove(job)
         if isinstance(result, dict):
             self.collection.add(job.ask, {**result, "attempts": job.attempts})
-            self.drop(job)
             self.recent.append(True)
             self.slots = min(self.slots + self.step, self.e.concurrency)
             if now := self.collection.walk(job.ask)[1]:
                 self.jobs.insert(0, Job(now))
             self.bar.set_postfix_str("", refresh=False)
             self.bar.update()
-        elif isinstance(result, Retry):
+        elif not isinstance(result, Retry | SertError):
+            raise result
+        elif not getattr(result, "billed", False):
+            self.collection.note({"key": job.ask.key(self.e), "refused": True})
+        if isinstance(result, Retry) and known:
             self.repeat(job, result)
         elif isinstance(result, Refused):
-            self.drop(job)
             job.why = str(result)
             self.refused.append(job)
-        else:
+        elif isinstance(result, SertError):
             raise result
         self.settle_refused()
         return isinstance(result, dict)
@@ -384,9 +385,10 @@ class Asking:
         job.due, job.tries = now + max(pause, why.after), job.tries + (why.kind != "rate limit")
         job.why = f"{why} ({job.attempts} attempts)"
         if job.tries >= TRIES or job.due > job.end:
-            self.fail(job, job.why)
+            return self.fail(job)
+        self.jobs.insert(0, job)
         self.bar.set_postfix_str(f"retrying: {endpoint.server_text(str(why), 60)}", refresh=False)
-        self.bar.update(0)
+        return self.bar.update(0)
 
     def settle_refused(self) -> None:
         """Once another question has a reply, store what the server refused as final: it is never
@@ -402,25 +404,14 @@ class Asking:
         if len(self.refused) == 3:
             raise SertError(self.refused[0].why)
 
-    def drop(self, job: Job) -> bool:
-        """Let a job go; was it there?"""
-        self.flying.discard(job)
-        there = job in self.jobs  # else it was given up before
-        if there:
-            self.jobs.remove(job)
-        return there
-
-    def fail(self, job: Job, why: str) -> None:
+    def fail(self, job: Job) -> None:
         """Give one ask up; stop everything when most of the last ones failed."""
-        if not self.drop(job):
-            return
-        job.why = why
         self.failed.append(job)
         self.recent.append(False)
         failed, of, some = self.recent.count(False), len(self.recent), any(self.recent)
         if of >= (10 if some else 2) and failed > of / 2:
             known = "" if some else endpoint.model_names(self.client)
             raise SertError(
-                f"{failed} of the last {of} requests got no reply ({why}{known}); replies so far are "
+                f"{failed} of the last {of} requests got no reply ({job.why}{known}); replies so far are "
                 "kept, repeat the command later"
             )
