@@ -78,12 +78,12 @@ def main(args) -> None:
         frozen = {r["id"] for r in read_jsonl(path)}
         questions = [q for q in questions if q.id in frozen]
     if parallel.RANK == 0:
-        records, failures = collect(args, teacher, questions, out, student and fits_in(student))
+        records = collect(args, teacher, questions, out, student and fits_in(student))
         if args.dry_run:
             return None
         save_records(out, records)
         if not args.allow_missing:
-            asking.end_if_missing(failures, teacher and teacher.replies)
+            asking.end_if_missing(teacher and teacher.replies)
     if args.collect_only:
         more = "the same command without --collect-only trains a student on them"
         return print(f"wrote {path}\nnext: {more}")
@@ -105,13 +105,12 @@ def main(args) -> None:
     return None
 
 
-def collect(args, teacher, questions: list[Question], out: Path, fits) -> tuple[list, list[str]]:
-    """(the records of rationales.jsonl, why outputs are missing): collect the outputs of the teacher
-    for each question, clean them, choose those to learn from, and print all counts."""
-    failures: list[str] = []
+def collect(args, teacher, questions: list[Question], out: Path, fits) -> list[dict]:
+    """The records of rationales.jsonl: collect the outputs of the teacher for each question, clean
+    them, choose those to learn from, and print all counts."""
     if teacher:
         stop_early = args.keep == "right" and not args.go_on
-        outputs, failures = teachers.ask(teacher, questions, out, stop_early)
+        outputs = teachers.ask(teacher, questions, out, stop_early)
     elif args.teacher_file:
         found, left = read_teacher_file(args.teacher_file, questions)
         outputs = {name: [output] for name, output in found.items()}
@@ -121,7 +120,7 @@ def collect(args, teacher, questions: list[Question], out: Path, fits) -> tuple[
     records, counts = rationale_records(questions, outputs, args.keep, fits, args.per_question)
     console.print_counts(f"{len(records):,} rationales for {len(questions):,} questions", counts)
     console.print_rationales(records)
-    return records, failures
+    return records
 
 
 def fits_in(student: Student) -> Callable[[Question, str], bool]:

@@ -112,9 +112,9 @@ def read_shots(args) -> tuple[dict, ...]:
 
 def ask(
     teacher: Teacher, questions: list[Question], out: Path, stop_early: bool
-) -> tuple[dict[str, list[Output]], list[str]]:
-    """Ask for what is missing; (outputs by question id, why others are missing). `out` may hold
-    replies of an earlier version; `stop_early` ends a collection of replies that can't be read."""
+) -> dict[str, list[Output]]:
+    """The outputs by question id; what is missing is asked for. `out` may hold replies of an earlier
+    version; `stop_early` ends a collection of replies that can't be read."""
     teacher.replies.others += (out,)
     asks, by_id = [a for q in questions for a in teacher.asks(q)], {q.id: q for q in questions}
     ways = ["--teacher-suffix ' End with: So the answer is ..' asks for all replies again"]
@@ -126,10 +126,10 @@ def ask(
         "state an answer that can be read",
         "; ".join(ways),
     )
-    failures = asking.ask_all(teacher.replies, asks, readable if stop_early else None)
+    asking.ask_all(teacher.replies, asks, readable if stop_early else None)
     outputs: dict[str, list[Output]] = {}
     for ask in asks:
         replies, now = teacher.replies.walk(ask)
         if not now:
             outputs.setdefault(ask.id, []).append(teacher.output(replies))
-    return outputs, failures
+    return outputs

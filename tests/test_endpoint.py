@@ -41,7 +41,8 @@ def run(folder, server, n=1, e=None, readable=None, then=None, **more):
     the endpoint at `server`, with the fields `more`."""
     collection = Collection(folder, replace(e or at(server), **more))
     wanted = [replace(ask, then=then) for ask in asks(n)]
-    return collection, ask_all(collection, wanted, readable)
+    ask_all(collection, wanted, readable)
+    return collection, collection.lacks
 
 
 def stored(folder, e=None) -> Collection:

@@ -55,6 +55,7 @@ class Collection:
         self.replies: dict[str, dict] = {}
         self.unanswered: dict[str, list] = {}  # key -> [tokens in, tokens out] at most, of each
         self.tokens_in = self.tokens_out = 0
+        self.lacks: list[str] = []  # why replies are missing after asking
         self.caps = {self.e.max_tokens}  # the limits of tokens that were asked with
         for name, count in (("sent.jsonl", self.count_note), ("responses.jsonl", self.count)):
             for path in dict.fromkeys(place / name for place in (self.folder, *self.others)):
@@ -163,14 +164,12 @@ class Readable(NamedTuple):
     advice: str  # what to change
 
 
-def ask_all(
-    collection: Collection, asks: Iterable[Ask], readable: Readable | None = None
-) -> list[str]:
-    """Ask for what a collection lacks, `e.concurrency` requests at a time; why some replies are
-    missing. Stops at the caps of `e` (an open bill counts in full), at an error that no retry
-    repairs, when most of the last asks failed, when most replies are of no use, and at a signal.
-    Replies to requests in flight are kept whatever happens."""
-    folder, who, failures = collection.folder, collection.e.who, []
+def ask_all(collection: Collection, asks: Iterable[Ask], readable: Readable | None = None) -> None:
+    """Ask for what a collection lacks, `e.concurrency` requests at a time. Stops at the caps of `e`
+    (an open bill counts in full), at an error that no retry repairs, when most of the last asks
+    failed, when most replies are of no use, and at a signal. Replies to requests in flight are kept
+    whatever happens."""
+    folder, who = collection.folder, collection.e.who
     with lock_folder(folder, ".lock-responses"):
         there, asks = len(collection.load().replies), collection.unique(asks)
         todo = [now for ask in asks if (now := collection.walk(ask)[1])]
@@ -184,10 +183,9 @@ def ask_all(
             if todo or again:
                 print(f"{who}: {len(todo):,} of {len(asks):,} prompts have no reply yet")
                 with Bar(len(todo + again), "request") as bar:
-                    failures = Asking(collection, bar, asks, readable).until_done(todo + again)
+                    Asking(collection, bar, asks, readable).until_done(todo + again)
         finally:
             print(collection.summary())
-    return failures
 
 
 def print_plan(what: str, collection: Collection, asks: Iterable[Ask]) -> None:
@@ -206,16 +204,17 @@ def print_plan(what: str, collection: Collection, asks: Iterable[Ask]) -> None:
           f"tokens in (a token per byte; English has about 4 bytes) and {n_out:,} out{cost}")  # fmt: skip
 
 
-def end_if_missing(failures: list[str], collection: Collection | None) -> None:
+def end_if_missing(collection: Collection | None) -> None:
     """If replies are missing, say which and how to go on, and exit with status 2."""
-    if not failures:
+    if not collection or not collection.lacks:
         return
-    for why in failures[:5]:
+    for why in collection.lacks[:5]:
         print(f"  missing: {printable(why)}", file=sys.stderr)
-    who, spent = collection.e.who, any("--max-cost" in why for why in failures)  # of all runs
+    who, n = collection.e.who, len(collection.lacks)
+    spent = any("--max-cost" in why for why in collection.lacks)  # it counts all runs together
     fix = "Raise --max-cost and repeat" if spent else "Repeat"
     less = "; --allow-missing trains without them" if who == "teacher" else ""
-    print(f"error: {len(failures):,} {who} replies are missing; those so far are in "
+    print(f"error: {n:,} {who} replies are missing; those so far are in "
           f"{collection.folder}. {fix} the command to ask for the rest{less}", file=sys.stderr)  # fmt: skip
     raise SystemExit(2)
 
@@ -255,8 +254,8 @@ class Asking:
         self.resume = 0.0  # no request before this time: a server said so
         self.capped = ""  # why no request may leave
 
-    def until_done(self, asks: list[Ask]) -> list[str]:
-        """Send the asks and all that follows from them; why some are still missing."""
+    def until_done(self, asks: list[Ask]) -> None:
+        """Send the asks and all that follows from them; note why some are still missing."""
         self.jobs = [Job(ask) for ask in asks]
         with stop_signals() as stopped:
             try:
@@ -280,7 +279,7 @@ class Asking:
             job.why = self.capped
         # A doubtful reply, which was only asked for again, is there.
         lost = [job for job in self.failed + self.jobs if not self.collection.find(job.ask)]
-        return [f"{job.ask.task}/{job.ask.id}: {job.why}" for job in lost]
+        self.collection.lacks = [f"{job.ask.task}/{job.ask.id}: {job.why}" for job in lost]
 
     def check_readable(self) -> None:
         """Stop if most of the first replies are of no use. Checks once, when there are enough."""

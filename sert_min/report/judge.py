@@ -119,12 +119,10 @@ def print_plan(records: list[dict], judge: Judge | None, what: str) -> None:
 # --- scores of records ----------------------------------------------------------------------------
 
 
-def write_scores(records: list[dict], questions: dict, judge: Judge | None, out: Path) -> list[str]:
-    """Write scores-NAME.jsonl for records that have replies (`questions` by id, for a program);
-    returns why other replies are missing."""
+def write_scores(records: list[dict], questions: dict, judge: Judge | None, out: Path) -> None:
+    """Write scores-NAME.jsonl for records that have replies (`questions` by id, for a program)."""
     if judge is None:
-        return []
-    failures: list[str] = []
+        return
     if judge.program:
         scored = [score_record(r, judge.program(questions[r["id"]], r["text"])) for r in records]
     else:
@@ -134,11 +132,10 @@ def write_scores(records: list[dict], questions: dict, judge: Judge | None, out:
             "Look at responses.jsonl; choose another --judge-model or a larger --judge-max-tokens",
         )
         asks = list(map(make_ask, records))
-        failures = asking.ask_all(judge.replies, asks, readable)
+        asking.ask_all(judge.replies, asks, readable)
         told = zip(records, map(judge.replies.find, asks))
         scored = [score_record(r, parse_scores(reply["text"])) for r, reply in told if reply]
     write_atomic(out / f"scores-{judge.name}.jsonl", map(to_line, scored))
-    return failures
 
 
 def score_record(record: dict, scores: dict) -> dict:
