@@ -61,7 +61,7 @@ def rationale_records(
     at most `per_question` are kept."""
     records, counts, kept = [], Counter(), Counter()
     several = [(q, i, one) for q in questions for i, one in enumerate(outputs.get(q.id, ()))]
-    if without := len({q.id for q in questions} - {q.id for q, _, _ in several}):
+    if without := sum(not outputs.get(q.id) for q in questions):
         counts["no output"] = without
     for q, i, output in several:
         answer = teacher_answer(output, q)
@@ -75,10 +75,8 @@ def rationale_records(
             reason = "empty"  # it was filtered, refused, all thinking, or only an answer
         elif pattern_break(text, q, ("direct",)):
             reason = "bare answer"
-        elif keep == "right" and answer is None:
-            reason = "answer not readable"
         elif keep == "right" and answer != q.answer:
-            reason = "answer wrong"
+            reason = "answer not readable" if answer is None else "answer wrong"
         elif fits and not fits(q, text):
             reason = "too long"
         elif per_question and kept[q.id] == per_question:
@@ -88,18 +86,9 @@ def rationale_records(
         kept[q.id] += reason == "ok"
         counts[f"dropped: {reason}" if reason != "ok" else "kept"] += 1
         which = {"sample": i} if len(outputs[q.id]) > 1 else {}
-        records.append(
-            {
-                "task": q.task,
-                "id": q.id,
-                **which,
-                "question": q.text,
-                "rationale": text,
-                "teacher_answer": answer,
-                "answer": q.answer,
-                "kept": reason == "ok",
-                "reason": reason,
-                "source": output.source,
-            }
-        )
+        records.append({
+            "task": q.task, "id": q.id, **which, "question": q.text, "rationale": text,
+            "teacher_answer": answer, "answer": q.answer, "kept": reason == "ok", "reason": reason,
+            "source": output.source,
+        })  # fmt: skip
     return records, counts

@@ -29,10 +29,13 @@ def at(server, **more):
     return Endpoint(**{"model": "m", "base_url": server.url, "timeout": 5, "deadline": 20, **more})
 
 
-def run(folder, server, n=1, e=None, readable=None, follow_up=None, **more):
+def run(folder, server, n=1, e=None, readable=None, then=None, **more):
     """(collection, why others are missing) of asking for what is missing in `folder`; `e`, or else
     the endpoint at `server`, with the fields `more`."""
-    return ask_all(folder, asks(n), replace(e or at(server), **more), readable, follow_up)
+    collection = Collection(folder, replace(e or at(server), **more))
+    wanted = [replace(ask, then=then) for ask in asks(n)]
+    ask_all(collection, wanted, readable)
+    return collection, collection.lacks
 
 
 def stored(folder, e=None) -> Collection:
@@ -201,6 +204,16 @@ def test_the_deadline_ends_what_never_ends(tmp_path, monkeypatch):
     with FakeServer(error(429, "slow")) as server:
         _, failures = run(tmp_path, server, deadline=1.0)
         assert "HTTP 429" in failures[0] and len(server.bodies) < 10
+
+
+def test_an_early_stop_keeps_what_is_in_flight(tmp_path, monkeypatch):
+    """Paid replies were dropped because another request had failed for good."""
+    monkeypatch.setattr(asking, "FIRST", 3)
+    nothing = Readable(lambda ask, replies: False, "rhyme", "Ask a poet.")
+    with FakeServer(ok(), delay=0.1) as server:
+        told = "only 0 of the first 3 replies rhyme.*Ask a poet"
+        refuses(told, run, tmp_path, server, 20, readable=nothing, concurrency=4)
+        assert 3 < len(server.bodies) == len(stored(tmp_path).replies)
 
 
 def test_key_of_a_reply_depends_on_everything():

@@ -36,7 +36,15 @@ def test_shares_count_questions_not_outputs():
 def test_kinds_of_paths():
     """Guards a path that only the perplexity or the answer rule drops, which reasons by form, and
     shares of paths in place of shares of questions."""
-    verdicts = "pattern:options length repetition perplexity answer kept selected".split()
+    verdicts = [
+        "pattern:options",
+        "length",
+        "repetition",
+        "perplexity",
+        "answer",
+        "kept",
+        "selected",
+    ]
     paths = [scored(i % 2, None, i % 5, v) for i, v in enumerate(verdicts)]
     kinds = [figures.KINDS[figures.kind_bin(r)] for r in paths]
     assert kinds == ["options", "short", "repetitive", *["reasoning"] * 4]

@@ -77,7 +77,7 @@ def evaluate_texts(file: str, about: dict, load: Callable, to: Judge | None, lim
     need(not other, f"{out} holds a model's evaluation; choose another --out-dir")
     need(out_dir or whole or not to, "give --out-dir for the scores of these texts")
     out.mkdir(parents=True, exist_ok=True)
-    failures = judge.write_scores(records, {}, to, out)
+    judge.write_scores(records, {}, to, out)
     judges = judge.summaries(out, len(records)) if to else None
     about = about | {"model": Path(file).stem, "method": "predictions"}
     metrics = without_nan(about | summarize(records, questions, judges=judges))
@@ -86,7 +86,7 @@ def evaluate_texts(file: str, about: dict, load: Callable, to: Judge | None, lim
         write_atomic(out / "predictions.jsonl", map(to_line, records))
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         print(f"wrote {out}/predictions.jsonl and metrics.json")
-    return end_if_missing(failures, "judge", to.folder if to else out)
+    return end_if_missing(to and to.replies)
 
 
 def judge_paths(paths: list[str], limit: int | None, to: Judge, dry_run: bool) -> None:
@@ -102,8 +102,8 @@ def judge_paths(paths: list[str], limit: int | None, to: Judge, dry_run: bool) -
             judge.print_plan(records, to, str(path))
             continue
         questions = {r["id"]: question_in(r) for r in records}
-        failures = judge.write_scores(records, questions, to, path.parent)
+        judge.write_scores(records, questions, to, path.parent)
         found = judge.summaries(path.parent, len(records))[to.name]
         means = ", ".join(f"{k} {found[k][0]:.2f}" for k in judge.KEYS)
         print(f"{path}: {found['parsed']:,} of {len(records):,} paths judged; {means}")
-        end_if_missing(failures, "judge", to.folder)
+        end_if_missing(to.replies)
