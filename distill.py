@@ -39,7 +39,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     teachers.add_flags(g)
     g = p.add_argument_group("what is learnt")
     g.add_argument("--keep", choices=("right", "all"), default="right", help="by their answers")
-    g.add_argument("--per-question", type=int, metavar="M", help="at most M rationales per question")
+    g.add_argument("--per-question", type=int, metavar="M",
+                   help="at most M rationales per question")
     g.add_argument("--go-on", action="store_true", help="even if most answers can't be read")
     g.add_argument("--allow-missing", action="store_true", help="train although replies are missing")
     g.add_argument("--collect-only", action="store_true", help="collect and clean, do not train")
@@ -98,8 +99,9 @@ def main(args) -> None:
     train_student(prepare(student, method, pairs, prompts.COT_SUFFIX, about, o))
     if parallel.RANK == 0:
         if not (teacher or args.teacher_file):
-            print("this teacher, a program, speaks in sentences that the student never used: after SERT, the "
-                  "student's accuracy falls (docs/results.md). A teacher helps where it knows more")  # fmt: skip
+            print("this teacher, a program, speaks in sentences that the student never used: after "
+                  "SERT, the student's accuracy falls (docs/results.md). A teacher helps where it "
+                  "knows more")  # fmt: skip
         task = tasks.flags(args.task)
         print(f"next: {command('evaluate.py', task, model=out, data_dir=args.data_dir)}")
     return None
@@ -145,11 +147,10 @@ def pick_student(args) -> tuple[Student, str]:
     elif name is None:
         print(f"no SERT checkpoint at {sert}: starting from the raw student {student.name} (RD)")
     before = student.sert.get("method")
-    need(
-        args.out_dir or before not in ("finetune", "star", "rd", "sert-rd"),
-        f"--model {student.name} was trained by {before} already: distillation starts from a raw "
-        "student or from SERT; choose one of these, or give --out-dir",
-    )
+    fresh = before not in ("finetune", "star", "rd", "sert-rd")
+    need(args.out_dir or fresh, f"--model {student.name} was trained by {before} already: "
+         "distillation starts from a raw student or from SERT; choose one of these, or give "
+         "--out-dir")  # fmt: skip
     return student, "sert-rd" if before == "sert" else "rd"
 
 

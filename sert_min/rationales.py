@@ -38,7 +38,7 @@ def teacher_answer(output: Output, q: Question) -> str | None:
 
 def clean(output: Output) -> tuple[str, bool, bool]:
     """(the rationale as the student will read it, did it lose its answer sentence?, did it lose a
-    half sentence?). The result is one paragraph. A rationale without a full sentence stays as it is."""
+    half sentence?). The result is one paragraph. One without a full sentence stays as it is."""
     text = without_thinking(output.rationale).strip()
     ends = [m.end() for m in SENTENCE_END.finditer(text)]
     cut = output.finish not in WHOLE
@@ -57,8 +57,8 @@ def rationale_records(
     per_question: int | None = None,
 ) -> tuple[list[dict], Counter]:
     """(a record per output, in question order; the counts of what happened). `keep` is "right" or
-    "all"; `fits(question, text)`: can the student's context hold it? Of the outputs for one question
-    at most `per_question` are kept."""
+    "all"; `fits(question, text)`: can the student's context hold it? Of the outputs for one
+    question at most `per_question` are kept."""
     records, counts, kept = [], Counter(), Counter()
     several = [(q, i, one) for q in questions for i, one in enumerate(outputs.get(q.id, ()))]
     if without := sum(not outputs.get(q.id) for q in questions):

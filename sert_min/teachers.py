@@ -20,15 +20,17 @@ ANSWER_TOKENS = 64  # of the reply to the second request of --two-step
 def add_flags(group) -> None:
     """Add the flags of a teacher to a group of a parser."""
     # fmt: off
-    group.add_argument("--teacher-file", help="existing rationales: davinci (a public log), a .log of "
-                       "zero_shot_cot, distilling-step-by-step's folder, or .jsonl (docs/usage.md)")
+    group.add_argument("--teacher-file", help="existing rationales: davinci (a public log), a .log "
+                       "of zero_shot_cot, distilling-step-by-step's folder, or .jsonl (docs/usage.md)")
     endpoint.add_flags(group, "teacher")
-    group.add_argument("--teacher-suffix", default="", help="added to the prompt, e.g. to ask for an answer")
-    group.add_argument("--two-step", action="store_true", help="ask for the answer in a second request")
-    group.add_argument("--shots", metavar="FILE", help="worked examples that go before each question: JSONL "
-                       "with question, rationale, answer")
-    group.add_argument("--teacher-samples", type=int, default=1, metavar="N", help="replies per question "
-                       "(above 1: give --teacher-temperature)")
+    group.add_argument("--teacher-suffix", default="",
+                       help="added to the prompt, e.g. to ask for an answer")
+    group.add_argument("--two-step", action="store_true",
+                       help="ask for the answer in a second request")
+    group.add_argument("--shots", metavar="FILE", help="worked examples that go before each question: "
+                       "JSONL with question, rationale, answer")
+    group.add_argument("--teacher-samples", type=int, default=1, metavar="N", help="replies per "
+                       "question (above 1: give --teacher-temperature)")
     group.add_argument("--teacher-dir", help="where replies lie (default: out/TASK/teacher-NAME)")
     # fmt: on
 
@@ -73,19 +75,17 @@ def from_flags(args) -> Teacher | None:
     """The teacher that the flags name; None if it is a file or the task's program."""
     file, model = args.teacher_file, args.teacher_model
     need(not (file and model), "give --teacher-file or --teacher-model, not both")
-    need(
-        file or model or tasks.get(args.task).teacher,
-        f"{tasks.flags(args.task)} needs a teacher: --teacher-model NAME (any OpenAI-compatible "
-        "endpoint, see --base-url) or --teacher-file FILE",
-    )
+    need(file or model or tasks.get(args.task).teacher,
+         f"{tasks.flags(args.task)} needs a teacher: --teacher-model NAME (any OpenAI-compatible "
+         "endpoint, see --base-url) or --teacher-file FILE")  # fmt: skip
     if not model:
         for flag in ("base_url", "max_requests", "max_cost", "two_step", "shots", "teacher_dir"):
             need(not getattr(args, flag), f"--{flag.replace('_', '-')} needs --teacher-model")
         need(args.teacher_samples == 1, "--teacher-samples needs --teacher-model")
         return None
     e, n = endpoint.from_flags(args, "teacher"), args.teacher_samples
-    need(n == 1 or e.temperature, "--teacher-samples above 1 needs a --teacher-temperature above 0: "
-         "without one all replies to a question would be alike")  # fmt: skip
+    need(n == 1 or e.temperature, "--teacher-samples above 1 needs a --teacher-temperature above "
+         "0: without one all replies to a question would be alike")  # fmt: skip
     # The replies are shared by all students of a task. Earlier versions stored them in --out-dir.
     default = Path(f"out/{args.task}/teacher-{clean_name(model)}")
     others = default, Path(args.out_dir or default)
@@ -95,8 +95,8 @@ def from_flags(args) -> Teacher | None:
 
 
 def read_shots(args) -> tuple[dict, ...]:
-    """The worked examples of --shots as messages. A question of the task itself is refused: the teacher
-    would see its answer, or a test question's."""
+    """The worked examples of --shots as messages. A question of the task itself is refused: the
+    teacher would see its answer, or a test question's."""
     form, messages, seen = dict.fromkeys(("question", "rationale", "answer"), str), [], set()
     for split in ("train", "test"):
         seen |= {plain_answer(stem(q.text)) for q in tasks.load(args.task, split, args.data_dir)}
@@ -113,18 +113,20 @@ def read_shots(args) -> tuple[dict, ...]:
 def ask(
     teacher: Teacher, questions: list[Question], out: Path, stop_early: bool
 ) -> dict[str, list[Output]]:
-    """The outputs by question id; what is missing is asked for. `out` may hold replies of an earlier
-    version; `stop_early` ends a collection of replies that can't be read."""
+    """The outputs by question id; what is missing is asked for. `out` may hold replies of an
+    earlier version; `stop_early` ends a collection of replies that can't be read."""
     teacher.replies.others += (out,)
     asks, by_id = [a for q in questions for a in teacher.asks(q)], {q.id: q for q in questions}
-    ways = ["--teacher-suffix ' End with: So the answer is ..' asks for all replies again"]
-    ways += ["--two-step only adds a request for the answer"] * (not teacher.two_step)
-    ways += ["a larger --teacher-max-tokens asks for those again that were cut off",
-             "--go-on keeps those with a right answer, --keep all all of them"]  # fmt: skip
+    ways = [
+        "--teacher-suffix ' End with: So the answer is ..' asks for all replies again",
+        "" if teacher.two_step else "--two-step only adds a request for the answer",
+        "a larger --teacher-max-tokens asks for those again that were cut off",
+        "--go-on keeps those with a right answer, --keep all all of them",
+    ]
     readable = asking.Readable(
         lambda ask, replies: teacher_answer(teacher.output(replies), by_id[ask.id]) is not None,
         "state an answer that can be read",
-        "; ".join(ways),
+        "; ".join(filter(None, ways)),
     )
     asking.ask_all(teacher.replies, asks, readable if stop_early else None)
     outputs: dict[str, list[Output]] = {}

@@ -1,4 +1,4 @@
-"""Many requests to a teacher or a judge, and the replies in a folder (endpoint.py sends one request).
+"""Many requests to a teacher or a judge, and the replies in a folder (endpoint.py sends one).
 
 Each reply is appended to responses.jsonl, durably, before anything else happens to it. Its key is a
 hash of all that shapes it, so repeating a command asks only for what is missing. Replies are read
@@ -120,7 +120,7 @@ class Collection:
         return None
 
     def walk(self, ask: Ask) -> tuple[list[dict], Ask | None]:
-        """(the replies to an ask and to what follows from it, the request that is still to send)."""
+        """(the replies to an ask and to what follows from it, the request that is to be sent)."""
         records: list[dict] = []
         now: Ask | None = ask
         while now and (record := self.find(now)):
@@ -137,7 +137,7 @@ class Collection:
         return list(chain.from_iterable(self.unanswered.values()))
 
     def most_usd(self, *more) -> float:
-        """The most that all runs of this folder, and `more` requests, can cost; prices are known."""
+        """The most that all runs of this folder and `more` requests cost; prices are known."""
         n_in, n_out = map(sum, zip((self.tokens_in, self.tokens_out), *self.open_bills(), *more))
         return self.e.usd(n_in, n_out)
 
@@ -200,8 +200,9 @@ def print_plan(what: str, collection: Collection, asks: Iterable[Ask]) -> None:
     n_in, n_out = (sum(bound[i] for bound in bounds) for i in (0, 1))
     usd = e.usd(n_in, n_out)
     cost = "" if usd is None else f"; at most {usd:.2f} USD, --max-cost is a hard cap"
-    print(f"{what}: {len(bounds):,} {e.who} requests ({there:,} replies are there), at most {n_in:,} "
-          f"tokens in (a token per byte; English has about 4 bytes) and {n_out:,} out{cost}")  # fmt: skip
+    print(f"{what}: {len(bounds):,} {e.who} requests ({there:,} replies are there), at most "
+          f"{n_in:,} tokens in (a token per byte; English has about 4 bytes) and {n_out:,} out"
+          f"{cost}")  # fmt: skip
 
 
 def end_if_missing(collection: Collection | None) -> None:
@@ -215,7 +216,8 @@ def end_if_missing(collection: Collection | None) -> None:
     fix = "Raise --max-cost and repeat" if spent else "Repeat"
     less = "; --allow-missing trains without them" if who == "teacher" else ""
     print(f"error: {n:,} {who} replies are missing; those so far are in "
-          f"{collection.folder}. {fix} the command to ask for the rest{less}", file=sys.stderr)  # fmt: skip
+          f"{collection.folder}. {fix} the command to ask for the rest{less}",
+          file=sys.stderr)  # fmt: skip
     raise SystemExit(2)
 
 
@@ -288,15 +290,14 @@ class Asking:
         walks = [(ask, *self.collection.walk(ask)) for ask in self.asks]
         done = [(ask, replies) for ask, replies, now in walks
                 if not now and replies[0].get("finish") != REFUSED]  # fmt: skip
+        if len(done) < FIRST:
+            return
         n = sum(self.readable.test(ask, replies) for ask, replies in done)
         cut = sum(replies[0].get("finish") == "length" for _, replies in done)
-        need(
-            len(done) < FIRST or n >= len(done) / 2,
-            f"only {n} of the first {len(done)} replies {self.readable.what} ({cut} were cut off at "
-            f"{endpoint.flag(self.e.who, 'max_tokens')}); they are kept. {self.readable.advice}",
-        )
-        if len(done) >= FIRST:
-            self.readable = None
+        limit = endpoint.flag(self.e.who, "max_tokens")
+        need(n >= len(done) / 2, f"only {n} of the first {len(done)} replies {self.readable.what} "
+             f"({cut} were cut off at {limit}); they are kept. {self.readable.advice}")  # fmt: skip
+        self.readable = None
 
     def go_on(self) -> bool:
         """Let all requests leave that may; is there anything to wait for? A job that is out of time
@@ -409,8 +410,6 @@ class Asking:
         self.recent.append(False)
         failed, of, some = self.recent.count(False), len(self.recent), any(self.recent)
         if of >= (10 if some else 2) and failed > of / 2:
-            known = "" if some else endpoint.model_names(self.client)
-            raise SertError(
-                f"{failed} of the last {of} requests got no reply ({job.why}{known}); replies so far are "
-                "kept, repeat the command later"
-            )
+            why = job.why + ("" if some else endpoint.model_names(self.client))
+            raise SertError(f"{failed} of the last {of} requests got no reply ({why}); replies so "
+                            "far are kept, repeat the command later")  # fmt: skip

@@ -1,11 +1,11 @@
 """One request to a teacher or a judge, at any OpenAI-compatible endpoint (asking.py sends many).
 
-The openai package sends it, without its own retries: asking.py notes and counts each attempt. What
-follows is a reply; Retry: another attempt may help (a rate limit, 5xx, timeout, connection, or a 200
-without a completion); Refused: this request is bad or forbidden, others may pass (400, 403, 413,
-422); or an error with advice, which ends all asking (authentication, quota, model, redirect). A
-reply that hit the token limit, was filtered or refused may be empty: asking again would give, and
-bill, the same.
+The openai package sends it, without its own retries: asking.py notes and counts each attempt. It
+ends with a reply; with Retry, if another attempt may help (a rate limit, 5xx, timeout, connection,
+or a 200 without a completion); with Refused, if this request is bad or forbidden, but others may
+pass (400, 403, 413, 422); or with an error that has advice and ends all asking (authentication,
+quota, model, redirect). A reply that hit the token limit, was filtered or refused may be empty:
+asking again would give, and bill, the same.
 """
 
 import contextlib
@@ -105,7 +105,7 @@ class Endpoint:
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Refuse an address that is none or holds a secret (it gets printed), and an unpriced cap."""
+        """Refuse an address that is none or holds a secret (it is printed), and an unpriced cap."""
         ok = False
         with contextlib.suppress(ValueError):  # an impossible port, for example
             url = urlsplit(self.url())
@@ -149,7 +149,7 @@ FLAGS = {f.name: f for f in fields(Endpoint) if f.metadata}
 
 
 def flag(who: str, name: str) -> str:
-    """The flag for a field of Endpoint: --teacher-model or --judge-model, but --timeout for both."""
+    """The flag for a field of Endpoint: --teacher-model, --judge-model, but --timeout for both."""
     own = name in ("model", "max_tokens", "temperature")
     return "--" + (f"{who}-" if own else "") + name.replace("_", "-")
 
@@ -205,8 +205,8 @@ class Ask:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def most_tokens(self, e: Endpoint) -> tuple[int, int]:
-        """Upper bounds of its (tokens in, tokens out): a token per byte sent, plus what the server's
-        chat template may add, and a full reply."""
+        """Upper bounds of its (tokens in, tokens out): a token per byte sent, plus what the
+        server's chat template may add, and a full reply."""
         texts = [m["content"] for m in self.messages]
         texts += [e.system_prompt or "", json.dumps(e.extra_body or "")]
         sent = sum(len(text.encode("utf-8", "replace")) + 8 for text in texts)
@@ -320,8 +320,8 @@ def tokens_of(usage) -> list[int | None]:
 
 
 def explain(error, e: Endpoint, client) -> Exception:
-    """The Retry, or the SertError with advice, that an HTTP error amounts to. What the server says is
-    part of it: `message`, `error` as a string, `detail`, else the beginning of the body."""
+    """The Retry, or the SertError with advice, that an HTTP error amounts to. It has what the
+    server says: `message`, `error` as a string, `detail`, else the beginning of the body."""
     status, code, headers = error.status_code, f"{error.code} {error.type}", error.response.headers
     said = error.body or error.response.text
     if isinstance(said, dict):
@@ -352,7 +352,7 @@ def explain(error, e: Endpoint, client) -> Exception:
 
 
 def model_names(client) -> str:
-    """The models that a server lists at /models, for an error about a wrong name; "" if it doesn't."""
+    """The models that a server lists at /models, for an error about a wrong name, or ""."""
     try:
         names = [str(model.id) for model in client.with_options(timeout=10).models.list().data]
     except Exception:  # this only adorns an error
