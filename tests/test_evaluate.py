@@ -29,12 +29,10 @@ def test_share_interval_equals_published_values(k, n, low, high):
 
 
 @given(st.integers(0, 3000), st.integers(1, 3000))
-def test_share_interval_holds_the_share(k, n):
+def test_intervals(k, n):
+    """The share lies in its own; those of nothing, and of a mean by hand."""
     p, low, high = share_interval(min(k, n), n)
     assert 0 <= low <= p <= high <= 1
-
-
-def test_intervals_of_nothing_and_of_a_mean():
     assert all(map(math.isnan, share_interval(0, 0) + mean_interval([])))
     mean, low, high = mean_interval([1, 2, 3, 4, 5])  # sd 1.5811, standard error 0.7071
     assert mean == 3 and round(high - mean, 4) == round(mean - low, 4) == 1.3859
@@ -58,15 +56,12 @@ def test_format_and_its_reason(text, finish, ok, reason, extracted):
     assert r["correct"] == (extracted == "yes")
 
 
-def test_length_and_repetition_by_hand():
+def test_summary_counts_by_hand():
+    """Guards unreadable answers left out of the denominator, and Fmt over unrecorded finishes."""
     r = grade(CHOICE, "the mall the mall So the answer is (B).", "eos")
     assert r["words"] == 9 and r["rep1"] == round(1 - 6 / 9, 5)
     assert r["rep2_words"] == round(1 - 7 / 8, 5)  # `the mall` is there twice
     assert r["extracted"] == r["extracted_lenient"] == "B" and r["correct"]
-
-
-def test_summary_counts_by_hand():
-    """Guards unreadable answers left out of the denominator, and Fmt over unrecorded finishes."""
     texts = ["So the answer is yes.", "So the answer is no.", "hm", "Yes!"]
     questions = [YES_NO] * 3 + [Question("strategy_qa", "8", "Not?", "no")]
     records = [grade(q, t, "eos") for q, t in zip(questions, texts)]

@@ -214,6 +214,7 @@ def test_a_second_process_is_refused(flock, tmp_path, monkeypatch):
                 time.sleep(60)
         finally:
             os._exit(0)
+    os.close(hold)
     try:
         assert os.read(held, 1) == b"!"
         said = "another process is writing.*--out-dir" + ".*delete .*.lock-holder" * (not flock)
