@@ -26,8 +26,7 @@ GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 @pytest.fixture(autouse=True)
 def dirty_memory(monkeypatch):
-    """What is not initialised holds the worst: 0, which looks like a slot, or NaN. And the
-    interpreter, which keeps bf16 as integers, gets a bf16 product that is one."""
+    """Guards memory that nobody wrote; and gives the interpreter a product of bf16 numbers."""
     plain_empty, plain_dot = torch.empty, interpreter.InterpreterBuilder.create_dot
 
     def empty(*size, **given):
@@ -128,8 +127,7 @@ CASES = {
     *((name, torch.bfloat16) for name in ("paper", "holes", "long", "D 8")),
 ])  # fmt: skip
 def test_equals_float64(name, dtype):
-    """Guards every offset, mask and rescaling: a row of another prompt, slot, layer or head, a token
-    too many or too few, stale numbers, memory that nobody wrote. In bf16 there is rounding (2^-9)."""
+    """Guards every offset, mask and rescaling. In bf16 weights and results are rounded (2^-9)."""
     case = CASES[name]
     given = make(**case, dtype=dtype)
     wanted, found = exact(**given), kernel(given)
@@ -172,8 +170,7 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 def test_offsets_above_2_to_the_31(monkeypatch):
-    """Rows and prompts, four each, stand 2^30 numbers apart, in memory that nothing touches between
-    them (the interpreter would copy it onto itself)."""
+    """Rows and prompts stand 2^30 numbers apart (the interpreter would copy all onto itself)."""
     plain = torch.UntypedStorage.copy_
 
     def copy_(self, other, *rest):
@@ -197,8 +194,7 @@ def test_offsets_above_2_to_the_31(monkeypatch):
 
 
 def test_what_no_kernel_takes():
-    """Guards heads above 128, values laid out otherwise than keys, numbers of a head apart: the
-    definition takes over, or an error names it."""
+    """Heads above 128, values laid out otherwise than keys, numbers of a head apart."""
     fits = make(G=1, J=2, P=5, chunks=1, D=16, dtype=torch.float32)
     wide = make(G=1, J=2, P=5, chunks=1, D=130, dtype=torch.float32)
     keys, none = fits["keys"], slice(0)

@@ -245,13 +245,23 @@ def test_other_settings_are_refused_with_both_values(tmp_path):
         files.check_settings(path, {}, "")
 
 
-def test_devices_that_are_not_there_are_refused():
-    """Guards a RuntimeError of torch deep in the run."""
+def test_devices(monkeypatch):
+    """Guards a RuntimeError of torch deep in the run, and streams, graphs and launches on the first GPU
+    in place of cuda:1, or under torchrun."""
     assert machine.pick_device("cpu") == torch.device("cpu")
     for name in ("tpu", "", "cuda:77", "cuda:x", "cpu:x", "mps:9"):
         with pytest.raises(SertError, match="--device") as e:
             machine.pick_device(name)
         one_line(e)
+    chosen, second = [], torch.device("cuda:1")
+    fake = {"is_available": lambda: True, "device_count": lambda: 2, "set_device": chosen.append}
+    for name, function in fake.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch, "empty", lambda n, device: Mock(device=torch.device(device)))
+    assert machine.pick_device("cuda:1") == second
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert machine.pick_device("cuda") == machine.pick_device("auto") == second
+    assert chosen == [second] * 3
 
 
 @pytest.mark.parametrize("has, wanted", [(False, torch.float32), (True, torch.bfloat16)])
@@ -264,20 +274,6 @@ def test_bf16_only_where_it_pays(monkeypatch, has, wanted):
         assert machine.pick_dtype("auto", device, 124_000_000) == wanted
         assert machine.pick_dtype("auto", device, 1_000_000) == torch.float32
         assert machine.pick_dtype("bf16", device, 1_000_000) == torch.bfloat16
-
-
-def test_a_second_gpu_becomes_the_current_one(monkeypatch):
-    """Guards streams, graphs and launches on the first GPU in place of cuda:1, or under torchrun."""
-    chosen = []
-    fake = {"is_available": lambda: True, "device_count": lambda: 2, "set_device": chosen.append}
-    for name, function in fake.items():
-        monkeypatch.setattr(torch.cuda, name, function)
-    monkeypatch.setattr(torch, "empty", lambda n, device: Mock(device=torch.device(device)))
-    second = torch.device("cuda:1")
-    assert machine.pick_device("cuda:1") == second
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert machine.pick_device("cuda") == machine.pick_device("auto") == second
-    assert chosen == [second] * 3
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF])

@@ -168,8 +168,11 @@ DRAWN = {"seed": 2**62 + 5, "temperature": 1.3, "top_k": 7, "top_p": 0.9}
     (replace(GREEDY, max_new_tokens=32), 7, {"temperature": 0.0}),
 ], ids=["branched", "raw", "greedy"])  # fmt: skip
 def test_rows_can_be_drawn_by_hand(s, eot, given):
-    """Guards a wrong stream, seed, position or setting, an end that is recorded or overlooked and a cap
-    that forgets the branch token: rows are drawn again, a token at a time, from plain forwards."""
+    """Guards a wrong seed, position or setting, an end that is recorded or overlooked, a cap without the
+    branch token, and streams that depend on the process (Python's hash) or on byte order."""
+    name = "commonsense_qa/075e483d21c29a511267ef62bedc0461"
+    assert stream_of(name, 2, 4) == -7888946899073213922  # sha256sum begins with 1e5ad2bc97d48492
+    assert stream_of("micro/17", -1, 24) == -1159658554570602996
     model, (prompts, names) = loud_model(), make_prompts(20, seed=1)
     got = sample_block(model, Words(eot=eot), prompts, names, s)
     assert {row.finish for row in got} == {"eos", "length"}
@@ -186,13 +189,6 @@ def test_rows_can_be_drawn_by_hand(s, eot, given):
                 finish = "length" if len(ids) == s.max_new_tokens else ""
         assert (row.token_ids, row.finish) == (ids, finish)
         assert len(row.logprobs) == len(ids) and row.path_start == 0
-
-
-def test_streams_are_sha256():
-    """Guards streams that depend on the process (Python's hash) or on byte order."""
-    name = "commonsense_qa/075e483d21c29a511267ef62bedc0461"
-    assert stream_of(name, 2, 4) == -7888946899073213922  # sha256sum begins with 1e5ad2bc97d48492
-    assert stream_of("micro/17", -1, 24) == -1159658554570602996
 
 
 def test_ending_does_not_depend_on_how_tokens_arrive():
@@ -212,9 +208,8 @@ def test_ending_does_not_depend_on_how_tokens_arrive():
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_special_tokens_end_paths_and_begin_none(raw):
-    """Guards a path that goes on behind a chat's `<|im_start|>`, hides it, or begins with it; and one
-    that ends at a branch token that is end-of-text: only the path starts later [Fig. 2, Top-5], also
-    for a rule that may reject it."""
+    """Guards a path that goes on behind a chat's `<|im_start|>`, hides it, or begins with it. Behind a
+    branch token that is end-of-text it goes on, and only starts later [Fig. 2, Top-5]."""
     model, block, seen = loud_model(), make_prompts(4), []
     best = [plain_logits(model, prompt, [])[-1].topk(3).indices.tolist() for prompt in block[0]]
     eot = best[0][1]
@@ -259,8 +254,7 @@ def test_reject_stops_rows_and_leaves_the_others(raw):
     (2, 0, False), (1, 1, True), (8, 1, True), (3, 2, False),
 ])  # fmt: skip
 def test_looking_seldom_draws_the_same(look, ahead, raw):
-    """Guards the GPU's way, where the host sees several steps at once, late: what a row drew behind
-    its end is dropped, also from the count of progress, and rejection cuts at the same token."""
+    """Guards what a row drew behind its end, where the host sees several steps at once, as a GPU's."""
     given, told = (loud_model(), make_prompts(8), replace(PAPER, rows=30, raw=raw)), []
     ways = {"look": look, "ahead": ahead, "progress": lambda n, ended: told.append(n)}
     once = sample_right(*given, reject=no_sums(29))
@@ -280,8 +274,7 @@ class NoWait(TorchDispatchMode):
 
 
 def test_a_gpus_steps_could_be_graphs(monkeypatch):
-    """Guards the GPU's way as far as a CPU can: a step waits for nothing (the draw apart, which is
-    another one there), a second block finds all buffers where they were, and the rows are the same."""
+    """Guards a step that waits (the draw apart, which is another one there), and buffers that move."""
 
     def capture(f, state, pool=None):
         def replay():

@@ -42,8 +42,7 @@ def draw(logits, **given):
 
 
 def check_draws(tokens, logprobs, logits, streams, seed, position, tolerance, **given):
-    """Kernel against naive float64 code. A draw within 1e-6 of a step of the exact CDF (or of top-p)
-    may go to the neighbour, since fp32 sums in another order decide it: at most one here."""
+    """Against naive float64 code. A draw within 1e-6 of a border may go to the neighbour: at most one."""
     near = 0
     for row, token, logprob, stream in zip(logits.double().numpy(), tokens, logprobs, streams):
         u = uniform_ints(seed, stream.item(), position)
@@ -86,8 +85,7 @@ CASES = SMALL + LARGE_K + CORNERS
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_equals_the_reference(case):
-    """Guards every branch of both kernels: block edges, one and many blocks and parts, ties (coarse),
-    dtypes, strides; and that a draw depends on its row, stream, seed and position alone."""
+    """Guards every branch: block edges, blocks and parts, ties (coarse), dtypes, strides, streams."""
     case = dict(case)
     B, V, dtype, stride, coarse = map(case.pop, ("B", "V", "dtype", "stride", "coarse"))
     g = torch.Generator().manual_seed(V * 31 + B)
@@ -290,15 +288,12 @@ def test_the_kernels_are_tried_before_they_serve(module, broken, why, monkeypatc
     assert why in problem if why else not problem
 
 
-def test_a_machine_without_triton(tmp_path):
+def test_without_the_kernels_plain_pytorch_serves(monkeypatch):
+    """The reason on a machine without Triton; what a GPU does then; the name in a run's settings."""
     code = ("import sys; sys.modules['triton'] = None\nimport torch\nfrom sert_min import kernels\n"
             "print(kernels.check.problem(torch.device('cpu')))")  # fmt: skip
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "No module named 'triton'" in said.stdout or "triton" in said.stdout, said.stderr
-
-
-def test_without_the_kernels_plain_pytorch_serves(monkeypatch):
-    """What a GPU without Triton does: the dispatch, and the name that is part of a run's settings."""
+    assert "triton" in said.stdout, said.stderr
     row = type("Row", (), {"__len__": lambda _: 2, "is_cuda": True, "device": "card"})()
     for why in ("", "no compiler"):
         monkeypatch.setattr(kernels.check, "problem", lambda device, why=why: why)

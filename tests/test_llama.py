@@ -73,8 +73,7 @@ def test_files_of_older_transformers_are_read(tmp_path):
 
 
 def test_logprobs_of_sampled_tokens_equal_a_plain_forward(folder):
-    """Guards decoding with K < H: which queries a head of keys serves, positions of turned keys in
-    prefill and cache, refilled slots and a second piece of own keys."""
+    """Guards decoding with K < H: grouped heads, turned keys, refilled slots, a second piece of keys."""
     model, (prompts, names) = load_model(folder), make_prompts(3)
     model.config = replace(model.config, n_positions=128)
     s = SampleSettings(max_new_tokens=36, rows=20)

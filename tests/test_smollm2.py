@@ -151,8 +151,7 @@ def test_the_real_model_is_that_of_transformers(tmp_path):
 @pytest.mark.slow
 @real
 def test_the_whole_method_on_the_real_model(tmp_path):
-    """Guards runs/smollm2.sh: every script takes the real model, a second run does nothing, and the
-    table has a row of each student."""
+    """Guards runs/smollm2.sh: a second run does nothing, the table has a row of each student."""
     env = {**os.environ, "PYTHON": sys.executable, "DATA_DIR": str(shared("data")), "QUESTIONS": "6",
            "TEST": "2", "FIGURE_QUESTIONS": "1", "METHODS": "sert star", "FLAGS": "--dtype fp32"}  # fmt: skip
     command = ["bash", str(ROOT / "runs/smollm2.sh")]

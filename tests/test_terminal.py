@@ -92,8 +92,7 @@ def test_last_lines(error, words):
     (None, RuntimeError("a bug"), []),
 ])  # fmt: skip
 def test_processes_wait_for_the_one_that_speaks(rank, problem, waits, monkeypatch):
-    """Guards a second message or a traceback under torchrun: process 1 keeps even argparse's until it
-    has waited, and process 0 waits where another one broke the connection."""
+    """Guards a second message under torchrun. Process 0 waits where another broke the connection."""
     slept, stderr = [], io.StringIO()
     monkeypatch.setattr(errors.time, "sleep", lambda s: slept.append((s, stderr.getvalue())))
     monkeypatch.setattr(sys, "stderr", stderr)

@@ -42,8 +42,7 @@ def theirs(folder) -> transformers.GPT2Tokenizer:
 
 @pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.slow)])
 def test_ids_equal_transformers(gpt2_folder, tmp_path, step):
-    """Guards pre-tokeniser, merge order and vocabulary, in both forms of the files: the 13,252 real
-    questions (each 20th of them), bare and as prompts, and awkward text."""
+    """Of the 13,252 real questions (each 20th of them), bare and as prompts, and of awkward text."""
     texts = []
     for task in ("strategy_qa", "commonsense_qa"):
         for split in ("train", "test"):
@@ -107,8 +106,7 @@ def train_bpe(folder, texts, size, form):
 @pytest.mark.parametrize("form", ["merges.txt", "tokenizer.json"])
 @pytest.mark.parametrize("alphabet", ["ab", "abc ", "aé 日1'"])
 def test_trained_bpes_agree_with_transformers(form, alphabet, tmp_path):
-    """Guards tiktoken's merging by the joined token, where Hugging Face merges by the pair (few letters
-    make many overlapping merges), and ranks used as ids: END is the first here."""
+    """Guards tiktoken's merging by the joined token, not by the pair, and ranks used as ids."""
     rng = random.Random(alphabet)
     texts = ["".join(rng.choices(alphabet, k=rng.randrange(1, 60))) for _ in range(1500)]
     bpe = train_bpe(tmp_path, texts[:500], 900, form)
