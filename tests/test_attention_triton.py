@@ -1,5 +1,4 @@
-"""Attention over shared prompts, definition and kernels, against float64 row by row: on a GPU if
-there is one, else in Triton's interpreter at small sizes."""
+"""Attention over shared prompts, definition and kernels, on a GPU or in Triton's interpreter."""
 
 import os
 

@@ -17,8 +17,7 @@ from sert_min.kernels.fast.largest import largest
 
 
 def head_like_gpt2(V: int, C: int = 256, B: int = 40, seed: int = 0):
-    """Hidden states [B, C] and a weight [V, C] whose logits lie near -100, spread by some 4, as
-    GPT-2's do: a large part that all tokens share, and a small one that tells them apart."""
+    """Hidden states [B, C] and a weight [V, C] whose logits lie near -100, spread by 4, as GPT-2's."""
     g = torch.Generator().manual_seed(seed)
     common = torch.randn(C, generator=g)
     common /= common.norm()

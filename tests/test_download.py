@@ -1,6 +1,4 @@
-"""download_model through the real huggingface_hub, against an HTTP server on this machine. The hub
-client reads its environment when it is imported, so each load runs in a process of its own, forked from
-one that has imported the rest."""
+"""download_model through the real huggingface_hub, against an HTTP server on this machine."""
 
 import hashlib
 import http.server
@@ -25,8 +23,8 @@ from sert_min.tokenizer import load_tokenizer
 MAIN = "0123456789abcdef0123456789abcdef01234567"  # the commit of `main`
 SHORT = "model.safetensors"
 
-# Reads {"name", "env"} lines; answers each with what became of the model, as one line. Waiting
-# between retries is left out and counted.
+# Reads {"name", "env"} lines; answers each with what became of the model, from a process of its own,
+# since the hub's client reads its environment when it is imported. Waits are left out and counted.
 LOADER = """
 import json, os, sys, time
 import safetensors.torch

@@ -1,11 +1,13 @@
 """io/files.py and machine.py: files through kills, full disks, damage; devices."""
 
 import errno
+import itertools
 import math
 import os
 import signal
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -108,22 +110,17 @@ def killed(n: int, work) -> bool:
     """Run `work` in a fork that kills itself at its n-th write (half is done), sync or rename."""
     child = os.fork()
     if child == 0:
-        calls = [0]
+        calls, write = itertools.count(1), os.write
 
-        def dying(real):
-            def call(*args):
-                calls[0] += 1
-                if calls[0] == n:
-                    if real is write:
-                        real(args[0], args[1][: len(args[1]) // 2])
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*args)
+        def dying(real, *args):
+            if next(calls) == n:
+                if real is write:
+                    real(args[0], args[1][: len(args[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
 
-            return call
-
-        write = os.write
         for name in ("write", "fsync", "rename", "replace", "open", "mkdir"):
-            setattr(os, name, dying(getattr(os, name)))
+            setattr(os, name, partial(dying, getattr(os, name)))
         try:
             work()
         finally:

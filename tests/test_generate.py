@@ -1,6 +1,4 @@
-"""Block sampling: the cached, batched decoder against plain forward passes of the same model. That is
-random but loud (weights eight times GPT-2's), so that attention decides the logits; a vocabulary of 61
-makes rows end at all lengths."""
+"""Block sampling: the cached, batched decoder against plain forward passes of the same model."""
 
 import itertools
 from dataclasses import replace
@@ -37,6 +35,7 @@ class Words(NamedTuple):
 
 
 def loud_model(**config) -> GPT2:
+    """Random weights, eight times GPT-2's: attention decides the logits, rows end at all lengths."""
     model = GPT2(replace(CONFIG, **config)).init_weights_(0).eval()
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -81,10 +80,6 @@ def logprob_error(model, prompts, rows, n_vocab=None) -> torch.Tensor:
     return torch.cat(errors)
 
 
-def row_keys(rows) -> list[tuple]:
-    return [(row.question, row.branch, row.sample) for row in rows]
-
-
 def sample_right(model, block, s, words=None, reject=None, **given) -> list:
     """The rows of a block, after a look at their log-probs: they are those of a plain forward."""
     words = words or Words()
@@ -124,8 +119,8 @@ def test_logprobs_equal_full_forward(monkeypatch, n, rows, raw, config):
     model, block = loud_model(**config), make_prompts(n)
     got = sample_right(model, block, replace(PAPER, raw=raw, rows=rows))
     branches, samples = ([-1], 25) if raw else (range(5), 5)
-    want = itertools.product(range(len(block[0])), branches, range(samples))
-    assert row_keys(got) == list(want)
+    want = itertools.product(range(n), branches, range(samples))
+    assert [(row.question, row.branch, row.sample) for row in got] == list(want)
     assert n < 9 or {row.finish for row in got} == {"eos", "length"}
     other = [p[1:] or [(p[0] + 1) % 60] for p in block[0]]
     assert logprob_error(model, other, got).abs().median() > 0.1

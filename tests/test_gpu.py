@@ -1,5 +1,4 @@
-"""The decoder and training on a real GPU, graphs and kernels included, against the CPU on the same random
-model. All is skipped where there is no CUDA; the GPU's way without a GPU is in test_generate.py."""
+"""Decoder and training on a GPU, if there is one, against the CPU; without one: test_generate.py."""
 
 from dataclasses import replace
 from functools import partial
@@ -70,8 +69,7 @@ def test_runs_are_the_same_bytes():
 
 @pytest.mark.parametrize("bf16, accumulate", [(False, 1), (False, 2), (True, 1)])
 def test_training_steps_equal_the_cpu(bf16, accumulate, monkeypatch):
-    """Guards graphs of several sizes, captured in one step and replayed in others: padding that gets
-    a loss, gradients that are kept from a step before, a number that was fixed at the capture."""
+    """Guards graphs that keep a gradient or a number from a step before, or give padding a loss."""
     batches = [random_examples(), random_examples(((9, 4), (40, 30)), 1), random_examples(seed=2)]
     losses = []
     for device, most in (("cpu", 0), ("cuda", 0), ("cuda", graph.MOST)):

@@ -1,5 +1,4 @@
-"""The Triton kernels against the reference, token for token: on a GPU if there is one, else in
-Triton's interpreter at small sizes (it runs programs one after another, so it sees no races)."""
+"""The Triton kernels against the reference, token for token: on a GPU or in Triton's interpreter."""
 
 import os
 

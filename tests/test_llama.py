@@ -1,4 +1,4 @@
-"""llama.py against transformers: five Llama and Qwen2 configs, saved folders, grouped heads everywhere."""
+"""llama.py against transformers: five Llama and Qwen2 configs, saved folders, grouped heads."""
 
 import json
 from dataclasses import replace

@@ -1,5 +1,4 @@
-"""The definition of sampling: `kernels.reference` against naive float64 code and known bits. Odds are
-those of a first run; seeds are fixed, so a test that passes once passes always."""
+"""The definition of sampling: `kernels.reference` against naive float64 code and known bits."""
 
 import random
 

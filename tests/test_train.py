@@ -108,7 +108,7 @@ def test_more_epochs_continue(run, tmp_path):
     whole = run("--out-dir whole --epochs 3")
     older = run("--out-dir older --max-steps 3")
     settings = read_json(older / "settings.json") | {"clip": 1.0, "compile": False}
-    (older / "settings.json").write_text(json.dumps(settings))
+    write_atomic(older / "settings.json", json.dumps(settings))
     os.rename(older, tmp_path / "run")
     run("--out-dir run --epochs 2")
     out = run("--out-dir run --epochs 3")
