@@ -309,8 +309,8 @@ def test_links_stay_links(tmp_path):
     assert (tmp_path / "state/weights").exists() and not (tmp_path / "disk/.last.old").exists()
 
 
-def test_names_fit_a_file_system(tmp_path):
-    """Guards temporary names, and letters of up to four bytes."""
+def test_a_place_that_fails_later_is_refused_first(tmp_path, monkeypatch):
+    """Guards all steps of a training before a result that has no place, and too long names."""
     assert files.clean_name("a/b c") == "a-b-c" and files.clean_name("a" * 99) == "a" * 80
     name = files.clean_name("\U00020000" * 300)
     assert name == "\U00020000" * 60 and files.clean_name("ж" * 99) == "ж" * 80
@@ -322,10 +322,6 @@ def test_names_fit_a_file_system(tmp_path):
         with files.atomic_folder(path) as part:
             (part / "a").write_text("")
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_place_that_fails_later_is_refused_first(tmp_path, monkeypatch):
-    """Guards all steps of a training, or all blocks, before a result that has no place."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "file/x")

@@ -97,16 +97,6 @@ def test_our_folder_opens_in_transformers(name, tmp_path):
     assert (folder / "model.safetensors").stat().st_mode & 0o044, "others can't read the weights"
 
 
-def test_labels_tell_local_models_apart(tmp_path, monkeypatch):
-    """Guards two models of one folder name, and a local folder called gpt2, sharing outputs."""
-    monkeypatch.chdir(tmp_path)
-    labels = set()
-    for seed, where in enumerate(["a/gpt2", "b/gpt2", "gpt2"]):
-        make_tiny_model(tmp_path / where, seed)
-        labels.add(model_label(where, hub.find_model(where)))
-    assert len(labels) == 3 and all(label.startswith("gpt2-") for label in labels)
-
-
 @torch.no_grad()
 def bf16_errors(config: GPT2Config, rows: int, length: int) -> dict[str, tuple[float, float]]:
     """Median and largest difference of log-probs, bf16 against fp32, of ours and of transformers."""
@@ -258,6 +248,7 @@ def test_folders_that_hold_no_whole_model(files, message, tmp_path, monkeypatch)
 
 
 def test_a_folder_hides_a_named_model_only_if_it_holds_one(tmp_path, monkeypatch, capsys):
+    """Guards also two models of one folder name, and a local folder called gpt2, sharing outputs."""
     monkeypatch.chdir(tmp_path)
     for name in ("gpt2", "openai-community/gpt2", "run"):
         (tmp_path / name).mkdir(parents=True)
@@ -265,6 +256,11 @@ def test_a_folder_hides_a_named_model_only_if_it_holds_one(tmp_path, monkeypatch
     make_tiny_model(tmp_path / "distilgpt2")
     assert is_local("distilgpt2") and find_model("distilgpt2").is_dir()
     assert "the folder ./distilgpt2 here, not the hub's" in capsys.readouterr().out
+    (tmp_path / "gpt2").rmdir()
+    folders = "a/gpt2", "b/gpt2", "gpt2"
+    made = [make_tiny_model(tmp_path / where, seed) for seed, where in enumerate(folders)]
+    labels = {model_label(where, find_model(where)) for where in folders}
+    assert len(labels) == len(made) and all(label.startswith("gpt2-") for label in labels)
 
 
 if __name__ == "__main__":  # PYTHONPATH=. python tests/test_gpt2.py: of a network of gpt2's size

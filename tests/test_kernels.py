@@ -30,13 +30,10 @@ NAN, INF = float("nan"), float("inf")
 GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
-def on_device(given: dict) -> dict:
-    return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-
-
 def draw(logits, **given):
     """Tokens and log-probs of the kernel."""
-    given = on_device({"backend": "triton", **given})
+    given = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+    given = {"backend": "triton", **given}
     return [x.cpu() for x in kernels.sample_and_score(logits.to(DEVICE), **given)]
 
 

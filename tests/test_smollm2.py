@@ -136,9 +136,8 @@ def test_the_real_model_is_that_of_transformers(tmp_path):
         again = theirs.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
     s = SampleSettings(samples=2, max_new_tokens=40)
     rows = sample_block(ours, tokenizer, prompts, ["a", "b"], s)
-    off = logprob_error(ours, prompts, rows).abs().max()
-    print(f"logits {error:.1e}, log-probs {off:.1e}")
-    assert error < 5e-4 and off < 1e-3  # the largest logit is about 30
+    assert error < 5e-4  # the largest logit is about 30
+    assert logprob_error(ours, prompts, rows).abs().max() < 1e-3
     greedy = SampleSettings(1, 1, temperature=0.0, max_new_tokens=12, raw=True)
     (row,) = sample_block(ours, tokenizer, prompts[:1], ["a"], greedy)
     assert again[: len(row.token_ids)] == row.token_ids

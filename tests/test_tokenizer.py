@@ -27,21 +27,12 @@ AWKWARD = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def gpt2_folder(tmp_path_factory):
-    """GPT-2's vocab.json and merges.txt."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    shutil.copy(shared("tiktoken", VOCAB), folder / "vocab.json")
-    shutil.copy(shared("tiktoken", MERGES_FILE), folder / "merges.txt")
-    return folder
-
-
 def theirs(folder) -> transformers.GPT2Tokenizer:
     return transformers.GPT2Tokenizer(*(f"{folder}/{n}" for n in ("vocab.json", "merges.txt")))
 
 
 @pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.slow)])
-def test_ids_equal_transformers(gpt2_folder, tmp_path, step):
+def test_ids_equal_transformers(tmp_path, step):
     """Of the 13,252 real questions (each 20th of them), bare and as prompts, and of awkward text."""
     texts = []
     for task in ("strategy_qa", "commonsense_qa"):
@@ -52,10 +43,13 @@ def test_ids_equal_transformers(gpt2_folder, tmp_path, step):
     prompts = [f"Question: {t}\nAnswer:" for t in texts]
     texts = [t.split(" Answer choices: ")[0] for t in texts] + prompts
     texts += AWKWARD + ["".join(random.Random(i).choices(AWKWARD, k=6)) for i in range(400)]
-    wanted = theirs(gpt2_folder)(texts)["input_ids"]
-    theirs(gpt2_folder).save_pretrained(tmp_path)  # tokenizer.json alone
+    (tmp_path / "old").mkdir()
+    shutil.copy(shared("tiktoken", VOCAB), tmp_path / "old/vocab.json")
+    shutil.copy(shared("tiktoken", MERGES_FILE), tmp_path / "old/merges.txt")
+    wanted = theirs(tmp_path / "old")(texts)["input_ids"]
+    theirs(tmp_path / "old").save_pretrained(tmp_path)  # tokenizer.json alone
     assert not (tmp_path / "merges.txt").exists()
-    for folder in (gpt2_folder, tmp_path):
+    for folder in (tmp_path / "old", tmp_path):
         ours = load_tokenizer(folder)
         assert (ours.n_vocab, ours.eot) == (50257, 50256)
         for text, ids in zip(texts, wanted):
@@ -69,17 +63,15 @@ def tiny(tmp_path_factory) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-@given(st.text(st.characters(), max_size=40))  # lone surrogates too
-def test_any_text_makes_the_round_trip(tiny, text):
-    """Guards crashes on untrusted text; a lone surrogate comes back as U+FFFD."""
+IDS = st.lists(st.integers(-(2**70), 2**70) | st.integers(0, 300), max_size=30)
+
+
+@given(st.text(st.characters(), max_size=40), IDS)  # lone surrogates too
+def test_any_text_makes_the_round_trip_and_any_ids_decode(tiny, text, ids):
+    """Guards tiktoken's KeyError and OverflowError for ids; a lone surrogate comes back as U+FFFD."""
+    assert isinstance(tiny.decode(ids), str)
     back = tiny.decode(tiny.encode(text))
     assert back == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-@given(st.lists(st.integers(-(2**70), 2**70) | st.integers(0, 300), max_size=30))
-def test_any_ids_decode(tiny, ids):
-    """Guards tiktoken's KeyError and OverflowError for ids without a token, and cut UTF-8."""
-    assert isinstance(tiny.decode(ids), str)
 
 
 @pytest.mark.parametrize("text", [
@@ -178,8 +170,12 @@ def test_damaged_files_are_refused(name, old, new, tmp_path):
     refused(tmp_path)
 
 
-def test_windows_line_ends_are_read_and_missing_files_refused(tmp_path):
-    """Guards a git checkout with CRLF, and the fall back to somebody else's vocabulary."""
+def test_windows_line_ends_missing_files_and_another_model(tmp_path):
+    """Guards CRLF of git, somebody else's vocabulary, and an index error in a smaller embedding."""
+    folder = make_tiny_model(tmp_path / "m", vocab_size=260)
+    with pytest.raises(SertError, match="269 ids, config.json's vocab_size only 260"):
+        load_tokenizer(folder)
+    assert load_tokenizer(make_tiny_model(tmp_path / "padded", vocab_size=320)).n_vocab == 269
     write_tiny_tokenizer(tmp_path)
     wanted = load_tokenizer(tmp_path).encode("the yes")
     merges = (tmp_path / "merges.txt").read_bytes()
@@ -188,14 +184,6 @@ def test_windows_line_ends_are_read_and_missing_files_refused(tmp_path):
     (tmp_path / "vocab.json").unlink()
     for folder in (tmp_path, tmp_path / "nowhere"):
         assert "has neither" in refused(folder)
-
-
-def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path):
-    """Guards an index error in the embedding, far from its cause."""
-    folder = make_tiny_model(tmp_path / "m", vocab_size=260)
-    with pytest.raises(SertError, match="269 ids, config.json's vocab_size only 260"):
-        load_tokenizer(folder)
-    assert load_tokenizer(make_tiny_model(tmp_path / "padded", vocab_size=320)).n_vocab == 269
 
 
 CHAT = {"<|im_start|>": 269, "<|im_end|>": 270}  # behind the tiny vocabulary

@@ -118,8 +118,13 @@ def test_more_epochs_continue(run, tmp_path):
         run("--out-dir run --epochs 2")
 
 
-def test_other_settings_are_refused(run, monkeypatch):
+def test_other_settings_are_refused(run, monkeypatch, tmp_path):
     """Guards two trainings mixed in one folder, and a resume that measures dtype anew."""
+    with pytest.raises(SertError, match=r"run `python sample.py --task micro --model \S+tiny"):
+        run("--method sert")
+    short = make_tiny_model(tmp_path / "short", n_positions=40)
+    with pytest.raises(SertError, match="question .* tokens, the model's context is 40"):
+        run("--limit 3 --out-dir short-run", model=str(short))
     with monkeypatch.context() as m:
         m.setattr(machine, "pick_dtype", lambda name, device, n: torch.bfloat16)
         run("--out-dir run --max-steps 1")
@@ -171,14 +176,6 @@ def test_what_is_learnt_from_a_file_of_paths(tmp_path, capsys):
         (tmp_path / "p.jsonl").write_text(to_line(records[0] | change))
         with pytest.raises(SertError, match="not in this task's train split|text is missing"):
             train.sert_pairs(tmp_path / "p.jsonl", questions)
-
-
-def test_errors_say_what_to_do(run, tmp_path):
-    with pytest.raises(SertError, match=r"run `python sample.py --task micro --model \S+tiny"):
-        run("--method sert")
-    short = make_tiny_model(tmp_path / "short", n_positions=40)
-    with pytest.raises(SertError, match="question .* tokens, the model's context is 40"):
-        run("--limit 3 --out-dir run", model=str(short))
 
 
 def test_checkpoint_opens_in_transformers_and_continues(run, tiny):
