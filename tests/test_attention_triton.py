@@ -46,7 +46,7 @@ def dirty_memory(monkeypatch):
 
 
 def make(G, J, P, chunks, D, dtype, H=2, K=None, absent=0, empty=0, loud=3.0) -> dict:
-    """Random arguments as the decoder has them: parts of larger buffers, rows in any order, `absent`
+    """Random arguments as the decoder has them: parts of larger buffers, in any order, `absent`
     places without a row, `empty` slots without one, huge numbers where nothing is real."""
     g = torch.Generator().manual_seed(G * 1000 + J * 100 + P + D)
     n = G * J - absent + empty
@@ -141,7 +141,7 @@ def test_equals_float64(name, dtype):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has an order of its own")
 def test_order_of_programs_does_not_matter(monkeypatch):
-    """Guards rows that two programs write: in order, the right one could hide a wrong one before it."""
+    """Guards rows that two programs write: the right one could hide a wrong one before it."""
     given = make(G=3, J=40, P=20, chunks=1, D=16, H=1, absent=8, empty=2, dtype=torch.float32)
     forwards, plain = kernel(given), interpreter.InterpreterBuilder.set_grid_idx
 

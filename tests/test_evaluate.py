@@ -19,7 +19,7 @@ CHOICE = Question("commonsense_qa", "c", "Where? Answer choices: ..", "B", ("sea
 
 
 @pytest.mark.parametrize("k, n, low, high", [  # Newcombe 1998, Table I, method 3
-    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718),
 ])  # fmt: skip
 def test_share_interval_equals_published_values(k, n, low, high):
     p, a, b = share_interval(k, n)

@@ -148,7 +148,7 @@ def test_sigkill_while_appending_loses_nothing(tmp_path):
 
 
 def test_a_failure_keeps_the_old_file_and_folder(tmp_path, monkeypatch):
-    """Guards open(path, "w") on a file that matters, mixed checkpoints, and a second rename that fails."""
+    """Guards open(path, "w"), mixed checkpoints, and a second rename that fails."""
     file, path, real = tmp_path / "a.json", tmp_path / "deep" / "model", os.rename
 
     def broken():
@@ -243,8 +243,7 @@ def test_other_settings_are_refused_with_both_values(tmp_path):
 
 
 def test_devices(monkeypatch):
-    """Guards a RuntimeError of torch deep in the run, and streams, graphs and launches on the first GPU
-    in place of cuda:1, or under torchrun."""
+    """Guards a RuntimeError deep in the run, and launches on the first GPU in place of cuda:1."""
     assert machine.pick_device("cpu") == torch.device("cpu")
     for name in ("tpu", "", "cuda:77", "cuda:x", "cpu:x", "mps:9"):
         with pytest.raises(SertError, match="--device") as e:

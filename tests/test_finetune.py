@@ -53,7 +53,7 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, relative: float) -> None:
 
 @pytest.mark.parametrize("loss_on", ["answer", "all"])
 def test_exactly_one_end_is_supervised(tiny_model_folder, loss_on):
-    """Guards the shift by one, masking by token id (the student would never stop), and ends in text."""
+    """Guards the shift, masking by token id (the student would never stop), and ends in text."""
     tokenizer = load_tokenizer(tiny_model_folder)
     tokenizer.encode_prompt = lambda text: [7, *tokenizer.encode(text)]  # as a Llama's
     prompt, completion = "Question: what is <|endoftext|>\nAnswer:", " the <|endoftext|> mark. yes"
@@ -185,7 +185,7 @@ def test_optimizer_is_adam():
 
 
 def test_non_finite_stops_before_the_update(tmp_path):
-    """Guards a NaN that has ruined the weights when it is noticed, and an error without its place."""
+    """Guards a NaN that has ruined the weights when it is seen, and an error without its place."""
     model = random_model()
     model.h[1].mlp.c_fc.bias.data[3] = float("nan")
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -227,7 +227,7 @@ def test_a_resumed_run_takes_the_same_steps(tmp_path, n):
 
 
 def test_states_that_do_not_fit_are_named(tmp_path):
-    """Guards a traceback, and a silent start from step 0: of another model, damaged, without a step."""
+    """Guards a silent start from step 0: of another model, damaged, without a step."""
     run_fit(random_model(), tmp_path)
     for other in ({"n_layer": 3}, {"n_embd": 64}, {"tie_word_embeddings": False}):
         with pytest.raises(SertError, match="belongs to another model"):

@@ -35,7 +35,7 @@ class Words(NamedTuple):
 
 
 def loud_model(**config) -> GPT2:
-    """Random weights, eight times GPT-2's: attention decides the logits, rows end at all lengths."""
+    """Weights eight times GPT-2's: attention decides the logits, rows end at all lengths."""
     model = GPT2(replace(CONFIG, **config)).init_weights_(0).eval()
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -128,14 +128,12 @@ def test_logprobs_equal_full_forward(monkeypatch, n, rows, raw, config):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_bf16_is_near_fp32(monkeypatch, has):
-    """On CPUs with and without instructions for it (a lost bias would change log-probs by over 0.5)."""
+    """On CPUs with and without instructions for it (a lost bias changes more than 0.5)."""
     pretend_bf16(monkeypatch, has)
     config = {"n_embd": 320, "vocab_size": 700}
     model, exact, (prompts, names) = loud_model(**config), loud_model(**config), make_prompts(4)
-    with torch.no_grad():
-        for p in model.parameters():
-            p /= 4 if p.dim() == 2 else 1
-    exact.load_state_dict(model.state_dict())
+    for p in (*model.parameters(), *exact.parameters()):
+        p.data /= 4 if p.dim() == 2 else 1
     got = sample_block(model.cast_(torch.bfloat16), Words(700, 699), prompts, names, PAPER)
     error = logprob_error(exact, prompts, got, n_vocab=700).abs()
     assert error.median() < 0.05 and error.max() < 0.5
@@ -163,8 +161,8 @@ DRAWN = {"seed": 2**62 + 5, "temperature": 1.3, "top_k": 7, "top_p": 0.9}
     (replace(GREEDY, max_new_tokens=32), 7, {"temperature": 0.0}),
 ], ids=["branched", "raw", "greedy"])  # fmt: skip
 def test_rows_can_be_drawn_by_hand(s, eot, given):
-    """Guards a wrong seed, position or setting, an end that is recorded or overlooked, a cap without the
-    branch token, and streams that depend on the process (Python's hash) or on byte order."""
+    """Guards a wrong seed, position or setting, an end that is recorded or overlooked, a cap without
+    the branch token, and streams that depend on the process (Python's hash) or on byte order."""
     name = "commonsense_qa/075e483d21c29a511267ef62bedc0461"
     assert stream_of(name, 2, 4) == -7888946899073213922  # sha256sum begins with 1e5ad2bc97d48492
     assert stream_of("micro/17", -1, 24) == -1159658554570602996
@@ -226,7 +224,7 @@ def test_special_tokens_end_paths_and_begin_none(raw):
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_reject_stops_rows_and_leaves_the_others(raw):
-    """Guards rejection that changes what other rows draw, or comes late: rejected rows are prefixes."""
+    """Guards rejection that changes what other rows draw, or comes late."""
     seen = []
 
     def reject(question, ids) -> bool:
@@ -249,7 +247,7 @@ def test_reject_stops_rows_and_leaves_the_others(raw):
     (2, 0, False), (1, 1, True), (8, 1, True), (3, 2, False),
 ])  # fmt: skip
 def test_looking_seldom_draws_the_same(look, ahead, raw):
-    """Guards what a row drew behind its end, where the host sees several steps at once, as a GPU's."""
+    """Guards what a row drew behind its end, where the host sees several steps at once."""
     given, told = (loud_model(), make_prompts(8), replace(PAPER, rows=30, raw=raw)), []
     ways = {"look": look, "ahead": ahead, "progress": lambda n, ended: told.append(n)}
     once = sample_right(*given, reject=no_sums(29))
@@ -269,7 +267,7 @@ class NoWait(TorchDispatchMode):
 
 
 def test_a_gpus_steps_could_be_graphs(monkeypatch):
-    """Guards a step that waits (the draw apart, which is another one there), and buffers that move."""
+    """Guards a step that waits (but for the draw, another one there), and buffers that move."""
 
     def capture(f, state, pool=None):
         def replay():
@@ -302,8 +300,7 @@ def test_a_gpus_steps_could_be_graphs(monkeypatch):
 
 @pytest.mark.parametrize("new, raw", [(1, False), (1, True), (32, False), (33, False), (70, True)])
 def test_caps(new, raw):
-    """Guards a cap of 1 that still decodes, the seam between two chunks of 32 of own keys, and ids of a
-    padded vocabulary: the model has 61, the tokenizer 50."""
+    """Guards a cap of 1, the seam of two chunks of 32 keys, and ids of a padded vocabulary (of 61)."""
     s = SampleSettings(2, max_new_tokens=new, rows=20, raw=raw, top_k=0, top_p=1.0, temperature=2.0)
     rows = sample_right(loud_model(), make_prompts(4, vocab=50), s, Words(n_vocab=50, eot=-1))
     assert {(len(row.token_ids), row.finish) for row in rows} == {(new, "length")}
@@ -323,7 +320,7 @@ def test_same_block_same_bytes():
 
 
 def test_flips_across_blocks():
-    """Guards draws that depend on the block: blocks of 1, 5 and 12 questions, with few live rows."""
+    """Guards draws that depend on the block: of 1, 5 and 12 questions, with few live rows."""
     model, (prompts, names) = loud_model(), make_prompts(12)
     base = sample_block(model, Words(), prompts, names, PAPER)
     for size, live in [(1, 200), (5, 90), (12, 17)]:
@@ -348,7 +345,7 @@ def test_prompts_that_do_not_fit(bad, message):
     ("wpe", 0, 0), ("wte", 2, 1), ("wpe", 25, 1), ("wpe", 50, 1),
 ])  # fmt: skip
 def test_nan_names_the_question(raw, table, row, question):
-    """Guards tokens drawn from NaN: for all prompts, where the others have padding, or late in a row."""
+    """Guards tokens drawn from NaN: for all prompts, beside padding, or late in a row."""
     prompts, names = [[1] * 10, [2] * 30, [3] * 20], ["test/0", "test/1", "test/2"]
     model, kept = loud_model(tie_word_embeddings=False), {}
     getattr(model, table).weight.data[row] = float("nan")

@@ -170,8 +170,7 @@ def test_tensors_are_checked(change, named, folder):
 
 
 def test_damaged_folders_are_refused(folder):
-    """Guards tracebacks, a huge allocation, or worse a model, from garbled files, from an index that
-    names files elsewhere, and from pickles."""
+    """Guards tracebacks, huge memory, or worse a model, from garbled files, an index, pickles."""
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     garbage = struct.pack("<Q", 50) + b"\xff" * 50 + whole[58:]
@@ -248,7 +247,7 @@ def test_folders_that_hold_no_whole_model(files, message, tmp_path, monkeypatch)
 
 
 def test_a_folder_hides_a_named_model_only_if_it_holds_one(tmp_path, monkeypatch, capsys):
-    """Guards also two models of one folder name, and a local folder called gpt2, sharing outputs."""
+    """Guards also models of one folder name, and a local folder called gpt2, sharing outputs."""
     monkeypatch.chdir(tmp_path)
     for name in ("gpt2", "openai-community/gpt2", "run"):
         (tmp_path / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference, token for token: on a GPU or in Triton's interpreter."""
+"""The Triton kernels against the reference, token for token, on a GPU or interpreted."""
 
 import os
 
@@ -33,12 +33,12 @@ GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def draw(logits, **given):
     """Tokens and log-probs of the kernel."""
     given = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-    given = {"backend": "triton", **given}
-    return [x.cpu() for x in kernels.sample_and_score(logits.to(DEVICE), **given)]
+    found = kernels.sample_and_score(logits.to(DEVICE), **{"backend": "triton", **given})
+    return [x.cpu() for x in found]
 
 
 def check_draws(tokens, logprobs, logits, streams, seed, position, tolerance, **given):
-    """Against naive float64 code. A draw within 1e-6 of a border may go to the neighbour: at most one."""
+    """Against naive float64 code. A draw within 1e-6 of a border may go to the neighbour, once."""
     near = 0
     for row, token, logprob, stream in zip(logits.double().numpy(), tokens, logprobs, streams):
         u = uniform_ints(seed, stream.item(), position)
@@ -81,7 +81,7 @@ CASES = SMALL + LARGE_K + CORNERS
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_equals_the_reference(case):
-    """Guards every branch: block edges, blocks and parts, ties (coarse), dtypes, strides, streams."""
+    """Guards block edges, blocks and parts, ties (coarse), dtypes, strides, streams, settings."""
     case = dict(case)
     B, V, dtype, stride, coarse = map(case.pop, ("B", "V", "dtype", "stride", "coarse"))
     g = torch.Generator().manual_seed(V * 31 + B)
@@ -132,9 +132,8 @@ def test_padded_rows_of_a_weight_are_never_drawn(backend, top_k):
     padded = torch.cat([weight, 9 * hidden])  # by far the largest logits
     given = {"top_k": top_k, "top_p": 0.9, "seed": 2}
     wanted = kernels.sample_and_score(hidden @ weight.T, backend="reference", **given)
-    found = kernels.head_sample_and_score(
-        hidden.to(DEVICE), padded.to(DEVICE), n_vocab=70, backend=backend, **given
-    )
+    head = hidden.to(DEVICE), padded.to(DEVICE)
+    found = kernels.head_sample_and_score(*head, n_vocab=70, backend=backend, **given)
     assert torch.equal(wanted[0], found[0].cpu())
     torch.testing.assert_close(found[1].cpu(), wanted[1])
 
@@ -194,7 +193,7 @@ def test_frequencies(n):
     (3, 1000, 64, None, torch.float32, 10),  # the default tiles
 ])  # fmt: skip
 def test_head_equals_product_then_reference(B, V, C, blocks, dtype, top_k):
-    """Guards ragged vocabulary, rows and depth, strips, and padded tokens that are drawn or summed."""
+    """Guards ragged vocabulary, rows and depth, strips, and padded tokens that count."""
     g = torch.Generator().manual_seed(V + C)
     hidden = torch.randn(B, C, generator=g).to(dtype)
     weight = (torch.randn(V, C, generator=g) * 0.4).to(dtype)
@@ -269,13 +268,13 @@ def zeros(*_):
 
 @pytest.mark.parametrize("module, broken, why", [
     (None, None, ""),
-    (sample_score, mock.Mock(side_effect=RuntimeError("no C compiler")), "RuntimeError: no C compiler"),
+    (sample_score, mock.Mock(side_effect=RuntimeError("no C")), "RuntimeError: no C"),
     (head_sample_score, zeros, "result is wrong"),
     (search, zeros, "result is wrong"),
     (attention_triton, lambda q, *_: q, "result is wrong"),
 ])  # fmt: skip
 def test_the_kernels_are_tried_before_they_serve(module, broken, why, monkeypatch):
-    """Guards a crash, or wrong draws, where Triton can't serve: the reason is found at the first use."""
+    """Guards a crash, or wrong draws, where Triton can't serve."""
     if module:
         monkeypatch.setattr(module, "launch", broken)
     kernels.check.problem.cache_clear()
@@ -285,7 +284,7 @@ def test_the_kernels_are_tried_before_they_serve(module, broken, why, monkeypatc
 
 
 def test_without_the_kernels_plain_pytorch_serves(monkeypatch):
-    """The reason on a machine without Triton; what a GPU does then; the name in a run's settings."""
+    """The reason on a machine without Triton, what a GPU does then, and the name in settings."""
     code = ("import sys; sys.modules['triton'] = None\nimport torch\nfrom sert_min import kernels\n"
             "print(kernels.check.problem(torch.device('cpu')))")  # fmt: skip
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

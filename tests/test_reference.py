@@ -122,8 +122,8 @@ def make_logits(B: int, V: int, case: dict, g: torch.Generator) -> torch.Tensor:
 
 
 def test_tokens_equal_oracle():
-    """Guards any wrong cut, order, tie, renormalisation or index, draws by batch slot and settings that
-    leak between rows. Rows of bf16 and fp16 are full of ties. Draws near a border are counted."""
+    """Guards any wrong cut, order, tie, renormalisation or index, draws by batch slot and settings
+    that leak between rows. Rows of bf16 and fp16 are full of ties. Draws near a border are counted."""
     g, r = torch.Generator().manual_seed(7), random.Random(7)
     cases = [{name: r.choice(values) for name, values in LEVELS.items()} for _ in range(60)]
     rows = near = 0
@@ -224,7 +224,7 @@ def test_which_tokens_come_up(row, settings, wanted):
 
 
 def test_order_of_ids_decides_not_order_of_logits(monkeypatch):
-    """Guards the first and the last kept id with any mass (uniforms 0 and 1 - 2^-24), and borders."""
+    """Guards borders, and the first and the last kept id (uniforms 0 and 1 - 2^-24)."""
     row, tie = [-INF, 1.0, 3.0, -50.0, 2.0, -200.0], [-1e6, 0.0, 0.0, -1e6]
     last = 1 - 2**-24
     cases = [(row, 3, 0.0, 1), (row, 3, last, 4), (row, 0, 0.0, 1), (row, 0, last, 4)]

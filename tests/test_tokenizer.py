@@ -33,7 +33,7 @@ def theirs(folder) -> transformers.GPT2Tokenizer:
 
 @pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.slow)])
 def test_ids_equal_transformers(tmp_path, step):
-    """Of the 13,252 real questions (each 20th of them), bare and as prompts, and of awkward text."""
+    """Of the 13,252 real questions (each 20th), bare and as prompts, and of awkward text."""
     texts = []
     for task in ("strategy_qa", "commonsense_qa"):
         for split in ("train", "test"):
@@ -68,7 +68,7 @@ IDS = st.lists(st.integers(-(2**70), 2**70) | st.integers(0, 300), max_size=30)
 
 @given(st.text(st.characters(), max_size=40), IDS)  # lone surrogates too
 def test_any_text_makes_the_round_trip_and_any_ids_decode(tiny, text, ids):
-    """Guards tiktoken's KeyError and OverflowError for ids; a lone surrogate comes back as U+FFFD."""
+    """Guards tiktoken's KeyError and OverflowError; a lone surrogate comes back as U+FFFD."""
     assert isinstance(tiny.decode(ids), str)
     back = tiny.decode(tiny.encode(text))
     assert back == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -78,7 +78,7 @@ def test_any_text_makes_the_round_trip_and_any_ids_decode(tiny, text, ids):
     " " * 200_000, "the" * 70_000, "\n \n" * 60_000, "^" * 200_000, f"a {END} b{END}",
 ], ids=str.__len__)  # fmt: skip
 def test_long_runs_are_fast_and_the_end_in_text_stays_text(text, tiny, small_json):
-    """Guards quadratic time (minutes) or a backtracking limit, and an end-of-text that text injects."""
+    """Guards quadratic time (minutes), a backtracking limit, and an end that text injects."""
     for ours in (tiny, load_tokenizer(small_json)):
         ids = ours.encode(text)
         assert ours.eot not in ids and ours.decode(ids) == text and ours.decode([ours.eot]) == END
@@ -109,7 +109,7 @@ def test_trained_bpes_agree_with_transformers(form, alphabet, tmp_path):
 
 
 def test_merges_that_tiktoken_reads_otherwise_are_refused(tmp_path):
-    """Guards the one case in which the engines differ: `abc` is a + bc here, which no merge allows."""
+    """Guards the one case in which the engines differ: `abc` is a + bc, which no merge allows."""
     for merges in (["b c", "a b", "ab c"], ["a b", "b c", "ab c", "a bc"]):
         write_tiny_tokenizer(tmp_path, list(dict.fromkeys(merges)))
         with pytest.raises(SertError, match="never lead to the merge"):
