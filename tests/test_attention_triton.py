@@ -1,5 +1,4 @@
-"""Attention over shared prompts, definition and kernels, against float64 row by row: on a GPU if
-there is one, else in Triton's interpreter at small sizes."""
+"""Attention over shared prompts, definition and kernels, on a GPU or in Triton's interpreter."""
 
 import os
 
@@ -26,8 +25,7 @@ GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 @pytest.fixture(autouse=True)
 def dirty_memory(monkeypatch):
-    """What is not initialised holds the worst: 0, which looks like a slot, or NaN. And the
-    interpreter, which keeps bf16 as integers, gets a bf16 product that is one."""
+    """Guards memory that nobody wrote; and gives the interpreter a product of bf16 numbers."""
     plain_empty, plain_dot = torch.empty, interpreter.InterpreterBuilder.create_dot
 
     def empty(*size, **given):
@@ -48,7 +46,7 @@ def dirty_memory(monkeypatch):
 
 
 def make(G, J, P, chunks, D, dtype, H=2, K=None, absent=0, empty=0, loud=3.0) -> dict:
-    """Random arguments as the decoder has them: parts of larger buffers, rows in any order, `absent`
+    """Random arguments as the decoder has them: parts of larger buffers, in any order, `absent`
     places without a row, `empty` slots without one, huge numbers where nothing is real."""
     g = torch.Generator().manual_seed(G * 1000 + J * 100 + P + D)
     n = G * J - absent + empty
@@ -128,8 +126,7 @@ CASES = {
     *((name, torch.bfloat16) for name in ("paper", "holes", "long", "D 8")),
 ])  # fmt: skip
 def test_equals_float64(name, dtype):
-    """Guards every offset, mask and rescaling: a row of another prompt, slot, layer or head, a token
-    too many or too few, stale numbers, memory that nobody wrote. In bf16 there is rounding (2^-9)."""
+    """Guards every offset, mask and rescaling. In bf16 weights and results are rounded (2^-9)."""
     case = CASES[name]
     given = make(**case, dtype=dtype)
     wanted, found = exact(**given), kernel(given)
@@ -144,7 +141,7 @@ def test_equals_float64(name, dtype):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has an order of its own")
 def test_order_of_programs_does_not_matter(monkeypatch):
-    """Guards rows that two programs write: in order, the right one could hide a wrong one before it."""
+    """Guards rows that two programs write: the right one could hide a wrong one before it."""
     given = make(G=3, J=40, P=20, chunks=1, D=16, H=1, absent=8, empty=2, dtype=torch.float32)
     forwards, plain = kernel(given), interpreter.InterpreterBuilder.set_grid_idx
 
@@ -172,8 +169,7 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 def test_offsets_above_2_to_the_31(monkeypatch):
-    """Rows and prompts, four each, stand 2^30 numbers apart, in memory that nothing touches between
-    them (the interpreter would copy it onto itself)."""
+    """Rows and prompts stand 2^30 numbers apart (the interpreter would copy all onto itself)."""
     plain = torch.UntypedStorage.copy_
 
     def copy_(self, other, *rest):
@@ -197,8 +193,7 @@ def test_offsets_above_2_to_the_31(monkeypatch):
 
 
 def test_what_no_kernel_takes():
-    """Guards heads above 128, values laid out otherwise than keys, numbers of a head apart: the
-    definition takes over, or an error names it."""
+    """Heads above 128, values laid out otherwise than keys, numbers of a head apart."""
     fits = make(G=1, J=2, P=5, chunks=1, D=16, dtype=torch.float32)
     wide = make(G=1, J=2, P=5, chunks=1, D=130, dtype=torch.float32)
     keys, none = fits["keys"], slice(0)

@@ -17,8 +17,7 @@ from sert_min.kernels.fast.largest import largest
 
 
 def head_like_gpt2(V: int, C: int = 256, B: int = 40, seed: int = 0):
-    """Hidden states [B, C] and a weight [V, C] whose logits lie near -100, spread by some 4, as
-    GPT-2's do: a large part that all tokens share, and a small one that tells them apart."""
+    """Hidden states [B, C] and a weight [V, C]: logits near -100, spread by 4, as GPT-2's."""
     g = torch.Generator().manual_seed(seed)
     common = torch.randn(C, generator=g)
     common /= common.norm()
@@ -62,7 +61,7 @@ def test_linear_is_a_product_with_fp32_sums(shape, bias, dtype, has_bf16, monkey
     lambda x, w, b, *_: exact_linear(x, w, b) * float("nan"),
 ])  # fmt: skip
 def test_pytorch_serves_where_onednn_is_wrong(operator, monkeypatch):
-    """Guards a private operator that another PyTorch changed; a run's machine says who multiplied."""
+    """Guards a private operator that another PyTorch changed; a run says who multiplied."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
     assert cpu.onednn_is_right()
@@ -157,8 +156,7 @@ def test_largest_is_topk(V, k):
 
 @pytest.mark.parametrize("V", [reference.BLOCK - 1, reference.BLOCK, 2 * reference.BLOCK + 3])
 def test_blocks_change_nothing(V):
-    """Guards ids off by a block, a last block shorter than k, partial sums, equal logits in different
-    blocks, and NaN from a block without mass."""
+    """Guards ids off by a block, partial sums, ties of two blocks, and blocks without mass."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(6, V, generator=g) * 4 - 100
     best, lse, values, ids = reference.summary(lambda i, j: logits[:, i:j], V, 10)
@@ -178,8 +176,7 @@ def test_blocks_change_nothing(V):
 
 @pytest.mark.parametrize("real", [False, True])
 def test_bf16_head_is_as_good_as_fp32(real):
-    """Guards the point of screening: on logits near -100 the best ids are those of a float64 head, and
-    log-probs are within 0.01 (where rounded logits are off by 0.25)."""
+    """Guards the point of screening, on logits near -100 (where rounded ones are off by 0.25)."""
     hidden, weight = (
         (torch.eye(5), golden_rows().T.contiguous()) if real else head_like_gpt2(20_000)
     )
@@ -197,10 +194,10 @@ def test_bf16_head_is_as_good_as_fp32(real):
 
 @pytest.mark.parametrize("given, twice", [
     ({"top_p": 0.9}, False), ({"top_k": 0}, False), ({"top_k": 100}, False),
-    *(({name: x}, twice) for name, x in (("temperature", 0.0), ("top_k", 9)) for twice in (False, True)),
+    *((given, twice) for given in ({"temperature": 0.0}, {"top_k": 9}) for twice in (False, True)),
 ])  # fmt: skip
 def test_draws_equal_those_of_an_exact_head(given, twice):
-    """Guards the way from screening to the drawn token, and equal tokens: the lowest id comes first."""
+    """Guards the way from screening to the drawn token, and equal tokens (lowest id first)."""
     hidden, weight = head_like_gpt2(9_000)
     weight = torch.cat([weight, weight]) if twice else weight
     screened = given.get("top_k") not in (0, 100)
@@ -215,7 +212,7 @@ def test_draws_equal_those_of_an_exact_head(given, twice):
 
 
 def test_rows_that_screening_can_not_tell_apart_are_computed_in_full(monkeypatch):
-    """In flat rows the 32 rough best are not the best: these must take the exact way, others not."""
+    """In flat rows the 32 rough best are not the best: only these must take the exact way."""
     hidden, weight = head_like_gpt2(9_000, B=6)
     hidden[2] *= 1e-3
     full, exact_blocks = [], cpu.blocks

@@ -1,6 +1,4 @@
-"""download_model through the real huggingface_hub, against an HTTP server on this machine. The hub
-client reads its environment when it is imported, so each load runs in a process of its own, forked from
-one that has imported the rest."""
+"""download_model through the real huggingface_hub, against an HTTP server on this machine."""
 
 import hashlib
 import http.server
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import ROOT, make_tiny_model
+from conftest import ROOT
 
 from sert_min.io.hub import HUB, weights_hash
 from sert_min.models import load_model
@@ -25,8 +23,8 @@ from sert_min.tokenizer import load_tokenizer
 MAIN = "0123456789abcdef0123456789abcdef01234567"  # the commit of `main`
 SHORT = "model.safetensors"
 
-# Reads {"name", "env"} lines; answers each with what became of the model, as one line. Waiting
-# between retries is left out and counted.
+# Reads {"name", "env"} lines; answers each with what became of the model, from a process of its own:
+# the hub's client reads its environment when it is imported. Waits are left out and counted.
 LOADER = """
 import json, os, sys, time
 import safetensors.torch
@@ -156,30 +154,23 @@ def load(tmp_path, hub, loader):
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory) -> Path:
-    """One file of weights, vocab.json and merges.txt, as openai-community/gpt2."""
-    return make_tiny_model(tmp_path_factory.mktemp("hub") / "whole")
-
-
-@pytest.fixture(scope="session")
-def sharded(whole, tmp_path_factory) -> Path:
+def sharded(tiny_model_folder, tmp_path_factory) -> Path:
     """The same model as newer transformers write it: shards with an index, tokenizer.json."""
     folder = tmp_path_factory.mktemp("hub") / "sharded"
-    model = transformers.GPT2LMHeadModel.from_pretrained(whole)
+    model = transformers.GPT2LMHeadModel.from_pretrained(tiny_model_folder)
     model.save_pretrained(folder, max_shard_size="40KB")
-    files = (str(whole / name) for name in ("vocab.json", "merges.txt"))
+    files = (str(tiny_model_folder / name) for name in ("vocab.json", "merges.txt"))
     transformers.GPT2Tokenizer(*files).save_pretrained(folder)
-    assert len(list(folder.glob("model-*.safetensors"))) > 2
-    assert not (folder / "merges.txt").exists()
+    assert len([*folder.glob("model-*")]) > 2 and not (folder / "merges.txt").exists()
     return folder
 
 
-def test_named_model_comes_from_its_pinned_revision(hub, load, whole):
+def test_named_model_comes_from_its_pinned_revision(hub, load, tiny_model_folder):
     """Guards the pinned commit, and the second start: no request, no network, no hub."""
     repo, commit = HUB["gpt2"]
-    hub.repos[repo] = whole, commit
+    hub.repos[repo] = tiny_model_folder, commit
     first = load("gpt2")
-    assert first["hash"] == weights_hash(whole) and Path(first["folder"]).name == commit
+    assert first["hash"] == weights_hash(tiny_model_folder) and Path(first["folder"]).name == commit
     assert not [a for a in hub.asked if " main/" in a], "asked for main"
     hub.asked.clear()
     assert load("gpt2") == first
@@ -189,7 +180,7 @@ def test_named_model_comes_from_its_pinned_revision(hub, load, whole):
     assert load("gpt2") == first, "a cached model needs no hub"
 
 
-def test_sharded_model_with_tokenizer_json_only(hub, load, sharded, whole):
+def test_sharded_model_with_tokenizer_json_only(hub, load, sharded, tiny_model_folder):
     """Guards its offline start: the hub can't be asked then whether it has the other files."""
     hub.repos["someone/tiny"] = sharded, MAIN
     first = load("someone/tiny")
@@ -197,8 +188,8 @@ def test_sharded_model_with_tokenizer_json_only(hub, load, sharded, whole):
     main = [a for a in hub.asked if " main/" in a]  # it may move: the rest comes from one commit
     assert main == ["HEAD main/config.json", "GET main/config.json"]
     ours = load_model(Path(first["folder"])).state_dict()
-    assert all((ours[k] == v).all() for k, v in load_model(whole).state_dict().items())
-    assert load_tokenizer(whole).encode("the yes") == first["ids"]
+    assert all((ours[k] == v).all() for k, v in load_model(tiny_model_folder).state_dict().items())
+    assert load_tokenizer(tiny_model_folder).encode("the yes") == first["ids"]
     hub.close()
     for offline in "10":
         again = load("someone/tiny", HF_HUB_OFFLINE=offline)
@@ -206,7 +197,7 @@ def test_sharded_model_with_tokenizer_json_only(hub, load, sharded, whole):
         assert again == {k: first[k] for k in again}
 
 
-def test_unknown_models_are_refused(hub, load, whole, tmp_path):
+def test_unknown_models_are_refused(hub, load, tiny_model_folder, tmp_path):
     """A wrong name, a repository without weights, of another architecture, with pickles only."""
     for name in ("someone/nothing", "gpt3", "what is/this?"):
         assert "is no folder and not on the hub" in load(name)["error"]
@@ -219,7 +210,7 @@ def test_unknown_models_are_refused(hub, load, whole, tmp_path):
     hub.repos["someone/other"] = other, "f" * 40
     assert "type 'bert'" in load("someone/other")["error"]
     assert not [a for a in hub.asked if a.endswith(SHORT)]
-    shutil.copy(whole / "config.json", other)
+    shutil.copy(tiny_model_folder / "config.json", other)
     (other / SHORT).rename(other / "pytorch_model.bin")
     hub.repos["someone/other"] = other, "e" * 40
     assert "pickle files are refused" in load("someone/other")["error"]
@@ -248,13 +239,13 @@ def test_what_the_hub_answers_is_told(status, message, hub, load):
 
 
 @pytest.mark.parametrize("cut", ["short", "broken"])
-def test_truncated_download_is_not_kept(cut, hub, load, whole, tmp_path):
+def test_truncated_download_is_not_kept(cut, hub, load, tiny_model_folder, tmp_path):
     """Guards half a file that the next run takes for whole; then the next run mends it."""
-    hub.repos[HUB["gpt2"][0]] = whole, HUB["gpt2"][1]
+    hub.repos[HUB["gpt2"][0]] = tiny_model_folder, HUB["gpt2"][1]
     hub.cut = cut
     error = load("gpt2")["error"]
     assert "can't be downloaded" in error and "try again" in error
     assert not list(tmp_path.rglob(f"snapshots/*/{SHORT}"))
     assert "is not in the local cache" in load("gpt2", HF_HUB_OFFLINE="1")["error"]
     hub.cut = None
-    assert load("gpt2")["hash"] == weights_hash(whole)
+    assert load("gpt2")["hash"] == weights_hash(tiny_model_folder)

@@ -19,7 +19,7 @@ CHOICE = Question("commonsense_qa", "c", "Where? Answer choices: ..", "B", ("sea
 
 
 @pytest.mark.parametrize("k, n, low, high", [  # Newcombe 1998, Table I, method 3
-    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718),
 ])  # fmt: skip
 def test_share_interval_equals_published_values(k, n, low, high):
     p, a, b = share_interval(k, n)
@@ -29,12 +29,10 @@ def test_share_interval_equals_published_values(k, n, low, high):
 
 
 @given(st.integers(0, 3000), st.integers(1, 3000))
-def test_share_interval_holds_the_share(k, n):
+def test_intervals(k, n):
+    """The share lies in its own; those of nothing, and of a mean by hand."""
     p, low, high = share_interval(min(k, n), n)
     assert 0 <= low <= p <= high <= 1
-
-
-def test_intervals_of_nothing_and_of_a_mean():
     assert all(map(math.isnan, share_interval(0, 0) + mean_interval([])))
     mean, low, high = mean_interval([1, 2, 3, 4, 5])  # sd 1.5811, standard error 0.7071
     assert mean == 3 and round(high - mean, 4) == round(mean - low, 4) == 1.3859
@@ -58,15 +56,12 @@ def test_format_and_its_reason(text, finish, ok, reason, extracted):
     assert r["correct"] == (extracted == "yes")
 
 
-def test_length_and_repetition_by_hand():
+def test_summary_counts_by_hand():
+    """Guards unreadable answers left out of the denominator, and Fmt over unrecorded finishes."""
     r = grade(CHOICE, "the mall the mall So the answer is (B).", "eos")
     assert r["words"] == 9 and r["rep1"] == round(1 - 6 / 9, 5)
     assert r["rep2_words"] == round(1 - 7 / 8, 5)  # `the mall` is there twice
     assert r["extracted"] == r["extracted_lenient"] == "B" and r["correct"]
-
-
-def test_summary_counts_by_hand():
-    """Guards unreadable answers left out of the denominator, and Fmt over unrecorded finishes."""
     texts = ["So the answer is yes.", "So the answer is no.", "hm", "Yes!"]
     questions = [YES_NO] * 3 + [Question("strategy_qa", "8", "Not?", "no")]
     records = [grade(q, t, "eos") for q, t in zip(questions, texts)]
@@ -87,7 +82,7 @@ def questions(*lengths: int) -> list[Question]:
     return [Question("strategy_qa", str(i), "wert " * n, "yes") for i, n in enumerate(lengths)]
 
 
-def test_greedy_batch_equals_one_by_one(tmp_path):
+def test_greedy_batch_equals_one_by_one_and_stays_in_the_context(tmp_path):
     """Guards padding that is seen and positions that are shifted in a batch of unequal prompts."""
     folder = make_tiny_model(tmp_path / "m", seed=3)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
@@ -98,13 +93,10 @@ def test_greedy_batch_equals_one_by_one(tmp_path):
     assert together == [greedy(model, tokenizer, [q], "", 20)[0] for q in some]
     assert together == greedy(model, tokenizer, some, "", 20, rows=4)
     assert len(set(together)) > 1
-
-
-def test_greedy_stays_in_the_context(tmp_path):
-    folder = make_tiny_model(tmp_path / "m", n_positions=64)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    (text, finish), *_ = greedy(model, tokenizer, questions(5))
-    assert finish in ("length", "eos")
-    with pytest.raises(SertError, match="question 1 has .* tokens and fills the model's context"):
+    model = load_model(make_tiny_model(tmp_path / "short", n_positions=64))
+    assert greedy(model, tokenizer, questions(5))[0][1] in ("length", "eos")
+    with pytest.raises(
+        SertError, match="question 1 has .* tokens and fills the model's context of 64"
+    ):
         greedy(model, tokenizer, questions(2, 30))
     assert tasks.get("commonsense_qa").greedy_cap == 512 and tasks.get("micro").greedy_cap == 64

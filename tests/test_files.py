@@ -1,11 +1,13 @@
 """io/files.py and machine.py: files through kills, full disks, damage; devices."""
 
 import errno
+import itertools
 import math
 import os
 import signal
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -108,22 +110,17 @@ def killed(n: int, work) -> bool:
     """Run `work` in a fork that kills itself at its n-th write (half is done), sync or rename."""
     child = os.fork()
     if child == 0:
-        calls = [0]
+        calls, write = itertools.count(1), os.write
 
-        def dying(real):
-            def call(*args):
-                calls[0] += 1
-                if calls[0] == n:
-                    if real is write:
-                        real(args[0], args[1][: len(args[1]) // 2])
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return real(*args)
+        def dying(real, *args):
+            if next(calls) == n:
+                if real is write:
+                    real(args[0], args[1][: len(args[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args)
 
-            return call
-
-        write = os.write
         for name in ("write", "fsync", "rename", "replace", "open", "mkdir"):
-            setattr(os, name, dying(getattr(os, name)))
+            setattr(os, name, partial(dying, getattr(os, name)))
         try:
             work()
         finally:
@@ -151,7 +148,7 @@ def test_sigkill_while_appending_loses_nothing(tmp_path):
 
 
 def test_a_failure_keeps_the_old_file_and_folder(tmp_path, monkeypatch):
-    """Guards open(path, "w") on a file that matters, mixed checkpoints, and a second rename that fails."""
+    """Guards open(path, "w"), mixed checkpoints, and a second rename that fails."""
     file, path, real = tmp_path / "a.json", tmp_path / "deep" / "model", os.rename
 
     def broken():
@@ -214,6 +211,7 @@ def test_a_second_process_is_refused(flock, tmp_path, monkeypatch):
                 time.sleep(60)
         finally:
             os._exit(0)
+    os.close(hold)
     try:
         assert os.read(held, 1) == b"!"
         said = "another process is writing.*--out-dir" + ".*delete .*.lock-holder" * (not flock)
@@ -244,13 +242,22 @@ def test_other_settings_are_refused_with_both_values(tmp_path):
         files.check_settings(path, {}, "")
 
 
-def test_devices_that_are_not_there_are_refused():
-    """Guards a RuntimeError of torch deep in the run."""
+def test_devices(monkeypatch):
+    """Guards a RuntimeError deep in the run, and launches on the first GPU in place of cuda:1."""
     assert machine.pick_device("cpu") == torch.device("cpu")
     for name in ("tpu", "", "cuda:77", "cuda:x", "cpu:x", "mps:9"):
         with pytest.raises(SertError, match="--device") as e:
             machine.pick_device(name)
         one_line(e)
+    chosen, second = [], torch.device("cuda:1")
+    fake = {"is_available": lambda: True, "device_count": lambda: 2, "set_device": chosen.append}
+    for name, function in fake.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(torch, "empty", lambda n, device: Mock(device=torch.device(device)))
+    assert machine.pick_device("cuda:1") == second
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert machine.pick_device("cuda") == machine.pick_device("auto") == second
+    assert chosen == [second] * 3
 
 
 @pytest.mark.parametrize("has, wanted", [(False, torch.float32), (True, torch.bfloat16)])
@@ -263,20 +270,6 @@ def test_bf16_only_where_it_pays(monkeypatch, has, wanted):
         assert machine.pick_dtype("auto", device, 124_000_000) == wanted
         assert machine.pick_dtype("auto", device, 1_000_000) == torch.float32
         assert machine.pick_dtype("bf16", device, 1_000_000) == torch.bfloat16
-
-
-def test_a_second_gpu_becomes_the_current_one(monkeypatch):
-    """Guards streams, graphs and launches on the first GPU in place of cuda:1, or under torchrun."""
-    chosen = []
-    fake = {"is_available": lambda: True, "device_count": lambda: 2, "set_device": chosen.append}
-    for name, function in fake.items():
-        monkeypatch.setattr(torch.cuda, name, function)
-    monkeypatch.setattr(torch, "empty", lambda n, device: Mock(device=torch.device(device)))
-    second = torch.device("cuda:1")
-    assert machine.pick_device("cuda:1") == second
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert machine.pick_device("cuda") == machine.pick_device("auto") == second
-    assert chosen == [second] * 3
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF])
@@ -315,8 +308,8 @@ def test_links_stay_links(tmp_path):
     assert (tmp_path / "state/weights").exists() and not (tmp_path / "disk/.last.old").exists()
 
 
-def test_names_fit_a_file_system(tmp_path):
-    """Guards temporary names, and letters of up to four bytes."""
+def test_a_place_that_fails_later_is_refused_first(tmp_path, monkeypatch):
+    """Guards all steps of a training before a result that has no place, and too long names."""
     assert files.clean_name("a/b c") == "a-b-c" and files.clean_name("a" * 99) == "a" * 80
     name = files.clean_name("\U00020000" * 300)
     assert name == "\U00020000" * 60 and files.clean_name("ж" * 99) == "ж" * 80
@@ -328,10 +321,6 @@ def test_names_fit_a_file_system(tmp_path):
         with files.atomic_folder(path) as part:
             (part / "a").write_text("")
     assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_place_that_fails_later_is_refused_first(tmp_path, monkeypatch):
-    """Guards all steps of a training, or all blocks, before a result that has no place."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "file/x")

@@ -81,11 +81,12 @@ def test_logits_equal_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["one layer", "n_inner, relu", "scaled by layer", "untied"])
 def test_our_folder_opens_in_transformers(name, tmp_path):
-    """Guards the export: vLLM and lm-eval open what AutoModel opens, without remote code."""
+    """Guards the export, and `tokenizer_from` being the very folder that is replaced."""
     folder, n_vocab = tmp_path / "model", write_tiny_tokenizer(tmp_path)
     config = {"n_embd": 48, "n_head": 4, "n_layer": 2, "n_positions": 64, **CONFIGS[name]}
     model = make_loud(GPT2(GPT2Config(**{**config, "vocab_size": n_vocab})), 0.1)
-    save_model(model, folder, tmp_path, {"method": "sert"})
+    save_model(model, folder, tmp_path, {})
+    save_model(model, folder, folder, {"method": "sert"})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     assert logit_difference(model, theirs) < 1e-5
@@ -94,24 +95,6 @@ def test_our_folder_opens_in_transformers(name, tmp_path):
     again = load_model(folder)
     assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
     assert (folder / "model.safetensors").stat().st_mode & 0o044, "others can't read the weights"
-
-
-def test_saving_over_a_model_keeps_its_tokenizer(tmp_path):
-    """Guards `tokenizer_from` being the very folder that is replaced."""
-    folder = make_tiny_model(tmp_path / "m")
-    save_model(load_model(folder), folder, folder, {"step": 2})
-    assert read_sert(folder) == {"step": 2}
-    assert (folder / "merges.txt").exists() and (folder / "vocab.json").exists()
-
-
-def test_labels_tell_local_models_apart(tmp_path, monkeypatch):
-    """Guards two models of one folder name, and a local folder called gpt2, sharing outputs."""
-    monkeypatch.chdir(tmp_path)
-    labels = set()
-    for seed, where in enumerate(["a/gpt2", "b/gpt2", "gpt2"]):
-        make_tiny_model(tmp_path / where, seed)
-        labels.add(model_label(where, hub.find_model(where)))
-    assert len(labels) == 3 and all(label.startswith("gpt2-") for label in labels)
 
 
 @torch.no_grad()
@@ -187,7 +170,7 @@ def test_tensors_are_checked(change, named, folder):
 
 
 def test_damaged_folders_are_refused(folder):
-    """Guards tracebacks, a huge allocation, or worse a model, from garbled files; and pickles."""
+    """Guards tracebacks, huge memory, or worse a model, from garbled files, an index, pickles."""
     file = folder / "model.safetensors"
     whole = file.read_bytes()
     garbage = struct.pack("<Q", 50) + b"\xff" * 50 + whole[58:]
@@ -195,7 +178,15 @@ def test_damaged_folders_are_refused(folder):
     for damaged in (b"", whole[:500], whole[:-1], whole + b"x", garbage, long, empty):
         file.write_bytes(damaged)
         assert re.search("again|missing", refused(folder))
-    file.rename(folder / "pytorch_model.bin")
+    file.rename(folder.parent / "x.safetensors")
+    index = folder / "model.safetensors.index.json"
+    elsewhere = ("../x.safetensors", str(folder.parent / "x.safetensors"), "x.bin", ["x"], 3)
+    for weight_map in (*({"wte.weight": name} for name in elsewhere), {}, None):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        assert "no usable weight_map" in refused(folder)
+    index.write_text(json.dumps({"weight_map": {"wte.weight": "model-00001.safetensors"}}))
+    assert "model-00001.safetensors is missing" in refused(folder)
+    index.rename(folder / "pytorch_model.bin")
     assert "pickle files are refused" in refused(folder)
     (folder / "config.json").write_text("[" * 100000)
     assert "config.json" in refused(folder)
@@ -204,18 +195,6 @@ def test_damaged_folders_are_refused(folder):
     for name in ("./nowhere", "/nowhere", "a/b/c", "~/model"):
         with pytest.raises(SertError, match="no such folder"):
             hub.find_model(name)
-
-
-def test_index_cannot_leave_the_folder(folder):
-    """Guards a foreign index that names files elsewhere, is odd, or names shards not there."""
-    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
-    index = folder / "model.safetensors.index.json"
-    elsewhere = ("../x.safetensors", str(folder.parent / "x.safetensors"), "x.bin", ["x"], 3)
-    for weight_map in (*({"wte.weight": name} for name in elsewhere), {}, None):
-        index.write_text(json.dumps({"weight_map": weight_map}))
-        assert "no usable weight_map" in refused(folder)
-    index.write_text(json.dumps({"weight_map": {"wte.weight": "model-00001.safetensors"}}))
-    assert "model-00001.safetensors is missing" in refused(folder)
 
 
 @pytest.mark.parametrize("at, prefix", [
@@ -268,6 +247,7 @@ def test_folders_that_hold_no_whole_model(files, message, tmp_path, monkeypatch)
 
 
 def test_a_folder_hides_a_named_model_only_if_it_holds_one(tmp_path, monkeypatch, capsys):
+    """Guards also models of one folder name, and a local folder called gpt2, sharing outputs."""
     monkeypatch.chdir(tmp_path)
     for name in ("gpt2", "openai-community/gpt2", "run"):
         (tmp_path / name).mkdir(parents=True)
@@ -275,6 +255,11 @@ def test_a_folder_hides_a_named_model_only_if_it_holds_one(tmp_path, monkeypatch
     make_tiny_model(tmp_path / "distilgpt2")
     assert is_local("distilgpt2") and find_model("distilgpt2").is_dir()
     assert "the folder ./distilgpt2 here, not the hub's" in capsys.readouterr().out
+    (tmp_path / "gpt2").rmdir()
+    folders = "a/gpt2", "b/gpt2", "gpt2"
+    made = [make_tiny_model(tmp_path / where, seed) for seed, where in enumerate(folders)]
+    labels = {model_label(where, find_model(where)) for where in folders}
+    assert len(labels) == len(made) and all(label.startswith("gpt2-") for label in labels)
 
 
 if __name__ == "__main__":  # PYTHONPATH=. python tests/test_gpt2.py: of a network of gpt2's size

@@ -1,5 +1,4 @@
-"""The decoder and training on a real GPU, graphs and kernels included, against the CPU on the same random
-model. All is skipped where there is no CUDA; the GPU's way without a GPU is in test_generate.py."""
+"""Decoder and training on a GPU, if there is one, against the CPU."""
 
 from dataclasses import replace
 from functools import partial
@@ -17,41 +16,27 @@ from sert_min.kernels.fast import graph
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("raw", [False, True], ids=["branched", "raw"])
-def test_two_blocks_equal_the_cpu(raw):
-    """Guards all that a CPU can't show: graphs of several sizes that are captured once and replayed
-    with other prompts, refilled and stopped slots, the kernels inside of them. In fp32 sums differ in
-    the last bits: at most 2 of 500 rows may draw another token."""
+def test_two_blocks_equal_the_cpu(raw, dtype):
+    """Guards graphs that are captured once and replayed with other prompts and slots."""
     s, reject = replace(PAPER, rows=150, raw=raw, max_new_tokens=40), no_sums(53)
-    model, on_gpu, kept, flips = loud_model(), loud_model().cuda(), {}, 0
+    exact = dtype is torch.float32  # in bf16 draws may differ
+    model, on_gpu, kept, flips = loud_model().cast_(dtype), loud_model().cast_(dtype).cuda(), {}, 0
     for block in blocks_of(2):
         wanted = sample_block(model, Words(), *block, s, reject)
         rows = sample_block(on_gpu, Words(), *block, s, reject, kept=kept)
         assert [row.stream for row in rows] == [row.stream for row in wanted]
-        assert {row.finish for row in rows} == {"eos", "length", "rejected"}
         flips += count_flips(wanted, rows)
-        error = logprob_error(model, block[0], rows).abs().max()
-        print(f"\nraw={raw}: {flips} flips so far, log-prob error {error:.1e}")
-        assert error < 1e-4
-    assert flips <= 2  # on an H100: 0
-    (decoder,) = kept.values()
-    assert {(150, 1), (150, 2), (75, 2)} == set(decoder.graphs)
-
-
-@pytest.mark.parametrize("raw", [False, True], ids=["branched", "raw"])
-def test_bf16_is_near_the_cpu(raw):
-    """Guards bf16, rounded in another order, so draws may differ; but log-probs stay near those that
-    the CPU gives to the same tokens, as they do between two ways on a CPU."""
-    s, reject = replace(PAPER, rows=150, raw=raw, max_new_tokens=40), no_sums(53)
-    model, on_gpu = (loud_model().cast_(torch.bfloat16) for _ in range(2))
-    on_gpu, kept = on_gpu.cuda(), {}
-    for block in blocks_of(2):
-        wanted = sample_block(model, Words(), *block, s, reject)
-        rows = sample_block(on_gpu, Words(), *block, s, reject, kept=kept)
         error = logprob_error(model, block[0], rows).abs()
-        print(f"\nbf16, raw={raw}: {count_flips(wanted, rows)} of {len(rows)} rows differ, log-prob "
-              f"error: median {error.median():.4f}, maximum {error.max():.3f}")  # fmt: skip
-        assert error.median() < 0.01 and error.max() < 0.1  # on an H100: 0.0035, 0.027
+        print(f"\n{dtype}, raw={raw}: {flips} flips, error {error.median():.1e}, {error.max():.1e}")
+        assert (
+            error.max() < (1e-4 if exact else 0.1) and error.median() < 0.01
+        )  # H100: 0.0035, 0.027
+        assert {row.finish for row in rows} == {"eos", "length", "rejected"} or not exact
+    if exact:
+        (decoder,) = kept.values()
+        assert flips <= 2 and {(150, 1), (150, 2), (75, 2)} == set(decoder.graphs)  # H100: 0
 
 
 @pytest.mark.parametrize("s, n, flips", [
@@ -68,8 +53,7 @@ def test_settings_and_sizes(s, n, flips):
 
 
 def test_runs_are_the_same_bytes():
-    """Guards a race or memory that nobody wrote: the same block again, in a decoder with graphs and
-    in a new one."""
+    """Guards a race or memory that nobody wrote, in a decoder with graphs and in a new one."""
     s, on_gpu, kept = replace(PAPER, rows=150), loud_model().cuda(), {}
     (block,) = blocks_of(1)
     first = sample_block(on_gpu, Words(), *block, s, kept=kept)
@@ -79,8 +63,7 @@ def test_runs_are_the_same_bytes():
 
 @pytest.mark.parametrize("bf16, accumulate", [(False, 1), (False, 2), (True, 1)])
 def test_training_steps_equal_the_cpu(bf16, accumulate, monkeypatch):
-    """Guards graphs of several sizes, captured in one step and replayed in others: padding that gets
-    a loss, gradients that are kept from a step before, a number that was fixed at the capture."""
+    """Guards graphs that keep a gradient or a number from a step before, or give padding a loss."""
     batches = [random_examples(), random_examples(((9, 4), (40, 30)), 1), random_examples(seed=2)]
     losses = []
     for device, most in (("cpu", 0), ("cuda", 0), ("cuda", graph.MOST)):

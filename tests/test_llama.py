@@ -1,4 +1,4 @@
-"""llama.py against transformers: five Llama and Qwen2 configs, saved folders, grouped heads everywhere."""
+"""llama.py against transformers: five Llama and Qwen2 configs, saved folders, grouped heads."""
 
 import json
 from dataclasses import replace
@@ -50,7 +50,7 @@ def open_hf(folder):
 
 
 def test_logits_equal_transformers_and_a_saved_folder_opens_there(folder, tmp_path):
-    """Guards parts of a fused product, RoPE, the order of grouped heads, biases, eps, head_dim, ties."""
+    """Guards parts of a fused product, RoPE, grouped heads, biases, eps, head_dim, ties."""
     theirs, ours = open_hf(folder), load_model(folder)
     assert isinstance(ours, Llama) and logit_difference(ours, theirs) < 1e-4
     save_model(ours, tmp_path / "saved", tmp_path, {"method": "sert"})
@@ -73,8 +73,7 @@ def test_files_of_older_transformers_are_read(tmp_path):
 
 
 def test_logprobs_of_sampled_tokens_equal_a_plain_forward(folder):
-    """Guards decoding with K < H: which queries a head of keys serves, positions of turned keys in
-    prefill and cache, refilled slots and a second piece of own keys."""
+    """Guards decoding with K < H: grouped heads, turned keys, refilled slots, pieces of keys."""
     model, (prompts, names) = load_model(folder), make_prompts(3)
     model.config = replace(model.config, n_positions=128)
     s = SampleSettings(max_new_tokens=36, rows=20)

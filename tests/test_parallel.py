@@ -59,8 +59,7 @@ def run_two(out: str, number: int = 0, at: int = 0, restarts: int = 0):
 
 
 def assert_close(a: str, b: str) -> None:
-    """Losses and weights agree within rounding. Key biases are left out: their gradient is rounding
-    around zero, and Adam turns that into whole steps."""
+    """Without key biases: their gradient is rounding, and Adam turns that into whole steps."""
     x, y = (list(read_jsonl(Path(run, "metrics.jsonl"))) for run in (a, b))
     assert [r["step"] for r in x] == [r["step"] for r in y] == list(range(1, 10))
     assert all(abs(r["loss"] - s["loss"]) < 1e-5 for r, s in zip(x, y))

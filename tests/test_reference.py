@@ -1,5 +1,4 @@
-"""The definition of sampling: `kernels.reference` against naive float64 code and known bits. Odds are
-those of a first run; seeds are fixed, so a test that passes once passes always."""
+"""The definition of sampling: `kernels.reference` against naive float64 code and known bits."""
 
 import random
 
@@ -82,20 +81,18 @@ def golden_rows() -> torch.Tensor:
     return torch.from_numpy(np.load(shared("golden", "gpt2_logits.npz"))["logits"])
 
 
-@pytest.mark.parametrize("counter, key, want", [  # Random123's kat_vectors, "philox4x32 10"
+KNOWN = [  # counter, key, output: Random123's kat_vectors, "philox4x32 10"
     ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-])  # fmt: skip
-def test_philox_known_answers(counter, key, want):
-    """Guards the Philox that the other tests compare with."""
-    counter, key, want = (tuple(int(w, 16) for w in x.split()) for x in (counter, key, want))
-    assert philox_ints(key, counter) == want
+]  # fmt: skip
 
 
-def test_philox_equals_integers():
-    """Guards lost high bits of seed or stream, sign extension and a product without its high word; and
-    a uniform of 1, or off the 2^-24 grid."""
+def test_philox_and_uniform_equal_integers():
+    """Guards lost high bits, sign extension, a uniform of 1 or off the 2^-24 grid."""
+    for known in KNOWN:
+        counter, key, want = (tuple(int(w, 16) for w in x.split()) for x in known)
+        assert philox_ints(key, counter) == want
     seeds, streams = random_ints(40, 64, 1), random_ints(40, 64, 2)
     positions = [0, 1, 2**31 - 1, 2**31] + [random.Random(3).getrandbits(31) for _ in range(36)]
     given = torch.tensor(streams), torch.tensor(positions)
@@ -125,9 +122,8 @@ def make_logits(B: int, V: int, case: dict, g: torch.Generator) -> torch.Tensor:
 
 
 def test_tokens_equal_oracle():
-    """Guards any wrong cut, order, tie, renormalisation or index, draws by batch slot and settings that
-    leak between rows, in random combinations of shapes, settings, dtypes and layouts. Rows of bf16 and
-    fp16 are full of ties. Draws within NEAR of a border are counted instead."""
+    """Guards any wrong cut, order, tie, renormalisation or index, draws by batch slot and settings
+    that leak between rows. Rows of bf16 and fp16 are full of ties. Draws near a border are counted."""
     g, r = torch.Generator().manual_seed(7), random.Random(7)
     cases = [{name: r.choice(values) for name, values in LEVELS.items()} for _ in range(60)]
     rows = near = 0
@@ -228,7 +224,7 @@ def test_which_tokens_come_up(row, settings, wanted):
 
 
 def test_order_of_ids_decides_not_order_of_logits(monkeypatch):
-    """Guards the first and the last kept id with any mass (uniforms 0 and 1 - 2^-24), and borders."""
+    """Guards borders, and the first and the last kept id (uniforms 0 and 1 - 2^-24)."""
     row, tie = [-INF, 1.0, 3.0, -50.0, 2.0, -200.0], [-1e6, 0.0, 0.0, -1e6]
     last = 1 - 2**-24
     cases = [(row, 3, 0.0, 1), (row, 3, last, 4), (row, 0, 0.0, 1), (row, 0, last, 4)]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from test_generate import logprob_error
 from test_gpt2 import logit_difference
 
 from sert_min import tasks
-from sert_min.generate import SampleSettings, sample_block
+from sert_min.generate import GREEDY, SampleSettings, sample_block
 from sert_min.io import hub, smollm2
 from sert_min.io.errors import SertError
 from sert_min.io.vocabulary import byte_alphabet
@@ -82,7 +83,7 @@ def wheel(small, tmp_path, monkeypatch):
 
 
 def test_a_converted_file_means_the_same(small, wheel, monkeypatch, capsys):
-    """Guards names, the order of q's and k's rotary pairs, and a tokenizer that is not the file's."""
+    """Guards names, the order of q's and k's rotary pairs, and another tokenizer."""
     folder = hub.find_model("smollm2")
     ours = load_model(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -136,11 +137,9 @@ def test_the_real_model_is_that_of_transformers(tmp_path):
         again = theirs.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
     s = SampleSettings(samples=2, max_new_tokens=40)
     rows = sample_block(ours, tokenizer, prompts, ["a", "b"], s)
-    off = logprob_error(ours, prompts, rows).abs().max()
-    print(f"logits {error:.1e}, log-probs {off:.1e}")
-    assert error < 5e-4 and off < 1e-3  # the largest logit is about 30
-    greedy = SampleSettings(1, 1, temperature=0.0, max_new_tokens=12, raw=True)
-    (row,) = sample_block(ours, tokenizer, prompts[:1], ["a"], greedy)
+    assert error < 5e-4  # the largest logit is about 30
+    assert logprob_error(ours, prompts, rows).abs().max() < 1e-3
+    (row,) = sample_block(ours, tokenizer, prompts[:1], ["a"], replace(GREEDY, max_new_tokens=12))
     assert again[: len(row.token_ids)] == row.token_ids
     save_model(ours, tmp_path / "saved", folder, {})
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -151,11 +150,11 @@ def test_the_real_model_is_that_of_transformers(tmp_path):
 @pytest.mark.slow
 @real
 def test_the_whole_method_on_the_real_model(tmp_path):
-    """Guards runs/smollm2.sh: every script takes the real model, a second run does nothing, and the
-    table has a row of each student."""
-    env = {**os.environ, "PYTHON": sys.executable, "DATA_DIR": str(shared("data")), "QUESTIONS": "6",
-           "TEST": "2", "FIGURE_QUESTIONS": "1", "METHODS": "sert star", "FLAGS": "--dtype fp32"}  # fmt: skip
+    """Guards runs/smollm2.sh: a second run does nothing, the table has a row of each student."""
+    few = {"QUESTIONS": "6", "TEST": "2", "FIGURE_QUESTIONS": "1", "METHODS": "sert star"}
+    env = {**os.environ, "PYTHON": sys.executable, "DATA_DIR": str(shared("data")), **few}
     command = ["bash", str(ROOT / "runs/smollm2.sh")]
+    env["FLAGS"] = "--dtype fp32"
     how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "check": True}
     first, second = (subprocess.run(command, **how).stdout for _ in range(2))
     assert first.count(" s\n") == 9 and second.count("done before\n") == 9

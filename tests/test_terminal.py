@@ -92,8 +92,7 @@ def test_last_lines(error, words):
     (None, RuntimeError("a bug"), []),
 ])  # fmt: skip
 def test_processes_wait_for_the_one_that_speaks(rank, problem, waits, monkeypatch):
-    """Guards a second message or a traceback under torchrun: process 1 keeps even argparse's until it
-    has waited, and process 0 waits where another one broke the connection."""
+    """Guards a second message under torchrun, also where another broke the connection."""
     slept, stderr = [], io.StringIO()
     monkeypatch.setattr(errors.time, "sleep", lambda s: slept.append((s, stderr.getvalue())))
     monkeypatch.setattr(sys, "stderr", stderr)
@@ -112,8 +111,7 @@ def test_processes_wait_for_the_one_that_speaks(rank, problem, waits, monkeypatc
 
 
 def test_streams_and_interrupts_while_torch_is_imported(tmp_path):
-    """Guards torch's C++ code, which aborts at a KeyboardInterrupt, imports that drop it, and a file
-    that gets the number of a closed stderr, and with it what os.write(2, ..) says."""
+    """Guards a KeyboardInterrupt that aborts C++ or is dropped, and the number of a closed stderr."""
     script = ["env", f"PYTHONPATH={tmp_path}", sys.executable, str(ROOT / "evaluate.py")]
     code = "import os, time\ntry: os.kill(os.getpid(), 2); time.sleep(9)\n"
     (tmp_path / "torch.py").write_text(code + "except BaseException: pass")

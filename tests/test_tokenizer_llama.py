@@ -74,8 +74,7 @@ def pair(request, tmp_path_factory):
 
 
 def test_ids_equal_tokenizers(pair):
-    """Guards how texts are split, Unicode's composed form, merge priorities that are ids, and the token
-    that begins a text."""
+    """Guards splits, composed Unicode, merge priorities that are ids, and a text's first token."""
     theirs, folder = pair
     ours, rng = load_tokenizer(folder), random.Random(0)
     texts = [*TEXTS, *AWKWARD, *MORE]
@@ -83,13 +82,12 @@ def test_ids_equal_tokenizers(pair):
     for text in texts:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
         assert ours.encode_prompt(text) == theirs.encode(text).ids, text
-        if ours.nfc:
-            assert ours.decode(ours.encode(text)) == unicodedata.normalize("NFC", text)
+        back = ours.decode(ours.encode(text))
+        assert back == unicodedata.normalize("NFC", text) or not ours.nfc
 
 
 def test_special_tokens_end_paths_and_are_seen(pair):
-    """Guards special tokens that decode to nothing, that text can make, or that nothing ends at; and
-    lists of ends in config.json, also an ordinary token, as in transformers."""
+    """Guards special tokens that decode to nothing, that text makes, or that nothing ends at."""
     _, folder = pair
     ours = load_tokenizer(folder)
     names = [b.decode() for b in map(ours.to_bytes.get, ours.ends)]

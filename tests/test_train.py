@@ -59,7 +59,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     ("train", "greedy", 2, signal.SIGINT),  # before validation decodes (1 is the report)
 ])  # fmt: skip
 def test_signals_save_and_name_the_command(run, monkeypatch, capsys, module, name, call, number):
-    """Guards a lost epoch, a validation line that is missing or there twice, or can't be stopped."""
+    """Guards a lost epoch, and a validation that is missing, there twice or can't be stopped."""
     whole = run("--holdout --out-dir whole")
     real, calls = getattr(sys.modules[module], name), itertools.count(1)
 
@@ -82,7 +82,7 @@ def test_signals_save_and_name_the_command(run, monkeypatch, capsys, module, nam
 
 
 def test_finished_run_does_nothing_on_repeat(run, monkeypatch, capsys):
-    """Guards a picture that is drawn before the model is saved: it may fail. The repeat draws it."""
+    """Guards a picture that is drawn before the model is saved, as it may fail."""
 
     def plot(metrics, png, title):
         assert (png.parent / "last/model.safetensors").exists()
@@ -104,11 +104,11 @@ def test_finished_run_does_nothing_on_repeat(run, monkeypatch, capsys):
 
 
 def test_more_epochs_continue(run, tmp_path):
-    """The result is that of a longer run, also of a folder that was moved or is of an older version."""
+    """The result is that of a longer run, also of a folder that was moved or is older."""
     whole = run("--out-dir whole --epochs 3")
     older = run("--out-dir older --max-steps 3")
     settings = read_json(older / "settings.json") | {"clip": 1.0, "compile": False}
-    (older / "settings.json").write_text(json.dumps(settings))
+    write_atomic(older / "settings.json", json.dumps(settings))
     os.rename(older, tmp_path / "run")
     run("--out-dir run --epochs 2")
     out = run("--out-dir run --epochs 3")
@@ -118,8 +118,13 @@ def test_more_epochs_continue(run, tmp_path):
         run("--out-dir run --epochs 2")
 
 
-def test_other_settings_are_refused(run, monkeypatch):
+def test_other_settings_are_refused(run, monkeypatch, tmp_path):
     """Guards two trainings mixed in one folder, and a resume that measures dtype anew."""
+    with pytest.raises(SertError, match=r"run `python sample.py --task micro --model \S+tiny"):
+        run("--method sert")
+    short = make_tiny_model(tmp_path / "short", n_positions=40)
+    with pytest.raises(SertError, match="question .* tokens, the model's context is 40"):
+        run("--limit 3 --out-dir short-run", model=str(short))
     with monkeypatch.context() as m:
         m.setattr(machine, "pick_dtype", lambda name, device, n: torch.bfloat16)
         run("--out-dir run --max-steps 1")
@@ -173,14 +178,6 @@ def test_what_is_learnt_from_a_file_of_paths(tmp_path, capsys):
             train.sert_pairs(tmp_path / "p.jsonl", questions)
 
 
-def test_errors_say_what_to_do(run, tmp_path):
-    with pytest.raises(SertError, match=r"run `python sample.py --task micro --model \S+tiny"):
-        run("--method sert")
-    short = make_tiny_model(tmp_path / "short", n_positions=40)
-    with pytest.raises(SertError, match="question .* tokens, the model's context is 40"):
-        run("--limit 3 --out-dir run", model=str(short))
-
-
 def test_checkpoint_opens_in_transformers_and_continues(run, tiny):
     """Same logits there; RUN and RUN/last are both a --model here, whose default folder is kept."""
     first = run("--max-steps 2")
@@ -200,7 +197,7 @@ def test_checkpoint_opens_in_transformers_and_continues(run, tiny):
 
 
 def write_paths(folder: Path, tiny: Path) -> Path:
-    """Of eight questions: a selected path with a wrong answer, one not selected with the right one."""
+    """Of eight questions: a selected path with a wrong answer, another with the right one."""
     tokenizer, sampled, loose = load_tokenizer(tiny), [], {**tasks.preset("micro"), "max_rep2": 1.0}
     questions = [q for q in tasks.load("micro", "train") if not q.choices][:8]
     for q, right in itertools.product(questions, (False, True)):
