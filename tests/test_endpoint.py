@@ -327,7 +327,7 @@ def test_a_signal_keeps_what_is_in_flight(number, tmp_path, capfd):
         there = stored(tmp_path)
         assert len(there.replies) == len(server.bodies) >= 5 and there.open_bills() == []
     said = capfd.readouterr().out
-    assert "continue with: python " in said and "without a known bill" not in said
+    assert "continue with: " in said and "without a known bill" not in said
     assert len(server.bodies) <= 9
 
 

@@ -130,7 +130,8 @@ def test_commands_can_be_pasted(tmp_path, monkeypatch):
     for argv, script in ((f"{tmp_path}/my repo/sample.py", f"{tmp_path}/my repo/train.py"),
                          ("sample.py", "train.py"), ("-c", "train.py")):  # fmt: skip
         monkeypatch.setattr(sys, "argv", [argv])
+        monkeypatch.setattr(sys, "orig_argv", ["my venv/python", argv])
         flags = {"model": "a 'b'", "data_dir": None, "seed": 0, "out_dir": tmp_path / "$x"}
         words = shlex.split(errors.command("train.py", "--task 'q 1.jsonl'", **flags))
-        assert words == ["python", script, "--task", "q 1.jsonl", "--model", "a 'b'", "--seed", "0",
+        assert words == ["my venv/python", script, "--task", "q 1.jsonl", "--model", "a 'b'", "--seed", "0",
                          "--out-dir", f"{tmp_path}/$x"]  # fmt: skip

@@ -122,6 +122,13 @@ def test_other_settings_are_refused(run, monkeypatch, tmp_path):
     """Guards two trainings mixed in one folder, and a resume that measures dtype anew."""
     with pytest.raises(SertError, match=r"run `python sample.py --task micro --model \S+tiny"):
         run("--method sert")
+    Path("p").mkdir()
+    Path("p/selected.jsonl").touch()
+    for flags, message in (("--method sert --paths p", "no path of p/selected.jsonl is selected"),
+                           ("--method star --answer any", "--method star is --answer right"),
+                           ("--method finetune --paths p", "leave --paths and the rules out")):  # fmt: skip
+        with pytest.raises(SertError, match=message):
+            run(flags)
     short = make_tiny_model(tmp_path / "short", n_positions=40)
     with pytest.raises(SertError, match="question .* tokens, the model's context is 40"):
         run("--limit 3 --out-dir short-run", model=str(short))
