@@ -272,7 +272,7 @@ def test_texts_of_any_content(text, q):
     assert record["rationale"].isprintable() and json.dumps(record)
 
 
-LISTS = ". " + "a)" * 28 + " x bank, mall "  # each `a)` may be a label, or an article and a bracket
+LISTS = "." + "a)" * 24 + " x bank, mall "  # each `a)` may be a label, or an article and a bracket
 
 
 @pytest.mark.parametrize("piece", [*PIECES, '"', " ", "A.", "the ", LISTS])
