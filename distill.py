@@ -29,7 +29,7 @@ from sert_min.report import console
 from sert_min.script import Student, add_flags, check_counts, open_student, parse, parser
 from sert_min.teacher_files import read_teacher_file
 from sert_min.tokenizer import load_tokenizer
-from train import Options, add_training_flags, options, prepare, train_student
+from train import add_training_flags, options, prepare, train_student
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -39,7 +39,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     teachers.add_flags(g)
     g = p.add_argument_group("what is learnt")
     g.add_argument("--keep", choices=("right", "all"), default="right", help="by their answers")
-    g.add_argument("--per-question", type=int, metavar="M", help="at most M rationales per question")
+    g.add_argument("--per-question", type=int, metavar="M",
+                   help="at most M rationales per question")
     g.add_argument("--go-on", action="store_true", help="even if most answers can't be read")
     g.add_argument("--allow-missing", action="store_true", help="train although replies are missing")
     g.add_argument("--collect-only", action="store_true", help="collect and clean, do not train")
@@ -59,23 +60,31 @@ def main(args) -> None:
     print(describe(questions, "train"))
     questions = questions[: args.limit]
     if teacher and args.dry_run:
-        asks, e = [ask for q in questions for ask in teacher.asks(q)], teacher.endpoint
+        asks, url = [ask for q in questions for ask in teacher.asks(q)], teacher.replies.e.url()
         told = "\n".join(printable_lines(m["content"]) for m in asks[0].messages)
-        print(f"\nprompt of {printable(questions[0].name)}, to {e.url()}:\n{told}\n")
-        return asking.print_plan("plan", *teacher.places(asks, questions))
-    out, student, method, o = where_to(args, teacher)
+        print(f"\nprompt of {printable(questions[0].name)}, to {url}:\n{told}\n")
+        return asking.print_plan("plan", teacher.replies, asks)
+    student, method, o = None, "", None
+    if args.collect_only:  # there is no student: the rationales go to the teacher's replies
+        name = clean_name(args.teacher_file or "program")
+        out = teacher.replies.folder if teacher else Path(f"out/{args.task}/teacher-{name}")
+        out = Path(args.out_dir or out)
+    else:
+        student, method = pick_student(args)
+        o = options(args, student.label)
+        out = Path(o.out_dir or f"out/{o.task}/{student.label}/{method}/seed{o.s.seed}")
     path = out / "rationales.jsonl"
     if args.allow_missing and (out / "settings.json").exists() and path.exists():
         # What was missing when this student was first trained stays left out.
         frozen = {r["id"] for r in read_jsonl(path)}
         questions = [q for q in questions if q.id in frozen]
     if parallel.RANK == 0:
-        records, failures = collect(args, teacher, questions, out, student and fits_in(student))
+        records = collect(args, teacher, questions, out, student and fits_in(student))
         if args.dry_run:
             return None
         save_records(out, records)
         if not args.allow_missing:
-            asking.end_if_missing(failures, "teacher", teacher.folder if teacher else out)
+            asking.end_if_missing(teacher and teacher.replies)
     if args.collect_only:
         more = "the same command without --collect-only trains a student on them"
         return print(f"wrote {path}\nnext: {more}")
@@ -90,33 +99,20 @@ def main(args) -> None:
     train_student(prepare(student, method, pairs, prompts.COT_SUFFIX, about, o))
     if parallel.RANK == 0:
         if not (teacher or args.teacher_file):
-            print("this teacher, a program, speaks in sentences that the student never used: after SERT, the "
-                  "student's accuracy falls (docs/results.md). A teacher helps where it knows more")  # fmt: skip
+            print("this teacher, a program, speaks in sentences that the student never used: after "
+                  "SERT, the student's accuracy falls (docs/results.md). A teacher helps where it "
+                  "knows more")  # fmt: skip
         task = tasks.flags(args.task)
         print(f"next: {command('evaluate.py', task, model=out, data_dir=args.data_dir)}")
     return None
 
 
-def where_to(args, teacher) -> tuple[Path, Student | None, str, Options | None]:
-    """(where the rationales go, the student, the method, the training flags); with --collect-only
-    there is no student, and they go to the teacher's replies."""
-    if args.collect_only:
-        name = clean_name(args.teacher_model or args.teacher_file or "program")
-        folder = teacher.folder if teacher else f"out/{args.task}/teacher-{name}"
-        return Path(args.out_dir or folder), None, "", None
-    student, method = pick_student(args)
-    o = options(args, student.label)
-    out = o.out_dir or f"out/{o.task}/{student.label}/{method}/seed{o.s.seed}"
-    return Path(out), student, method, o
-
-
-def collect(args, teacher, questions: list[Question], out: Path, fits) -> tuple[list, list[str]]:
-    """(the records of rationales.jsonl, why outputs are missing): collect the outputs of the teacher
-    for each question, clean them, choose those to learn from, and print all counts."""
-    failures: list[str] = []
+def collect(args, teacher, questions: list[Question], out: Path, fits) -> list[dict]:
+    """The records of rationales.jsonl: collect the outputs of the teacher for each question, clean
+    them, choose those to learn from, and print all counts."""
     if teacher:
         stop_early = args.keep == "right" and not args.go_on
-        outputs, failures = teachers.ask(teacher, questions, out, stop_early)
+        outputs = teachers.ask(teacher, questions, out, stop_early)
     elif args.teacher_file:
         found, left = read_teacher_file(args.teacher_file, questions)
         outputs = {name: [output] for name, output in found.items()}
@@ -126,7 +122,7 @@ def collect(args, teacher, questions: list[Question], out: Path, fits) -> tuple[
     records, counts = rationale_records(questions, outputs, args.keep, fits, args.per_question)
     console.print_counts(f"{len(records):,} rationales for {len(questions):,} questions", counts)
     console.print_rationales(records)
-    return records, failures
+    return records
 
 
 def fits_in(student: Student) -> Callable[[Question, str], bool]:
@@ -151,11 +147,10 @@ def pick_student(args) -> tuple[Student, str]:
     elif name is None:
         print(f"no SERT checkpoint at {sert}: starting from the raw student {student.name} (RD)")
     before = student.sert.get("method")
-    need(
-        args.out_dir or before not in ("finetune", "star", "rd", "sert-rd"),
-        f"--model {student.name} was trained by {before} already: distillation starts from a raw "
-        "student or from SERT; choose one of these, or give --out-dir",
-    )
+    fresh = before not in ("finetune", "star", "rd", "sert-rd")
+    need(args.out_dir or fresh, f"--model {student.name} was trained by {before} already: "
+         "distillation starts from a raw student or from SERT; choose one of these, or give "
+         "--out-dir")  # fmt: skip
     return student, "sert-rd" if before == "sert" else "rd"
 
 

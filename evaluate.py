@@ -169,7 +169,7 @@ def evaluate(cell: Cell, job: Job) -> dict:
             write_atomic(out / "likelihood.jsonl", map(to_line, weighed))
 
         # 3. The judge's scores, then all metrics.
-        failures = judge.write_scores(records, {q.id: q for q in questions}, job.judge, out)
+        judge.write_scores(records, {q.id: q for q in questions}, job.judge, out)
         about = {k: settings[k] for k in ("task", "split", "model", "method")}
         about |= {"seed": cell.seed, "variant": cell.variant, "data": settings["data"]}
         if about["data"] == "own":
@@ -181,7 +181,7 @@ def evaluate(cell: Cell, job: Job) -> dict:
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     console.print_metrics(cell.title, metrics)
     print(f"wrote {out}/predictions.jsonl and metrics.json")
-    asking.end_if_missing(failures, "judge", job.judge.folder if failures else out)
+    asking.end_if_missing(job.judge and job.judge.replies)
     return metrics
 
 

@@ -132,7 +132,8 @@ def main(args) -> None:
         if args.html:
             n = page.write_page(run.out, args.html, run.tokenizer, command=this_command())
             print(f"wrote {args.html} ({n:,} questions); open it in a browser")
-        if m["split"] == "train" and not run.s.raw:
+        first = not run.student.sert.get("parents")  # a second round needs a place of its own
+        if first and m["split"] == "train" and not run.s.raw and funnel["counts"]["selected"]:
             flags = {"model": run.student.name, "paths": selected, "data_dir": args.data_dir}
             task = tasks.flags(m["task"])
             print(f"next: {command('train.py', task, **flags, seed=run.s.seed)}")
@@ -156,6 +157,7 @@ def prepare(args) -> Run:
     while RANK > 0 and not (out / "settings.json").exists():
         time.sleep(0.02)  # process 0 writes it: rows by its memory, and which kernels serve
     stored = files.stored_settings(out / "settings.json")
+    need(stored or not args.refilter, f"{out} holds no samples; run without --refilter first")
     if args.refilter:  # nothing is computed, so another machine or version will do
         device, machine = torch.device("cpu"), {k: stored.get(k) for k in MACHINE}
     else:
@@ -254,7 +256,13 @@ def write_derived(run: Run) -> None:
                 continue
             for r in filters.path_records(sampled, blocks.block(i), run.tokenizer, run.limits):
                 yield to_line(funnel.add(r))
-        need(funnel.verdicts, f"{run.out} holds no samples; run without --refilter first")
+        others = any(blocks.folder.glob("*.jsonl"))
+        fix = (
+            "give the --limit that its blocks were made with"
+            if others
+            else "run without --refilter first"
+        )
+        need(funnel.verdicts, f"{run.out} holds no samples of these questions; {fix}")
 
     write_atomic(paths, lines())  # an error in `lines` leaves the old file as it is
     if left_out:

@@ -109,6 +109,8 @@ def main(args) -> None:
     questions = tasks.load(o.task, "train", o.data_dir)
     print(describe(questions, "train"))
     if args.method == "finetune":
+        given = args.paths or any(getattr(args, r.flag) is not None for r in filters.RULES)
+        need(not given, "--method finetune learns labels alone; leave --paths and the rules out")
         pairs, about = [(q, *prompts.finetune_pair(q)) for q in questions], {"source": "labels"}
     else:
         pairs, about = self_training_pairs(args, student, questions)
@@ -120,9 +122,13 @@ def self_training_pairs(
 ) -> tuple[list[Pair], dict]:
     """(the pairs of the selected paths, where they come from). Without a flag of a rule sample.py has
     selected them; with one, and for STaR, they are selected here, and selected.jsonl stays."""
+    star = args.method == "star"
+    right = not star or args.answer in (None, "right")
+    need(right, "--method star is --answer right; leave --answer out")
     default = f"out/{args.task}/{student.label}/paths-train/seed{args.seed}/selected.jsonl"
     paths, preset = Path(args.paths or default), tasks.preset(args.task, student.label)
-    anew = args.method == "star" or any(getattr(args, r.flag) is not None for r in filters.RULES)
+    paths = paths / "selected.jsonl" if paths.is_dir() else paths
+    anew = star or any(getattr(args, r.flag) is not None for r in filters.RULES)
     paths = paths.with_name("paths.jsonl") if anew else paths
     flags = {"model": student.name, "data_dir": args.data_dir, "seed": args.seed}
     before = command("sample.py", tasks.flags(args.task), **flags)
@@ -132,7 +138,7 @@ def self_training_pairs(
     )
     if not anew:
         return sert_pairs(paths, questions), {"source": str(paths)}
-    preset |= {"answer": "right"} if args.method == "star" else {}
+    preset |= {"answer": "right"} if star else {}
     rules, tokenizer = filters.limits(preset, vars(args)), load_tokenizer(student.folder)
     select = partial(filters.path_records, tokenizer=tokenizer, limits=rules)
     return sert_pairs(paths, questions, select), {"source": str(paths), "rules": rules}
@@ -160,6 +166,7 @@ def sert_pairs(
             if text:
                 pairs.append((q, *prompts.sert_pair(q, text)))
                 wrong += filters.answers_stated(r["text"], q) == "wrong"
+    need(pairs, f"no path of {paths} is selected; loosen a rule (--min-tokens, ..) or sample more")
     print(f"{len(pairs):,} selected paths of {len(questions):,} questions; {stripped} lost a closing "
           f"answer sentence of their own, {empty} were nothing else and are left out")  # fmt: skip
     if wrong:

@@ -1,7 +1,7 @@
 """One step of sampling: the next token under temperature, top-k and top-p, and its exact log-prob;
 and the attention of rows that share prompts.
 
-    from kernels import sample_and_score
+    from sert_min.kernels import sample_and_score
     tokens, logprobs = sample_and_score(logits, temperature=0.8, top_k=10, top_p=0.95, seed=1)
 
 reference.py and attention.py are the definitions, in plain PyTorch. On a CUDA GPU the Triton kernels

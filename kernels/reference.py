@@ -6,6 +6,10 @@ cumulative probability passes it (inverse CDF). The uniform number comes from Ph
 function of (seed, stream, position) without state: a row draws the same token in any batch, in any
 order, after any restart.
 
+The score of the drawn token is its log-prob in the model's own distribution: temperature 1, the full
+vocabulary, nothing cut off. The perplexity of a path, which the rules look at, must not depend on
+how the path was drawn.
+
 There are two steps, as in the Triton kernels. `summary` goes once through the vocabulary, block by
 block, and keeps the log-sum-exp and the k best entries; `draw` needs nothing else. B rows of V
 logits cost one pass; with k off, a sort.
@@ -38,7 +42,7 @@ class Settings(NamedTuple):
     top_p: float | Tensor = 1.0  # acts on the rest, tempered and renormalised; 1 is off
     seed: int = 0
     streams: Tensor | None = None  # int64 [B], the names of the rows; 0 to B - 1 if not given
-    position: int | Tensor = 0  # how many tokens a row has drawn or been given already
+    position: int | Tensor = 0  # number of the draw within its row; each needs its own randomness
 
 
 def philox(seed: int, stream: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

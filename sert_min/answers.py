@@ -54,7 +54,7 @@ def stated_answers(text: str, question: Question) -> list[str | None]:
 
 def _answer_right_after(text: str, at: int, question: Question) -> str | None:
     if question.free:
-        return free_answer(text[at:], question.answer)
+        return free_answer(text[at : at + 1000 + 2 * len(question.answer)], question.answer)
     found = _answer_at(text, at, question)
     while found is None and (skip := _SKIP.match(text, at)):
         at = skip.end()
@@ -112,7 +112,7 @@ def _option_rules(choices: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern, re.
 #                                                     and punctuation
 
 _STATEMENT_END = re.compile(
-    rf"{SENTENCE_END.pattern}|\n|[,;]?\s+\(?(?:because|since|as|which)\b|\}}", re.I
+    rf"{SENTENCE_END.pattern}|\n|(?:[,;]|(?<!\s))\s+\(?(?:because|since|as|which)\b|\}}", re.I
 )
 _NUMBER = re.compile(r"(?<![\w-])[-+]?\.?\d(?:[\d.,:/^-]*\d)?(?:e[-+]?\d{1,2}\b)?", re.I)
 _VALUE = re.compile(
@@ -172,7 +172,9 @@ def free_answer(text: str, gold: str) -> str | None:
 
 _GOOD = r"(?:(?:final|correct|right|best|closest|short|true|logical|likely|most \w+) )"
 _NOUN = rf"(?:{_GOOD}*answer(?: choice| option)?|{_GOOD}+(?:choice|option))"
-_OPENS = r"(?:(?<![^\W_])(?<!\w\s)|(?<=\bso\s)|(?<=\b(?:thus|then|that)\s)|(?<=fore\s))"  # a clause
+_OPENS = (
+    r"(?:(?<![^\W_])(?<!\w[^\S\n])|(?<=\bso\s)|(?<=\b(?:thus|then|that)\s)|(?<=fore\s))"  # a clause
+)
 _NAME = rf"(?:(?:the|my|your|our|its) |{_OPENS}){_NOUN}(?: ?\([^)\n]{{0,40}}\))?"
 _ABOUT = (  # the answer `to your question` is; the answer`, then,` is
     r"(?: (?:to|of|for|from|among|in|here|that|i|you)\b(?:(?!\b(?:depends|if|whether|that question)\b)"
@@ -184,7 +186,7 @@ _LABEL = rf"\([a-z]\){_TEXT}|(?:(?<=\boption\s)|{_OPENS})(?:[A-Z]|yes|no)\b\W{{0
 FORMS = {  # the words that introduce an answer; a space may also be Markdown
     "So the most likely answer is (C)": _NAME + _ABOUT + _IS,
     "**Final answer (A to E):** C": rf"(?<!/){_NAME}[\s*_`\"']{{0,4}}(?:[:：=]|-?>)",
-    "### Answer\n\n**C**": rf"^[#*_]{{0,6}}\x20?{_NOUN}[#*_]{{0,6}}(?=\n)",
+    "### Answer\n\n**C**": rf"^[#*_]{{0,6}}\x20?{_NOUN}[#*_]{{0,6}}(?=\r?\n)",
     r"$\boxed{\text{C}}$": r"\\f?boxed\s?\{",
     "So, to answer your question, (C).": r"(?:to|in) answer (?:to )?(?:the|this|your|our) question"
     r"[,:]? (?=\W{0,3}(?:yes|no)\b|\()",

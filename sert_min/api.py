@@ -14,8 +14,9 @@ from sert_min.filters import select
 from sert_min.finetune import TrainSettings, encode_example
 from sert_min.generate import SampleSettings
 from sert_min.gpt2 import GPT2
+from sert_min.io.errors import need
 from sert_min.io.files import check_settings
-from sert_min.io.hub import find_model
+from sert_min.io.hub import find_model, weights_hash
 from sert_min.io.machine import pick_device
 from sert_min.models import load_model, save_model
 from sert_min.patterns import EARLY_KINDS
@@ -56,6 +57,8 @@ def sample_paths(
 ) -> list[dict]:
     """25 paths a question, as records of paths.jsonl (docs/usage.md) with their verdicts. `rules` are
     limits by flag name ({"min_perplexity": 3}); the paper's stand for those that are left out."""
+    known = [rule.flag for rule in filters.RULES]
+    need(set(rules or ()) <= set(known), f"rules are limits by name: {', '.join(known)}")
     limits, kept, records = filters.limits(rules or {}), {}, []
     s = (settings or SampleSettings()).check()
     early = [kind for kind in limits["patterns"] if kind in EARLY_KINDS]
@@ -85,13 +88,21 @@ def fit(
     settings: TrainSettings | None = None,
 ) -> None:
     """Train `model` in place on (prompt, completion) pairs and save it as a Hugging Face folder,
-    `out`/last. A repeated call continues from the state in `out`; other pairs or settings are refused
-    there."""
+    `out`/last. A repeated call continues from the state in `out`; other pairs or settings, or a model
+    from another folder, are refused there."""
     s, out = (settings or TrainSettings()).check(), Path(out)
-    data = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
-    out.mkdir(parents=True, exist_ok=True)
-    check_settings(out / "settings.json", {"data": data, **asdict(s)}, "choose another folder")
+    need(
+        pairs,
+        "there are no pairs: no path passed; give sample_paths looser rules ({'min_tokens': 9})",
+    )
     examples = [encode_example(tokenizer, *pair) for pair in pairs]
+    longest, context = max(len(ids) for ids, _ in examples), model.config.n_positions
+    told = f"a pair has {longest} tokens, the model's context is {context}"
+    need(longest <= context, f"{told}; leave that pair out")
+    data = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+    about = {"data": data, "weights": weights_hash(tokenizer.folder), **asdict(s)}
+    out.mkdir(parents=True, exist_ok=True)
+    check_settings(out / "settings.json", about, "choose another folder")
     names = [str(i) for i in range(len(pairs))]
     finetune.fit(model.train(), examples, names, out, s)
     save_model(model.eval(), out / "last", tokenizer.folder, {"method": "sert", "data": data})

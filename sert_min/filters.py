@@ -3,13 +3,13 @@
     1 pattern      drops what is not reasoning: imitates the prompt, lists the options, only answers
     2 length       drops paths shorter than 25 tokens
     3 repetition   drops paths with rep-2 above 0.2
-    4 perplexity   drops paths below 5: what the model finds likely are its direct answers, and
-                   latent reasoning is the unlikely rest
+    4 perplexity   drops paths below 5: what GPT-2 finds likely are its direct answers, and latent
+                   reasoning is the unlikely rest (SmolLM2 differs: docs/results.md)
     5 answer       off, as in the paper; can drop paths that contradict the gold answer
     6 select       keeps, per question, the passed path with the lowest rep-2
 
 Each rule sees what the one before it left. Flags, funnel, page and figures are made from RULES, so a
-new rule is a new entry and its test. The pattern rule looks at the whole sampled text (patterns.py),
+new rule is a new entry, at the place where it shall act, and its test. The pattern rule looks at the whole sampled text (patterns.py),
 the others at the path, which loses its last half sentence if the cap cut it.
 """
 
@@ -48,6 +48,7 @@ class Rule(NamedTuple):
     breaks: Callable[[object, object], object]  # (measure, limit); a string names the kind of break
     words: str  # how the limit reads in the funnel
     help: str
+    paper: bool = False  # whether Fig. 4 has a curve for it even where it drops nothing
 
 
 def rep2(ids: Sequence) -> float:
@@ -97,20 +98,20 @@ RULES = (
     Rule(
         "pattern", "patterns", PATTERN_KINDS, patterns.parse_patterns, lambda path: path.breaks,
         patterns.earliest,
-        "drop {}", "kinds to drop, by comma: imitative,options,direct; or none",
+        "drop {}", "kinds to drop, by comma: imitative,options,direct; or none", paper=True,
     ),
     Rule(
         "length", "min_tokens", 25, number(0), lambda path: len(path.ids),
         lambda n, least: n < max(least, 1),  # an empty path never passes
-        "at least {} tokens", "paper: 25; 0: off",
+        "at least {} tokens", "paper: 25; 0: off", paper=True,
     ),
     Rule(
         "repetition", "max_rep2", 0.2, number(0, 1), lambda path: rep2(path.ids), operator.gt,
-        "rep-2 at most {}", "share of repeated bigrams, paper: 0.2; 1: off",
+        "rep-2 at most {}", "share of repeated bigrams, paper: 0.2; 1: off", paper=True,
     ),
     Rule(
         "perplexity", "min_perplexity", 5.0, number(0), lambda path: perplexity(path.logprobs),
-        operator.lt, "perplexity at least {}", "paper: 5; 0: off",
+        operator.lt, "perplexity at least {}", "paper: 5; 0: off", paper=True,
     ),
     Rule(
         "answer", "answer", "any", parse_answer,
@@ -119,7 +120,7 @@ RULES = (
         "state none, as STaR does",
     ),
 )  # fmt: skip
-FORM = RULES[:3]  # what can be seen of a text alone
+FORM = [rule for rule in RULES if rule.name in ("pattern", "length", "repetition")]  # need no model
 
 
 def add_flags(group) -> None:

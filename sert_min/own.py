@@ -119,6 +119,8 @@ def read_rows(file: str, fields: dict[str, str]) -> Iterator[tuple[int, dict]]:
         if file.lower().endswith(".csv"):
             with open(there(file), encoding="utf-8-sig", newline="") as f:
                 reader, line = csv.DictReader(f, strict=True), 2
+                need(names["question"] in (reader.fieldnames or ()), f"{file}: its header is "
+                     f"{reader.fieldnames}; separate columns by commas, or give --fields")  # fmt: skip
                 for row in reader:
                     wrong = None in row or None in row.values()
                     need(not wrong, f"{file} line {line}: its cells are not those of the header")

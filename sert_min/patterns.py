@@ -81,7 +81,7 @@ def _patterns(choices: tuple[str, ...]) -> _Patterns:
     # Short, so that no run of spaces is slow.
     gap = rf"""(?:[\s"'“”‘’*_,;/|.•-]|\b(?:and/or|and|or|an?|the)\b|{mark}){{1,12}}"""
     lead = rf"""(?:\A|[.!?:]|\n|\b(?:options|choices)\ are\b)
-        (?:[\s"'“”‘’)\]*_•-]|\b(?:either|an?|the)\b|{mark})*\Z"""
+        (?:{mark}|[\s"'“”‘’)\]*_•-]|\b(?:either|an?|the)\b)*+\Z"""
     words = words_pattern(choices)
     different = sorted({" ".join(c.lower().split()) for c in choices} - {""})
     label = rf"[(\[]?[{letters}][)\]]?[.:]?"

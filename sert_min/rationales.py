@@ -38,7 +38,7 @@ def teacher_answer(output: Output, q: Question) -> str | None:
 
 def clean(output: Output) -> tuple[str, bool, bool]:
     """(the rationale as the student will read it, did it lose its answer sentence?, did it lose a
-    half sentence?). The result is one paragraph. A rationale without a full sentence stays as it is."""
+    half sentence?). The result is one paragraph. One without a full sentence stays as it is."""
     text = without_thinking(output.rationale).strip()
     ends = [m.end() for m in SENTENCE_END.finditer(text)]
     cut = output.finish not in WHOLE
@@ -57,11 +57,11 @@ def rationale_records(
     per_question: int | None = None,
 ) -> tuple[list[dict], Counter]:
     """(a record per output, in question order; the counts of what happened). `keep` is "right" or
-    "all"; `fits(question, text)`: can the student's context hold it? Of the outputs for one question
-    at most `per_question` are kept."""
+    "all"; `fits(question, text)`: can the student's context hold it? Of the outputs for one
+    question at most `per_question` are kept."""
     records, counts, kept = [], Counter(), Counter()
     several = [(q, i, one) for q in questions for i, one in enumerate(outputs.get(q.id, ()))]
-    if without := len({q.id for q in questions} - {q.id for q, _, _ in several}):
+    if without := sum(not outputs.get(q.id) for q in questions):
         counts["no output"] = without
     for q, i, output in several:
         answer = teacher_answer(output, q)
@@ -75,10 +75,8 @@ def rationale_records(
             reason = "empty"  # it was filtered, refused, all thinking, or only an answer
         elif pattern_break(text, q, ("direct",)):
             reason = "bare answer"
-        elif keep == "right" and answer is None:
-            reason = "answer not readable"
         elif keep == "right" and answer != q.answer:
-            reason = "answer wrong"
+            reason = "answer not readable" if answer is None else "answer wrong"
         elif fits and not fits(q, text):
             reason = "too long"
         elif per_question and kept[q.id] == per_question:
@@ -88,18 +86,9 @@ def rationale_records(
         kept[q.id] += reason == "ok"
         counts[f"dropped: {reason}" if reason != "ok" else "kept"] += 1
         which = {"sample": i} if len(outputs[q.id]) > 1 else {}
-        records.append(
-            {
-                "task": q.task,
-                "id": q.id,
-                **which,
-                "question": q.text,
-                "rationale": text,
-                "teacher_answer": answer,
-                "answer": q.answer,
-                "kept": reason == "ok",
-                "reason": reason,
-                "source": output.source,
-            }
-        )
+        records.append({
+            "task": q.task, "id": q.id, **which, "question": q.text, "rationale": text,
+            "teacher_answer": answer, "answer": q.answer, "kept": reason == "ok", "reason": reason,
+            "source": output.source,
+        })  # fmt: skip
     return records, counts

@@ -90,7 +90,7 @@ class Blocks(NamedTuple):
     def check_order(self, split: list[Question]) -> None:
         """Refuse to go on if a stored block holds other questions than `split` has at its place: rows
         may be appended to a file, but one before them moves all others to other blocks."""
-        for path in sorted(self.folder.glob(f"[0-9]*-*{self.ending}")):
+        for path in sorted(self.folder.glob(f"[0-9]*-*[0-9]{self.ending}")):
             number, n = map(int, path.name.removesuffix(self.ending).split("-"))
             here = split[number * self.size :][:n]
             for r, q in zip(self._records(path)[:: self.each], here):

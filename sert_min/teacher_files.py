@@ -13,8 +13,8 @@ from sert_min.io.files import read_jsonl
 from sert_min.questions import Question, stem
 from sert_min.rationales import Output
 
-# The outputs of text-davinci-002, zero-shot CoT, greedy, for StrategyQA: the paper's own teacher, at a
-# pinned public commit. Its hash is not published; the number of its entries shows that it is whole.
+# The outputs of text-davinci-002, zero-shot CoT, greedy, for StrategyQA: the paper's own teacher, at
+# a pinned public commit. Its hash is not published; the number of its entries shows that it is whole.
 DAVINCI = f"{DATA_URL.rpartition('/')[0]}/log/strategyqa_zero_shot_cot.log"
 ENTRIES = 2290
 
@@ -25,11 +25,8 @@ def davinci_log(task: str) -> Path:
     path = cache() / "teacher" / DAVINCI.rpartition("/")[2]
     if not path.is_file() or len(log_entries(path.read_bytes())) != ENTRIES:
         found = len(log_entries(data := download(DAVINCI)))
-        need(
-            found == ENTRIES,
-            f"{DAVINCI} has {found} entries instead of {ENTRIES}; repeat (a cut download?), or get "
-            "the file elsewhere and give its path",
-        )
+        need(found == ENTRIES, f"{DAVINCI} has {found} entries instead of {ENTRIES}; repeat (a cut "
+             "download?), or get the file elsewhere and give its path")  # fmt: skip
         save_checked(path, data, hashlib.sha256(data).hexdigest(), DAVINCI)
     return path
 
@@ -56,10 +53,9 @@ def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, O
         else:
             found, left = read_rows(read_jsonl(path), questions, path.name)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-        raise SertError(
-            f"--teacher-file {path} is in none of the known forms ({type(e).__name__}: "
-            f"{str(e)[:80]}); `python distill.py --help` names them"
-        ) from None
+        why = f"{type(e).__name__}: {str(e)[:80]}"
+        raise SertError(f"--teacher-file {path} is in none of the known forms ({why}); `python "
+                        "distill.py --help` names them") from None  # fmt: skip
     need(found, f"--teacher-file {path} has no output for any question of this task")
     return found, left
 

@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # transformers would ask the hub about local
 
 import json
 import socket
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -26,6 +27,7 @@ KEY = "sk-test-0123456789abcdefKEY"
 MERGES = ["h e", "e s", "Ġ t", "Ġt he", "Ġ y", "Ġy es", "Ġ n", "Ġn o", "a n", "an s", "w e", "we r"]
 
 torch.set_num_threads(1)
+sys.orig_argv[0] = "python"  # what printed commands begin with
 # No time limits, which a busy machine breaks. The same examples in every run, so that a commit is
 # green or not; FUZZ=10 (times as many, test_fuzz.py) draws new ones.
 slow, same = [hypothesis.HealthCheck.too_slow], "FUZZ" not in os.environ

@@ -1,5 +1,4 @@
-"""Attention over shared prompts, definition and kernels, against float64 row by row: on a GPU if
-there is one, else in Triton's interpreter at small sizes."""
+"""Attention over shared prompts, definition and kernels, on a GPU or in Triton's interpreter."""
 
 import os
 
@@ -26,8 +25,7 @@ GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 @pytest.fixture(autouse=True)
 def dirty_memory(monkeypatch):
-    """What is not initialised holds the worst: 0, which looks like a slot, or NaN. And the
-    interpreter, which keeps bf16 as integers, gets a bf16 product that is one."""
+    """Guards memory that nobody wrote; and gives the interpreter a product of bf16 numbers."""
     plain_empty, plain_dot = torch.empty, interpreter.InterpreterBuilder.create_dot
 
     def empty(*size, **given):
@@ -48,14 +46,13 @@ def dirty_memory(monkeypatch):
 
 
 def make(G, J, P, chunks, D, dtype, H=2, K=None, absent=0, empty=0, loud=3.0) -> dict:
-    """Random arguments of shared_attention as the decoder has them: parts of larger buffers, rows in
-    any order, `absent` places without a row, `empty` slots without one; lengths from 1 and
-    numbers of own tokens from 0 to all; huge numbers where nothing is real."""
+    """Random arguments as the decoder has them: parts of larger buffers, in any order, `absent`
+    places without a row, `empty` slots without one, huge numbers where nothing is real."""
     g = torch.Generator().manual_seed(G * 1000 + J * 100 + P + D)
     n = G * J - absent + empty
 
-    def random(*size, scale=1.0):
-        return torch.randn(*size, generator=g) * scale
+    def random(*size):
+        return torch.randn(*size, generator=g)
 
     def ends(count, most):
         x = torch.randint(1, most + 1, (count,), generator=g)
@@ -74,7 +71,7 @@ def make(G, J, P, chunks, D, dtype, H=2, K=None, absent=0, empty=0, loud=3.0) ->
     shared.mul_(1 + 1e4 * stale[:, None, :, None])
     stale = torch.arange(chunks * CHUNK).view(-1, 1, CHUNK) >= t[:, None]  # [chunks, n, CHUNK]
     own.mul_(1 + 1e4 * stale[:, :, None, :, None])
-    q = random(n, 3, H, D, scale=loud * D**-0.5)[:, 1]
+    q = random(n, 3, H, D)[:, 1] * loud * D**-0.5
     q, shared, own = (x.to(dtype) for x in (q, shared, own))
     return {"q": q, "keys": Keys(*shared, lengths, *own), "t": t, "place": place, "J": J}
 
@@ -83,6 +80,11 @@ def moved(given: dict, f) -> dict:
     """The same arguments with f of each tensor."""
     new = {k: f(v) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     return {**new, "keys": Keys(*map(f, given["keys"]))}
+
+
+def kernel(given: dict) -> torch.Tensor:
+    given = moved(given, lambda x: x.to(DEVICE))
+    return kernels.shared_attention(*given.values(), backend="triton").cpu()
 
 
 def exact(q, keys, t, place, J) -> torch.Tensor:
@@ -103,11 +105,6 @@ def exact(q, keys, t, place, J) -> torch.Tensor:
     return out
 
 
-def kernel(given: dict) -> torch.Tensor:
-    q, *rest = moved(given, lambda x: x.to(DEVICE)).values()
-    return kernels.shared_attention(q, *rest, backend="triton").cpu()
-
-
 CASES = {
     "paper": {"G": 2, "J": 25, "P": 70, "chunks": 3, "D": 64},
     "greedy": {"G": 9, "J": 1, "P": 40, "chunks": 2, "D": 32},
@@ -124,15 +121,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "name, dtype",
-    [(name, torch.float32) for name in CASES]
-    + [(name, torch.bfloat16) for name in ("paper", "holes", "long", "D 8")],
-)
+@pytest.mark.parametrize("name, dtype", [
+    *((name, torch.float32) for name in CASES),
+    *((name, torch.bfloat16) for name in ("paper", "holes", "long", "D 8")),
+])  # fmt: skip
 def test_equals_float64(name, dtype):
-    """Guards every offset, mask and rescaling: a row of another prompt, slot, layer or head, a
-    token too many or too few, stale numbers, places without a row, slots without one, memory that
-    nobody wrote. In bf16 the weights and the result are rounded (2^-9 each)."""
+    """Guards every offset, mask and rescaling. In bf16 weights and results are rounded (2^-9)."""
     case = CASES[name]
     given = make(**case, dtype=dtype)
     wanted, found = exact(**given), kernel(given)
@@ -140,16 +134,14 @@ def test_equals_float64(name, dtype):
     assert found.dtype is dtype and found.shape == given["q"].shape
     assert found.isfinite().all()
     tolerance = 2e-5 if dtype is torch.float32 else 2e-2
-    for out in (found, attention.shared_attention(**given)):
-        error = (out.double() - wanted)[live].abs().max()
-        assert error < tolerance * (1 if out is found else 5)
+    for out, factor in ((found, 1), (attention.shared_attention(**given), 5)):
+        assert (out.double() - wanted)[live].abs().max() < tolerance * factor
     assert wanted[live].abs().max() > 1  # so that an error shows
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has an order of its own")
 def test_order_of_programs_does_not_matter(monkeypatch):
-    """Guards rows that two programs write: the interpreter runs programs in order, so the right one
-    could hide a wrong one before it. Backwards, the wrong one is the last."""
+    """Guards rows that two programs write: the right one could hide a wrong one before it."""
     given = make(G=3, J=40, P=20, chunks=1, D=16, H=1, absent=8, empty=2, dtype=torch.float32)
     forwards, plain = kernel(given), interpreter.InterpreterBuilder.set_grid_idx
 
@@ -161,8 +153,7 @@ def test_order_of_programs_does_not_matter(monkeypatch):
 
 
 def test_a_row_does_not_depend_on_the_others():
-    """Guards rows that reach into each other: in another order, with other rows absent and one of
-    NaN, each row's output is the same to the last bit."""
+    """Guards rows that reach into each other: another order, other rows absent, one of NaN."""
     given = make(G=2, J=25, P=70, chunks=2, D=16, dtype=torch.float32)
     whole = kernel(given)
     some = torch.randperm(50, generator=torch.Generator().manual_seed(1))[:20]
@@ -178,8 +169,7 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 def test_offsets_above_2_to_the_31(monkeypatch):
-    """Guards offsets in 32 bits: rows and prompts, four each, that stand 2^30 numbers apart, in memory
-    that nothing touches between them (the interpreter would copy it onto itself)."""
+    """Rows and prompts stand 2^30 numbers apart (the interpreter would copy all onto itself)."""
     plain = torch.UntypedStorage.copy_
 
     def copy_(self, other, *rest):
@@ -203,8 +193,7 @@ def test_offsets_above_2_to_the_31(monkeypatch):
 
 
 def test_what_no_kernel_takes():
-    """Guards a wrong result where the kernels make an assumption: heads above 128, values laid out
-    otherwise than keys, numbers of a head apart. The definition takes over, or an error names it."""
+    """Heads above 128, values laid out otherwise than keys, numbers of a head apart."""
     fits = make(G=1, J=2, P=5, chunks=1, D=16, dtype=torch.float32)
     wide = make(G=1, J=2, P=5, chunks=1, D=130, dtype=torch.float32)
     keys, none = fits["keys"], slice(0)
@@ -225,15 +214,11 @@ def test_what_no_kernel_takes():
         assert kernels.shared_attention(*empty, backend=backend).shape == (0, 2, 16)
 
 
-# --- on a GPU -------------------------------------------------------------------------------------
-
-
 @GPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("G, J, chunks", [(8, 25, 4), (64, 25, 2), (640, 1, 4)])
 def test_real_shapes(G, J, chunks, dtype):
-    """Guards what small shapes do not show (races, a grid too small): 12 heads of 64, prompts of up
-    to 130 tokens, up to 1,600 rows; against the definition in fp32 on the same numbers."""
+    """Guards what small shapes do not show (races, a grid too small)."""
     given = make(G, J, 130, chunks, 64, dtype, H=12, absent=7, empty=7)
     given = moved(given, torch.Tensor.cuda)
     wide = moved(given, lambda x: x.float() if x.is_floating_point() else x)
@@ -245,8 +230,7 @@ def test_real_shapes(G, J, chunks, dtype):
 
 @GPU
 def test_cuda_graph_replays_see_new_numbers():
-    """Guards a graph that keeps what it was captured with: rows that grew, ended and moved between
-    two replays."""
+    """Guards a graph that keeps what it was captured with: rows grow, end and move in between."""
     given = make(G=3, J=25, P=130, chunks=3, D=64, dtype=torch.float32, absent=20, empty=5)
     given = moved(given, torch.Tensor.cuda)
     kernels.shared_attention(*given.values())

@@ -1,6 +1,7 @@
 """The quick CPU path (kernels/fast/cpu.py) against float64: products, the vocabulary in blocks, the bf16 head."""
 
 import platform
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +17,7 @@ from sert_min.kernels.fast.largest import largest
 
 
 def head_like_gpt2(V: int, C: int = 256, B: int = 40, seed: int = 0):
-    """Hidden states [B, C] and a weight [V, C] whose logits lie near -100, spread by some 4, as
-    GPT-2's do: a large part that all tokens share, and a small one that tells them apart."""
+    """Hidden states [B, C] and a weight [V, C]: logits near -100, spread by 4, as GPT-2's."""
     g = torch.Generator().manual_seed(seed)
     common = torch.randn(C, generator=g)
     common /= common.norm()
@@ -26,13 +26,20 @@ def head_like_gpt2(V: int, C: int = 256, B: int = 40, seed: int = 0):
     return hidden, weight
 
 
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 CPU")
+def test_bf16_needs_instructions(monkeypatch):
+    """Guards bf16 where oneDNN only emulates it, eight times as slow as fp32."""
+    for name in cpu.X86_BF16:
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: False, raising=False)
+    assert not cpu.has_bf16()
+
+
 @pytest.mark.parametrize("has_bf16", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(5, 768, 3072), (3, 4, 512, 600), (1, 300, 300), (2, 8, 8)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_a_product_with_fp32_sums(shape, bias, dtype, has_bf16, monkeypatch):
-    """Guards a product at less than fp32 (bf16 or tf32 would be 1,000 times as far off), a lost bias
-    or activation, a lost leading dimension and memory that is not contiguous, on each way."""
+    """Guards a product at less than fp32, and a lost bias, activation, dimension or stride."""
     pretend_bf16(monkeypatch, has_bf16)
     *lead, i, o = shape
     x, w = torch.randn(*lead, 2 * i)[..., ::2].to(dtype), torch.randn(i, o).T.to(dtype)
@@ -46,28 +53,15 @@ def test_linear_is_a_product_with_fp32_sums(shape, bias, dtype, has_bf16, monkey
         assert ((x - y).abs() <= 1e-6 * i + 2 * off * y.abs() + off).all()
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 CPU")
-def test_bf16_needs_instructions(monkeypatch):
-    """Guards bf16 where oneDNN only emulates it, eight times as slow as fp32."""
-    for name in cpu.X86_BF16:
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda: False, raising=False)
-    assert not cpu.has_bf16()
-
-
-def is_missing(*_):
-    raise RuntimeError("no such operator")
-
-
 @pytest.mark.parametrize("operator", [
-    is_missing,
+    mock.Mock(side_effect=RuntimeError("no such operator")),
     lambda x, w, b, *_: exact_linear(x, w, b),  # no activation
     lambda x, w, b, *_: gelu(exact_linear(x, w), approximate="tanh"),  # no bias
     lambda x, w, b, *_: gelu(exact_linear(x, w, b), approximate="tanh").double(),
     lambda x, w, b, *_: exact_linear(x, w, b) * float("nan"),
 ])  # fmt: skip
 def test_pytorch_serves_where_onednn_is_wrong(operator, monkeypatch):
-    """Guards a crash or wrong numbers where another PyTorch changed its private operator, and a run
-    that goes on elsewhere with other bytes: its machine says who multiplied."""
+    """Guards a private operator that another PyTorch changed; a run says who multiplied."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
     assert cpu.onednn_is_right()
@@ -87,8 +81,7 @@ def test_pytorch_serves_where_onednn_is_wrong(operator, monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7, 300, 400), (2, 3, 400, 300)])
 def test_linear_has_gradients(shape, bias):
-    """Guards training: a gradient that is transposed, summed over part of the rows, or of less than
-    fp32; and one that autocast to bf16 would not see."""
+    """Guards a gradient that is transposed, partial or of less than fp32, and autocast to bf16."""
     *lead, i, o = shape
     given = [torch.randn(*lead, i), torch.randn(o, i), torch.randn(o) if bias else None]
     given = [x if x is None else x.requires_grad_() for x in given]
@@ -109,17 +102,16 @@ def test_linear_has_gradients(shape, bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("chunks, n, slots", [(1, 5, 5), (3, 4, 7)])
-def test_own_attention_is_that_of_the_definition(dtype, chunks, n, slots):
-    """Guards rows of another slot, head, chunk or layer, weights of another token, and rows kept from
-    a call of another shape, with fewer live rows and chunks than there is memory for."""
+@pytest.mark.parametrize("chunks, n, slots, group", [(1, 5, 5, 1), (3, 4, 7, 1), (3, 4, 7, 2)])
+def test_own_attention_is_that_of_the_definition(dtype, chunks, n, slots, group):
+    """Guards rows of another slot, head, chunk, layer or call, and weights of another token."""
     H, D, C = 3, 16, attention.CHUNK
     g = torch.Generator().manual_seed(chunks)
     size = (2, chunks + 1, slots, H)
     keys = torch.randn(*size, D, C, generator=g).to(dtype).mT[1, :chunks, :n]
     values = torch.randn(*size, C, D, generator=g).to(dtype)[1, :chunks, :n]
-    q = torch.randn(n, 3, H, D, generator=g).to(dtype)[:, 1]  # a part of q, k, v
-    w = torch.rand(n, H, 7 + chunks * C, generator=g).to(dtype)[..., 7:]
+    q = torch.randn(n, 3, H * group, D, generator=g).to(dtype)[:, 1]  # a part of q, k, v
+    w = torch.rand(n, H * group, 7 + chunks * C, generator=g).to(dtype)[..., 7:]
     assert cpu.in_rows(keys.mT) and cpu.in_rows(values)  # else the definition runs twice
     found = cpu.own_scores(q, keys), cpu.own_sum(w, values)
     exact = attention.own_scores(q.double(), keys.double())
@@ -147,8 +139,7 @@ def test_own_attention_in_any_layout():
 @pytest.mark.parametrize("V", [1, 7, 100, 8 * 23 + 7, 8 * 60, 1105, 8192])
 @pytest.mark.parametrize("k", [1, 11, 30])
 def test_largest_is_topk(V, k):
-    """Guards entries behind the last whole line of the table, two best ones in one column, and rows
-    of equal, infinite or unusable logits."""
+    """Guards entries behind the table's last line, two best ones in a column, and odd rows."""
     k = min(k, V)
     x = torch.randn(40, V, generator=torch.Generator().manual_seed(V))
     x[0, -k:] += 9
@@ -165,8 +156,7 @@ def test_largest_is_topk(V, k):
 
 @pytest.mark.parametrize("V", [reference.BLOCK - 1, reference.BLOCK, 2 * reference.BLOCK + 3])
 def test_blocks_change_nothing(V):
-    """Guards ids that are off by a block, a last block shorter than k, a sum over part of the
-    vocabulary, the order of equal logits in different blocks, and NaN from a block without mass."""
+    """Guards ids off by a block, partial sums, ties of two blocks, and blocks without mass."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(6, V, generator=g) * 4 - 100
     best, lse, values, ids = reference.summary(lambda i, j: logits[:, i:j], V, 10)
@@ -184,18 +174,12 @@ def test_blocks_change_nothing(V):
     assert logprobs[0] == 0 and logprobs[1].isnan()
 
 
-def real_rows():
-    """Real GPT-2 logits [5, V]. Their hidden states are not known, so the rows themselves are the
-    weight of a head that gives exactly them."""
-    rows = golden_rows()
-    return torch.eye(len(rows)), rows.T.contiguous()
-
-
-@pytest.mark.parametrize("make", [lambda: head_like_gpt2(20_000), real_rows])
-def test_bf16_head_is_as_good_as_fp32(make):
-    """Guards the whole point of screening: on logits near -100 the best ids are those of a float64
-    head and all log-probs are within 0.01 (rounding the logits to bf16 gives errors of 0.25)."""
-    hidden, weight = make()
+@pytest.mark.parametrize("real", [False, True])
+def test_bf16_head_is_as_good_as_fp32(real):
+    """Guards the point of screening, on logits near -100 (where rounded ones are off by 0.25)."""
+    hidden, weight = (
+        (torch.eye(5), golden_rows().T.contiguous()) if real else head_like_gpt2(20_000)
+    )
     wanted = hidden.double() @ weight.double().T
     assert wanted.amax(1).mean() < -70
     wanted = wanted.log_softmax(-1)
@@ -208,15 +192,16 @@ def test_bf16_head_is_as_good_as_fp32(make):
     assert (rounded.gather(1, ids) - wanted.gather(1, ids)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(
-    "given", [{"top_p": 0.9}, {"top_k": 0}, {"top_k": 100}, {"temperature": 0.0}]
-)
-def test_draws_equal_those_of_an_exact_head(given):
-    """Guards the way from screening to the drawn token, with settings per row and fewer rows than
-    were prepared for; top-k off or above what is screened; and greedy."""
+@pytest.mark.parametrize("given, twice", [
+    ({"top_p": 0.9}, False), ({"top_k": 0}, False), ({"top_k": 100}, False),
+    *((given, twice) for given in ({"temperature": 0.0}, {"top_k": 9}) for twice in (False, True)),
+])  # fmt: skip
+def test_draws_equal_those_of_an_exact_head(given, twice):
+    """Guards the way from screening to the drawn token, and equal tokens (lowest id first)."""
     hidden, weight = head_like_gpt2(9_000)
-    screened = "top_p" in given
-    if screened:
+    weight = torch.cat([weight, weight]) if twice else weight
+    screened = given.get("top_k") not in (0, 100)
+    if "top_p" in given:
         k = torch.arange(len(hidden)) % 16 + 1
         given = {**given, "top_k": k, "position": k}
     found = head_sample_and_score(hidden, cpu.prepare(weight, hidden, 64), seed=5, **given)
@@ -226,23 +211,11 @@ def test_draws_equal_those_of_an_exact_head(given):
     assert (found[1] - wanted[1])[same].abs().max() < 0.01
 
 
-def test_ties_of_a_bf16_head_go_to_the_lowest_id():
-    """Guards greedy decoding: equal tokens are found by rounded logits, in any order."""
-    hidden, weight = head_like_gpt2(6_000)
-    weight = torch.cat([weight, weight])  # each token twice
-    head, exact = cpu.prepare(weight, hidden, 64), (hidden.double() @ weight.double().T).float()
-    for given in ({"temperature": 0.0}, {"top_k": 9, "seed": 4}):
-        tokens = head_sample_and_score(hidden, head, **given)[0]
-        assert torch.equal(tokens, sample_and_score(exact, **given)[0]), given
-
-
 def test_rows_that_screening_can_not_tell_apart_are_computed_in_full(monkeypatch):
-    """Guards the check behind screening: where thousands of tokens are nearly as good as the best,
-    the 32 rough best are not the best; flat rows must take the exact way, the others must not."""
+    """In flat rows the 32 rough best are not the best: only these must take the exact way."""
     hidden, weight = head_like_gpt2(9_000, B=6)
     hidden[2] *= 1e-3
-    full = []
-    exact_blocks = cpu.blocks
+    full, exact_blocks = [], cpu.blocks
     monkeypatch.setattr(cpu, "blocks", lambda h, w: full.append(len(h)) or exact_blocks(h, w))
     head = cpu.prepare(weight, hidden, 64)
     ids = cpu.screen(hidden, head, torch.full((6,), 10))[3]

@@ -1,9 +1,4 @@
-"""download_model through the real huggingface_hub, against an HTTP server on this machine.
-
-The hub client reads its settings when it is imported, so each load runs in a process of its own
-with HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE in its environment. These are forked from one that has
-imported the rest.
-"""
+"""download_model through the real huggingface_hub, against an HTTP server on this machine."""
 
 import hashlib
 import http.server
@@ -18,9 +13,8 @@ import threading
 from pathlib import Path
 
 import pytest
-import tokenizers
-from conftest import ROOT, make_tiny_model
-from safetensors.torch import load_file, save_file
+import transformers
+from conftest import ROOT
 
 from sert_min.io.hub import HUB, weights_hash
 from sert_min.models import load_model
@@ -29,8 +23,8 @@ from sert_min.tokenizer import load_tokenizer
 MAIN = "0123456789abcdef0123456789abcdef01234567"  # the commit of `main`
 SHORT = "model.safetensors"
 
-# Reads {"name", "env"} lines; answers each with what became of the model, as one line. Waiting
-# between retries is left out and counted.
+# Reads {"name", "env"} lines; answers each with what became of the model, from a process of its own:
+# the hub's client reads its environment when it is imported. Waits are left out and counted.
 LOADER = """
 import json, os, sys, time
 import safetensors.torch
@@ -80,46 +74,42 @@ class Hub:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
-    def add(self, repo: str, folder: Path, commit: str = MAIN) -> None:
-        self.repos[repo] = folder, commit
-
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
 
     def answer(self, request) -> None:
-        path, listing = request.path.partition("?")[0].removeprefix("/api/models"), None
+        path = request.path.partition("?")[0].removeprefix("/api/models")
         repo, how, rest = re.fullmatch("/(.*?)/(resolve|revision|tree)/(.*)", path).groups()
         revision, _, name = rest.partition("/")
         self.asked.append(f"{request.command} {revision}/{name or how}")
         folder, commit = self.repos.get(repo, (None, None))
-        if commit and how == "revision":  # older clients ask for this, newer ones for the tree
-            siblings = [{"rfilename": f.name} for f in folder.iterdir()]
-            listing = {"id": repo, "sha": commit, "siblings": siblings}
-        elif commit and how == "tree":
-            listing = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
-                       for f in folder.iterdir()]  # fmt: skip
-        status, headers, body = 404, {"Content-Length": "0"}, b""
-        if commit is None:
-            headers["X-Error-Code"] = "RepoNotFound"
-        elif revision not in ("main", commit):
-            headers["X-Error-Code"] = "RevisionNotFound"
-        elif listing:
-            status, body = 200, json.dumps(listing).encode()
-            headers = {"Content-Length": str(len(body)), "Content-Type": "application/json"}
-        elif not (folder / name).is_file():
-            headers |= {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
-        else:
-            status, body = 200, (folder / name).read_bytes()
-            headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": commit}
-            announced = len(body)
-            if request.command == "GET" and name == SHORT and self.cut:
-                body = body[: len(body) // 2]
-                announced = len(body) if self.cut == "short" else announced
-            headers["Content-Length"] = str(announced)
+        status, headers, body = 404, {"X-Repo-Commit": commit or ""}, b""
         if self.status:  # 200: a login page in place of the hub
-            status, body = self.status, b"<html>log in</html>"
-            headers = {"Content-Length": str(len(body)), "Content-Type": "text/html"}
+            status, headers, body = (
+                self.status,
+                {"Content-Type": "text/html"},
+                b"<html>log in</html>",
+            )
+        elif commit is None:
+            headers = {"X-Error-Code": "RepoNotFound"}
+        elif revision not in ("main", commit):
+            headers = {"X-Error-Code": "RevisionNotFound"}
+        elif how == "resolve" and (folder / name).is_file():
+            status, body = 200, (folder / name).read_bytes()
+            headers["ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
+        elif how == "resolve":
+            headers["X-Error-Code"] = "EntryNotFound"
+        else:  # older clients ask for the revision, newer ones for the tree
+            siblings = [{"rfilename": f.name} for f in folder.iterdir()]
+            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
+                    for f in folder.iterdir()]  # fmt: skip
+            about = {"id": repo, "sha": commit, "siblings": siblings} if how == "revision" else tree
+            status, body = 200, json.dumps(about).encode()
+            headers["Content-Type"] = "application/json"
+        announced, cut = len(body), request.command == "GET" and name == SHORT and self.cut
+        body = body[: len(body) // 2] if cut else body
+        headers["Content-Length"] = str(len(body) if cut == "short" else announced)
         request.send_response(status)
         for header in headers.items():
             request.send_header(*header)
@@ -164,36 +154,23 @@ def load(tmp_path, hub, loader):
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory) -> Path:
-    """One file of weights, vocab.json and merges.txt, as openai-community/gpt2."""
-    return make_tiny_model(tmp_path_factory.mktemp("hub") / "whole")
-
-
-@pytest.fixture(scope="session")
-def sharded(whole, tmp_path_factory) -> Path:
+def sharded(tiny_model_folder, tmp_path_factory) -> Path:
     """The same model as newer transformers write it: shards with an index, tokenizer.json."""
     folder = tmp_path_factory.mktemp("hub") / "sharded"
-    folder.mkdir()
-    shutil.copy(whole / "config.json", folder)
-    tensors, where = load_file(whole / SHORT), {}
-    for i in range(3):
-        part = {k: tensors[k] for k in sorted(tensors)[i::3]}
-        save_file(part, folder / f"model-{i}.safetensors")
-        where |= dict.fromkeys(part, f"model-{i}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    files = (str(whole / name) for name in ("vocab.json", "merges.txt"))
-    bpe = tokenizers.ByteLevelBPETokenizer(*files)
-    bpe.add_special_tokens(["<|endoftext|>"])
-    bpe.save(str(folder / "tokenizer.json"))
+    model = transformers.GPT2LMHeadModel.from_pretrained(tiny_model_folder)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    files = (str(tiny_model_folder / name) for name in ("vocab.json", "merges.txt"))
+    transformers.GPT2Tokenizer(*files).save_pretrained(folder)
+    assert len([*folder.glob("model-*")]) > 2 and not (folder / "merges.txt").exists()
     return folder
 
 
-def test_named_model_comes_from_its_pinned_revision(hub, load, whole):
+def test_named_model_comes_from_its_pinned_revision(hub, load, tiny_model_folder):
     """Guards the pinned commit, and the second start: no request, no network, no hub."""
     repo, commit = HUB["gpt2"]
-    hub.add(repo, whole, commit)
+    hub.repos[repo] = tiny_model_folder, commit
     first = load("gpt2")
-    assert first["hash"] == weights_hash(whole) and Path(first["folder"]).name == commit
+    assert first["hash"] == weights_hash(tiny_model_folder) and Path(first["folder"]).name == commit
     assert not [a for a in hub.asked if " main/" in a], "asked for main"
     hub.asked.clear()
     assert load("gpt2") == first
@@ -203,17 +180,16 @@ def test_named_model_comes_from_its_pinned_revision(hub, load, whole):
     assert load("gpt2") == first, "a cached model needs no hub"
 
 
-def test_sharded_model_with_tokenizer_json_only(hub, load, sharded, whole):
-    """Guards the offline start of a model that lacks model.safetensors, merges.txt and vocab.json:
-    the hub can't be asked then whether it has them."""
-    hub.add("someone/tiny", sharded)
+def test_sharded_model_with_tokenizer_json_only(hub, load, sharded, tiny_model_folder):
+    """Guards its offline start: the hub can't be asked then whether it has the other files."""
+    hub.repos["someone/tiny"] = sharded, MAIN
     first = load("someone/tiny")
     assert Path(first["folder"]).name == MAIN
     main = [a for a in hub.asked if " main/" in a]  # it may move: the rest comes from one commit
     assert main == ["HEAD main/config.json", "GET main/config.json"]
     ours = load_model(Path(first["folder"])).state_dict()
-    assert all((ours[k] == v).all() for k, v in load_model(whole).state_dict().items())
-    assert load_tokenizer(whole).encode("the yes") == first["ids"]
+    assert all((ours[k] == v).all() for k, v in load_model(tiny_model_folder).state_dict().items())
+    assert load_tokenizer(tiny_model_folder).encode("the yes") == first["ids"]
     hub.close()
     for offline in "10":
         again = load("someone/tiny", HF_HUB_OFFLINE=offline)
@@ -221,23 +197,22 @@ def test_sharded_model_with_tokenizer_json_only(hub, load, sharded, whole):
         assert again == {k: first[k] for k in again}
 
 
-def test_unknown_models_are_refused(hub, load, whole, tmp_path):
-    """Guards tracebacks for a wrong name, a revision that is gone, a repository without weights,
-    one of another architecture, and one with pickles only."""
+def test_unknown_models_are_refused(hub, load, tiny_model_folder, tmp_path):
+    """A wrong name, a repository without weights, of another architecture, with pickles only."""
     for name in ("someone/nothing", "gpt3", "what is/this?"):
         assert "is no folder and not on the hub" in load(name)["error"]
     other = tmp_path / "other"
     other.mkdir()
-    hub.add("someone/other", other)
+    hub.repos["someone/other"] = other, MAIN
     assert "no config.json" in load("someone/other")["error"]
     (other / "config.json").write_text('{"model_type": "bert"}')
     (other / SHORT).write_bytes(b"must not be asked for")
-    hub.add("someone/other", other, "f" * 40)
+    hub.repos["someone/other"] = other, "f" * 40
     assert "type 'bert'" in load("someone/other")["error"]
     assert not [a for a in hub.asked if a.endswith(SHORT)]
-    shutil.copy(whole / "config.json", other)
+    shutil.copy(tiny_model_folder / "config.json", other)
     (other / SHORT).rename(other / "pytorch_model.bin")
-    hub.add("someone/other", other, "e" * 40)
+    hub.repos["someone/other"] = other, "e" * 40
     assert "pickle files are refused" in load("someone/other")["error"]
     assert not list(tmp_path.rglob(f"snapshots/*/{SHORT}"))
 
@@ -253,26 +228,24 @@ def test_unreachable_hub_is_one_line(hub, load):
     assert not hub.asked
 
 
-ANSWERS = {401: "HF_TOKEN", 403: "accept its terms", 429: "too many requests", 200: "login page",
-           302: "login page", 400: "answers 400", 404: "answers 404", 407: "answers 407",
-           503: "answers 503; try again later"}  # fmt: skip
-
-
-@pytest.mark.parametrize("status, message", ANSWERS.items())
+@pytest.mark.parametrize("status, message", [
+    (401, "HF_TOKEN"), (403, "accept its terms"), (429, "too many requests"), (200, "login page"),
+    (302, "login page"), (503, "answers 503; try again later"),
+    *((n, f"answers {n}") for n in (400, 404, 407)),
+])  # fmt: skip
 def test_what_the_hub_answers_is_told(status, message, hub, load):
-    """All of these were "can't be reached"."""
     hub.status = status
     assert message in load("gpt2")["error"]
 
 
 @pytest.mark.parametrize("cut", ["short", "broken"])
-def test_truncated_download_is_not_kept(cut, hub, load, whole, tmp_path):
+def test_truncated_download_is_not_kept(cut, hub, load, tiny_model_folder, tmp_path):
     """Guards half a file that the next run takes for whole; then the next run mends it."""
-    hub.add(HUB["gpt2"][0], whole, HUB["gpt2"][1])
+    hub.repos[HUB["gpt2"][0]] = tiny_model_folder, HUB["gpt2"][1]
     hub.cut = cut
     error = load("gpt2")["error"]
     assert "can't be downloaded" in error and "try again" in error
     assert not list(tmp_path.rglob(f"snapshots/*/{SHORT}"))
     assert "is not in the local cache" in load("gpt2", HF_HUB_OFFLINE="1")["error"]
     hub.cut = None
-    assert load("gpt2")["hash"] == weights_hash(whole)
+    assert load("gpt2")["hash"] == weights_hash(tiny_model_folder)

@@ -29,9 +29,12 @@ def at(server, **more):
     return Endpoint(**{"model": "m", "base_url": server.url, "timeout": 5, "deadline": 20, **more})
 
 
-def run(folder, server, n=1, e=None, readable=None, follow_up=None, **more):
-    """What ask_all gives, with the endpoint `e`, or else that at `server`, and the fields `more`."""
-    return ask_all(folder, asks(n), replace(e or at(server), **more), readable, follow_up)
+def run(folder, server, n=1, e=None, readable=None, **more):
+    """(collection, what it lacks) of asking the endpoint `e`, or else that at `server`, with the
+    fields `more`, for what is missing in `folder`."""
+    collection = Collection(folder, replace(e or at(server), **more))
+    ask_all(collection, asks(n), readable)
+    return collection, collection.lacks
 
 
 def stored(folder, e=None) -> Collection:
@@ -197,6 +200,16 @@ def test_the_deadline_ends_what_never_ends(tmp_path, monkeypatch):
         assert "HTTP 429" in failures[0] and len(server.bodies) < 10
 
 
+def test_an_early_stop_keeps_what_is_in_flight(tmp_path, monkeypatch):
+    """Paid replies were dropped because another request had failed for good."""
+    monkeypatch.setattr(asking, "FIRST", 3)
+    nothing = Readable(lambda ask, replies: False, "rhyme", "Ask a poet.")
+    with FakeServer(ok(), delay=0.1) as server:
+        told = "only 0 of the first 3 replies rhyme.*Ask a poet"
+        refuses(told, run, tmp_path, server, 20, readable=nothing, concurrency=4)
+        assert 3 < len(server.bodies) == len(stored(tmp_path).replies)
+
+
 def test_key_of_a_reply_depends_on_everything():
     """Cache keys without a sampling setting or the sample number serve the wrong text."""
     e, ask = Endpoint("m", "http://a/v1"), asks()[0]
@@ -308,7 +321,7 @@ def test_a_signal_keeps_what_is_in_flight(number, tmp_path, capfd):
         there = stored(tmp_path)
         assert len(there.replies) == len(server.bodies) >= 5 and there.open_bills() == []
     said = capfd.readouterr().out
-    assert "continue with: python " in said and "without a known bill" not in said
+    assert "continue with: " in said and "without a known bill" not in said
     assert len(server.bodies) <= 9
 
 

@@ -18,15 +18,9 @@ YES_NO = Question("strategy_qa", "7", "Is it so?", "yes")
 CHOICE = Question("commonsense_qa", "c", "Where? Answer choices: ..", "B", ("sea", "mall", "sky"))
 
 
-@pytest.mark.parametrize(
-    "k, n, low, high",  # Newcombe 1998, Statistics in Medicine 17, Table I, method 3
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
-)
+@pytest.mark.parametrize("k, n, low, high", [  # Newcombe 1998, Table I, method 3
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718),
+])  # fmt: skip
 def test_share_interval_equals_published_values(k, n, low, high):
     p, a, b = share_interval(k, n)
     assert p == k / n and round(a, 4) == low and round(b, 4) == high
@@ -35,19 +29,17 @@ def test_share_interval_equals_published_values(k, n, low, high):
 
 
 @given(st.integers(0, 3000), st.integers(1, 3000))
-def test_share_interval_holds_the_share(k, n):
+def test_intervals(k, n):
+    """The share lies in its own; those of nothing, and of a mean by hand."""
     p, low, high = share_interval(min(k, n), n)
     assert 0 <= low <= p <= high <= 1
-
-
-def test_intervals_of_nothing_and_of_a_mean():
     assert all(map(math.isnan, share_interval(0, 0) + mean_interval([])))
     mean, low, high = mean_interval([1, 2, 3, 4, 5])  # sd 1.5811, standard error 0.7071
     assert mean == 3 and round(high - mean, 4) == round(mean - low, 4) == 1.3859
     assert mean_interval([4])[0] == 4 and all(map(math.isnan, mean_interval([4])[1:]))
 
 
-FORMS = [  # (text, finish, format_ok, reason, extracted)
+@pytest.mark.parametrize("text, finish, ok, reason, extracted", [
     ("Tea is hot. So the answer is yes.", "eos", True, "ok", "yes"),
     ("Tea is hot. So the answer is yes.", "length", False, "does not end", "yes"),
     ("Tea is hot.", "eos", False, "states no answer", None),
@@ -57,25 +49,19 @@ FORMS = [  # (text, finish, format_ok, reason, extracted)
     ("a b " * 30 + "so the answer is yes.", "eos", False, "severely repetitive", "yes"),
     ("So the answer is yes.", None, None, "finish not recorded", "yes"),
     ("", "eos", False, "states no answer", None),
-]
-
-
-@pytest.mark.parametrize("text, finish, ok, reason, extracted", FORMS)
+])  # fmt: skip
 def test_format_and_its_reason(text, finish, ok, reason, extracted):
     r = grade(YES_NO, text, finish)
     assert (r["format_ok"], r["reason"], r["extracted"]) == (ok, reason, extracted)
     assert r["correct"] == (extracted == "yes")
 
 
-def test_length_and_repetition_by_hand():
+def test_summary_counts_by_hand():
+    """Guards unreadable answers left out of the denominator, and Fmt over unrecorded finishes."""
     r = grade(CHOICE, "the mall the mall So the answer is (B).", "eos")
     assert r["words"] == 9 and r["rep1"] == round(1 - 6 / 9, 5)
     assert r["rep2_words"] == round(1 - 7 / 8, 5)  # `the mall` is there twice
     assert r["extracted"] == r["extracted_lenient"] == "B" and r["correct"]
-
-
-def test_summary_counts_by_hand():
-    """Guards unreadable answers left out of the denominator, and Fmt over unrecorded finishes."""
     texts = ["So the answer is yes.", "So the answer is no.", "hm", "Yes!"]
     questions = [YES_NO] * 3 + [Question("strategy_qa", "8", "Not?", "no")]
     records = [grade(q, t, "eos") for q, t in zip(questions, texts)]
@@ -96,7 +82,7 @@ def questions(*lengths: int) -> list[Question]:
     return [Question("strategy_qa", str(i), "wert " * n, "yes") for i, n in enumerate(lengths)]
 
 
-def test_greedy_batch_equals_one_by_one(tmp_path):
+def test_greedy_batch_equals_one_by_one_and_stays_in_the_context(tmp_path):
     """Guards padding that is seen and positions that are shifted in a batch of unequal prompts."""
     folder = make_tiny_model(tmp_path / "m", seed=3)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
@@ -107,13 +93,8 @@ def test_greedy_batch_equals_one_by_one(tmp_path):
     assert together == [greedy(model, tokenizer, [q], "", 20)[0] for q in some]
     assert together == greedy(model, tokenizer, some, "", 20, rows=4)
     assert len(set(together)) > 1
-
-
-def test_greedy_stays_in_the_context(tmp_path):
-    folder = make_tiny_model(tmp_path / "m", n_positions=64)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    (text, finish), *_ = greedy(model, tokenizer, questions(5))
-    assert finish in ("length", "eos")
+    model = load_model(make_tiny_model(tmp_path / "short", n_positions=64))
+    assert greedy(model, tokenizer, questions(5))[0][1] in ("length", "eos")
     with pytest.raises(
         SertError, match="question 1 has .* tokens and fills the model's context of 64"
     ):

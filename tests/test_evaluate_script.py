@@ -192,6 +192,15 @@ def test_answer_logprobs_equal_whole_sequences(model):
             assert value == pytest.approx(alone, abs=2e-3)
     tree = make_tree(tokenizer, questions[1], "word " * 400, "", 128)  # cut to the context
     assert max(tree.positions) == 127 and tree.option.count(-1) == tree.start
+    refuses(
+        "tokens with its longest answer, .* context is 20",
+        make_tree,
+        tokenizer,
+        questions[1],
+        "",
+        "",
+        20,
+    )
 
 
 def test_letters_and_texts_are_told_apart():

@@ -49,14 +49,8 @@ def test_kinds_of_paths():
     kinds = [figures.KINDS[figures.kind_bin(r)] for r in paths]
     assert kinds == ["options", "short", "repetitive", *["reasoning"] * 4]
     groups = token_groups(paths, [], [], figures.kind_bin, len(figures.KINDS))
-    assert groups["Token All"] == [0, 0.5, 0, 0.5, 0.5, 1] and groups["Token 1"] == [
-        0,
-        0,
-        0,
-        0.5,
-        0,
-        0.5,
-    ]
+    assert groups["Token All"] == [0, 0.5, 0, 0.5, 0.5, 1]
+    assert groups["Token 1"] == [0, 0, 0, 0.5, 0, 0.5]
 
 
 def test_ablation_is_nested_and_follows_the_verdicts():
@@ -66,6 +60,7 @@ def test_ablation_is_nested_and_follows_the_verdicts():
     curves = ablation([scored(i, i, verdict=v) for i, v in enumerate(verdicts)])
     assert list(curves) == ["raw", *(f"+ {rule.name}" for rule in figures.RULES[:4])]
     assert [len(c) for c in curves.values()] == [7, 5, 4, 3, 2]
+    assert list(ablation([scored(1, 1)])) == list(curves)  # also of rules that drop nothing
     assert list(ablation([*curves["raw"], scored(9, 9, verdict="answer")]))[-1] == "+ answer"
     assert [r["verdict"] for r in curves["+ perplexity"]] == ["kept", "selected"]
     shares = figures.ablation_numbers(curves)["coherence"]["raw"]["shares"]

@@ -251,7 +251,8 @@ def test_a_special_token_is_imitative_only_if_no_rule_is_earlier():
 
 @pytest.mark.parametrize("words, finish", [([], "eos"), (["<|im_start|>"], "special")])
 def test_an_empty_path_never_passes(words, finish):
-    """Guards exp of nothing, and selecting nothing with all rules off."""
+    """Guards exp of nothing, and selecting nothing with all rules off; one token passes then."""
+    assert verdict([" a"])["verdict"] == "kept"
     got = verdict(words, finish)
     assert (got["text"], got["perplexity"], got["verdict"]) == ("", None, "length")
 

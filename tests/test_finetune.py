@@ -1,31 +1,19 @@
 """finetune.py: the tensors that enter the loss, the loss against transformers, one step, the state."""
 
 import resource
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from sert_min import finetune
-from sert_min.finetune import (
-    IGNORE,
-    TrainSettings,
-    encode_example,
-    epoch_order,
-    fit,
-    loss_sum,
-    make_optimizer,
-    mean_loss,
-    n_supervised,
-    pack,
-    train_step,
-)
+from sert_min.finetune import IGNORE, TrainSettings, loss_sum, n_supervised, pack, train_step
 from sert_min.gpt2 import GPT2, GPT2Config
 from sert_min.io.errors import SertError
 from sert_min.io.state import load_state
+from sert_min.models import TRANSPOSED
 from sert_min.tokenizer import load_tokenizer
 
 SMALL = {"vocab_size": 61, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -63,22 +51,14 @@ def assert_close(a: torch.Tensor, b: torch.Tensor, relative: float) -> None:
     assert (a - b).abs().max() <= relative * b.abs().max()
 
 
-def test_worked_example_of_encode_example():
-    """Guards the shift by one and the mask (dropping it leaves a plausible loss curve)."""
-    ids = {"p": [5, 6], "c": [7, 8]}.get
-    tokenizer = SimpleNamespace(encode=ids, encode_prompt=ids, eot=9)
-    assert encode_example(tokenizer, "p", "c") == ([5, 6, 7, 8], [IGNORE, 7, 8, 9])
-    assert encode_example(tokenizer, "p", "c", "all") == ([5, 6, 7, 8], [6, 7, 8, 9])
-
-
 @pytest.mark.parametrize("loss_on", ["answer", "all"])
 def test_exactly_one_end_is_supervised(tiny_model_folder, loss_on):
-    """Guards masking by token id (the real end would go with it, and the student never stops) and
-    text that turns into the special token."""
+    """Guards the shift, masking by token id (the student would never stop), and ends in text."""
     tokenizer = load_tokenizer(tiny_model_folder)
+    tokenizer.encode_prompt = lambda text: [7, *tokenizer.encode(text)]  # as a Llama's
     prompt, completion = "Question: what is <|endoftext|>\nAnswer:", " the <|endoftext|> mark. yes"
-    ids, targets = encode_example(tokenizer, prompt, completion, loss_on)
-    p, c = tokenizer.encode(prompt), tokenizer.encode(completion)
+    ids, targets = finetune.encode_example(tokenizer, prompt, completion, loss_on)
+    p, c = tokenizer.encode_prompt(prompt), tokenizer.encode(completion)
     assert ids == p + c  # apart: no merge over the seam, no special token inside
     assert tokenizer.eot not in ids
     assert targets.count(tokenizer.eot) == 1 and targets[-1] == tokenizer.eot
@@ -86,24 +66,14 @@ def test_exactly_one_end_is_supervised(tiny_model_folder, loss_on):
     assert targets[: len(p) - 1] == (p[1:] if loss_on == "all" else [IGNORE] * (len(p) - 1))
 
 
-def test_epoch_order_is_a_new_permutation_each_epoch():
-    """Guards an order that ignores seed or epoch, and one that changes from version to version (a
-    run that goes on would take other steps)."""
-    assert len({tuple(epoch_order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
-    assert epoch_order(8, 3, 2) == [2, 3, 5, 7, 4, 0, 6, 1]
-
-
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_loss_and_gradients_equal_transformers(config):
-    """Guards everything between tensors and gradient: scale, shift, mask, packing, tying."""
+    """Guards scale, shift, mask, tying, examples that see each other, and a sparse gradient."""
     model, examples = random_model(**config), random_examples()
-    c = {k: v for k, v in vars(model.config).items() if not k.endswith("token_id")}
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**c, **no_dropout))
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**vars(model.config))).eval()
 
     def ours_of(name: str, t: torch.Tensor) -> torch.Tensor:
-        conv1d = name.endswith("weight") and t.dim() == 2 and ".h." in name
-        return t.t() if conv1d else t
+        return t.t() if name.endswith(TRANSPOSED) else t
 
     mine = dict(model.named_parameters())
     with torch.no_grad():
@@ -118,6 +88,7 @@ def test_loss_and_gradients_equal_transformers(config):
     mask[[len(i) == T for i, _ in examples], T] = 1  # a full row still needs its last label
     their_loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
     their_loss.backward()
+    model.wte.sparse = finetune.sparse_embedding(model)
     loss = loss_sum(model, pack(examples)) / n_supervised(examples)
     loss.backward()
     assert abs(loss.item() / their_loss.item() - 1) < 1e-5
@@ -134,12 +105,10 @@ def test_head_loss_equals_cross_entropy():
     targets = torch.randint(0, 50, (7,), generator=g)
     targets[0] = (hidden[0] @ weight.T).argmin()
     found = []
-    for f in (
-        lambda h, w: F.cross_entropy(h @ w.T, targets, reduction="sum"),
-        lambda h, w: finetune.HeadLoss.apply(h, w, targets).sum(),
-    ):
+    for plain in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = f(h, w)
+        losses = F.cross_entropy(h @ w.T, targets, reduction="none") if plain else None
+        loss = (losses if plain else finetune.HeadLoss.apply(h, w, targets)).sum()
         (loss / 3).backward()
         found.append((loss.detach(), h.grad, w.grad))
     assert found[0][0] > 500
@@ -147,11 +116,10 @@ def test_head_loss_equals_cross_entropy():
         assert_close(b, a, 1e-6)
 
 
-@pytest.mark.parametrize("loss_on_all", [False, True])
-def test_padding_to_few_sizes_changes_nothing(loss_on_all):
-    """Guards padding that gets a loss, a position, or a look at what is real."""
+@pytest.mark.parametrize("all_tokens", [False, True])
+def test_padding_to_few_sizes_changes_nothing(all_tokens):
     examples, found = random_examples(), []
-    if loss_on_all:  # then the token that padded losses point to has a target
+    if all_tokens:  # then the token that padded losses point to has a target
         examples = [(ids, ids[1:] + [7]) for ids, _ in examples]
     for few_sizes in (False, True):
         model, batch = random_model(), pack(examples, few_sizes=few_sizes)
@@ -163,25 +131,14 @@ def test_padding_to_few_sizes_changes_nothing(loss_on_all):
         assert_close(b, a, 1e-5)
 
 
-def test_no_example_sees_another():
-    """Guards attention across examples: changing one leaves the others' losses as they are."""
-    model, examples = random_model(), random_examples()
-    alone = [loss_sum(model, pack([e])).item() for e in examples]
-    for changed, (ids, targets) in enumerate(examples):
-        other = ([(i + 7) % SMALL["vocab_size"] for i in ids], targets)
-        batch = pack(examples[:changed] + [other] + examples[changed + 1 :])
-        hidden = model(batch.ids, batch.positions, finetune.packed_attention(batch))
-        losses = F.cross_entropy(model.logits(hidden), batch.targets, reduction="none")
-        for row, part in enumerate(losses.split([len(i) for i, _ in examples])):
-            same = abs(part.sum().item() / alone[row] - 1) < 1e-6
-            assert same == (row != changed)
-
-
-def test_mean_loss_is_per_token():
-    """Guards a mean of means (examples of other lengths would weigh too much)."""
+def test_mean_loss_and_order():
+    """Guards a mean of means, and an order without seed or epoch, or of this version alone."""
     model, examples = random_model(), random_examples(((9, 4), (3, 1)) * 40)
     want = sum(loss_sum(model, pack([e])).item() for e in examples) / n_supervised(examples)
-    assert abs(mean_loss(model, examples) / want - 1) < 1e-5
+    assert abs(finetune.mean_loss(model, examples) / want - 1) < 1e-5
+    order = finetune.epoch_order
+    assert len({tuple(order(50, seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert order(8, 3, 2) == [2, 3, 5, 7, 4, 0, 6, 1]
 
 
 def test_bf16_keeps_loss_and_gradients_in_fp32():
@@ -194,49 +151,30 @@ def test_bf16_keeps_loss_and_gradients_in_fp32():
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-def test_sparse_embedding_gradient_is_the_dense_one():
-    """Guards a gradient that loses repeated tokens, or stays sparse (the optimiser refuses it)."""
-    examples, found = random_examples(((30, 12), (30, 30))), []  # more tokens than ids: many repeat
-    for sparse in (False, True):
-        model = random_model()
-        model.wte.sparse = sparse
-        for _ in range(2):  # accumulated
-            loss_sum(model, pack(examples)).backward()
-        assert not model.wte.weight.grad.is_sparse
-        found.append([p.grad for p in model.parameters()])
-    for dense, sparse in zip(*found):
-        assert_close(sparse, dense, 1e-6)
-    assert not finetune.sparse_embedding(random_model(tie_word_embeddings=False))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_loss_on_gpu_equals_cpu():
-    model, examples = random_model(), random_examples()
-    want = loss_sum(model, pack(examples)).item()
-    got = loss_sum(model.cuda(), pack(examples, "cuda")).item()
-    assert abs(got / want - 1) < 1e-5
-
-
-def test_accumulated_equals_whole_batch(monkeypatch):
-    """Guards a mean per part (parts with few tokens would weigh too much). SGD, because Adam turns
-    rounding of a near-zero gradient into a whole step."""
+def test_accumulated_equals_whole_batch_also_clipped(monkeypatch):
+    """Guards a mean or norm per part, and a sparse gradient. SGD: Adam makes steps of rounding."""
     monkeypatch.setattr(finetune, "CLIP", 1e9)
     examples, moved = random_examples(((9, 4), (3, 1), (20, 15), (5, 5)) * 2), []
     for accumulate in (1, 3, 8):
         model = random_model()
+        model.wte.sparse = accumulate > 1
         train_step(model, torch.optim.SGD(model.parameters(), 1.0), examples, 0, accumulate)
         moved.append([a - b for a, b in zip(model.parameters(), random_model().parameters())])
     for whole, *in_parts in zip(*moved):
         for part in in_parts:
             assert_close(part, whole, 1e-5)
+    monkeypatch.setattr(finetune, "CLIP", 0.01)
+    model, start = random_model(), random_model()
+    train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), random_examples(), 0, 2)
+    moved = sum((a - b).square().sum() for a, b in zip(model.parameters(), start.parameters()))
+    assert abs(moved.sqrt().item() / 0.01 - 1) < 1e-3  # by exactly CLIP
 
 
 def test_optimizer_is_adam():
-    """Guards weight decay, other betas or epsilon: 20 steps equal torch.optim.Adam. The gradients
-    are given: those of key biases are rounding around zero, which Adam turns into whole steps."""
+    """Guards weight decay, other betas or epsilon: 20 steps with given gradients."""
     ours, theirs = random_model(), random_model()
     adam = torch.optim.Adam(theirs.parameters(), 3e-4)
-    for model, optimizer in ((ours, make_optimizer(ours, 3e-4)), (theirs, adam)):
+    for model, optimizer in ((ours, finetune.make_optimizer(ours, 3e-4)), (theirs, adam)):
         g = torch.Generator().manual_seed(0)
         for _ in range(20):
             for p in model.parameters():
@@ -246,18 +184,8 @@ def test_optimizer_is_adam():
         assert (a - b).abs().max() < 1e-6  # 20 steps of 3e-4 move up to 6e-3
 
 
-def test_clipping_bounds_the_gradient(monkeypatch):
-    """Guards a norm per part or per parameter: one step of SGD moves by exactly CLIP."""
-    monkeypatch.setattr(finetune, "CLIP", 0.01)
-    model, start = random_model(), random_model()
-    train_step(model, torch.optim.SGD(model.parameters(), lr=1.0), random_examples(), 0, 2)
-    moved = sum((a - b).square().sum() for a, b in zip(model.parameters(), start.parameters()))
-    assert abs(moved.sqrt().item() / 0.01 - 1) < 1e-3
-
-
 def test_non_finite_stops_before_the_update(tmp_path):
-    """Guards a NaN that has already ruined the weights when it is noticed, and an error that does
-    not say where the bad example is."""
+    """Guards a NaN that has ruined the weights when it is seen, and an error without its place."""
     model = random_model()
     model.h[1].mlp.c_fc.bias.data[3] = float("nan")
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -280,15 +208,13 @@ def run_fit(model, out, epochs=2, examples=None, names="abcde", max_steps=None) 
     out.mkdir(exist_ok=True)
     examples = examples or random_examples(((9, 4), (3, 1), (20, 15), (5, 5), (7, 2)))
     s = TrainSettings(epochs=epochs, batch_size=2, max_steps=max_steps)
-    fit(model, examples, list(names), out, s)
+    finetune.fit(model, examples, list(names), out, s)
     return model.state_dict()
 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_a_resumed_run_takes_the_same_steps(tmp_path, n):
-    """Guards a resume with fresh moments, another order or other weights, inside an epoch and at its
-    end: weights and metrics are those of the uninterrupted run. The log may hold later steps and
-    half a line when a run is killed."""
+    """Guards fresh moments, another order or weights. A killed run's log may hold later steps."""
     want = run_fit(random_model(), tmp_path / "whole")
     out = tmp_path / "run"
     run_fit(random_model(), out, max_steps=n)
@@ -300,46 +226,35 @@ def test_a_resumed_run_takes_the_same_steps(tmp_path, n):
     assert a == b and (out / "metrics.jsonl.torn").read_bytes() == b'{"step":8,"ep\n'
 
 
-@pytest.mark.parametrize("damage", ["cut", "no step"])
-def test_a_damaged_state_is_named(tmp_path, damage):
-    """Guards a traceback, and a silent start from step 0."""
-    run_fit(random_model(), tmp_path)
-    file = tmp_path / "state" / "state.safetensors"
-    if damage == "cut":
-        file.write_bytes(file.read_bytes()[:-4])
-    else:
-        save_file({"model.x": torch.ones(1)}, file)
-    with pytest.raises(SertError, match="state.safetensors is damaged .*remove .* to start again"):
-        run_fit(random_model(), tmp_path)
-
-
-def test_state_of_another_model_is_refused(tmp_path):
-    """Guards weights of another shape, or a silent start from zero beside them."""
+def test_states_that_do_not_fit_are_named(tmp_path):
+    """Guards a silent start from step 0: of another model, damaged, without a step."""
     run_fit(random_model(), tmp_path)
     for other in ({"n_layer": 3}, {"n_embd": 64}, {"tie_word_embeddings": False}):
         with pytest.raises(SertError, match="belongs to another model"):
             run_fit(random_model(**other), tmp_path)
+    file = tmp_path / "state" / "state.safetensors"
+    for content in (file.read_bytes()[:-4], save({"model.x": torch.ones(1)})):
+        file.write_bytes(content)
+        with pytest.raises(
+            SertError, match="state.safetensors is damaged .*remove .* to start again"
+        ):
+            run_fit(random_model(), tmp_path)
 
 
-def test_a_kill_between_the_renames_loses_no_state(tmp_path):
-    """Guards the moment in which the old state has been moved away and the new one is not there."""
+def test_kills_and_a_full_disk_keep_the_state_before(tmp_path):
+    """Guards the moment between two renames, and half a state under the final name."""
     run_fit(random_model(), tmp_path)
     (tmp_path / "state").rename(tmp_path / ".state.old")
     (tmp_path / ".state.tmp").mkdir()
-    optimizer = make_optimizer(model := random_model(seed=9), 1e-3)
+    optimizer = finetune.make_optimizer(model := random_model(seed=9), 1e-3)
     assert load_state(model, optimizer, tmp_path / "state") == 6
     assert len(optimizer.state) == len(list(model.parameters()))
-
-
-def test_full_disk_keeps_the_state_before(tmp_path):
-    """Guards half a state under the final name, and a traceback instead of advice."""
-    run_fit(random_model(), tmp_path)
     before = (tmp_path / "state" / "state.safetensors").read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the state has more bytes
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the state has more bytes
     try:
         with pytest.raises((SertError, OSError), match="(?i)file too large"):
             run_fit(random_model(), tmp_path, epochs=3)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "state" / "state.safetensors").read_bytes() == before

@@ -267,12 +267,16 @@ def test_texts_of_any_content(text, q):
     assert record["rationale"].isprintable() and json.dumps(record)
 
 
-@pytest.mark.parametrize("piece", [*PIECES, '"', " ", "A.", "the "])
+LISTS = "." + "a)" * 24 + " x bank, mall "  # each `a)` may be a label, or an article and a bracket
+
+
+@pytest.mark.parametrize("piece", [*PIECES, '"', " ", "A.", "the ", LISTS])
 def test_long_texts_are_quick(piece):
-    """Guards quadratic time, which takes many seconds for 100,000 characters of a looping teacher."""
-    text = (piece * 100_000)[:100_000]
+    """Guards quadratic time, which takes many seconds for 100,000 characters of a looping teacher,
+    and an exponential one."""
+    text, free = (piece * 100_000)[:100_000], Question("own", "3", "How many?", "30", free=True)
     for read, t in itertools.product(READERS, (text, "the answer is bank" + text)):
-        holds(lambda read=read, t=t: [read(t, q) for q in QUESTIONS], seconds=6)
+        holds(lambda read=read, t=t: [read(t, q) for q in (*QUESTIONS, free)], seconds=6)
 
 
 NUMBERS = ("nan", "inf", "-1", "0", "1", "1e400", "1e308", "1e-320", "", "x", "0.5", "2147483648",

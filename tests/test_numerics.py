@@ -1,5 +1,4 @@
-"""Numbers that are not finite: named with the place where they arise, never sampled from, never
-written down. (NaN in the weights themselves: test_gpt2.py; in a training step: test_finetune.py.)"""
+"""Numbers that are not finite: named with the place where they arise, never sampled from or written."""
 
 import json
 import math
@@ -49,7 +48,7 @@ def broken_model(folder):
     (None, "not when run again"),
 ])  # fmt: skip
 def test_the_first_broken_layer_is_named(place, said, tmp_path):
-    """Each place breaks alone: a later one may not be blamed, and a sound model not at all."""
+    """Guards the blame of a later place, or of a sound model."""
     model = load_model(make_tiny_model(tmp_path / "m"))
     if place:  # token 0 is none of the text
         model.get_parameter(place).data[0] = float("nan")
@@ -73,12 +72,10 @@ def test_overflow_is_an_error_that_names_the_question(script, flags, message, tm
 
 
 def test_likelihood_names_question_and_layer(tmp_path):
-    """A NaN was rounded, and then json refused it with a traceback."""
     folder = broken_model(tmp_path / "m")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    asked = tasks.load("strategy_qa", "test")
     with pytest.raises(SertError, match="question q0: .*NaN.*h.1.mlp.*--dtype fp32"):
-        answer_logprobs(model, tokenizer, asked, ["It is."] * 3)
+        answer_logprobs(model, tokenizer, tasks.load("strategy_qa", "test"), ["It is."] * 3)
 
 
 def test_check_refuses_nan():

@@ -121,7 +121,8 @@ FILES = [
     ("q.csv", b"question,answer\n\xff,1\n", "can't be read"),
     ("q.jsonl", b'{"question": "x"', "line 1 is not JSON"),
     ("q.jsonl", b"\n", "has no questions"),
-    ("q.csv", b"text,answer\nx,1\n", "no question; --fields"),
+    ("q.csv", b"text,answer\nx,1\n", "its header is .*--fields"),
+    ("q.csv", b"question;answer\nx;1\n", "separate columns by commas"),
 ]
 
 
@@ -212,6 +213,26 @@ def test_the_four_scripts(model, capsys):
     (predictions,) = a.glob("*/base/predictions.jsonl")
     run(evaluate, "q.jsonl", model, "--predictions", predictions, "--out-dir", "again")
     assert Path("again/predictions.jsonl").read_bytes() == predictions.read_bytes()
+
+
+def test_likelihood_again_and_texts_in_the_form_of_the_file(model, capsys):
+    """Guards evaluation of a file whose likelihood is stored already, and texts that name a question
+    of the file by its own question or id, with its option's text as answer or a teacher's reply."""
+    rows = [{"question": f"Where is {i}?", "choices": ["sea", "sky"], "answer": "sky", "id": f"n{i}"}
+            for i in range(20)]  # fmt: skip
+    write("o.jsonl", rows, "utf-8")
+    for _ in range(2):
+        run(evaluate, "o.jsonl", model, "--max-new-tokens", "2", "--by", "likelihood")
+    assert "Acc, by likelihood" in capsys.readouterr().out
+    said = {"rationale": "It is up.", "teacher_completion": "(B).", "finish": "stop"}
+    texts = [{"question": "Where is 3?", "answer": "sky", **said}, {"id": "n4", **said}]
+    write("t.jsonl", texts, "utf-8")
+    run(evaluate, "o.jsonl", model, "--predictions", "t.jsonl", "--out-dir", "t")
+    assert [r["format_ok"] for r in read_jsonl("t/predictions.jsonl")] == [True, True]
+    for bad, message in (({"answer": "sea", "id": "n3"}, "is 'B' there, not 'sea'"),
+                         ({"question": "Who?"}, "neither its id nor its question")):  # fmt: skip
+        write("t.jsonl", [{**said, **bad}], "utf-8")
+        refuses(message, run, evaluate, "o.jsonl", model, "--predictions", "t.jsonl")
 
 
 def test_rows_are_appended_but_not_inserted(model, monkeypatch):

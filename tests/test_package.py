@@ -1,5 +1,6 @@
 """sert-min from Python: the lines of its docstring, from another folder, from the checkout and installed."""
 
+import copy
 import json
 import os
 import re
@@ -44,7 +45,8 @@ def test_the_lines_of_the_docstring(tmp_path):
 
 
 def test_names_and_refusals(tmp_path, monkeypatch):
-    """Guards __all__, and a folder whose state belongs to another training."""
+    """Guards __all__, a folder whose state belongs to another training or model, and errors that
+    would come late."""
     assert all(getattr(sert_min, name) for name in sert_min.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = sert_min.nothing
@@ -52,8 +54,20 @@ def test_names_and_refusals(tmp_path, monkeypatch):
     model, tokenizer = sert_min.open_student("micro")
     short = sert_min.TrainSettings(max_steps=1)
     sert_min.fit(model, tokenizer, [("Question: a", " b")], "s", short)
-    with pytest.raises(SertError, match="holds a run with other settings"):
-        sert_min.fit(model, tokenizer, [("Question: a", " c")], "s", short)
+    other = copy.copy(tokenizer)
+    other.folder = tmp_path / "s/last"
+    long = [("Question: a", " b" * 300)]
+    for message, *given in (
+        ("holds a run with other settings", tokenizer, [("Question: a", " c")], "s"),
+        ("holds a run with other settings .*weights", other, [("Question: a", " b")], "s"),
+        ("no path passed", tokenizer, [], "new"),
+        ("the model's context is 256; leave", tokenizer, long, "new"),
+    ):
+        with pytest.raises(SertError, match=message):
+            sert_min.fit(model, *given, short)
+    assert not Path("new").exists()
+    with pytest.raises(SertError, match="rules are limits by name: patterns, min_tokens"):
+        sert_min.sample_paths(model, tokenizer, [], rules={"min_perplexty": 3})
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def test_page_holds_every_token_and_log_prob(write, tokenizer):
     assert len(data["questions"]) == 1
     assert len(data["questions"][0]["paths"]) == len(records) == 25
     for path, r in zip(data["questions"][0]["paths"], records):
-        split = path[12] if len(path) > 12 else {}
+        split = path[13] if len(path) > 13 else {}
         texts = [split.get(str(i), data["vocab"][n]) for i, n in enumerate(path[2])]
         assert "".join(texts[path[4] : path[5]]) == r["text"]
         assert "".join(texts) == tokenizer.decode(r["token_ids"])
@@ -285,8 +285,8 @@ def test_opens_from_a_file_and_asks_for_nothing(browser, file):
     browser.open(file)
     assert browser.js("return [location.hash, scrollY]") == ["", 0]  # starts with the explanation
     assert open_verdict(browser) == "★ selected"
-    counts = {".path": 25, ".branch": 5, ".path.open .rules li": 6, ".path.open .curve": 2,
-              "#list a": 12}  # fmt: skip
+    counts = {".path": 25, ".branch": 5, ".path.open .curve": 2, "#list a": 12,
+              ".path.open .rules li": len(filters.RULES) + 1}  # fmt: skip
     assert {css: browser.count(css) for css in counts} == counts
     assert browser.count(".t.off") > 0  # behind path_end
     browser.open(file, "#q3")
@@ -330,8 +330,13 @@ TRIED = [{}, {"min_tokens": 40}, {"max_rep2": 0.11}, {"min_perplexity": 5.5}, {"
          {"min_tokens": 14, "max_rep2": 0.35, "min_perplexity": 5.05, "answer": "right"}]  # fmt: skip
 
 
-def test_the_sliders_filter_as_filters_py_does(browser, write, tokenizer):
-    """Guards verdicts, the selection and the funnel of other limits, for all paths of a file."""
+def test_the_sliders_filter_as_filters_py_does(browser, write, tokenizer, monkeypatch):
+    """Guards verdicts, the selection and the funnel of other limits, for all paths of a file; also
+    with a new rule between the others, which has no slider."""
+    ant = filters.Rule("ant", "ants", 0, filters.number(0), lambda path: path.text.count("an ant"),
+                       lambda n, most: n > most, "at most {} ants", "0: none")  # fmt: skip
+    monkeypatch.setattr(filters, "RULES", (*filters.RULES[:2], ant, *filters.RULES[2:]))
+    monkeypatch.setitem(LIMITS, "ants", 0)
     questions = {f"q{i}": f"Is it number {i}?" for i in range(8)}
     run, _ = write(questions, answers)
     browser.open(run / "p.html")
@@ -352,7 +357,7 @@ def test_the_sliders_filter_as_filters_py_does(browser, write, tokenizer):
             k: v for k, v in funnel["dropped"].items() if v}  # fmt: skip
         verdicts |= set(found)
         commands.append(browser.text("#command"))
-    assert verdicts >= {"selected", "kept", "length", "repetition", "perplexity", "answer"}
+    assert verdicts == {"selected", "kept", "length", "ant", "repetition", "perplexity", "answer"}
     assert commands[0] == "" and commands[1] == "python sample.py --refilter --min-tokens 40"
     browser.js("limits.min_tokens = D.limits.min_tokens; refilter()")
     assert (

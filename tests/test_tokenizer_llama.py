@@ -24,16 +24,12 @@ MORE = [
 START = "<|begin_of_text|>"
 
 
-def words(regex: str):
-    split = pre_tokenizers.Split(Regex(regex), "isolated")
-    return [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-
-
-DIGITS = pre_tokenizers.Digits(individual_digits=True)
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
+BYTES_ALONE = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 FORMS = {
-    "smollm2": [DIGITS, pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "qwen2": words(QWEN2),
-    "llama3": words(LLAMA3),
+    "smollm2": [pre_tokenizers.Digits(individual_digits=True), BYTES],
+    "qwen2": [pre_tokenizers.Split(Regex(QWEN2), "isolated"), BYTES_ALONE],
+    "llama3": [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES_ALONE],
 }
 
 
@@ -78,8 +74,7 @@ def pair(request, tmp_path_factory):
 
 
 def test_ids_equal_tokenizers(pair):
-    """Guards the splitting of digits, contractions, line ends and white space, Unicode's composed
-    form, merge priorities that are ids, and the token that begins a text."""
+    """Guards splits, composed Unicode, merge priorities that are ids, and a text's first token."""
     theirs, folder = pair
     ours, rng = load_tokenizer(folder), random.Random(0)
     texts = [*TEXTS, *AWKWARD, *MORE]
@@ -87,14 +82,13 @@ def test_ids_equal_tokenizers(pair):
     for text in texts:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
         assert ours.encode_prompt(text) == theirs.encode(text).ids, text
-        if ours.nfc:
-            assert ours.decode(ours.encode(text)) == unicodedata.normalize("NFC", text)
+        back = ours.decode(ours.encode(text))
+        assert back == unicodedata.normalize("NFC", text) or not ours.nfc
 
 
 def test_special_tokens_end_paths_and_are_seen(pair):
-    """Guards special tokens that decode to nothing, that text can make, or that nothing ends at."""
+    """Guards special tokens that decode to nothing, that text makes, or that nothing ends at."""
     _, folder = pair
-    (folder / "config.json").unlink(missing_ok=True)
     ours = load_tokenizer(folder)
     names = [b.decode() for b in map(ours.to_bytes.get, ours.ends)]
     assert ours.eot == next(i for i in ours.ends if ours.to_bytes[i] == END.encode())
@@ -102,23 +96,11 @@ def test_special_tokens_end_paths_and_are_seen(pair):
     assert [ours.ends[i] for i in ours.ends if i != ours.eot] == ["special"] * 2
     assert not set(ours.encode("".join(names))) & ours.ends.keys()
     assert ours.decode(ours.encode("".join(names))) == "".join(names)
-
-
-def test_config_names_the_end_of_text(pair):
-    """Guards `<|im_end|>` taken for a special token like others, lists of ends, and an end that is
-    an ordinary token (transformers ends there, too)."""
-    _, folder = pair
-    usual, *_, other = load_tokenizer(folder).ends
-    plain = load_tokenizer(folder).eot
-    for eos, wanted in (
-        (other, {other}),
-        ([other, usual], {other, usual}),
-        (5, {5}),
-        (None, {plain}),
-    ):
+    (usual, *_, other), plain = ours.ends, ours.eot
+    for eos, *wanted in (other, other), ([other, usual], other, usual), (5, 5), (None, plain):
         (folder / "config.json").write_text(json.dumps({"eos_token_id": eos}))
         ours = load_tokenizer(folder)
-        assert {i for i, finish in ours.ends.items() if finish == "eos"} == wanted
+        assert {i for i, finish in ours.ends.items() if finish == "eos"} == {*wanted}
         assert ours.eot in wanted
     (folder / "config.json").unlink()
 
@@ -127,17 +109,18 @@ def test_what_is_not_computed_is_refused(pair, tmp_path):
     """Guards silent differences: other expressions, tokens behind a text, merges in another order."""
     raw = json.loads((pair[1] / "tokenizer.json").read_text())
 
-    def change(**values) -> str:
-        (tmp_path / "tokenizer.json").write_text(json.dumps(raw | values))
-        return refused(tmp_path)
-
-    steps = [{"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated"}]
-    steps.append({"type": "ByteLevel", "use_regex": False})
-    assert "pre_tokenizer" in change(pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
-    single = [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": END}}]
-    behind = {"type": "TemplateProcessing", "single": single}
-    assert "post_processor" in change(post_processor=behind)
-    assert "normalizer" in change(normalizer={"type": "NFKC"})
-    if raw["model"]["ignore_merges"]:
-        merges = raw["model"]["merges"][::-1]
-        assert "order of the ids" in change(model=raw["model"] | {"merges": merges})
+    model, split = (
+        raw["model"],
+        {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated"},
+    )
+    steps = [split, {"type": "ByteLevel", "use_regex": False}]
+    behind = [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": END}}]
+    changes = [
+        ("pre_tokenizer", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}),
+        ("post_processor", {"post_processor": {"type": "TemplateProcessing", "single": behind}}),
+        ("normalizer", {"normalizer": {"type": "NFKC"}}),
+        ("order of the ids", {"model": model | {"merges": model["merges"][::-1]}}),
+    ]
+    for named, change in changes if model["ignore_merges"] else changes[:3]:
+        (tmp_path / "tokenizer.json").write_text(json.dumps(raw | change))
+        assert named in refused(tmp_path)

@@ -53,8 +53,14 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
 
 
-def stop_at(monkeypatch, module, name: str, call: int, number: int) -> None:
-    """Send this process a signal at the given call of a function."""
+@pytest.mark.parametrize("module, name, call, number", [
+    ("sert_min.finetune", "train_step", 3, signal.SIGINT),
+    ("train", "mean_loss", 1, signal.SIGTERM),  # in the first validation
+    ("train", "greedy", 2, signal.SIGINT),  # before validation decodes (1 is the report)
+])  # fmt: skip
+def test_signals_save_and_name_the_command(run, monkeypatch, capsys, module, name, call, number):
+    """Guards a lost epoch, and a validation that is missing, there twice or can't be stopped."""
+    whole = run("--holdout --out-dir whole")
     real, calls = getattr(sys.modules[module], name), itertools.count(1)
 
     def signalling(*args, **kwargs):
@@ -62,22 +68,10 @@ def stop_at(monkeypatch, module, name: str, call: int, number: int) -> None:
             os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(sys.modules[module], name, signalling)
-
-
-@pytest.mark.parametrize("module, name, call, number", [
-    ("sert_min.finetune", "train_step", 3, signal.SIGINT),  # in a step
-    ("train", "mean_loss", 1, signal.SIGTERM),  # in the first validation
-    ("train", "greedy", 2, signal.SIGINT),  # before validation decodes (1 is the report)
-])  # fmt: skip
-def test_signals_save_and_name_the_command(run, monkeypatch, capsys, module, name, call, number):
-    """Guards a lost epoch, a validation line that is missing or there twice after a stop, and a
-    validation that can't be stopped."""
-    whole = run("--holdout --out-dir whole")
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(sys, "argv", ["train.py", "--out-dir", "a b"])
     with monkeypatch.context() as m, pytest.raises(SystemExit) as e:
-        stop_at(m, module, name, call, number)
+        m.setattr(f"{module}.{name}", signalling)
         run("--holdout --out-dir run")
     assert e.value.code == 128 + number
     assert "continue with: python train.py --out-dir 'a b'" in capsys.readouterr().out
@@ -87,38 +81,34 @@ def test_signals_save_and_name_the_command(run, monkeypatch, capsys, module, nam
     assert_same_run(out, whole)
 
 
-def test_finished_run_does_nothing_on_repeat(run, capsys):
-    out = run()
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
-    assert run() == out and "is there already, trained for 6 steps" in capsys.readouterr().out
-    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
-    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def test_a_picture_that_fails_costs_nothing(run, monkeypatch, capsys):
-    """Guards a picture that is drawn before the model is saved: a notebook's backend once failed it."""
+def test_finished_run_does_nothing_on_repeat(run, monkeypatch, capsys):
+    """Guards a picture that is drawn before the model is saved, as it may fail."""
 
     def plot(metrics, png, title):
         assert (png.parent / "last/model.safetensors").exists()
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("sert_min.report.figures.plot_training", plot)
-    out = run("--max-steps 1")
-    assert "loss.png was not drawn (RuntimeError: no fonts)" in capsys.readouterr().out
+    with monkeypatch.context() as m:
+        m.setattr("sert_min.report.figures.plot_training", plot)
+        out = run("--report 4")
+    printed = capsys.readouterr().out
+    assert "greedy decoding, 4 test questions" in printed and "reasoning outputs" in printed
+    assert printed.count("before: ") == printed.count("after: ") == 3
+    assert "loss.png was not drawn (RuntimeError: no fonts)" in printed
     assert not (out / "loss.png").exists()
-    monkeypatch.undo()
-    monkeypatch.chdir(out.parents[4])
-    run("--max-steps 1")  # a repeated command draws what is missing
-    assert (out / "loss.png").exists()
+    run()
+    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
+    assert run() == out and "is there already, trained for 6 steps" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != ".lock"}
 
 
 def test_more_epochs_continue(run, tmp_path):
-    """The flags --epochs and --max-steps may be raised, also of a folder that was moved or was begun
-    when `clip` and `compile` were settings still: the result is that of a longer run."""
+    """The result is that of a longer run, also of a folder that was moved or is older."""
     whole = run("--out-dir whole --epochs 3")
     older = run("--out-dir older --max-steps 3")
     settings = read_json(older / "settings.json") | {"clip": 1.0, "compile": False}
-    (older / "settings.json").write_text(json.dumps(settings))
+    write_atomic(older / "settings.json", json.dumps(settings))
     os.rename(older, tmp_path / "run")
     run("--out-dir run --epochs 2")
     out = run("--out-dir run --epochs 3")
@@ -128,22 +118,29 @@ def test_more_epochs_continue(run, tmp_path):
         run("--out-dir run --epochs 2")
 
 
-def test_other_settings_are_refused(run):
-    """Guards two trainings mixed in one folder."""
-    run("--out-dir run --max-steps 1")
+def test_other_settings_are_refused(run, monkeypatch, tmp_path):
+    """Guards two trainings mixed in one folder, and a resume that measures dtype anew."""
+    with pytest.raises(SertError, match=r"run `python sample.py --task micro --model \S+tiny"):
+        run("--method sert")
+    Path("p").mkdir()
+    Path("p/selected.jsonl").touch()
+    for flags, message in (("--method sert --paths p", "no path of p/selected.jsonl is selected"),
+                           ("--method star --answer any", "--method star is --answer right"),
+                           ("--method finetune --paths p", "leave --paths and the rules out")):  # fmt: skip
+        with pytest.raises(SertError, match=message):
+            run(flags)
+    short = make_tiny_model(tmp_path / "short", n_positions=40)
+    with pytest.raises(SertError, match="question .* tokens, the model's context is 40"):
+        run("--limit 3 --out-dir short-run", model=str(short))
+    with monkeypatch.context() as m:
+        m.setattr(machine, "pick_dtype", lambda name, device, n: torch.bfloat16)
+        run("--out-dir run --max-steps 1")
     for flag in ("--lr 1e-3", "--seed 1", "--limit 16", "--loss-on all"):
         with pytest.raises(SertError, match="other settings .* choose another --out-dir"):
             run(f"--out-dir run --max-steps 1 {flag}")
-
-
-def test_what_was_resolved_is_kept(run, monkeypatch):
-    """Guards a resume that measures dtype anew and then differs or is refused."""
-    with monkeypatch.context() as m:
-        m.setattr(machine, "pick_dtype", lambda name, device, n: torch.bfloat16)
-        run("--max-steps 2")
-    assert read_json(run("--max-steps 3") / "settings.json")["dtype"] == "bf16"
     with pytest.raises(SertError, match="dtype: bf16 there, fp32 now"):
-        run("--max-steps 4", dtype="fp32")
+        run("--out-dir run --max-steps 2", dtype="fp32")
+    assert read_json(run("--out-dir run --max-steps 2") / "settings.json")["dtype"] == "bf16"
 
 
 def test_holdout_is_the_fixed_tenth():
@@ -170,44 +167,26 @@ def test_best_on_validation_is_kept_beside_the_last(run, monkeypatch):
     assert all(torch.equal(best[k], want[k]) for k in want)
 
 
-def path_record(q, path: str, **changes) -> dict:
-    return {"id": q.id, "question": q.text, "text": path, "verdict": "selected", **changes}
-
-
-def test_paths_lose_their_own_answer_sentence(tmp_path, capsys):
-    """Guards a training text that states two answers, and rejected paths in it."""
+def test_what_is_learnt_from_a_file_of_paths(tmp_path, capsys):
+    """Guards a training text that states two answers, rejected paths, and those of another task."""
     a, b, c = questions = tasks.load("micro", "train")[:3]
-    records = [
-        path_record(a, " One fact. So the answer is no."),
-        path_record(b, "So the answer is yes."),
-        path_record(c, "never", verdict="kept"),
-    ]
+    texts = " One fact. So the answer is no.", "So the answer is yes.", "never"
+    records = [{"id": q.id, "question": q.text, "text": text, "verdict": "selected"}
+               for q, text in zip(questions, texts)]  # fmt: skip
+    records[2]["verdict"] = "kept"
     (tmp_path / "selected.jsonl").write_text("".join(map(to_line, records)))
     pairs = train.sert_pairs(tmp_path / "selected.jsonl", questions)
     assert pairs == [(a, f"Question: {a.text}\nAnswer:", f" One fact. {answer_sentence(a)}")]
     printed = capsys.readouterr().out
     assert "2 lost a closing answer sentence" in printed and "1 were nothing else" in printed
-
-
-@pytest.mark.parametrize("change", [{"id": "x"}, {"question": "another?"}, {"text": None}])
-def test_paths_of_another_task_are_refused(tmp_path, change):
-    q = tasks.load("micro", "train")[0]
-    (tmp_path / "p.jsonl").write_text(to_line(path_record(q, "A fact.", **change)))
-    with pytest.raises(SertError, match="not in this task's train split|text is missing"):
-        train.sert_pairs(tmp_path / "p.jsonl", [q])
-
-
-def test_errors_say_what_to_do(run, tmp_path):
-    with pytest.raises(SertError, match=r"run `python sample.py --task micro --model \S+tiny"):
-        run("--method sert")
-    short = make_tiny_model(tmp_path / "short", n_positions=40)
-    with pytest.raises(SertError, match="question .* tokens, the model's context is 40"):
-        run("--limit 3 --out-dir run", model=str(short))
+    for change in ({"id": "x"}, {"question": "another?"}, {"text": None}):
+        (tmp_path / "p.jsonl").write_text(to_line(records[0] | change))
+        with pytest.raises(SertError, match="not in this task's train split|text is missing"):
+            train.sert_pairs(tmp_path / "p.jsonl", questions)
 
 
 def test_checkpoint_opens_in_transformers_and_continues(run, tiny):
-    """Must-show 7: same logits there; RUN and RUN/last are both a --model here, and its default
-    folder is not trained over, although the names agree."""
+    """Same logits there; RUN and RUN/last are both a --model here, whose default folder is kept."""
     first = run("--max-steps 2")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(first / "last").eval()
     ours, ids = load_model(first / "last"), torch.tensor([[1, 2, 3, 4]])
@@ -224,16 +203,8 @@ def test_checkpoint_opens_in_transformers_and_continues(run, tiny):
         run("--max-steps 4", model=str(first))
 
 
-def test_before_and_after_table(run, capsys):
-    run("--report 4 --max-steps 1")
-    printed = capsys.readouterr().out
-    assert "greedy decoding, 4 test questions" in printed and "reasoning outputs" in printed
-    assert printed.count("before: ") == printed.count("after: ") == 3
-
-
 def write_paths(folder: Path, tiny: Path) -> Path:
-    """paths.jsonl and selected.jsonl of eight questions with two paths each, of which the selected
-    one states the wrong answer, the other one the right answer."""
+    """Of eight questions: a selected path with a wrong answer, another with the right one."""
     tokenizer, sampled, loose = load_tokenizer(tiny), [], {**tasks.preset("micro"), "max_rep2": 1.0}
     questions = [q for q in tasks.load("micro", "train") if not q.choices][:8]
     for q, right in itertools.product(questions, (False, True)):
@@ -252,8 +223,7 @@ def write_paths(folder: Path, tiny: Path) -> Path:
 
 
 def test_sert_and_star_from_one_folder(run, tmp_path, tiny, monkeypatch, capsys):
-    """Guards a baseline that changes what SERT learns from, or the other way round, and rules that
-    are not written down."""
+    """Guards a method that changes what the other one learns from, and rules not written down."""
     paths, learnt = write_paths(tmp_path / "paths", tiny), {}
     before = {p.name: p.read_bytes() for p in paths.parent.iterdir()}
     real = train.sert_pairs
@@ -264,10 +234,10 @@ def test_sert_and_star_from_one_folder(run, tmp_path, tiny, monkeypatch, capsys)
             run(f"--method {method} {flags} --out-dir {order[:4]}-{method}", paths=str(paths))
     warned = capsys.readouterr().out.count("8 of these paths state another answer")
     assert warned == 2  # twice for sert, never for star
-    assert ["golf golf" in pair[2] for pair in learnt["sert"]] == [False] * 8
-    assert ["golf golf" in pair[2] for pair in learnt["star"]] == [True] * 8
-    assert all(pair[2].count(" is ") == 1 for pairs in learnt.values() for pair in pairs)
     for method in ("sert", "star"):
+        texts = [text for _, _, text in learnt[method]]
+        assert ["golf golf" in text for text in texts] == [method == "star"] * 8
+        assert all(text.count(" is ") == 1 for text in texts)
         assert_same_run(*(tmp_path / f"{first}-{method}" for first in ("sert", "star")))
     assert {p.name: p.read_bytes() for p in paths.parent.iterdir()} == before
     rules = read_sert(tmp_path / "star-star/last")["rules"]

@@ -1,17 +1,11 @@
 """One request to a teacher or a judge, at any OpenAI-compatible endpoint (asking.py sends many).
 
-The openai package sends it, without its own retries, which differ between versions. This is what
-follows an attempt:
-
-    stop      authentication, quota, unknown model or redirect: an error with advice. Only one
-              request is in flight until the first reply arrives, so such a mistake costs one request.
-    refused   a bad request, or one that moderation forbids (400, 403, 413, 422): once another
-              question has a reply, this is recorded as final for its question, and the rest goes
-              on; if the first three questions are refused so, it stops as above
-    retry     rate limit (all requests honour Retry-After), 5xx, timeout, connection, or a 200
-              without a completion: HTML, cut JSON, no choices, empty text
-    record    any completion, also an empty one that hit the token limit, was filtered or was
-              refused: asking again would give, and bill, the same
+The openai package sends it, without its own retries: asking.py notes and counts each attempt. It
+ends with a reply; with Retry, if another attempt may help (a rate limit, 5xx, timeout, connection,
+or a 200 without a completion); with Refused, if this request is bad or forbidden, but others may
+pass (400, 403, 413, 422); or with an error that has advice and ends all asking (authentication,
+quota, model, redirect). A reply that hit the token limit, was filtered or refused may be empty:
+asking again would give, and bill, the same.
 """
 
 import contextlib
@@ -20,7 +14,8 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from urllib.parse import urlsplit
 
 from sert_min.io.errors import SertError, need, printable
@@ -31,48 +26,86 @@ WHOLE = ("stop", "eos", "end_turn", "stop_sequence", "completed", "STOP")
 CUT = ("length", "content_filter", "refusal")  # these explain an empty text
 REFUSED = "refused"  # ours: the server refused the request
 USAGE = ("prompt_tokens", "completion_tokens")
-CLIENT_VARIABLES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE",
-                    "SSL_CERT_DIR")  # fmt: skip
-SECRETS = ["OPENAI_API_KEY"]  # variables whose values are never printed or stored
+SECRETS = {"OPENAI_API_KEY"}  # variables whose values are never printed or stored
 OURS = {"model", "messages", "prompt", "n", "best_of", "stream", "max_tokens",
         "max_completion_tokens"}  # fields that --extra-body must not set  # fmt: skip
 
 
-# --- where to ask ---------------------------------------------------------------------------------
+# --- whom to ask, and its flags -------------------------------------------------------------------
 
 
-def flag(who: str, name: str) -> str:
-    """The flag for a field of Endpoint: --teacher-model or --judge-model, but --timeout for both."""
-    own = name in ("model", "max_tokens", "temperature")
-    return "--" + (f"{who}-" if own else "") + name.replace("_", "-")
+def number(text: str) -> float | None:
+    """A number, None for "none", or NaN (which is refused later) for any other text."""
+    with contextlib.suppress(ValueError):
+        return None if text == "none" else float(text)
+    return math.nan
+
+
+def extra_body(text: str) -> dict:
+    """The object of --extra-body. What would ask for other things than we count is refused."""
+    body = None
+    with contextlib.suppress(ValueError, RecursionError):
+        body = json.loads(text)
+    need(isinstance(body, dict), "--extra-body is no JSON object; give one like '{\"top_p\": 0.9}'")
+    bad = ", ".join(sorted(OURS & body.keys()))
+    need(not bad, f"--extra-body must not set {bad}; these have flags of their own or are counted")
+    return body
+
+
+def extra_header(text: str) -> tuple[str, str]:
+    """(name, variable) of --extra-header NAME=VARIABLE. The variable has to be set."""
+    form = re.fullmatch(r"([\w-]+)=([A-Za-z_]\w*)", text)
+    told = "--extra-header takes NAME=VARIABLE, with an environment variable that holds the value"
+    need(form, told)
+    name, variable = form.groups()
+    value = os.environ.get(variable, "")
+    need(value, f"--extra-header {text}: the variable {variable} is not set")
+    fits = value.isascii() and value.isprintable()
+    need(fits, f"{variable} holds characters that no header has")
+    SECRETS.add(variable)
+    return name, variable
+
+
+def option(about: str, default=None, **how):
+    """A field of Endpoint that is a flag as well; `how` is for argparse."""
+    return field(default=default, metadata={"help": about, **how})
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Whom to ask, how, and at what price. A limit or temperature that is None is not sent."""
+    """Whom to ask, how, and at what price."""
 
-    model: str
-    base_url: str | None = None  # None: OPENAI_BASE_URL, else OpenAI's own
-    max_tokens: int | None = 512
-    temperature: float | None = None
-    token_parameter: str = "auto"  # max_completion_tokens (OpenAI's own hosts) or max_tokens
-    completions: bool = False  # use the older /completions instead of /chat/completions
-    concurrency: int = 8
-    timeout: float = 120.0  # seconds without an answer
-    deadline: float = 900.0  # seconds for one request with all its retries
-    insecure: bool = False  # send a key over http:// to another host
-    max_requests: int | None = None  # of one run, retries included
-    max_cost: float | None = None  # USD, of all runs of a folder together
-    price_in: float | None = None  # USD per million tokens
-    price_out: float | None = None
-    system_prompt: str | None = None
-    extra_body: dict | None = None  # more fields of a request
-    extra_header: tuple[tuple[str, str], ...] = ()  # (name, variable that holds the value)
-    also_url: str | None = None  # replies of the same server under another address
+    # fmt: off
+    model: str = option("model name at the endpoint; there is no default")
+    base_url: str | None = option("OpenAI-compatible address, e.g. http://localhost:8000/v1 "
+                                  "(default: OPENAI_BASE_URL, else OpenAI's)")
+    completions: bool = option("use the older /completions interface", False, action="store_true")
+    max_tokens: int = option("of a reply (default: %(default)s)", 512, type=int)
+    temperature: float | None = option("a number, or none: do not send one (default: %(default)s)",
+                                       type=number)
+    token_parameter: str = option("what the server calls the limit of tokens", "auto",
+                                  choices=("auto", "max_tokens", "max_completion_tokens"))
+    concurrency: int = option("requests at a time (default: %(default)s)", 8, type=int)
+    timeout: float = option("seconds without an answer", 120.0, type=float)
+    deadline: float = option("seconds per request, retries included", 900.0, type=float)
+    system_prompt: str | None = option("a system message before each prompt", metavar="TEXT")
+    extra_body: dict | None = option('more fields of a request, like {"top_p": 0.9}',
+                                     type=extra_body, metavar="JSON")
+    extra_header: tuple | list | None = option(  # of (name, variable)
+        "send this header with the value of an environment variable",
+        type=extra_header, metavar="NAME=VARIABLE", action="append")
+    also_url: str | None = option("replies of the same server under this address count, too",
+                                  metavar="URL")
+    insecure: bool = option("send the key over http:// as well", False, action="store_true")
+    max_requests: int | None = option("requests sent by this run, retries included", type=int)
+    max_cost: float | None = option("USD, all runs that share these replies together", type=float)
+    price_in: float | None = option("USD per million prompt tokens", type=float)
+    price_out: float | None = option("USD per million completion tokens", type=float)
     who: str = "teacher"  # or "judge": whose flags an error names
+    # fmt: on
 
     def __post_init__(self) -> None:
-        """Refuse an address that is none or holds a secret (it gets printed), and an unpriced cap."""
+        """Refuse an address that is none or holds a secret (it is printed), and an unpriced cap."""
         ok = False
         with contextlib.suppress(ValueError):  # an impossible port, for example
             url = urlsplit(self.url())
@@ -97,30 +130,13 @@ class Endpoint:
     def is_openai(self) -> bool:
         return f".{self.host()}".endswith(".openai.com")
 
-    def token_limit(self) -> dict:
-        """The parameter that caps the reply. Newer OpenAI models refuse the old name, and most local
+    def token_limit(self, cap: int | None = None) -> dict[str, int]:
+        """The parameter that caps a reply. Newer OpenAI models refuse the old name, and most local
         servers know no other."""
-        if self.max_tokens is None:
-            return {}
         name = self.token_parameter
         if name == "auto":
             name = "max_completion_tokens" if self.is_openai() else "max_tokens"
-        return {"max_tokens" if self.completions else name: self.max_tokens}
-
-    def request(self, messages: list[dict], max_tokens: int | None = None) -> dict:
-        """The body of a request without `extra_body`; no secret is part of it. `max_tokens` overrides
-        the endpoint's."""
-        cap = self if max_tokens is None else replace(self, max_tokens=max_tokens)
-        body = {"model": self.model, **cap.token_limit()}
-        if self.system_prompt:
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        if self.completions:
-            body["prompt"] = "\n".join(m["content"] for m in messages)
-        else:
-            body["messages"] = messages
-        if self.temperature is not None:
-            body["temperature"] = self.temperature
-        return body
+        return {"max_tokens" if self.completions else name: cap or self.max_tokens}
 
     def usd(self, tokens_in: int, tokens_out: int) -> float | None:
         """What so many tokens cost, if prices are known."""
@@ -129,79 +145,21 @@ class Endpoint:
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
 
-def parse_body(text: str | None) -> dict | None:
-    """The object of --extra-body. What would ask for other things than we count is refused."""
-    body = None
-    if text is not None:
-        with contextlib.suppress(ValueError, RecursionError):
-            body = json.loads(text)
-        need(
-            isinstance(body, dict),
-            "--extra-body is no JSON object; give one like '{\"top_p\": 0.9}'",
-        )
-        bad = ", ".join(sorted(OURS & body.keys()))
-        need(
-            not bad,
-            f"--extra-body must not set {bad}; these have flags of their own or are counted",
-        )
-    return body
+FLAGS = {f.name: f for f in fields(Endpoint) if f.metadata}
 
 
-def parse_headers(texts: list[str]) -> tuple[tuple[str, str], ...]:
-    """(name, variable) of each NAME=VARIABLE of --extra-header. The variable has to be set."""
-    pairs = tuple(text.partition("=")[::2] for text in texts)
-    for (name, variable), text in zip(pairs, texts):
-        ok = re.fullmatch(r"[\w-]+", name) and re.fullmatch(r"[A-Za-z_]\w*", variable)
-        need(
-            ok,
-            "--extra-header takes NAME=VARIABLE, with an environment variable that holds the value",
-        )
-        value = os.environ.get(variable, "")
-        need(value, f"--extra-header {text}: the variable {variable} is not set")
-        need(
-            value.isascii() and value.isprintable(),
-            f"{variable} holds characters that no header has",
-        )
-    return pairs
-
-
-def number(text: str) -> float | None:
-    """A number, None for "none", or NaN (which is refused later) for any other text."""
-    with contextlib.suppress(ValueError):
-        return None if text == "none" else float(text)
-    return math.nan
-
-
-FLAGS = {  # by field of Endpoint
-    "model": dict(help="model name at the endpoint; there is no default"),
-    "base_url": dict(help="OpenAI-compatible address, e.g. http://localhost:8000/v1 "
-                          "(default: OPENAI_BASE_URL, else OpenAI's)"),
-    "completions": dict(action="store_true", help="use the older /completions interface"),
-    "max_tokens": dict(type=int, default=512, help="of a reply (default: %(default)s)"),
-    "temperature": dict(type=number, help="a number, or none: do not send one (default: %(default)s)"),
-    "token_parameter": dict(choices=("auto", "max_tokens", "max_completion_tokens"), default="auto",
-                            help="what the server calls the limit of tokens"),
-    "concurrency": dict(type=int, default=8, help="requests at a time (default: %(default)s)"),
-    "timeout": dict(type=float, default=120.0, help="seconds without an answer"),
-    "deadline": dict(type=float, default=900.0, help="seconds per request, retries included"),
-    "system_prompt": dict(metavar="TEXT", help="a system message before each prompt"),
-    "extra_body": dict(metavar="JSON", help='more fields of a request, like {"top_p": 0.9}'),
-    "extra_header": dict(metavar="NAME=VARIABLE", action="append", default=[],
-                         help="send this header with the value of an environment variable"),
-    "also_url": dict(metavar="URL", help="replies of the same server under this address count, too"),
-    "insecure": dict(action="store_true", help="send the key over http:// as well"),
-    "max_requests": dict(type=int, help="requests sent by this run, retries included"),
-    "max_cost": dict(type=float, help="USD, all runs that share these replies together"),
-    "price_in": dict(type=float, help="USD per million prompt tokens"),
-    "price_out": dict(type=float, help="USD per million completion tokens"),
-}  # fmt: skip
+def flag(who: str, name: str) -> str:
+    """The flag for a field of Endpoint: --teacher-model, --judge-model, but --timeout for both."""
+    own = name in ("model", "max_tokens", "temperature")
+    return "--" + (f"{who}-" if own else "") + name.replace("_", "-")
 
 
 def add_flags(parser, who: str) -> None:
     """Add the flags of an endpoint to a parser or a group of one; `who` is "teacher" or "judge"."""
-    for name, how in FLAGS.items():
-        default = {"default": "0" if who == "judge" else "none"} if name == "temperature" else {}
-        parser.add_argument(flag(who, name), **how, **default)
+    for name, f in FLAGS.items():
+        cold = "0" if who == "judge" else "none"
+        default = cold if name == "temperature" else f.default
+        parser.add_argument(flag(who, name), default=default, **f.metadata)
 
 
 def from_flags(args, who: str) -> Endpoint:
@@ -212,9 +170,6 @@ def from_flags(args, who: str) -> Endpoint:
     for name in ("temperature", "max_requests", "max_cost", "price_in", "price_out"):
         ok = values[name] is None or 0 <= values[name] < math.inf  # NaN would disable a cap
         need(ok, f"{flag(who, name)} must be a number from 0")
-    values["extra_body"] = parse_body(values["extra_body"])
-    values["extra_header"] = parse_headers(values["extra_header"])
-    SECRETS.extend(variable for _, variable in values["extra_header"] if variable not in SECRETS)
     return Endpoint(**values, who=who)
 
 
@@ -230,10 +185,18 @@ class Ask:
     sample: int
     messages: tuple  # of {"role":, "content":}
     max_tokens: int | None = None  # instead of the endpoint's
+    then: Callable[["Ask", str], "Ask | None"] | None = None  # (this, its reply) -> what follows
 
     def body(self, e: Endpoint) -> dict:
-        """The request that is sent, without extra_body."""
-        return e.request(list(self.messages), self.max_tokens)
+        """The request that is sent, without extra_body; no secret is part of it."""
+        body = {"model": e.model, **e.token_limit(self.max_tokens)}
+        system = {"role": "system", "content": e.system_prompt}
+        messages = [system] * bool(e.system_prompt) + list(self.messages)
+        if e.completions:
+            body["prompt"] = "\n".join(m["content"] for m in messages)
+        else:
+            body["messages"] = messages
+        return body if e.temperature is None else body | {"temperature": e.temperature}
 
     def key(self, e: Endpoint) -> str:
         """SHA-256 over everything that shapes the reply."""
@@ -242,22 +205,21 @@ class Ask:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def most_tokens(self, e: Endpoint) -> tuple[int, int]:
-        """Upper bounds of its (tokens in, tokens out): a token per byte sent, plus what the server's
-        chat template may add, and a full reply."""
+        """Upper bounds of its (tokens in, tokens out): a token per byte sent, plus what the
+        server's chat template may add, and a full reply."""
         texts = [m["content"] for m in self.messages]
         texts += [e.system_prompt or "", json.dumps(e.extra_body or "")]
         sent = sum(len(text.encode("utf-8", "replace")) + 8 for text in texts)
-        return sent + 64, self.max_tokens or e.max_tokens or 4096
+        return sent + 64, self.max_tokens or e.max_tokens
 
 
 class Retry(Exception):
     """This attempt failed in a way that another one may not."""
 
-    def __init__(self, why: str, after: float | None = None, busy=False, billed=True, kind=""):
+    def __init__(self, why: str, kind: str = "", after: float = 0.0, billed: bool = True):
         super().__init__(why)
-        self.kind = kind  # "timeout", "no connection", or ""
-        self.after = after or 0.0  # seconds to wait, as the server said
-        self.busy = busy  # a rate limit: nothing is wrong with the request or the server
+        self.kind = kind  # "timeout", "no connection", "rate limit", or ""
+        self.after = after  # seconds to wait, as the server said
         self.billed = billed  # the server may have done the work
 
 
@@ -265,46 +227,30 @@ class Refused(SertError):
     """The server refused this one request; others may pass."""
 
 
-def api_key() -> str:
-    return os.environ.get("OPENAI_API_KEY", "").strip()
-
-
 def make_client(e: Endpoint):
     """An openai client with the key in OPENAI_API_KEY. The key never travels unencrypted to another
     machine unless `insecure` allows it, and never through a redirect. Requests to this machine
     bypass a proxy, which could not reach it."""
-    key = api_key()
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
     ok = key.isascii() and key.isprintable()
     need(ok, "OPENAI_API_KEY holds characters that no key has; set it again")
-    secret = ["OPENAI_API_KEY"] * bool(key) + [variable for _, variable in e.extra_header]
+    secret = ["OPENAI_API_KEY"] * bool(key) + [variable for _, variable in e.extra_header or ()]
     safe = e.url().lower().startswith("https:") or e.is_local() or e.insecure
-    need(
-        safe or not secret,
-        f"--base-url http://{e.host()} would carry {' and '.join(secret)} unencrypted; use https, unset "
-        "the key, or give --insecure",
-    )
+    need(safe or not secret, f"--base-url http://{e.host()} would carry {' and '.join(secret)} "
+         "unencrypted; use https, unset the key, or give --insecure")  # fmt: skip
     ok = key or not e.is_openai()
     need(ok, "OPENAI_API_KEY is not set; set it, or give --base-url of a local server")
 
     import openai  # here, because it takes half a second that --help does not need
 
+    how = dict(api_key=key or "none", base_url=e.url(), max_retries=0, timeout=e.timeout)
     try:
         http = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not e.is_local())
-        return openai.OpenAI(
-            api_key=key or "none",
-            base_url=e.url(),
-            max_retries=0,
-            timeout=e.timeout,
-            http_client=http,
-        )
-    except (
-        Exception
-    ) as error:  # a proxy scheme without its package, a certificate file that is gone
-        names = [n for n in os.environ if n.upper() in CLIENT_VARIABLES and os.environ[n]]
-        raise SertError(
-            f"the HTTP client does not start ({type(error).__name__}: {server_text(str(error))}); check "
-            f"or unset {', '.join(names) or 'the proxy settings of this machine'}"
-        ) from None
+        return openai.OpenAI(**how, http_client=http)
+    except Exception as error:  # a proxy scheme without its package, a certificate that is gone
+        why = f"{type(error).__name__}: {server_text(str(error))}"
+        raise SertError(f"the HTTP client does not start ({why}); check or unset ALL_PROXY, "
+                        "HTTP_PROXY, HTTPS_PROXY, SSL_CERT_FILE and SSL_CERT_DIR") from None  # fmt: skip
 
 
 def attempt(client, e: Endpoint, ask: Ask) -> dict:
@@ -312,46 +258,48 @@ def attempt(client, e: Endpoint, ask: Ask) -> dict:
     import openai
 
     api = client.completions if e.completions else client.chat.completions
+    headers = {name: os.environ.get(variable, "") for name, variable in e.extra_header or ()}
+    more = {"extra_body": e.extra_body, "extra_headers": headers}
     try:
-        headers = {name: os.environ.get(variable, "") for name, variable in e.extra_header}
-        more = {"extra_body": e.extra_body, "extra_headers": headers}
         raw = api.with_raw_response.create(**ask.body(e), **more)
         return read_reply(json.loads(raw.text), e, raw.headers.get("x-request-id"))
     except (ValueError, RecursionError):
         raise Retry("a 200 reply that is not JSON (cut off, or a web page)") from None
     except openai.APITimeoutError:
         told = f"no reply within {e.timeout:g} s; raise --timeout or lower --concurrency"
-        raise Retry(told, kind="timeout") from None
+        raise Retry(told, "timeout") from None
     except openai.APIConnectionError as error:
-        cause = type(error.__cause__).__name__
-        if cause == "ConnectError":
+        if type(error.__cause__).__name__ == "ConnectError":
             told = f"no connection to {e.url()}; is the server running, is --base-url right?"
-            raise Retry(told, billed=False, kind="no connection") from None
-        raise Retry(f"connection failed ({cause})") from None
+            raise Retry(told, "no connection", billed=False) from None
+        raise Retry(f"connection failed ({type(error.__cause__).__name__})") from None
     except openai.APIStatusError as error:
         raise explain(error, e, client) from None
     except openai.OpenAIError as error:
         raise SertError(server_text(str(error))) from None
 
 
+# --- what comes back ------------------------------------------------------------------------------
+
+
 def read_reply(body, e: Endpoint, request_id: str | None = None) -> dict:
     """Text, finish reason, usage, model and request id of a reply's JSON. Raises Retry if there is
     no completion in it (some servers answer 200 with an error or an empty list)."""
     body = body if isinstance(body, dict) else {}
-    choices = body.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+    try:
+        choice = body["choices"][0]
+        message = choice if e.completions else choice["message"]
+        text = message.get("text" if e.completions else "content")
+        finish = "refusal" if message.get("refusal") else choice.get("finish_reason")
+    except (KeyError, IndexError, TypeError, AttributeError):
         said = f" ({server_text(str(body['error']))})" if body.get("error") else ""
-        raise Retry(f"a 200 reply without choices{said}")
-    message = choices[0] if e.completions else choices[0].get("message")
-    message = message if isinstance(message, dict) else {}
-    finish = "refusal" if message.get("refusal") else choices[0].get("finish_reason")
-    text = message.get("text" if e.completions else "content")
+        raise Retry(f"a 200 reply without choices{said}") from None
     if isinstance(text, list):  # of parts: {"type": "text", "text": ..}
         parts = (part.get("text") for part in text if isinstance(part, dict))
         text = "".join(part for part in parts if isinstance(part, str))
     text = text if isinstance(text, str) else ""
     if not text.strip() and finish not in CUT:
-        thought = any(message.get(k) for k in ("reasoning_content", "reasoning"))
+        thought = message.get("reasoning_content") or message.get("reasoning")
         hint = f"; it only thinks: raise {flag(e.who, 'max_tokens')}" if thought else ""
         raise Retry(f"a 200 reply with empty text{hint}")
     if len(text) > MAX_REPLY:
@@ -371,54 +319,45 @@ def tokens_of(usage) -> list[int | None]:
     return [n if type(n) is int and 0 <= n < 2**53 else None for n in values]
 
 
-def explain(error, e: Endpoint, client=None) -> Exception:
-    """The Retry, or the SertError with advice, that an HTTP error amounts to. What the server says is
-    part of it: `message`, `error` as a string, `detail`, else the beginning of the body."""
-    status, code, body = error.status_code, f"{error.code} {error.type}", error.body
-    if isinstance(body, dict):
-        said = next((body[k] for k in ("message", "error", "detail") if body.get(k)), "")
-    else:
-        said = body if isinstance(body, str) and body else error.response.text
-    said = (
-        server_text(said if isinstance(said, str) else json.dumps(said), 200).strip() or f"{status}"
-    )
+def explain(error, e: Endpoint, client) -> Exception:
+    """The Retry, or the SertError with advice, that an HTTP error amounts to. It has what the
+    server says: `message`, `error` as a string, `detail`, else the beginning of the body."""
+    status, code, headers = error.status_code, f"{error.code} {error.type}", error.response.headers
+    said = error.body or error.response.text
+    if isinstance(said, dict):
+        said = next((said[k] for k in ("message", "error", "detail") if said.get(k)), "")
+    said = server_text(said if isinstance(said, str) else json.dumps(said)).strip() or str(status)
     if status == 402 or "insufficient_quota" in code or "billing" in code:
         return SertError(f"the account has no quota left ({said}); add credit, then repeat")
     if status in (408, 409, 425, 429) or status >= 500:
         billed = status in (408, 504, 524)  # a gateway gave up, but the server may have gone on
-        after = retry_after(error.response.headers)
-        return Retry(f"HTTP {status}: {said}", after, busy=status == 429, billed=billed)
-    if status in (401, 403):
-        kind = Refused if status == 403 else SertError
-        return kind(f"HTTP {status}: the server refused OPENAI_API_KEY; check it ({said})")
+        kind = "rate limit" if status == 429 else ""  # there, nothing is wrong with the request
+        after = 0.0
+        with contextlib.suppress(KeyError, ValueError):
+            after = max(after, float(headers["retry-after"]))
+        return Retry(f"HTTP {status}: {said}", kind, after, billed)
     if status == 404:
-        said += model_names(client)
         lacks = f"{e.url()} has no model {e.model} (hosted models get shut down), or lacks /v1"
-        return SertError(f"{lacks}; give another {flag(e.who, 'model')} or --base-url ({said})")
+        fix = f"give another {flag(e.who, 'model')} or --base-url"
+        return SertError(f"{lacks}; {fix} ({said}{model_names(client)})")
     if status < 400:
-        where = server_text(error.response.headers.get("location", "elsewhere"))
+        where = server_text(headers.get("location", "elsewhere"))
         return SertError(f"{e.url()} redirects to {where}; if that is right, give it as --base-url")
+    kind = Refused if status in (400, 403, 413, 422) else SertError
+    if status in (401, 403):
+        return kind(f"HTTP {status}: the server refused OPENAI_API_KEY; check it ({said})")
     names = "model", "token_parameter", "max_tokens", "temperature"
     flags = " or ".join(flag(e.who, name) for name in names)
-    kind = Refused if status in (400, 413, 422) else SertError
     return kind(f"HTTP {status}: {said}; change {flags}")
 
 
 def model_names(client) -> str:
-    """The models that a server lists at /models, for an error about a wrong name; "" if it doesn't."""
+    """The models that a server lists at /models, for an error about a wrong name, or ""."""
     try:
         names = [str(model.id) for model in client.with_options(timeout=10).models.list().data]
     except Exception:  # this only adorns an error
         return ""
     return f"; it has {server_text(', '.join(names[:10]), 300)}" if names else ""
-
-
-def retry_after(headers) -> float | None:
-    """Seconds that the server asks to wait; None if it gives no number."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        with contextlib.suppress(KeyError, ValueError):
-            return max(0.0, float(headers[name]) / unit)
-    return None
 
 
 def hide_key(text: str) -> str:

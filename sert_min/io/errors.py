@@ -126,11 +126,12 @@ def command(script: str, task: str, **flags) -> str:
     beside = os.path.join(os.path.dirname(sys.argv[0]), script)
     script = beside if os.path.exists(beside) else script
     given = {f"--{name.replace('_', '-')}": str(x) for name, x in flags.items() if x is not None}
-    return f"python {shlex.quote(script)} {task} {shlex.join(itertools.chain(*given.items()))}"
+    words = sys.orig_argv[0], script  # this Python, as it was called: .venv/bin/python, say
+    return f"{shlex.join(words)} {task} {shlex.join(itertools.chain(*given.items()))}"
 
 
 def this_command() -> str:
     """The command line that started this process, or torchrun."""
     n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    launcher = ["torchrun", "--nproc-per-node", str(n)] if n > 1 else ["python"]
+    launcher = ["torchrun", "--nproc-per-node", str(n)] if n > 1 else sys.orig_argv[:1]
     return shlex.join([*launcher, *sys.argv])

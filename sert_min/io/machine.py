@@ -114,10 +114,7 @@ def resolve_machine(
     kept = {"device": "auto", "dtype": "fp32", "threads": 1} | stored
     whole = type(kept["threads"]) is int and 0 < kept["threads"] < 2**15
     whole = whole and isinstance(kept["device"], str) and kept["dtype"] in ("fp32", "bf16")
-    wrong = (
-        "the settings in this folder are damaged or not of this script; choose another --out-dir"
-    )
-    need(whole, wrong)
+    need(whole, "the stored settings are damaged or not of this script; choose another --out-dir")
     where = pick_device(kept["device"] if device == "auto" else device)
     wanted = stored.get("dtype", "auto") if dtype == "auto" else dtype
     name = "bf16" if pick_dtype(wanted, where, n_params) is torch.bfloat16 else "fp32"

@@ -39,12 +39,14 @@ class Bar(tqdm):
     def count(self, tokens: int, ended: int = 0) -> None:
         """Hear of new tokens and of rows that ended (the `progress` of generate.py)."""
         self.tokens += tokens
-        rate = self.tokens / (time.perf_counter() - self.start) / 1000
-        self.set_postfix_str(f"{rate:,.1f}k tok/s{self.note}", refresh=False)
+        rate = self.tokens / (time.perf_counter() - self.start)
+        text = f"{rate / 1000:,.1f}k" if rate > 1000 else f"{rate:.0f}"
+        self.set_postfix_str(f"{text} tok/s{self.note}", refresh=False)
         self.update(ended)
 
     def reach(self, n: int) -> None:
         """So many units are done."""
+        self.count(0)  # the note may be new
         self.update(n - self.n)
 
     def spent(self) -> dict:

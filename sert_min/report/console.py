@@ -45,7 +45,10 @@ def print_funnel(funnel: Mapping) -> None:
     """How many paths each rule saw and dropped; `funnel` is what funnel.json holds."""
     c, limits = funnel["counts"], funnel["rules"]
     print(f"\n{'rule':<22}{'saw':>9}{'dropped':>9}{'share':>8}   limit")
-    for rule in filters.RULES:
+    known = [
+        rule for rule in filters.RULES if rule.name in c["seen"]
+    ]  # an old file lacks new rules
+    for rule in known:
         saw, dropped = c["seen"][rule.name], c["dropped"][rule.name]
         text = f"{rule.name:<22}{saw:>9,}{dropped:>9,}{dropped / max(saw, 1):>8.1%}"
         print(f"{text}   {filters.words(rule, limits[rule.flag])}")
@@ -58,12 +61,12 @@ def print_funnel(funnel: Mapping) -> None:
 
 
 def print_hint(folder: Path, funnel: Mapping, early: bool) -> None:
-    """If fewer than a tenth of the questions have a path: the rule that took most, what it saw, and
-    a command that filters the stored samples anew."""
+    """If fewer than a tenth of the questions have a path: the rule that took the largest share, what
+    it saw, and a command that filters the stored samples anew."""
     c, again = funnel["counts"], f"{printable(this_command())} --refilter"
     if c["selected"] * 10 >= c["questions"]:
         return
-    rule = max(filters.RULES, key=lambda rule: c["dropped"][rule.name])
+    rule = max(filters.RULES, key=lambda r: c["dropped"][r.name] / max(c["seen"][r.name], 1))
     n, saw, limit = c["dropped"][rule.name], c["seen"][rule.name], rule.limit
     print(f"\nfew paths passed: {rule.name} dropped {n:,} of the {saw:,} paths that it saw")
     if rule.name == "pattern":

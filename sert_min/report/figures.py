@@ -127,12 +127,12 @@ def token_groups(paths: list, raw: list, raw_sert: list, bin_of_path=score_bin, 
 
 def ablation(scored: list[dict]) -> dict[str, list[dict]]:
     """Fig. 4's curves: what is left as the rules are switched on one by one. A verdict names the
-    first rule that a path broke, so one set of samples serves all curves. The answer rule has one
-    only if it is on."""
+    first rule that a path broke, so one set of samples serves all curves. A rule that the paper
+    lacks has one only if it dropped some."""
     left, curves = list(scored), {"raw": scored}
     for rule in RULES:
         n, left = len(left), [r for r in left if r["verdict"].split(":")[0] != rule.name]
-        if rule.name != "answer" or len(left) < n:
+        if rule.paper or len(left) < n:
             curves[f"+ {rule.name}"] = left
     return curves
 

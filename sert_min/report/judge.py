@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from sert_min.answers import without_thinking
 from sert_min.io import asking, endpoint
-from sert_min.io.asking import Readable
-from sert_min.io.endpoint import Ask, Endpoint
+from sert_min.io.asking import Collection, Readable
+from sert_min.io.endpoint import Ask
 from sert_min.io.files import clean_name, read_jsonl, to_line, write_atomic
 from sert_min.metrics import mean_interval
 
@@ -93,8 +93,7 @@ class Judge(NamedTuple):
 
     name: str  # of its scores-NAME.jsonl
     program: Callable | None  # (question, text) -> {criterion: score}
-    endpoint: Endpoint | None = None
-    folder: Path = Path()  # of the model's replies, which all runs of a task share
+    replies: Collection | None = None  # of the model, which all runs of a task share
 
 
 def choose(args, program: Callable | None) -> Judge | None:
@@ -102,7 +101,7 @@ def choose(args, program: Callable | None) -> Judge | None:
     if not args.judge_model:
         return Judge("program", program) if program else None
     e, name = endpoint.from_flags(args, "judge"), clean_name(args.judge_model)
-    return Judge(name, None, e, Path(f"out/{args.task}/judge-{name}"))
+    return Judge(name, None, Collection(Path(f"out/{args.task}/judge-{name}"), e))
 
 
 def make_ask(record: dict) -> Ask:
@@ -113,19 +112,17 @@ def make_ask(record: dict) -> Ask:
 
 def print_plan(records: list[dict], judge: Judge | None, what: str) -> None:
     """Print what judging would ask and cost at most; a program costs nothing."""
-    if judge and judge.endpoint:
-        asking.print_plan(what, judge.folder, map(make_ask, records), judge.endpoint)
+    if judge and judge.replies:
+        asking.print_plan(what, judge.replies, map(make_ask, records))
 
 
 # --- scores of records ----------------------------------------------------------------------------
 
 
-def write_scores(records: list[dict], questions: dict, judge: Judge | None, out: Path) -> list[str]:
-    """Write scores-NAME.jsonl for records that have replies (`questions` by id, for a program);
-    returns why other replies are missing."""
+def write_scores(records: list[dict], questions: dict, judge: Judge | None, out: Path) -> None:
+    """Write scores-NAME.jsonl for records that have replies (`questions` by id, for a program)."""
     if judge is None:
-        return []
-    failures: list[str] = []
+        return
     if judge.program:
         scored = [score_record(r, judge.program(questions[r["id"]], r["text"])) for r in records]
     else:
@@ -135,11 +132,10 @@ def write_scores(records: list[dict], questions: dict, judge: Judge | None, out:
             "Look at responses.jsonl; choose another --judge-model or a larger --judge-max-tokens",
         )
         asks = list(map(make_ask, records))
-        collection, failures = asking.ask_all(judge.folder, asks, judge.endpoint, readable)
-        told = zip(records, map(collection.find, asks))
+        asking.ask_all(judge.replies, asks, readable)
+        told = zip(records, map(judge.replies.find, asks))
         scored = [score_record(r, parse_scores(reply["text"])) for r, reply in told if reply]
     write_atomic(out / f"scores-{judge.name}.jsonl", map(to_line, scored))
-    return failures
 
 
 def score_record(record: dict, scores: dict) -> dict:

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sert_min.answers import strip_answer_sentence
 from sert_min.gpt2 import GPT2
-from sert_min.io.errors import SertError
+from sert_min.io.errors import SertError, need
 from sert_min.kernels import score
 from sert_min.models import first_broken
 from sert_min.prompts import answer_sentence, question_prompt
@@ -53,6 +53,9 @@ def make_tree(
     lead = tokenizer.encode(" So the answer is") if by_text else []
     sentences = [answer_sentence(question, answer) for answer in question.answers]
     options = [tokenizer.encode(f" {t}") for t in (question.choices if by_text else sentences)]
+    n = len(prompt + lead) + max(map(len, options))
+    need(n <= most, f"{question.name} has {n} tokens with its longest answer, the model's context is "
+         f"{most}; leave it out")  # fmt: skip
     path = path[: max(0, most - len(prompt + lead) - max(map(len, options)))]
     ids = prompt + path + lead
     start = len(ids)

@@ -19,6 +19,7 @@ from sert_min.io.files import read_json, read_jsonl, write_atomic
 from sert_min.questions import question_in
 
 TEMPLATE = Path(__file__).with_name("page.html")
+SLIDERS = "pattern", "length", "repetition", "perplexity", "answer"  # rules that page.html applies
 LIMIT = 200  # questions of a page; 5.4 MB if every path has 128 tokens
 
 
@@ -29,6 +30,7 @@ def write_page(
     These are the first `limit`; the chart of the rules counts all. `tokenizer` is the one of the
     model that sampled the paths, `command` the one that filters them anew."""
     settings, funnel = read_json(folder / "settings.json"), read_json(folder / "funnel.json")
+    limits = funnel["rules"]
     vocab: dict[int, int] = {}  # the page's own numbers of tokens, in order of their first use
     questions: dict[tuple, dict] = {}
     for r in read_jsonl(folder / "paths.jsonl"):
@@ -36,16 +38,17 @@ def write_page(
         if name not in questions and len(questions) == limit:
             break
         new = {"id": r["id"], "q": r["question"], "a": r["answer"], "paths": []}
-        questions.setdefault(name, new)["paths"].append(compact_path(r, tokenizer, vocab))
+        path = compact_path(r, tokenizer, vocab, limits)
+        questions.setdefault(name, new)["paths"].append(path)
     data = {
         "title": title or "Latent reasoning, seen",
         "source": [settings[k] for k in ("task", "model", "split") if k in settings],
         "early": bool(settings.get("early_reject")),
         "branches": 0 if settings.get("raw") else settings.get("branches", 0),
         "samples": settings.get("samples", 0),
-        "limits": funnel["rules"],
-        "rules": [[r.name, filters.words(r, funnel["rules"][r.flag]), r.flag, r.words]
-                  for r in filters.RULES if r.flag in funnel["rules"]],
+        "limits": limits,
+        "rules": [[r.name, filters.words(r, limits[r.flag]), r.flag, r.words]
+                  for r in filters.RULES if r.flag in limits],
         "dropped": filters.DROPPED,
         "command": command,
         "counts": funnel["counts"],
@@ -70,11 +73,11 @@ def token_texts(token_bytes: Sequence[bytes]) -> list[str]:
     return [text[a:b] for a, b in zip([0, *ends], ends)]
 
 
-def compact_path(r: Mapping, tokenizer, vocab: dict[int, int]) -> list:
+def compact_path(r: Mapping, tokenizer, vocab: dict[int, int], limits: Mapping) -> list:
     """A record as the page wants it: [branch, sample, token numbers, -1000 x log-prob, path_start,
     path_end, finish, perplexity, rep-2, verdict, breaking token or -1, what it states of the
-    answer, {token: text}]; the last, if there are any, holds tokens that share a character with a
-    neighbour."""
+    answer, rules without a slider that it breaks by `limits`, {token: text}]; the last, if there are
+    any, holds tokens that share a character with a neighbour."""
     unknown = [i for i in r["token_ids"] if i not in tokenizer.to_bytes]
     need(not unknown, f"question {r['id']} has a token that this model's tokenizer lacks")
     token_bytes = [tokenizer.to_bytes[i] for i in r["token_ids"]]
@@ -87,7 +90,11 @@ def compact_path(r: Mapping, tokenizer, vocab: dict[int, int]) -> list:
     minus = [round(-1000 * lp) for lp in r["logprobs"]]
     path = [r["branch"], r["sample"], numbers, minus, start, end]
     path += [r["finish"], r["perplexity"], r["rep2"], r["verdict"], breaking_token(r, token_bytes)]
-    path.append(filters.answers_stated(r["text"], question_in(r)))
+    ids, logprobs, question = r["token_ids"][start:end], r["logprobs"][:end], question_in(r)
+    seen = filters.Path(ids, logprobs, r["text"], {}, question)
+    others = [rule for rule in filters.RULES if rule.name not in SLIDERS]
+    broken = [rule.name for rule in others if filters.first_broken(seen, limits, [rule])]
+    path += [filters.answers_stated(r["text"], question), broken]
     return [*path, split] if split else path
 
 

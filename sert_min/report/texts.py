@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sert_min import tasks
 from sert_min.io.asking import end_if_missing
+from sert_min.io.endpoint import WHOLE
 from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_jsonl, to_line, write_atomic
 from sert_min.metrics import grade, summarize, without_nan
@@ -19,13 +20,17 @@ JUDGED = dict.fromkeys(("task", "id", "question", "answer", "text"), str)  # key
 
 
 def question_of(row: dict, task: str, known: Callable[[], dict]) -> Question:
-    """The question of a record. Its options come from its own text, else from the dataset:
-    `known()` gives questions by id and by text without options. Without a text they are letters."""
+    """The question of a record. Its options come from its own text, else from the dataset: `known()`
+    gives questions by id and by text, with and without options. Without a text they are letters."""
     answer, text = row.get("answer"), row.get("question")
     name, text = str(row.get("id", row.get("index", ""))), text if isinstance(text, str) else ""
     if tasks.is_own(task):
-        if (q := known().get(name)) is None or q.answer != answer:
-            raise ValueError(f"the file of --task has no question {name!r} with answer {answer!r}")
+        q = known().get(name) or known().get(text.strip()) or known().get(stem(text))
+        if q is None:
+            raise ValueError("neither its id nor its question is in the file of --task")
+        stated = {q.answer, *(c for a, c in zip(LETTERS, q.choices) if a == q.answer)}
+        if answer is not None and str(answer).strip() not in stated:
+            raise ValueError(f"the answer of {q.name} is {q.answer!r} there, not {answer!r}")
         return q
     if answer not in ("yes", "no", *LETTERS):
         raise ValueError(f"answer {answer!r} is no letter, yes or no; give --task FILE for others")
@@ -62,12 +67,14 @@ def evaluate_texts(file: str, about: dict, load: Callable, to: Judge | None, lim
     @cache
     def known() -> dict[str, Question]:
         everything = [q for split in ("test", "train") for q in load(split)]
-        return {stem(q.text): q for q in everything} | {q.id: q for q in everything}
+        texts = {stem(q.text): q for q in everything} | {q.text: q for q in everything}
+        return texts | {q.id: q for q in everything}
 
     for number, row in enumerate(rows, 1):
         try:
             questions.append(question_of(row, about["task"], known))
-            records.append(grade(questions[-1], text_of(row), row.get("finish")))
+            finish = "eos" if row.get("finish") in WHOLE else row.get("finish")  # a teacher's
+            records.append(grade(questions[-1], text_of(row), finish))
         except ValueError as e:
             raise SertError(f"{file} line {number}: {e}") from None
     if dry_run:
@@ -77,7 +84,7 @@ def evaluate_texts(file: str, about: dict, load: Callable, to: Judge | None, lim
     need(not other, f"{out} holds a model's evaluation; choose another --out-dir")
     need(out_dir or whole or not to, "give --out-dir for the scores of these texts")
     out.mkdir(parents=True, exist_ok=True)
-    failures = judge.write_scores(records, {}, to, out)
+    judge.write_scores(records, {}, to, out)
     judges = judge.summaries(out, len(records)) if to else None
     about = about | {"model": Path(file).stem, "method": "predictions"}
     metrics = without_nan(about | summarize(records, questions, judges=judges))
@@ -86,7 +93,7 @@ def evaluate_texts(file: str, about: dict, load: Callable, to: Judge | None, lim
         write_atomic(out / "predictions.jsonl", map(to_line, records))
         write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
         print(f"wrote {out}/predictions.jsonl and metrics.json")
-    return end_if_missing(failures, "judge", to.folder if to else out)
+    return end_if_missing(to and to.replies)
 
 
 def judge_paths(paths: list[str], limit: int | None, to: Judge, dry_run: bool) -> None:
@@ -102,8 +109,8 @@ def judge_paths(paths: list[str], limit: int | None, to: Judge, dry_run: bool) -
             judge.print_plan(records, to, str(path))
             continue
         questions = {r["id"]: question_in(r) for r in records}
-        failures = judge.write_scores(records, questions, to, path.parent)
+        judge.write_scores(records, questions, to, path.parent)
         found = judge.summaries(path.parent, len(records))[to.name]
         means = ", ".join(f"{k} {found[k][0]:.2f}" for k in judge.KEYS)
         print(f"{path}: {found['parsed']:,} of {len(records):,} paths judged; {means}")
-        end_if_missing(failures, "judge", to.folder)
+        end_if_missing(to.replies)
