@@ -6,12 +6,12 @@ The micro-world's questions, over and over under new ids, and a tiny random mode
 thousand took half as long again as the second, or memory grew by more than 100 MB after the second.
 """
 
+import argparse
 import contextlib
 import gc
 import io
 import itertools
 import os
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -52,7 +52,9 @@ def watch(stage: str, owner, name: str):
 
 
 def main() -> None:
-    n = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("questions", nargs="?", type=int, default=10_000)
+    n = p.parse_args().questions
     torch.set_num_threads(1)
     real = tasks.load
 
