@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sert_min import prompts, tasks, teachers
+from sert_min.finetune import encode_example
 from sert_min.io import asking, parallel
 from sert_min.io.errors import command, need, printable, printable_lines, run_script
 from sert_min.io.files import clean_name, read_jsonl, to_line, write_atomic
@@ -127,10 +128,10 @@ def collect(args, teacher, questions: list[Question], out: Path, fits) -> list[d
 
 def fits_in(student: Student) -> Callable[[Question, str], bool]:
     """(question, rationale) -> can the student's context hold the training text?"""
-    encode, c = load_tokenizer(student.folder).encode, read_config(student.folder)
+    tokenizer, c = load_tokenizer(student.folder), read_config(student.folder)
 
     def fits(q: Question, rationale: str) -> bool:
-        return sum(len(encode(text)) for text in prompts.rd_pair(q, rationale)) <= c.n_positions
+        return len(encode_example(tokenizer, *prompts.rd_pair(q, rationale))[0]) <= c.n_positions
 
     return fits
 

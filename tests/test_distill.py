@@ -10,10 +10,13 @@ from conftest import KEY, ROOT, refuses, shared, start
 from fake_server import FakeServer, error, ok
 
 import distill
-from sert_min import tasks
+from sert_min import prompts, tasks
+from sert_min.finetune import encode_example
 from sert_min.io.files import read_jsonl
-from sert_min.models import load_model, save_model
+from sert_min.models import load_model, read_config, save_model
 from sert_min.questions import Question
+from sert_min.script import Student
+from sert_min.tokenizer import load_tokenizer
 
 TRIGGER = "Therefore, the answer (Yes or No) is"  # the second request, arXiv 2205.11916
 pytestmark = pytest.mark.usefixtures("empty_folder", "keyed")
@@ -228,6 +231,21 @@ def test_rationales_that_do_not_fit_the_student_are_counted(student):
     with FakeServer(ok("Word. " * 300 + "So the answer is yes.")) as server:
         refuses("no rationale was kept", run, student, server, "--limit", 2, "--keep", "all")
     assert {r["reason"] for r in records()} == {"too long"}
+
+
+def test_what_fits_counts_as_training_does(tiny_model_folder, monkeypatch):
+    """Guards a text that is one token too long behind a start token (Llama 3's), which would end the
+    training instead of being left out."""
+    q, tokenizer = tasks.load("micro", "train")[0], load_tokenizer(tiny_model_folder)
+    ids = encode_example(tokenizer, *prompts.rd_pair(q, "We think."))[0]
+    student = Student("tiny", tiny_model_folder, "tiny", {})
+    config = read_config(tiny_model_folder)
+    config.n_positions = len(ids)
+    monkeypatch.setattr(distill, "load_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr(distill, "read_config", lambda folder: config)
+    assert distill.fits_in(student)(q, "We think.")
+    tokenizer.start = [tokenizer.eot]
+    assert not distill.fits_in(student)(q, "We think.")
 
 
 def test_the_sert_checkpoint_is_the_default_student(student, monkeypatch, capsys):
