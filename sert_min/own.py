@@ -113,7 +113,8 @@ def read_questions(file: str, fields: dict[str, str], task: str) -> list[tuple[s
 
 
 def read_rows(file: str, fields: dict[str, str]) -> Iterator[tuple[int, dict]]:
-    """(line, row under our field names) of a JSONL or CSV file; blank lines are passed over."""
+    """(line, row under our field names) of a JSONL or CSV file; lines without any text are passed
+    over."""
     fix, names = f"mend that line of {file}", {name: fields.get(name, name) for name in FIELDS}
     try:
         if file.lower().endswith(".csv"):
@@ -124,7 +125,8 @@ def read_rows(file: str, fields: dict[str, str]) -> Iterator[tuple[int, dict]]:
                 for row in reader:
                     wrong = None in row or None in row.values()
                     need(not wrong, f"{file} line {line}: its cells are not those of the header")
-                    yield line, {ours: row.get(theirs) for ours, theirs in names.items()}
+                    if any(cell.strip() for cell in row.values()):
+                        yield line, {ours: row.get(theirs) for ours, theirs in names.items()}
                     line = reader.line_num + 1
         else:
             for line, text in enumerate(there(file).read_bytes().split(b"\n"), 1):

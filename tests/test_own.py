@@ -58,6 +58,9 @@ def test_jsonl_and_csv_give_the_same_questions():
     """Guards kinds, letters, ids and splits; the fifth for testing does not move with new rows."""
     a = read("q.jsonl", ROWS)
     assert a == read("q.csv", ROWS)
+    with open("q.csv", "a") as f:
+        f.write(",,\n")  # as spreadsheets end their tables
+    assert own.read_splits("q.csv", {})[0] == a
     longer = read("q.jsonl", [*ROWS, {"question": "New?", "answer": "1"}])
     assert all(longer[split][: len(a[split])] == a[split] for split in a)
     everything = sorted(a["train"] + a["test"], key=lambda q: int(q.where[13:]))
@@ -261,6 +264,7 @@ def test_dry_run_and_hint(model, capsys):
     run(sample, "q.jsonl", model, *DRAW, *RULES, "--min-perplexity", "1e9")
     told = capsys.readouterr().out
     assert "few paths passed: perplexity dropped" in told and "half below" in told
+    assert "next:" not in told  # train.py could only refuse
     limit = told.rpartition("--refilter --min-perplexity ")[2].split()[0]
     run(sample, "q.jsonl", model, *DRAW, *RULES, "--min-perplexity", limit, "--refilter")
     assert "few paths" not in capsys.readouterr().out

@@ -262,7 +262,7 @@ def test_two_processes_give_the_same_bytes(model, tmp_path):
     assert derived(tmp_path / "two") == derived(tmp_path / "one")
 
 
-def test_a_trained_student_has_its_own_folder_and_prompt(model, tmp_path, monkeypatch):
+def test_a_trained_student_has_its_own_folder_and_prompt(model, tmp_path, monkeypatch, capsys):
     """Guards Raw SERT of Fig. 1, whose default folder was that of the raw student, which refused it;
     and a student of a teacher's rationales that is sampled without its `Let's think ..`."""
     monkeypatch.chdir(tmp_path)
@@ -271,8 +271,12 @@ def test_a_trained_student_has_its_own_folder_and_prompt(model, tmp_path, monkey
     about = {"method": "sert", "root": "m", "parents": ["m"], "prompt_suffix": " Let's think."}
     Path(f"{student}/last/sert.json").write_text(json.dumps(about))
     monkeypatch.setattr(Tokenizer, "encode", lambda self, t: texts.append(t) or real(self, t))
-    flags = f"--model {student} --split test --raw --limit 1 --max-new-tokens 2 --min-tokens 1"
-    sample.main(sample.parse_args(flags.split()))
+    flags = f"--model {student} --limit 1 --max-new-tokens 2 --min-tokens 1 --min-perplexity 0"
+    sample.main(sample.parse_args(f"{flags} --patterns none".split()))
+    told = capsys.readouterr().out
+    assert "1 of 1 questions have a selected path" in told
+    assert "next:" not in told  # its default folder is that of the student itself
+    sample.main(sample.parse_args(f"{flags} --split test --raw".split()))
     assert Path(f"{student}/paths-raw-test/paths.jsonl").exists()
     assert len(texts) > 1 and all(text.endswith("\nAnswer: Let's think.") for text in texts)
 
