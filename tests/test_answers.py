@@ -11,6 +11,7 @@ from sert_min import answers, tasks
 from sert_min.answers import extract_answer, stated_answer, strip_answer_sentence
 from sert_min.io.files import read_jsonl
 from sert_min.questions import Question
+from sert_min.rationales import Output, teacher_answer
 
 BUS = ("bank", "bus", "bus stop", "the moon", "relax")
 FIVE = Question("commonsense_qa", "q", "Where? Answer choices: (A) bank, ..", "C", BUS)
@@ -151,7 +152,7 @@ STATED = {  # in any form
                "If crocodiles swim, then the answer is yes."],
     },
 }  # fmt: skip
-BEFORE = {  # what may stand before it without a change
+BEFORE = {  # A discussion in front of a statement does not change its reading.
     MALL: "Let's look at the options. (A) home: homes have no shops. (B) mall: it has many. (C) bus "
           "stop: no shops. (D) the sky: absurd. (E) relax: not a place.\n\n",
     YES_NO: "Some say yes, others no.\n\n",
@@ -182,7 +183,7 @@ def test_every_form_reads_its_example():
     assert found == [("The best answer is", "A"), ("Final answer:", "C")]
 
 
-STRIPPED = {  # what is left -> texts
+STRIPPED = {  # Each text on the right is stripped to the key.
     "It floats.": [  # every form goes, with its sentence
         "It floats. So the answer is no.", "It floats. <answer>no</answer>",
         "It floats.\n\nTherefore, the answer to your question is no, it would not.",
@@ -203,7 +204,7 @@ STRIPPED = {  # what is left -> texts
     "It is vitamin C.": ["It is vitamin C. So the answer is yes."],
     "": ["So the answer is (B).", "Since 10 kg is less, the answer is no.",
          "If it is wet, then the answer is yes."],  # no half condition is left over
-    None: [  # what is no statement stays, and what has reasoning after it
+    None: [  # These stay whole: they state nothing, or reasoning follows the statement.
         "The answer is no. Energy cannot be made, so it cannot be kept.", "Answer: No. It floats.",
         "(B) mall is the right answer. It has shops.", "### Answer\n\nPears float. They are light.",
         "The answer must be a place. A bank is one.", "Yes.", "",
@@ -256,7 +257,7 @@ MARKS = (
     ("<seed:think>", "</seed:think>"), ("◁think▷", "◁/think▷"), ("analysis", "assistantfinal"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )  # fmt: skip
-THOUGHT = {  # what is said -> texts
+THOUGHT = {  # Each text on the right says the key once its thinking is dropped.
     "It is wet.": [
         "It is wet.", "It is wet. <think> Or is it?", HARMONY + "<|message|>It is wet.<|return|>",
         *(f"{start}\nSay (A)?{end}It is wet." for start, end in MARKS),
@@ -292,6 +293,8 @@ def test_calibration_on_palm(step, right, empty, stripped):
         ours = extract_answer(f"So the answer is {row['teacher_completion']}", q)
         found.append("right" if ours == q.answer else ours)
         assert (ours or "") == row["teacher_answer"]
+        said = Output(row["rationale"], row["teacher_completion"], "stop", "palm")
+        assert teacher_answer(said, q) == ours  # the reading that distill.py goes by
         rest, had_one = strip_answer_sentence(row["rationale"])
         closed += had_one
         assert rest

@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import write_tiny_tokenizer
+from conftest import ROOT, write_tiny_tokenizer
 
 from sert_min import filters
 from sert_min.io.errors import SertError
@@ -117,6 +117,13 @@ def test_embedded_json_cannot_leave_its_script(write):
     assert "\u2028" not in text and "default-src 'none'" in text
     assert data["questions"][0]["q"] == question
     assert not re.search(r"\b(?:src|href)=\"http|https?://(?!www\.w3\.org/2000/svg)", template)
+
+
+def test_the_page_of_the_readme_has_todays_template():
+    """Guards docs/page.html: its data in today's page.html give the file."""
+    text = (ROOT / "docs/page.html").read_text(encoding="utf-8")
+    (data,) = re.findall('id="data">(.*?)</script>', text, re.S)
+    assert page.fill_template(json.loads(data)) == text
 
 
 def test_limit_keeps_the_chart_whole(write):
