@@ -256,12 +256,9 @@ def write_derived(run: Run) -> None:
                 continue
             for r in filters.path_records(sampled, blocks.block(i), run.tokenizer, run.limits):
                 yield to_line(funnel.add(r))
-        others = any(blocks.folder.glob("*.jsonl"))
-        fix = (
-            "give the --limit that its blocks were made with"
-            if others
-            else "run without --refilter first"
-        )
+        fix = "run without --refilter first"
+        if any(blocks.folder.glob("*.jsonl")):
+            fix = "give the --limit that its blocks were made with"
         need(funnel.verdicts, f"{run.out} holds no samples of these questions; {fix}")
 
     write_atomic(paths, lines())  # an error in `lines` leaves the old file as it is

@@ -109,12 +109,17 @@ def main(args) -> None:
     questions = tasks.load(o.task, "train", o.data_dir)
     print(describe(questions, "train"))
     if args.method == "finetune":
-        given = args.paths or any(getattr(args, r.flag) is not None for r in filters.RULES)
+        given = args.paths or rules_given(args)
         need(not given, "--method finetune learns labels alone; leave --paths and the rules out")
         pairs, about = [(q, *prompts.finetune_pair(q)) for q in questions], {"source": "labels"}
     else:
         pairs, about = self_training_pairs(args, student, questions)
     train_student(prepare(student, args.method, pairs, "", about, o))
+
+
+def rules_given(args) -> bool:
+    """Is a flag of a rule given?"""
+    return any(getattr(args, rule.flag) is not None for rule in filters.RULES)
 
 
 def self_training_pairs(
@@ -128,7 +133,7 @@ def self_training_pairs(
     default = f"out/{args.task}/{student.label}/paths-train/seed{args.seed}/selected.jsonl"
     paths, preset = Path(args.paths or default), tasks.preset(args.task, student.label)
     paths = paths / "selected.jsonl" if paths.is_dir() else paths
-    anew = star or any(getattr(args, r.flag) is not None for r in filters.RULES)
+    anew = star or rules_given(args)
     paths = paths.with_name("paths.jsonl") if anew else paths
     flags = {"model": student.name, "data_dir": args.data_dir, "seed": args.seed}
     before = command("sample.py", tasks.flags(args.task), **flags)

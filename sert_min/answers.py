@@ -172,9 +172,8 @@ def free_answer(text: str, gold: str) -> str | None:
 
 _GOOD = r"(?:(?:final|correct|right|best|closest|short|true|logical|likely|most \w+) )"
 _NOUN = rf"(?:{_GOOD}*answer(?: choice| option)?|{_GOOD}+(?:choice|option))"
-_OPENS = (
-    r"(?:(?<![^\W_])(?<!\w[^\S\n])|(?<=\bso\s)|(?<=\b(?:thus|then|that)\s)|(?<=fore\s))"  # a clause
-)
+# A clause begins here. A line does, too, also below one without a full stop.
+_OPENS = r"(?:(?<![^\W_])(?<!\w[^\S\n])|(?<=\bso\s)|(?<=\b(?:thus|then|that)\s)|(?<=fore\s))"
 _NAME = rf"(?:(?:the|my|your|our|its) |{_OPENS}){_NOUN}(?: ?\([^)\n]{{0,40}}\))?"
 _ABOUT = (  # the answer `to your question` is; the answer`, then,` is
     r"(?: (?:to|of|for|from|among|in|here|that|i|you)\b(?:(?!\b(?:depends|if|whether|that question)\b)"
@@ -245,7 +244,7 @@ def leading_answer(text: str, question: Question) -> str | None:
     return None if question.free else _answer_right_after(text, 0, question)
 
 
-SHORT = 25  # words: less than the 25 tokens of reasoning; a longer text discusses first
+SHORT = 25  # words; a longer output discusses the options before it answers
 _NO = re.compile(r"\b(?:yes\b|no\b(?=\s*(?:[^\w\s]|\Z)))", re.I)  # `no dog` is a determiner
 
 
@@ -254,8 +253,10 @@ def extract_lenient(text: str, question: Question) -> str | None:
     SHORT words without a statement, the first mention of an answer."""
     if (answer := extract_answer(text, question)) or _ANY_FORM.search(text):
         return answer or stated_answer(text, question)
-    if len(text.split()) > SHORT or question.free:
-        return _answer_right_after(text, 0, question) if len(text.split()) <= SHORT else None
+    if len(text.split()) > SHORT:
+        return None
+    if question.free:
+        return _answer_right_after(text, 0, question)
     words = (_NO if not question.choices else re.compile(r"(?<![\w'’])[\w(\[]")).finditer(text)
     return next(filter(None, (_answer_at(text, m.start(), question) for m in words)), None)
 

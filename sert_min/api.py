@@ -91,10 +91,7 @@ def fit(
     `out`/last. A repeated call continues from the state in `out`; other pairs or settings, or a model
     from another folder, are refused there."""
     s, out = (settings or TrainSettings()).check(), Path(out)
-    need(
-        pairs,
-        "there are no pairs: no path passed; give sample_paths looser rules ({'min_tokens': 9})",
-    )
+    need(pairs, "there are no pairs: no path passed; give looser rules, {'min_tokens': 9} say")
     examples = [encode_example(tokenizer, *pair) for pair in pairs]
     longest, context = max(len(ids) for ids, _ in examples), model.config.n_positions
     told = f"a pair has {longest} tokens, the model's context is {context}"

@@ -9,7 +9,8 @@
     6 select       keeps, per question, the passed path with the lowest rep-2
 
 Each rule sees what the one before it left. Flags, funnel, page and figures are made from RULES, so a
-new rule is a new entry, at the place where it shall act, and its test. The pattern rule looks at the whole sampled text (patterns.py),
+new rule is a new entry, at the place where it shall act, and its test; docs/example.py then writes
+its page anew. A rule that looks at a text alone also joins FORM. The pattern rule looks at the whole sampled text (patterns.py),
 the others at the path, which loses its last half sentence if the cap cut it.
 """
 
@@ -42,7 +43,7 @@ class Rule(NamedTuple):
 
     name: str  # the verdict of the paths that it drops
     flag: str  # --min-tokens is min_tokens
-    limit: object  # the paper's
+    limit: object  # where neither a flag nor a preset gives one; the paper's for its rules
     parse: Callable[[object, str], object]  # (a flag's value, the flag) -> the limit, or an error
     measure: Callable[[Path], object]
     breaks: Callable[[object, object], object]  # (measure, limit); a string names the kind of break

@@ -27,7 +27,7 @@ KEY = "sk-test-0123456789abcdefKEY"
 MERGES = ["h e", "e s", "Ġ t", "Ġt he", "Ġ y", "Ġy es", "Ġ n", "Ġn o", "a n", "an s", "w e", "we r"]
 
 torch.set_num_threads(1)
-sys.orig_argv[0] = "python"  # what printed commands begin with
+sys.orig_argv[0] = "python"  # Commands that are printed begin with this word.
 # No time limits, which a busy machine breaks. The same examples in every run, so that a commit is
 # green or not; FUZZ=10 (times as many, test_fuzz.py) draws new ones.
 slow, same = [hypothesis.HealthCheck.too_slow], "FUZZ" not in os.environ

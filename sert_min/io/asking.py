@@ -42,7 +42,7 @@ KNOWN = (None, REFUSED, *WHOLE, *CUT)  # a reply with another finish reason may 
 
 
 class Collection:
-    """The replies in a folder by key (responses.jsonl), and what they cost, open bills included
+    """`load` reads it: the replies in a folder by key (responses.jsonl), and what they cost, open bills included
     (sent.jsonl). Only one process at a time may write. What lies in `others`, the folders that
     earlier versions used, counts as well."""
 
@@ -233,7 +233,7 @@ class Job:
     tries: int = 0  # attempts that met more than a rate limit
     due: float = 0.0  # no attempt before
     end: float = math.inf  # it is given up then
-    why: str = ""  # what went wrong
+    why: str = ""  # the last attempt's error, for the message that it is missing
 
 
 class Asking:
