@@ -112,7 +112,7 @@ def _option_rules(choices: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern, re.
 #                                                     and punctuation
 
 _STATEMENT_END = re.compile(
-    rf"{SENTENCE_END.pattern}|\n|(?:[,;]|(?<!\s))\s+\(?(?:because|since|as|which)\b|\}}", re.I
+    rf"{SENTENCE_END.pattern}|\n|[,;]?\s+\(?(?:because|since|as|which)\b|\}}", re.I
 )
 _NUMBER = re.compile(r"(?<![\w-])[-+]?\.?\d(?:[\d.,:/^-]*\d)?(?:e[-+]?\d{1,2}\b)?", re.I)
 _VALUE = re.compile(
