@@ -306,7 +306,7 @@ def test_select():
     assert filters.select(got) == got
 
 
-def test_the_funnel_adds_up(capsys):
+def test_the_funnel_adds_up(capsys, monkeypatch, tmp_path):
     """Guards a funnel whose steps do not add up, and a verdict that no rule gives."""
     verdicts = ["selected", "kept", "pattern:options", "pattern:direct", "length", "repetition",
                 "perplexity", "answer"]  # fmt: skip
@@ -320,6 +320,12 @@ def test_the_funnel_adds_up(capsys):
     shown = capsys.readouterr().out
     assert "8        2   25.0%   drop imitative, options, direct" in shown
     assert "2 of 8 paths passed; 1 of 4 questions have a selected path, 3 have none" in shown
+    counts = c | {"selected": 0, "dropped": c["dropped"] | {"length": 3, "pattern": 4}}
+    counts["seen"] = c["seen"] | {"pattern": 8, "length": 3}
+    shares = {"rules": filters.limits({}), "counts": counts}
+    monkeypatch.setattr(console, "measures", lambda records, rule: [5, 6, 7])
+    console.print_hint(tmp_path, shares, early=True)  # length takes fewer than pattern, but all
+    assert "length dropped 3 of the 3 paths" in capsys.readouterr().out
     with pytest.raises(SertError, match="no verdict 'rude'"):
         filters.Funnel([record("1", 0, 0, 0.0, "rude")]).counts()
 

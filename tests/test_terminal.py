@@ -15,6 +15,7 @@ from conftest import ROOT
 
 from sert_min.io import errors
 from sert_min.io.errors import SertError, last_line
+from sert_min.io.progress import Bar
 
 SAMPLE = [sys.executable, str(ROOT / "sample.py"), "--limit", "1", "--samples", "1"]
 PROMPT = [*SAMPLE, "--model", "micro", "--prompt", "Zürich", "--max-new-tokens", "2"]
@@ -135,3 +136,15 @@ def test_commands_can_be_pasted(tmp_path, monkeypatch):
         words = shlex.split(errors.command("train.py", "--task 'q 1.jsonl'", **flags))
         assert words == ["my venv/python", script, "--task", "q 1.jsonl", "--model", "a 'b'", "--seed", "0",
                          "--out-dir", f"{tmp_path}/$x"]  # fmt: skip
+
+
+def test_a_bar_tells_rate_and_note():
+    """Guards a rate of 0.0k on a slow machine, and a note that comes one block late."""
+    with Bar(10, "path") as bar:
+        bar.start -= 1000  # seconds
+        bar.count(50_000)
+        bar.note = ", 3 kept"
+        bar.reach(4)
+        assert (bar.n, bar.postfix) == (4, "50 tok/s, 3 kept")
+        bar.count(9_950_000)
+        assert bar.postfix == "10.0k tok/s, 3 kept"
