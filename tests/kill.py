@@ -88,8 +88,8 @@ COMMANDS = {
 def name_of(code) -> str:
     """`file.function` of the program's own code; "" for libraries and tests."""
     file = Path(code.co_filename)
-    ours = file.is_relative_to(ROOT) and not file.is_relative_to(ROOT / "tests")
-    return f"{file.stem}.{code.co_name}" if ours else ""
+    parts = file.relative_to(ROOT).parts if file.is_relative_to(ROOT) else ("elsewhere",)
+    return "" if parts[0] in ("elsewhere", "tests", ".venv") else f"{file.stem}.{code.co_name}"
 
 
 def run_child(command: Command, flags: list[str], kill_at=None, number=0, after=None):
