@@ -1,28 +1,28 @@
 """What all benchmarks share: flags, timing of candidates in turn, the machine in words, one JSON."""
 
 import argparse
+import contextlib
 import gc
 import json
 import platform
 import re
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from sert_min.gpt2 import GPT2, GPT2Config
+from sert_min.models import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP_K, TOP_P = 10, 0.95  # of all benchmarks of sampling
 BUSY = 2_000_000  # clock ticks, about a millisecond
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SHAPES = {"quick": (4, 6, 384), "124M": (12, 12, 768), "355M": (24, 16, 1024),
-          "774M": (36, 20, 1280)}  # layers, heads, width  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -32,56 +32,66 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="fewer or smaller shapes, and fewer runs")
     p.add_argument("--out", help="write the figures as JSON")
     p.add_argument("--dtypes", default="fp32,bf16", help="default: %(default)s")
-    p.add_argument("--shape", choices=SHAPES, default="124M")
     return p
 
 
-def report(args, cells: Iterable[tuple[str, Callable]]) -> None:
-    """Measure each (name, function that returns its figures), print it and write all so far."""
+def report(args, names: Iterable[str], figures: Callable[[str], dict]) -> None:
+    """Measure the figures of each name, print them and write all so far."""
     result: dict = {"machine": machine(), "settings": vars(args)}
     print(result)
-    for name, figures in cells:
-        result[name] = figures()
+    for name in names:
+        result[name] = figures(name)
         print(name, *(f"{k}: {v}" for k, v in result[name].items()), sep="\n  ", flush=True)
         finish(result, args.out)
 
 
-def make_model(shape: str) -> GPT2:
-    """A GPT-2 of one of SHAPES with random weights."""
-    layers, heads, width = SHAPES[shape]
+def finish(result: dict, out: str | None) -> None:
+    """Write the JSON, if asked for."""
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def saved_model(quick: bool):
+    """A folder with a GPT-2 of 124M parameters, or of fewer, with random weights."""
+    layers, heads, width = (4, 6, 384) if quick else (12, 12, 768)
     config = GPT2Config(n_layer=layers, n_head=heads, n_embd=width)
-    return GPT2(config).init_weights_(0).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(GPT2(config).init_weights_(0), Path(folder) / "model", ROOT, {})
+        yield Path(folder) / "model"
 
 
 def machine() -> dict:
     """Device, versions and commit of this run."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    found = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_name(),
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    cpu_name = cpu[1] if cpu else platform.processor()
+    names = "torch", "triton", "transformers"
+    return {
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu_name,
         "threads": torch.get_num_threads(),
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    for name in ("torch", "triton", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    } | {d.name: d.version for d in distributions() if d.name in names}
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return found[1] if found else platform.processor()
+def clock() -> float:
+    """Seconds now: CPU seconds of this process on a CPU with one thread, which other processes on the
+    machine disturb little; else wall seconds of finished work."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
 
 
-def wall_seconds(f: Callable) -> float:
-    """Seconds of work that is done when the call returns."""
+def seconds(f: Callable) -> float:
     gc.collect()
-    start = time.perf_counter()
+    start = clock()
     f()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def gpu_seconds(f: Callable) -> float:
@@ -98,40 +108,35 @@ def gpu_seconds(f: Callable) -> float:
 
 
 def interleaved(
-    candidates: dict[str, Callable], runs: int, warm_up: int = 1, clock: Callable = wall_seconds
+    candidates: dict[str, Callable], runs: int, warm_up: int = 1, measure: Callable = seconds
 ) -> dict[str, float]:
     """Median seconds of each candidate, in turn (A B C A B C ..), so that drift of the machine hits
     all alike."""
-    rounds = [{n: clock(f) for n, f in candidates.items()} for _ in range(warm_up + runs)]
+    rounds = [{n: measure(f) for n, f in candidates.items()} for _ in range(warm_up + runs)]
     return {name: statistics.median(r[name] for r in rounds[warm_up:]) for name in candidates}
+
+
+def rates(candidates: dict[str, Callable], tokens: int, runs: int) -> dict[str, dict]:
+    """Tokens per second of each candidate, which all make `tokens` of them; and how many times as
+    quick as each of them `ours` is."""
+    times = interleaved(candidates, runs)
+    return {
+        "tokens_per_s": {name: round(tokens / t, 1) for name, t in times.items()},
+        "ratio": {name: round(t / times["ours"], 2) for name, t in times.items()},
+    }
 
 
 def gpu_medians(candidates: dict[str, Callable], runs: int) -> dict[str, float]:
     return interleaved(candidates, runs, 3, gpu_seconds)
 
 
-def replay_seconds(f: Callable, times: int = 15) -> float:
-    """Median seconds of f on the GPU as a CUDA graph: without the time of launching its kernels."""
+def bare_seconds(f: Callable, runs: int) -> float:
+    """Median seconds of f; on a GPU as a CUDA graph, without the time of launching its kernels."""
+    if DEVICE == "cpu":
+        return interleaved({"f": f}, runs, 0)["f"]
     f()
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         f()
-    return gpu_medians({"graph": graph.replay}, times)["graph"]
-
-
-def eager(logits):
-    """Top-k, then top-p on the renormalised rest, draw, log-prob: as one writes it in PyTorch."""
-    logprobs = F.log_softmax(logits.float(), -1)
-    values, ids = logprobs.topk(TOP_K)
-    share = values.softmax(-1)
-    keep = share.cumsum(-1) - share < TOP_P
-    drawn = torch.multinomial(torch.where(keep, share, 0.0), 1)
-    return ids.gather(1, drawn), values.gather(1, drawn)
-
-
-def finish(result: dict, out: str | None) -> None:
-    """Write the JSON, if asked for."""
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    return gpu_medians({"graph": graph.replay}, runs)["graph"]

@@ -1,8 +1,7 @@
 """Time of one sampling step's kernels on a GPU: ours against what people use, and the hardware.
 
 From logits: sample_score.py against PyTorch's chain (softmax, top-k, cumsum, multinomial, gather) and
-a chain as vLLM's sampler has it, both as they are and compiled, and FlashInfer's sampler where it is
-installed. From hidden states: the fused head and
+a chain as vLLM's sampler has it, both as they are and compiled. From hidden states: the fused head and
 what a caller gets, against the bare product of cuBLAS, and against that product followed by the
 one-pass kernel or the compiled chains. Attention of one layer over shared prompts: against its
 definition, and against PyTorch's attention over keys where each row has a copy of its prompt's.
@@ -14,26 +13,35 @@ against the reference.
     python bench/kernels.py --out bench/results/kernels.json     (needs a GPU)
 """
 
-import importlib.util
 import itertools
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
 import torch
 import torch.nn.functional as F
 
-from bench.common import DEVICE, TOP_K, TOP_P, eager, finish, gpu_medians, machine, parser
+from bench.common import DEVICE, TOP_K, TOP_P, finish, gpu_medians, machine, parser
 from sert_min import kernels
 from sert_min.kernels import attention
 from sert_min.kernels.fast import head_sample_score
 
-SHAPES = [(50257, 768), (128256, 768)]  # vocabulary and width: GPT-2's; a larger vocabulary
-ROWS = [25, 250, 1000]
-PROMPTS = [(8, torch.bfloat16), (40, torch.bfloat16), (256, torch.bfloat16), (40, torch.float32)]
-PATHS, PROMPT_TOKENS, HEADS, WIDTH = 25, 130, 12, 64  # rows of a prompt; GPT-2's heads
+V, C, HEADS = 50257, 768, 12  # GPT-2's vocabulary, width and number of heads
+ROWS = 25, 250, 1000
+PATHS, PROMPT_TOKENS = 25, 130  # rows of a prompt, and its tokens
 GIVEN = {"top_k": TOP_K, "top_p": TOP_P, "seed": 1}
+
+
+def eager(logits):
+    """Top-k, then top-p on the renormalised rest, draw, log-prob: as one writes it in PyTorch."""
+    logprobs = F.log_softmax(logits.float(), -1)
+    values, ids = logprobs.topk(TOP_K)
+    share = values.softmax(-1)
+    keep = share.cumsum(-1) - share < TOP_P
+    drawn = torch.multinomial(torch.where(keep, share, 0.0), 1)
+    return ids.gather(1, drawn), values.gather(1, drawn)
 
 
 def without_sort(logits):
@@ -49,17 +57,8 @@ def without_sort(logits):
     return drawn, F.log_softmax(logits.float(), -1).gather(1, drawn)
 
 
-def flashinfer_chain() -> dict[str, Callable]:
-    """FlashInfer's sampler and a log-prob, where it is installed."""
-    if importlib.util.find_spec("flashinfer") is None:
-        return {}
-    from flashinfer.sampling import top_k_top_p_sampling_from_logits
-
-    def chain(logits):
-        ids = top_k_top_p_sampling_from_logits(logits, TOP_K, TOP_P).long()[:, None]
-        return ids, logits.gather(1, ids) - logits.logsumexp(-1, keepdim=True)
-
-    return {"flashinfer": chain}
+def one_pass(logits):
+    return kernels.sample_and_score(logits, **GIVEN)
 
 
 def compiled_chains() -> dict[str, Callable]:
@@ -92,58 +91,62 @@ def errors(found, logits) -> dict:
     return {"tokens_differ": int((~same).sum()), "logprob_error": error}
 
 
-def from_logits(B: int, V: int, runs: int, bandwidth: float) -> dict:
+def from_logits(B: int, runs: int, bandwidth: float) -> dict:
     nxt = rotate(lambda: torch.randn(B, V, device="cuda") * 4 - 100, B * V * 4)
-    chains = {"ours": lambda x: kernels.sample_and_score(x, **GIVEN), "eager": eager}
-    chains |= {"as vLLM": without_sort, **compiled_chains(), **flashinfer_chain()}
+    chains = {"ours": one_pass, "eager": eager, "as vLLM": without_sort, **compiled_chains()}
     times = gpu_medians({name: lambda f=f: f(nxt()) for name, f in chains.items()}, runs)
     x = nxt()
     return {
         "from": "logits", "B": B, "V": V, **us_and_ratio(times),
         "share_of_bandwidth": round(B * V * 4 / times["ours"] / bandwidth, 3),
-        **errors(chains["ours"](x), x),
+        **errors(one_pass(x), x),
     }  # fmt: skip
 
 
-def from_hidden(B: int, V: int, C: int, runs: int) -> dict:
-    """Hidden state to token and log-prob, with a plain bf16 head, at fp32's precision, and in fp32."""
-    weight, pieces = torch.randn(V, C, device="cuda") * 0.05, kernels.bf16_pieces
-    heads = {
-        "bf16": (weight.bfloat16(), torch.Tensor.bfloat16),
-        "3 bf16 pieces": (pieces(weight, weight=True), lambda x: pieces(x, weight=False)),
-        "fp32": (weight, lambda x: x),
+def head_times(h, w, runs: int) -> dict[str, float]:
+    """Seconds of each way from hidden states h to tokens and log-probs, with the head w."""
+    nxt = rotate(lambda: F.pad(w, (0, 0, 0, -V % 64)), w.nbytes)  # a multiple of 64 is quick
+    product, draw = kernels.fp32_product, kernels.head_sample_and_score
+    blocks = head_sample_score.tiles(len(h), V, w.dtype)
+    candidates = {
+        "bare product": lambda: product(h, nxt()),
+        "bare product, not padded": lambda: product(h, nxt()[:V]),
+        "fused": lambda: draw(h, nxt()[:V], blocks=blocks, **GIVEN),
+        "ours": lambda: draw(h, nxt(), n_vocab=V, **GIVEN),
     }
-    result = {"from": "hidden", "B": B, "V": V, "C": C, "us": {}, "ratio": {}, "ratio_to_chain": {}}
-    x, draw = torch.randn(B, C, device="cuda"), kernels.head_sample_and_score
-    for name, (head, convert) in heads.items():
-        w = rotate(lambda head=head: F.pad(head, (0, 0, 0, -V % 64)), head.nbytes)  # 64: quick
-        h, blocks = convert(x), head_sample_score.tiles(B, V, head.dtype)
-        candidates = {
-            "bare product": lambda h=h, w=w: kernels.fp32_product(h, w()),
-            "bare product, not padded": lambda h=h, w=w: kernels.fp32_product(h, w()[:V]),
-            "fused": lambda h=h, w=w, b=blocks: draw(h, w()[:V], blocks=b, **GIVEN),
-            "ours": lambda h=h, w=w: draw(h, w(), n_vocab=V, **GIVEN),
-        }
-        chains = {"one pass": lambda x: kernels.sample_and_score(x, **GIVEN), **compiled_chains()}
-        product = lambda h=h, w=w: kernels.fp32_product(h, w())[:, :V]  # noqa: E731
-        candidates |= {f"product + {n}": lambda f=f, p=product: f(p()) for n, f in chains.items()}
-        times = gpu_medians(candidates, runs)
-        best = min(t for chain, t in times.items() if chain.endswith("compiled"))
-        result["us"][name] = us_and_ratio(times)["us"]
-        result["ratio"][name] = round(times["ours"] / times["bare product"], 3)
-        result["ratio_to_chain"][name] = round(best / times["ours"], 3)
-    head, convert = heads["3 bf16 pieces"]
+    for name, chain in {"one pass": one_pass, **compiled_chains()}.items():
+        candidates[f"product + {name}"] = lambda f=chain: f(product(h, nxt())[:, :V])
+    return gpu_medians(candidates, runs)
+
+
+def from_hidden(B: int, runs: int) -> dict:
+    """Hidden state to token and log-prob, with a plain bf16 head, at fp32's precision, and in fp32."""
+    x, weight = torch.randn(B, C, device="cuda"), torch.randn(V, C, device="cuda") * 0.05
+    pieces = kernels.bf16_pieces(x, weight=False), kernels.bf16_pieces(weight, weight=True)
+    heads = {
+        "bf16": (x.bfloat16(), weight.bfloat16()),
+        "3 bf16 pieces": pieces,
+        "fp32": (x, weight),
+    }
+    times = {name: head_times(h, w, runs) for name, (h, w) in heads.items()}
+    best = {n: min(t[k] for k in t if k.endswith("compiled")) for n, t in times.items()}
     exact = (x.double() @ weight.double().T).float()
-    return result | errors(draw(convert(x), head, **GIVEN), exact)
+    return {
+        "from": "hidden", "B": B, "V": V, "C": C,
+        "us": {n: us_and_ratio(t)["us"] for n, t in times.items()},
+        "ratio": {n: round(t["ours"] / t["bare product"], 3) for n, t in times.items()},
+        "ratio_to_chain": {n: round(best[n] / t["ours"], 3) for n, t in times.items()},
+        **errors(kernels.head_sample_and_score(*pieces, **GIVEN), exact),
+    }  # fmt: skip
 
 
-def attention_inputs(G: int, t: int, dtype: torch.dtype) -> tuple[tuple, tuple]:
+def attention_inputs(G: int, t: int) -> tuple[tuple, tuple]:
     """Arguments of shared_attention for G prompts of PATHS rows in any order, t own tokens each; and
     q, k, v for PyTorch's attention, where each row has all its keys."""
-    n, chunks, size = G * PATHS, -(-t // attention.CHUNK), {"device": "cuda", "dtype": dtype}
-    q = torch.randn(n, HEADS, WIDTH, **size) * WIDTH**-0.5
-    shared = torch.randn(2, G, HEADS, PROMPT_TOKENS, WIDTH, **size)
-    own = torch.randn(2, chunks, n, HEADS, attention.CHUNK, WIDTH, **size)
+    n, D, size = G * PATHS, C // HEADS, {"device": "cuda", "dtype": torch.bfloat16}
+    q = torch.randn(n, HEADS, D, **size) * D**-0.5
+    shared = torch.randn(2, G, HEADS, PROMPT_TOKENS, D, **size)
+    own = torch.randn(2, -(-t // attention.CHUNK), n, HEADS, attention.CHUNK, D, **size)
     place = torch.randperm(n, device="cuda")
     lengths, ends = (torch.full((m,), x, device="cuda") for m, x in ((G, PROMPT_TOKENS), (n, t)))
     flat = own.permute(0, 2, 3, 1, 4, 5).flatten(3, 4)[..., :t, :]  # [2, n, H, t, D]
@@ -151,11 +154,11 @@ def attention_inputs(G: int, t: int, dtype: torch.dtype) -> tuple[tuple, tuple]:
     return (q, attention.Keys(*shared, lengths, *own), ends, place, PATHS), (q[:, :, None], k, v)
 
 
-def from_prompts(G: int, t: int, dtype: torch.dtype, runs: int, bandwidth: float) -> dict:
-    """Attention of one layer; the floor is every key and value, q and out once."""
-    n, C = G * PATHS, HEADS * WIDTH
-    floor = (2 * (G * PROMPT_TOKENS + n * t) + 2 * n) * C * dtype.itemsize
-    nxt = rotate(lambda: attention_inputs(G, t, dtype), 4 * floor)
+def from_prompts(G: int, t: int, runs: int, bandwidth: float) -> dict:
+    """Attention of one layer in bf16; the floor is every key and value, q and out once."""
+    n = G * PATHS
+    floor = (2 * (G * PROMPT_TOKENS + n * t) + 2 * n) * C * 2
+    nxt = rotate(lambda: attention_inputs(G, t), 4 * floor)
     candidates = {
         "ours": lambda: kernels.shared_attention(*nxt()[0]),
         "definition": lambda: attention.shared_attention(*nxt()[0]),
@@ -165,8 +168,7 @@ def from_prompts(G: int, t: int, dtype: torch.dtype, runs: int, bandwidth: float
     given, (q, k, v) = nxt()
     exact = ((q.float() @ k.float().mT).softmax(-1) @ v.float())[:, :, 0]
     return {
-        "from": "prompts", "B": n, "G": G, "t": t, "dtype": str(dtype).removeprefix("torch."),
-        **us_and_ratio(times),
+        "from": "prompts", "B": n, "G": G, "t": t, "dtype": "bfloat16", **us_and_ratio(times),
         "share_of_bandwidth": round(floor / times["ours"] / bandwidth, 3),
         "error": float((kernels.shared_attention(*given).float() - exact).abs().max()),
     }  # fmt: skip
@@ -180,21 +182,16 @@ def main(argv=None) -> None:
     a, b = torch.empty(2, 2**28, device="cuda")
     bandwidth = 2 * a.nbytes / gpu_medians({"copy": lambda: b.copy_(a)}, 20)["copy"]
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s (reads and writes)")
-    rows: list[dict] = []
-    result = {"machine": machine(), "copy_bandwidth": bandwidth, "rows": rows}
-
-    def note(row: dict) -> None:
-        rows.append(row)
-        print(row, flush=True)
+    result = {"machine": machine(), "copy_bandwidth": bandwidth, "rows": []}
+    cells = []
+    for B in ROWS:
+        cells += [partial(from_hidden, B, runs), partial(from_logits, B, runs, bandwidth)]
+    for G, t in itertools.product((8, 40), (16, 64, 128)):
+        cells.append(partial(from_prompts, G, t, runs, bandwidth))
+    for cell in cells:
+        result["rows"].append(cell())
+        print(result["rows"][-1], flush=True)
         finish(result, args.out)
-
-    for V, C in SHAPES[: 1 if args.quick else 2]:
-        for B in ROWS:
-            note(from_hidden(B, V, C, runs))
-            note(from_logits(B, V, runs, bandwidth))
-    for G, dtype in PROMPTS[: 2 if args.quick else None]:
-        for t in (16, 64, 128):
-            note(from_prompts(G, t, dtype, runs, bandwidth))
 
 
 if __name__ == "__main__":

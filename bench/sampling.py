@@ -5,15 +5,15 @@ GPT-2 shape, the same weights, prompts and dtype for all, and every candidate gi
 their log-probs:
     ours            sert_min/generate.py, plain samples (--raw)
     transformers    generate(num_return_sequences=25), with its growing and its static cache
-Candidates run in turn, five times (--runs); figures are medians. The limit is the time of the matrix
-products alone at this number of rows: the body's in the dtype, the head's as ours runs it.
+Candidates run in turn, five times; figures are medians. The limit is the time of the matrix products
+alone at this number of rows: the body's in the dtype, the head's as ours runs it.
 
-    python bench/sampling.py --out bench/results/sampling-cpu.json     # 124M on a CPU: 40 minutes
+    python bench/sampling.py --out bench/results/sampling-cpu.json     # 124M on a CPU: 45 minutes
     python bench/sampling.py --quick                                   # 2 minutes, a smaller model
 """
 
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import common
+from bench.common import DEVICE, DTYPES
 from sert_min.generate import SampleSettings, sample_block
 from sert_min.gpt2 import GPT2, product
 from sert_min.kernels import bf16_pieces, fp32_product
 from sert_min.kernels.fast import cpu
 from sert_min.kernels.reference import BLOCK
-from sert_min.models import save_model
+from sert_min.models import load_model
 
 NEVER = SimpleNamespace(n_vocab=50257, eot=-1, ends={})  # instead of a tokenizer: no row ends early
 
@@ -47,15 +48,14 @@ def ours(model: GPT2, prompts: list[list[int]], new: int):
     return run
 
 
-def transformers_generate(folder: str, model: GPT2, prompts: list[list[int]], new: int, **cache):
+def transformers_generate(folder: Path, dtype: str, prompts: list[list[int]], new: int, **cache):
     """`generate` on the same weights, and log-probs from the logits that it returns: one log-softmax
     a step, as compute_transition_scores would do at once on a stack of all of them."""
     from transformers import AutoModelForCausalLM
 
-    dtype, device = model.h[0].mlp.c_fc.weight.dtype, model.wte.weight.device
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval().to(DEVICE)
     theirs.generation_config.eos_token_id = None
-    ids = torch.tensor(prompts, device=device)
+    ids = torch.tensor(prompts, device=DEVICE)
     settings = dict(do_sample=True, top_k=common.TOP_K, top_p=common.TOP_P, num_return_sequences=25)
     settings |= dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, **cache)
     settings |= dict(return_dict_in_generate=True, output_logits=True)
@@ -78,15 +78,13 @@ def transformers_generate(folder: str, model: GPT2, prompts: list[list[int]], ne
 def product_seconds(model: GPT2, rows: int) -> dict[str, float]:
     """Median seconds of one decoding step's matrix products: the body's, and the head's as the
     sampler runs it. The weights rotate through all layers, as in the model."""
-    weight = model.head_weight
-    bf16 = model.h[0].mlp.c_fc.weight.dtype is torch.bfloat16
-    x = torch.randn(rows, model.config.n_embd, device=weight.device)
-    rough = weight.bfloat16()
+    weight, bf16 = model.head_weight, model.h[0].mlp.c_fc.weight.dtype is torch.bfloat16
+    x, rough = torch.randn(rows, model.config.n_embd, device=DEVICE), weight.bfloat16()
     pieces, h = bf16_pieces(weight, weight=True), bf16_pieces(x, weight=False)
     pieces = F.pad(pieces, (0, 0, 0, -len(weight) % 64))  # rows, as make_draw does
 
     def head() -> None:
-        if weight.is_cuda:
+        if DEVICE == "cuda":
             fp32_product(h, pieces) if bf16 else fp32_product(x, weight)
             return
         for w, r in zip(weight.split(BLOCK), rough.split(BLOCK)):
@@ -98,56 +96,36 @@ def product_seconds(model: GPT2, rows: int) -> dict[str, float]:
             product(x, b.attn.c_proj)
             product(product(x, b.mlp.c_fc), b.mlp.c_proj)
 
-    both = {"body": body, "head": head}
-    if weight.is_cuda:
-        return {name: common.replay_seconds(f) for name, f in both.items()}
-    return common.interleaved(both, 15)
+    return {"body": common.bare_seconds(body, 15), "head": common.bare_seconds(head, 15)}
 
 
-def measure(args, name: str, folder: str, model: GPT2) -> dict:
+def measure(args, folder: Path, dtype: str) -> dict:
     """All figures of one dtype."""
-    g = torch.Generator().manual_seed(1)
+    g, rows, new = torch.Generator().manual_seed(1), 25 * args.questions, args.new_tokens
     prompts = torch.randint(0, 49152, (args.questions, args.prompt_tokens), generator=g).tolist()
-    model.cast_(common.DTYPES[name])
-    rows, candidates = 25 * args.questions, {"ours": ours(model, prompts, args.new_tokens)}
-    if not args.ours_only:
-        given = (folder, model, prompts, args.new_tokens)
-        static = transformers_generate(*given, cache_implementation="static")
-        peers = {"transformers": transformers_generate(*given), "transformers, static": static}
-        warm = common.interleaved(peers, 1, warm_up=0)  # only the best one goes on
-        print(f"  warm-up: {warm}", flush=True)
-        best = min(warm, key=warm.get)
-        candidates[best] = peers[best]
-    times = common.interleaved(candidates, args.runs)
-    rate = {c: rows * args.new_tokens / t for c, t in times.items()}
+    model = load_model(folder, DEVICE, DTYPES[dtype])
+    theirs = partial(transformers_generate, folder, dtype, prompts, new)
+    candidates = {"ours": ours(model, prompts, new), "transformers": theirs()}
+    candidates["transformers, static"] = theirs(cache_implementation="static")
+    found = common.rates(candidates, rows * new, args.runs)
     products = product_seconds(model, rows)
     limit = rows / sum(products.values())
-    return {
-        "tokens_per_s": {c: round(r, 1) for c, r in rate.items()},
-        "ratio": {c: round(rate["ours"] / r, 2) for c, r in rate.items()},
+    return found | {
         "product_ms_a_step": {k: round(t * 1e3, 2) for k, t in products.items()},
         "limit_tokens_per_s": round(limit, 1),
-        "share_of_limit": round(rate["ours"] / limit, 3),
+        "share_of_limit": round(found["tokens_per_s"]["ours"] / limit, 3),
     }
 
 
 def main(argv=None) -> None:
     p = common.parser(__doc__)
-    p.add_argument("--questions", type=int, help="default: 8 on a CPU, 40 on a GPU")
-    p.add_argument("--prompt-tokens", type=int, default=64)
-    p.add_argument("--new-tokens", type=int, default=64)
-    p.add_argument("--runs", type=int, default=5)
-    p.add_argument("--ours-only", action="store_true", help="no peers")
+    p.add_argument("--questions", type=int, default=40 if DEVICE == "cuda" else 8)
+    p.set_defaults(prompt_tokens=64, new_tokens=64, runs=5)
     args = p.parse_args(argv)
-    args.questions = args.questions or (40 if common.DEVICE == "cuda" else 8)
     if args.quick:
-        args.shape, args.questions, args.new_tokens, args.runs = "quick", 4, 24, 3
-    model = common.make_model(args.shape).to(common.DEVICE)
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(model, Path(folder) / "model", common.ROOT, {})
-        cells = [(d, lambda d=d: measure(args, d, f"{folder}/model", model))
-                 for d in args.dtypes.split(",")]  # fmt: skip
-        common.report(args, cells)
+        args.questions, args.new_tokens, args.runs = 4, 24, 3
+    with common.saved_model(args.quick) as folder:
+        common.report(args, args.dtypes.split(","), partial(measure, args, folder))
 
 
 if __name__ == "__main__":

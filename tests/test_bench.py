@@ -35,7 +35,7 @@ def test_both_sides_take_the_same_steps(tmp_path):
     model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=16)).init_weights_(0)
     save_model(model, tmp_path / "model", tmp_path, {})
     sides = (training.ours, training.transformers_step)
-    steps = [make(str(tmp_path / "model"), False) for make in sides]
+    steps = [make(tmp_path / "model", False) for make in sides]
     for batch in training.make_batches(4, 3, paths=True):
         assert abs(float(steps[0](batch)) - float(steps[1](batch))) < 1e-4
 
@@ -43,7 +43,7 @@ def test_both_sides_take_the_same_steps(tmp_path):
 def test_chains_draw_what_they_should():
     """Guards peers that draw from another distribution, or are spared the log-prob."""
     pytest.importorskip("triton", reason="triton is not installed on this platform")
-    from bench.kernels import without_sort
+    from bench.kernels import eager, without_sort
 
     torch.manual_seed(0)
     row = torch.randn(300) * 2
@@ -51,7 +51,7 @@ def test_chains_draw_what_they_should():
     share = best.softmax(0)
     kept = share.cumsum(0) - share < common.TOP_P
     wanted = torch.zeros(300).index_put((ids[kept],), best[kept].softmax(0))
-    for chain in (common.eager, without_sort):
+    for chain in (eager, without_sort):
         tokens, logprobs = chain(row.expand(4000, 300))
         assert torch.allclose(logprobs, row.log_softmax(0)[tokens], atol=1e-5)
         counts = tokens.flatten().bincount(minlength=300) / 4000
