@@ -31,16 +31,6 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 V, C = 50257, 768  # vocabulary and width of GPT-2
 
 
-def pretended_driver(sm: int) -> SimpleNamespace:
-    """The driver of a GPU that is not there; each target is a device of its own."""
-    target = GPUTarget("cuda", sm, 32)
-    return SimpleNamespace(
-        get_current_device=lambda: sm,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: target,
-    )
-
-
 def launch_all() -> None:
     """Call the launchers with whatever makes them choose another variant."""
     for dtype, top_k in itertools.product(DTYPES, (10, 32, 64)):
@@ -69,8 +59,7 @@ def resources(built) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(built.asm["cubin"])
         f.flush()
-        command = [tool, "--dump-resource-usage", f.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        said = subprocess.check_output([tool, "--dump-resource-usage", f.name], text=True)
     used = {name: int(n) for name, n in re.findall(r"(STACK|LOCAL|REG):(\d+)", said)}
     spilled, shared = used["STACK"] + used["LOCAL"], built.metadata.shared
     return {"registers": used["REG"], "spill_bytes": spilled, "shared_bytes": shared}
@@ -93,7 +82,13 @@ def main() -> None:
 
     JITFunction.run = compile_only
     for sm in args.targets:
-        driver.set_active(pretended_driver(sm))
+        target = GPUTarget("cuda", sm, 32)
+        pretended = SimpleNamespace(
+            get_current_device=lambda sm=sm: sm,  # each target is a device of its own
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda target=target: target,
+        )
+        driver.set_active(pretended)
         launch_all()
 
 
