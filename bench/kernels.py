@@ -76,10 +76,8 @@ def rotate(make: Callable, n_bytes: int) -> Callable:
     return itertools.cycle([make() for _ in range(n)]).__next__
 
 
-def us_and_ratio(times: dict[str, float]) -> dict:
-    ours, items = times["ours"], times.items()
-    return {"us": {n: round(t * 1e6, 2) for n, t in items},
-            "ratio": {n: round(t / ours, 2) for n, t in items}}  # fmt: skip
+def microseconds(times: dict[str, float]) -> dict[str, float]:
+    return {name: round(t * 1e6, 2) for name, t in times.items()}
 
 
 def errors(found, logits) -> dict:
@@ -97,7 +95,7 @@ def from_logits(B: int, runs: int, bandwidth: float) -> dict:
     times = gpu_medians({name: lambda f=f: f(nxt()) for name, f in chains.items()}, runs)
     x = nxt()
     return {
-        "from": "logits", "B": B, "V": V, **us_and_ratio(times),
+        "from": "logits", "B": B, "V": V, "us": microseconds(times),
         "share_of_bandwidth": round(B * V * 4 / times["ours"] / bandwidth, 3),
         **errors(one_pass(x), x),
     }  # fmt: skip
@@ -128,16 +126,10 @@ def from_hidden(B: int, runs: int) -> dict:
         "3 bf16 pieces": pieces,
         "fp32": (x, weight),
     }
-    times = {name: head_times(h, w, runs) for name, (h, w) in heads.items()}
-    best = {n: min(t[k] for k in t if k.endswith("compiled")) for n, t in times.items()}
+    times = {name: microseconds(head_times(h, w, runs)) for name, (h, w) in heads.items()}
     exact = (x.double() @ weight.double().T).float()
-    return {
-        "from": "hidden", "B": B, "V": V, "C": C,
-        "us": {n: us_and_ratio(t)["us"] for n, t in times.items()},
-        "ratio": {n: round(t["ours"] / t["bare product"], 3) for n, t in times.items()},
-        "ratio_to_chain": {n: round(best[n] / t["ours"], 3) for n, t in times.items()},
-        **errors(kernels.head_sample_and_score(*pieces, **GIVEN), exact),
-    }  # fmt: skip
+    found = errors(kernels.head_sample_and_score(*pieces, **GIVEN), exact)
+    return {"from": "hidden", "B": B, "V": V, "C": C, "us": times, **found}
 
 
 def attention_inputs(G: int, t: int) -> tuple[tuple, tuple]:
@@ -168,7 +160,7 @@ def from_prompts(G: int, t: int, runs: int, bandwidth: float) -> dict:
     given, (q, k, v) = nxt()
     exact = ((q.float() @ k.float().mT).softmax(-1) @ v.float())[:, :, 0]
     return {
-        "from": "prompts", "B": n, "G": G, "t": t, "dtype": "bfloat16", **us_and_ratio(times),
+        "from": "prompts", "B": n, "G": G, "t": t, "dtype": "bfloat16", "us": microseconds(times),
         "share_of_bandwidth": round(floor / times["ours"] / bandwidth, 3),
         "error": float((kernels.shared_attention(*given).float() - exact).abs().max()),
     }  # fmt: skip
