@@ -139,10 +139,10 @@ def evaluate(cell: Cell, job: Job) -> dict:
         model = load_model(folder, device, dtype), load_tokenizer(folder)
 
         # 1. Greedy outputs.
-        kept: dict = {}  # a GPU's graphs, from block to block
+        memory: dict = {}  # from block to block
 
         def decode(block: list[Question], progress) -> list[dict]:
-            outputs = greedy(*model, block, cell.suffix, cap, len(block), progress, kept)
+            outputs = greedy(*model, block, cell.suffix, cap, len(block), progress, memory)
             return [{"text": text, "finish": finish} for text, finish in outputs]
 
         if blocks.missing():

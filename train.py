@@ -72,7 +72,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     p = script.parser(__doc__)
     p.add_argument("--method", choices=("sert", "finetune", "star"), default="sert")
     p.add_argument("--paths", help="selected.jsonl (default: where sample.py put it for this task)")
-    g = p.add_argument_group("rules: given one, or star, train.py selects anew from paths.jsonl")
+    g = p.add_argument_group(
+        "rules: given one, or star, train.py selects anew from "
+        "paths.jsonl; the others stay as sample.py had them"
+    )
     filters.add_flags(g)
     add_training_flags(p)
     return script.parse(p, argv)
@@ -126,7 +129,8 @@ def self_training_pairs(
     args, student: Student, questions: list[Question]
 ) -> tuple[list[Pair], dict]:
     """(the pairs of the selected paths, where they come from). Without a flag of a rule sample.py has
-    selected them; with one, and for STaR, they are selected here, and selected.jsonl stays."""
+    selected them; with one, and for STaR, they are selected here, by sample.py's other rules, and
+    selected.jsonl stays."""
     star = args.method == "star"
     right = not star or args.answer in (None, "right")
     need(right, "--method star is --answer right; leave --answer out")
@@ -143,6 +147,7 @@ def self_training_pairs(
     )
     if not anew:
         return sert_pairs(paths, questions), {"source": str(paths)}
+    preset |= files.stored_settings(paths.with_name("funnel.json")).get("rules", {})
     preset |= {"answer": "right"} if star else {}
     rules, tokenizer = filters.limits(preset, vars(args)), load_tokenizer(student.folder)
     select = partial(filters.path_records, tokenizer=tokenizer, limits=rules)

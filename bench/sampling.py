@@ -39,10 +39,10 @@ NEVER = SimpleNamespace(n_vocab=50257, eot=-1, ends={})  # instead of a tokenize
 
 def ours(model: GPT2, prompts: list[list[int]], new: int):
     s = SampleSettings(raw=True, max_new_tokens=new, rows=25 * len(prompts))
-    names, kept = [f"question {i}" for i in range(len(prompts))], {}
+    names, memory = [f"question {i}" for i in range(len(prompts))], {}
 
     def run() -> tuple[Tensor, Tensor]:
-        rows = sample_block(model, NEVER, prompts, names, s, kept=kept)
+        rows = sample_block(model, NEVER, prompts, names, s, memory=memory)
         return torch.tensor([r.token_ids for r in rows]), torch.tensor([r.logprobs for r in rows])
 
     return run

@@ -59,12 +59,14 @@ def sample_paths(
     limits by flag name ({"min_perplexity": 3}); the paper's stand for those that are left out."""
     known = [rule.flag for rule in filters.RULES]
     need(set(rules or ()) <= set(known), f"rules are limits by name: {', '.join(known)}")
-    limits, kept, records = filters.limits(rules or {}), {}, []
+    limits, memory, records = filters.limits(rules or {}), {}, []
     s = (settings or SampleSettings()).check()
     early = [kind for kind in limits["patterns"] if kind in EARLY_KINDS]
     for i in range(0, len(questions), BLOCK):
         block = questions[i : i + BLOCK]
-        sampled = generate.sample_paths(model, tokenizer, block, s, early_reject=early, kept=kept)
+        sampled = generate.sample_paths(
+            model, tokenizer, block, s, early_reject=early, memory=memory
+        )
         records += filters.path_records(sampled, block, tokenizer, limits)
     return records
 

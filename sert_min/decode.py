@@ -216,7 +216,7 @@ class Decoder:
         return drawn
 
 
-# --- how tokens are drawn, and what is kept from block to block ------------------------------------
+# --- how tokens are drawn, and what goes from block to block --------------------------------------
 
 
 def make_draw(model: GPT2, prompts: Prompts, s, n_vocab: int, n_rows: int) -> Callable:
@@ -240,7 +240,7 @@ def make_draw(model: GPT2, prompts: Prompts, s, n_vocab: int, n_rows: int) -> Ca
     return draw
 
 
-def find_decoder(kept: dict, model: GPT2, prompts: Prompts, s, tokenizer) -> Decoder:
+def find_decoder(memory: dict, model: GPT2, prompts: Prompts, s, tokenizer) -> Decoder:
     """A decoder for a block. On a GPU it is the last block's, with its graphs, if that fits; on a CPU
     a new one with the last one's memory for own keys and values, because new memory is slow."""
     L, Q, K, P, D = prompts.keys.shape
@@ -248,11 +248,11 @@ def find_decoder(kept: dict, model: GPT2, prompts: Prompts, s, tokenizer) -> Dec
     key = (prompts.keys.dtype, L, K, D, n_slots, s.max_new_tokens)
     if gpu:  # a decoder holds its model, so that nothing else gets its id
         key += (id(model), s, Q, P)
-    if key not in kept:
-        kept.clear()  # its memory first
+    if key not in memory:
+        memory.clear()  # before the new one is allocated
         own = own_memory(prompts, n_slots, s.max_new_tokens)
-        kept[key] = Decoder(model, prompts, own, s, tokenizer) if gpu else own
-    return kept[key] if gpu else Decoder(model, prompts, kept[key], s, tokenizer)
+        memory[key] = Decoder(model, prompts, own, s, tokenizer) if gpu else own
+    return memory[key] if gpu else Decoder(model, prompts, memory[key], s, tokenizer)
 
 
 def fitting_rows(device: torch.device, model: GPT2, new: int, block: int, paths: int) -> tuple:

@@ -8,10 +8,12 @@
     5 answer       off, as in the paper; can drop paths that contradict the gold answer
     6 select       keeps, per question, the passed path with the lowest rep-2
 
-Each rule sees what the one before it left. Flags, funnel, page and figures are made from RULES, so a
-new rule is a new entry, at the place where it shall act, and its test; docs/example.py then writes
-its page anew. A rule that looks at a text alone also joins FORM. The pattern rule looks at the whole sampled text (patterns.py),
-the others at the path, which loses its last half sentence if the cap cut it.
+Each rule sees what the one before it left. The pattern rule looks at the whole sampled text
+(patterns.py), the others at the path, which loses its last half sentence if the cap cut it.
+
+Flags, funnel, page and figures are made from RULES, so a new rule is a new entry, at the place where
+it shall act, and its test; docs/example.py then writes its page anew. A rule that looks at a text
+alone also joins FORM.
 """
 
 import math
@@ -116,7 +118,8 @@ RULES = (
     ),
     Rule(
         "answer", "answer", "any", parse_answer,
-        lambda path: answers_stated(path.text, path.question), lambda stated, limit: stated in DROPPED[limit], "{} answer",
+        lambda path: answers_stated(path.text, path.question),
+        lambda stated, limit: stated in DROPPED[limit], "{} answer",
         "any: off (paper); consistent: drop paths that state a wrong answer; right: also those that "
         "state none, as STaR does",
     ),

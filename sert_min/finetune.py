@@ -31,7 +31,7 @@ from sert_min.io.progress import Bar
 from sert_min.io.state import keep_metrics_before, load_state, save_state
 from sert_min.kernels.fast.graph import replay
 from sert_min.kernels.fast.head_loss import HeadLoss
-from sert_min.models import first_broken
+from sert_min.models import first_not_finite
 
 IGNORE = -100  # target of a position that has no loss
 CLIP = 1.0  # largest gradient norm (paper silent)
@@ -186,7 +186,7 @@ def train_step(
     total, length = torch.stack([total, norm]).tolist()
     if not (math.isfinite(total) and math.isfinite(length)):
         optimizer.zero_grad(on_cpu)
-        places = (first_broken(model, ids) for ids, _ in examples)
+        places = (first_not_finite(model, ids) for ids, _ in examples)
         where = next((p for p in places if p.startswith("first")), "finite in fp32 when run again")
         raise SertError(
             f"step {step}: loss {total:.4g}, gradient norm {length:.4g} ({where}); the weights are "

@@ -24,7 +24,7 @@ from sert_min.decode import Decoder, Prompts, find_decoder, on_gpu, prefill, rou
 from sert_min.gpt2 import GPT2
 from sert_min.io.errors import SertError, need
 from sert_min.kernels.reference import best_first
-from sert_min.models import first_broken
+from sert_min.models import first_not_finite
 from sert_min.patterns import pattern_break
 from sert_min.prompts import question_prompt
 from sert_min.questions import Question
@@ -93,11 +93,11 @@ def sample_paths(
     suffix: str = "",
     early_reject: Sequence[str] = (),
     progress: Progress = silent,
-    kept: dict | None = None,
+    memory: dict | None = None,
 ) -> list[dict]:
     """The paths of a block of questions as records, without any verdict (filters.py adds it): in
     the order (question, branch, sample). `suffix` stands behind the prompts; a row stops as soon as
-    it breaks one of the pattern rules `early_reject`; `progress` and `kept` as in `sample_block`."""
+    it breaks one of the pattern rules `early_reject`; `progress` and `memory` as in `sample_block`."""
     prompts = [tokenizer.encode_prompt(question_prompt(q, suffix)) for q in questions]
     names = [f"{q.task}/{q.id}" for q in questions]
 
@@ -108,7 +108,7 @@ def sample_paths(
     told = ("branch", "sample", "token_ids", "logprobs", "path_start", "finish")
     records = []
     for row in sample_block(
-        model, tokenizer, prompts, names, s, reject if early_reject else None, progress, kept
+        model, tokenizer, prompts, names, s, reject if early_reject else None, progress, memory
     ):
         q = questions[row.question]
         records.append({"id": q.id, "question": q.text} | {k: getattr(row, k) for k in told})
@@ -124,7 +124,7 @@ def sample_block(
     s: SampleSettings,
     reject: Callable[[int, list[int]], bool] | None = None,
     progress: Progress = silent,
-    kept: dict | None = None,
+    memory: dict | None = None,
     look: int | None = None,
     ahead: int | None = None,
 ) -> list[Row]:
@@ -133,14 +133,14 @@ def sample_block(
     `names` are "task/id", the root of each row's random stream. `reject(question, ids)` may end a
     row early (finish "rejected"); `ids` are the row's tokens from `path_start` on, and what it
     rejects it must reject in every longer row, too. `progress` hears of new tokens and ended rows. With
-    s = GREEDY there is one greedy continuation per prompt. `kept` is a dict that holds memory (on a
-    GPU also buffers and CUDA graphs) from one block of a run to the next.
+    s = GREEDY there is one greedy continuation per prompt. `memory` is a dict that a run hands from
+    block to block: the decoder keeps its buffers in it and, on a GPU, its CUDA graphs.
 
     The host looks at the tokens every `look` steps and lets the device run `ahead` looks in the
     meantime: 1 and 0 on a CPU, 8 and 1 on a GPU, so that the GPU is never idle. Tokens that a row
     drew behind its end are dropped."""
     check_lengths(prompts, names, model, s.max_new_tokens)
-    kept = {} if kept is None else kept
+    memory = {} if memory is None else memory
 
     # 1. Prefill.
     shared = prefill(model, prompts)
@@ -148,8 +148,8 @@ def sample_block(
     logits = model.logits(shared.hidden)[:, :n_vocab]  # [Q, V]
 
     def refuse_nan(question: int, ids: list[int]) -> None:
-        kept.clear()  # a NaN in this memory would spoil the next block
-        where = first_broken(model, prompts[question] + ids)
+        memory.clear()  # a NaN in these buffers would spoil the next block
+        where = first_not_finite(model, prompts[question] + ids)
         raise SertError(
             f"{names[question]}: the model's logits are NaN or infinite ({where}); check its "
             "weights, or use --dtype fp32"
@@ -177,7 +177,7 @@ def sample_block(
 
     # 2. Branch.
     rows = first_rows(logits, names, s, tokenizer.eot, tokenizer.ends)
-    live = find_decoder(kept, model, shared, s, tokenizer)
+    live = find_decoder(memory, model, shared, s, tokenizer)
     if s.raw:
         for drawn in draw_first_tokens(live, shared, rows):
             extend(*drawn)

@@ -32,12 +32,12 @@ def greedy(
     max_new_tokens: int = 512,
     rows: int = 64,
     progress: Progress = silent,
-    kept: dict | None = None,
+    memory: dict | None = None,
 ) -> list[tuple[str, str]]:
     """(text, finish) of each question's greedy output. Blocks of `rows` questions are decoded
-    together; `max_new_tokens` shrinks to what a block's longest prompt leaves of the context. `kept`
-    is that of sample_block: with one dict for many calls, a GPU's graphs are captured once."""
-    outputs, kept = [], {} if kept is None else kept
+    together; `max_new_tokens` shrinks to what a block's longest prompt leaves of the context.
+    `memory` as in sample_block: with one dict for many calls, a GPU's graphs are captured once."""
+    outputs, memory = [], {} if memory is None else memory
     for i in range(0, len(questions), rows):
         block = questions[i : i + rows]
         prompts = [tokenizer.encode_prompt(question_prompt(q, suffix)) for q in block]
@@ -46,7 +46,7 @@ def greedy(
         told = f"{names[prompts.index(longest)]} has {len(longest)} tokens and fills the model's context"
         need(room > 0, f"{told} of {model.config.n_positions}; leave it out")
         s = replace(GREEDY, max_new_tokens=min(max_new_tokens, room), rows=len(block))
-        drawn = sample_block(model, tokenizer, prompts, names, s, None, progress, kept)
+        drawn = sample_block(model, tokenizer, prompts, names, s, None, progress, memory)
         outputs += [(tokenizer.decode(row.token_ids), row.finish) for row in drawn]
     return outputs
 

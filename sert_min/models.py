@@ -205,7 +205,7 @@ def save_model(model: GPT2 | Llama, folder: Path, tokenizer_from: Path, sert: di
 
 
 @torch.inference_mode()
-def first_broken(model: GPT2 | Llama, ids: list[int]) -> str:
+def first_not_finite(model: GPT2 | Llama, ids: list[int]) -> str:
     """Where the numbers first stop being finite when the model runs once more on a text. This is for
     the error message of a caller that has seen a NaN."""
     names, broken = {module: name for name, module in model.named_modules()}, []

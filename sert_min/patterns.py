@@ -43,7 +43,7 @@ def parse_patterns(kinds, flag: str = "--patterns") -> tuple[str, ...]:
 
 _IMITATIVE = re.compile(r"Question:|Answer:")
 LABEL_WORDS = 8
-LIST_REACH = 200  # characters between the starts of two neighbours of a list of texts
+LIST_REACH = 200  # characters between two labels, or the starts of two texts, of one list
 PROSE = re.compile(
     r"\b(?:is|are|was|were|be|isn['’]t|aren['’]t|would|could|should|can|cannot|can['’]t|will|won['’]t"
     r"|may|might|must|has|have|had|does|do|did|doesn['’]t|don['’]t|seems?|makes?|because|since|if|than"
@@ -149,7 +149,7 @@ def _label_list_end(text: str, question: Question) -> int | None:
     labels = list(p.label.finditer(text))
     for a, b in zip(labels, labels[1:]):
         between = text[a.end() : b.start()]
-        if a[1].upper() == b[1].upper() or len(between) > 200:
+        if a[1].upper() == b[1].upper() or len(between) > LIST_REACH:
             continue
         rest, n_texts = p.option.subn("", between)
         rest = rest.strip(" .") if n_texts else rest

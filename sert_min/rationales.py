@@ -16,8 +16,6 @@ from sert_min.io.errors import printable
 from sert_min.patterns import pattern_break
 from sert_min.questions import Question
 
-ANSWER_TRIGGER = " So the answer is "
-
 
 class Output(NamedTuple):
     """What a teacher said about one question."""
@@ -32,7 +30,7 @@ def teacher_answer(output: Output, q: Question) -> str | None:
     """The teacher's own answer in canonical form: what its last answer statement says, or None."""
     text = without_thinking(output.rationale)
     if output.completion is not None:
-        text += ANSWER_TRIGGER + without_thinking(output.completion)
+        text += f" So the answer is {without_thinking(output.completion)}"
     return stated_answer(text, q)
 
 

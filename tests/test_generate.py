@@ -276,7 +276,7 @@ def test_a_gpus_steps_could_be_graphs(monkeypatch):
 
         return replay
 
-    model, kept, found = loud_model(), {}, []
+    model, memory, found = loud_model(), {}, []
     s, blocks = replace(PAPER, rows=130, max_new_tokens=40), blocks_of(2, 6)
     plain = [sample_block(model, Words(), *block, s, no_sums(53)) for block in blocks]
     draw = decode.make_draw
@@ -289,9 +289,9 @@ def test_a_gpus_steps_could_be_graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", mock.MagicMock)
     monkeypatch.setattr(decode.check, "problem", lambda device: "")
     for block, wanted in zip(blocks, plain):
-        rows = sample_right(model, block, s, reject=no_sums(53), kept=kept)
+        rows = sample_right(model, block, s, reject=no_sums(53), memory=memory)
         assert count_flips(wanted, rows) <= 1  # measured 0
-        (decoder,) = kept.values()
+        (decoder,) = memory.values()
         buffers = (*vars(decoder).values(), *vars(decoder.prompts).values())
         found.append([x.data_ptr() for x in buffers if isinstance(x, torch.Tensor)])
     assert found[0] == found[1]
@@ -310,12 +310,12 @@ def test_caps(new, raw):
 def test_same_block_same_bytes():
     """Guards against anything that outlives a block: the same block before and after another."""
     s = replace(PAPER, rows=100)  # more than the short block has
-    model, block, kept = loud_model(), make_prompts(7), {}
+    model, block, memory = loud_model(), make_prompts(7), {}
     first = sample_block(model, Words(), *block, s)
     for others, seed in ((3, 9), (9, 2)):  # a shorter and a longer block before
-        sample_block(model, Words(), *make_prompts(others, seed=seed), s, kept=kept)
+        sample_block(model, Words(), *make_prompts(others, seed=seed), s, memory=memory)
         assert first == sample_block(model, Words(), *block, s)
-        assert first == sample_block(model, Words(), *block, s, kept=kept)
+        assert first == sample_block(model, Words(), *block, s, memory=memory)
     assert count_flips(first, sample_block(model, Words(), *block, replace(s, seed=1))) > 150
 
 
@@ -347,12 +347,12 @@ def test_prompts_that_do_not_fit(bad, message):
 def test_nan_names_the_question(raw, table, row, question):
     """Guards tokens drawn from NaN: for all prompts, beside padding, or late in a row."""
     prompts, names = [[1] * 10, [2] * 30, [3] * 20], ["test/0", "test/1", "test/2"]
-    model, kept = loud_model(tie_word_embeddings=False), {}
+    model, memory = loud_model(tie_word_embeddings=False), {}
     getattr(model, table).weight.data[row] = float("nan")
     with pytest.raises(SertError) as error:
-        sample_block(model, Words(), prompts, names, replace(PAPER, raw=raw), kept=kept)
+        sample_block(model, Words(), prompts, names, replace(PAPER, raw=raw), memory=memory)
     assert one_line(error).startswith(names[question]) and "NaN" in one_line(error)
-    assert not kept  # its NaN would spoil the next block
+    assert not memory  # its NaN would spoil the next block
 
 
 def test_rows_follow_a_gpus_memory(monkeypatch):

@@ -22,10 +22,15 @@ def test_two_blocks_equal_the_cpu(raw, dtype):
     """Guards graphs that are captured once and replayed with other prompts and slots."""
     s, reject = replace(PAPER, rows=150, raw=raw, max_new_tokens=40), no_sums(53)
     exact = dtype is torch.float32  # in bf16 draws may differ
-    model, on_gpu, kept, flips = loud_model().cast_(dtype), loud_model().cast_(dtype).cuda(), {}, 0
+    model, on_gpu, memory, flips = (
+        loud_model().cast_(dtype),
+        loud_model().cast_(dtype).cuda(),
+        {},
+        0,
+    )
     for block in blocks_of(2):
         wanted = sample_block(model, Words(), *block, s, reject)
-        rows = sample_block(on_gpu, Words(), *block, s, reject, kept=kept)
+        rows = sample_block(on_gpu, Words(), *block, s, reject, memory=memory)
         assert [row.stream for row in rows] == [row.stream for row in wanted]
         flips += count_flips(wanted, rows)
         error = logprob_error(model, block[0], rows).abs()
@@ -35,7 +40,7 @@ def test_two_blocks_equal_the_cpu(raw, dtype):
         )  # H100: 0.0035, 0.027
         assert {row.finish for row in rows} == {"eos", "length", "rejected"} or not exact
     if exact:
-        (decoder,) = kept.values()
+        (decoder,) = memory.values()
         assert flips <= 2 and {(150, 1), (150, 2), (75, 2)} == set(decoder.graphs)  # H100: 0
 
 
@@ -54,11 +59,11 @@ def test_settings_and_sizes(s, n, flips):
 
 def test_runs_are_the_same_bytes():
     """Guards a race or memory that nobody wrote, in a decoder with graphs and in a new one."""
-    s, on_gpu, kept = replace(PAPER, rows=150), loud_model().cuda(), {}
+    s, on_gpu, memory = replace(PAPER, rows=150), loud_model().cuda(), {}
     (block,) = blocks_of(1)
-    first = sample_block(on_gpu, Words(), *block, s, kept=kept)
-    for memory in (kept, None):
-        assert sample_block(on_gpu, Words(), *block, s, kept=memory) == first
+    first = sample_block(on_gpu, Words(), *block, s, memory=memory)
+    for again in (memory, None):
+        assert sample_block(on_gpu, Words(), *block, s, memory=again) == first
 
 
 @pytest.mark.parametrize("bf16, accumulate", [(False, 1), (False, 2), (True, 1)])

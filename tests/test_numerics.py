@@ -15,7 +15,7 @@ import sample
 import train
 from sert_min import tasks
 from sert_min.io.errors import SertError
-from sert_min.models import first_broken, load_model
+from sert_min.models import first_not_finite, load_model
 from sert_min.questions import Question
 from sert_min.report import check
 from sert_min.report.likelihood import answer_logprobs
@@ -52,7 +52,7 @@ def test_the_first_broken_layer_is_named(place, said, tmp_path):
     model = load_model(make_tiny_model(tmp_path / "m"))
     if place:  # token 0 is none of the text
         model.get_parameter(place).data[0] = float("nan")
-    assert first_broken(model, [40, 83, 13]) == said
+    assert first_not_finite(model, [40, 83, 13]) == said
 
 
 @pytest.mark.parametrize("script, flags, message", [

@@ -25,7 +25,7 @@ from sert_min.answers import strip_answer_sentence
 from sert_min.gpt2 import GPT2
 from sert_min.io.errors import SertError, need
 from sert_min.kernels import score
-from sert_min.models import first_broken
+from sert_min.models import first_not_finite
 from sert_min.prompts import answer_sentence, question_prompt
 from sert_min.questions import Question
 
@@ -115,7 +115,7 @@ def answer_logprobs(
             sums[row][option] = total + logprob, n + 1
         for tree, (q, _), values in zip(trees, some, sums):
             if not all(math.isfinite(total) for total, _ in values):
-                why = first_broken(model, tree.ids[: tree.start])
+                why = first_not_finite(model, tree.ids[: tree.start])
                 why = f"question {q.id}: an answer's log-prob is NaN or infinite ({why}); "
                 raise SertError(why + "check the model's weights, or use --dtype fp32")
             found.append([(round(total, 4), n) for total, n in values])
