@@ -225,16 +225,9 @@ def prepare(
         **machine,
     }
     parents = [*student.sert.get("parents", []), student.name]
-    same = {k: settings[k] for k in ("task", "prompt_suffix", "data", "seed")}
-    sert = {
-        "method": method,
-        "root": label,
-        "parents": parents,
-        "commit": student.commit,
-        **same,
-        **about,
-    }
-    sert["settings"] = settings
+    sert = {"method": method, "root": label, "parents": parents, "commit": student.commit}
+    sert |= {k: settings[k] for k in ("task", "prompt_suffix", "data", "seed")}
+    sert |= {**about, "settings": settings}
     examples = [encode_example(tokenizer, *texts, o.loss_on) for _, *texts in pairs + held]
     for (q, _, _), (ids, _) in zip(pairs + held, examples):
         n, context = len(ids), model.config.n_positions

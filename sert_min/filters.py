@@ -231,13 +231,8 @@ def path_records(
     for r in sampled:
         q = by_id[r["id"]]
         token_bytes = [tokenizer.to_bytes.get(i, b"") for i in r["token_ids"]]
-        whole = {
-            "task": q.task,
-            "question": q.text,
-            "answer": q.answer,
-            **r,
-            **verdict(r, token_bytes, q, limits),
-        }
+        whole = {"task": q.task, "question": q.text, "answer": q.answer, **r}
+        whole |= verdict(r, token_bytes, q, limits)
         records.append({key: whole[key] for key in RECORD})
     return select(records)
 
