@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sert_min.answers import number_in
 from sert_min.io.errors import SertError, need
-from sert_min.io.files import clean_name, parse_json, there
+from sert_min.io.files import clean_name, read_lines, there
 from sert_min.io.parallel import RANK
 from sert_min.questions import LETTERS, Question, choices_of, with_choices
 
@@ -115,25 +115,26 @@ def read_questions(file: str, fields: dict[str, str], task: str) -> list[tuple[s
 def read_rows(file: str, fields: dict[str, str]) -> Iterator[tuple[int, dict]]:
     """(line, row under our field names) of a JSONL or CSV file; lines without any text are passed
     over."""
-    fix, names = f"mend that line of {file}", {name: fields.get(name, name) for name in FIELDS}
+    names = {name: fields.get(name, name) for name in FIELDS}
+    is_table = file.lower().endswith(".csv")
+    rows = read_table(file, names) if is_table else read_lines(file, f"mend that line of {file}")
+    for line, row in rows:
+        yield line, {ours: row.get(theirs) for ours, theirs in names.items()}
+
+
+def read_table(file: str, names: dict[str, str]) -> Iterator[tuple[int, dict]]:
+    """(line, row) of a CSV file whose header holds the name of the question."""
     try:
-        if file.lower().endswith(".csv"):
-            with open(there(file), encoding="utf-8-sig", newline="") as f:
-                reader, line = csv.DictReader(f, strict=True), 2
-                need(names["question"] in (reader.fieldnames or ()), f"{file}: its header is "
-                     f"{reader.fieldnames}; separate columns by commas, or give --fields")  # fmt: skip
-                for row in reader:
-                    wrong = None in row or None in row.values()
-                    need(not wrong, f"{file} line {line}: its cells are not those of the header")
-                    if any(cell.strip() for cell in row.values()):
-                        yield line, {ours: row.get(theirs) for ours, theirs in names.items()}
-                    line = reader.line_num + 1
-        else:
-            for line, text in enumerate(there(file).read_bytes().split(b"\n"), 1):
-                text = text.removeprefix(b"\xef\xbb\xbf").strip()
-                if text:
-                    row = parse_json(text, f"{file} line {line}", fix)
-                    yield line, {ours: row.get(theirs) for ours, theirs in names.items()}
+        with open(there(file), encoding="utf-8-sig", newline="") as f:
+            reader, line = csv.DictReader(f, strict=True), 2
+            need(names["question"] in (reader.fieldnames or ()), f"{file}: its header is "
+                 f"{reader.fieldnames}; separate columns by commas, or give --fields")  # fmt: skip
+            for row in reader:
+                wrong = None in row or None in row.values()
+                need(not wrong, f"{file} line {line}: its cells are not those of the header")
+                if any(cell.strip() for cell in row.values()):
+                    yield line, row
+                line = reader.line_num + 1
     except (csv.Error, UnicodeDecodeError) as e:
         raise SertError(f"{file} can't be read ({e}); save it as a table in UTF-8") from None
 
@@ -217,10 +218,6 @@ def kind(q: Question) -> str:
     """What kind of answer a question asks for, in words."""
     if q.choices:
         return f"with {len(q.choices)} options"
-    return (
-        "yes/no"
-        if not q.free
-        else "free text"
-        if number_in(q.answer, alone=True) is None
-        else "number"
-    )
+    if not q.free:
+        return "yes/no"
+    return "free text" if number_in(q.answer, alone=True) is None else "number"

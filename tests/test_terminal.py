@@ -80,11 +80,11 @@ def test_an_early_interrupt_is_one_line(seconds, tmp_path):
     (BrokenPipeError(32, "Broken pipe"), ""),
 ])  # fmt: skip
 def test_last_lines(error, words):
-    line, status = last_line(error)
-    assert words in line and bool(words) == bool(line) and line.isprintable() and status == 1
+    line = last_line(error)
+    assert words in line and bool(words) == bool(line) and line.isprintable()
     for fault in (ValueError("a fault"), ModuleNotFoundError(name="sert_min.x")):
         assert last_line(fault) is None  # a traceback is of use
-    assert last_line(KeyboardInterrupt())[1] == 130
+    assert "interrupted" in last_line(KeyboardInterrupt())
 
 
 @pytest.mark.parametrize("rank, problem, waits", [

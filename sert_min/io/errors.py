@@ -30,30 +30,31 @@ HINTS[errno.ENAMETOOLONG] = "choose a shorter name"
 HINTS[errno.EMFILE] = "raise the limit of open files (ulimit -n), then repeat the same command"
 
 
-def last_line(error: BaseException) -> tuple[str, int] | None:
-    """(the one line to print, the exit status) of an error that a user can meet; None for others,
-    which are faults of the program."""
-    if isinstance(error, SertError):
-        return f"error: {printable(str(error))}", 1
-    if isinstance(error, KeyboardInterrupt):
-        return "\ninterrupted; repeat the same command to continue", 130
-    if isinstance(error, BrokenPipeError):  # `sample.py | head`: nobody reads on
-        return "", 1
+INTERRUPTED = "\ninterrupted; repeat the same command to continue"
+
+
+def last_line(error: BaseException) -> str | None:
+    """The one line to print of an error that a user can meet, perhaps none (""); None for others, which
+    are faults of the program."""
+    match error:
+        case SertError():
+            return f"error: {printable(str(error))}"
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case BrokenPipeError():  # `sample.py | head`: nobody reads on
+            return ""
+        case ModuleNotFoundError(name="fcntl"):
+            return "error: this needs Linux or macOS; on Windows, run it inside WSL"
+        case ModuleNotFoundError(name=str(name)) if not name.startswith("sert_min"):
+            return (f"error: this Python has no package {name}; `{sys.executable} -m pip install -r "
+                    "requirements.txt` installs it (a venv is best: README, Start)")  # fmt: skip
+        case OSError():
+            name = printable(str(error.filename or ""))  # none in writes
+            hint = HINTS.get(error.errno, "check that disk or folder, then repeat the same command")
+            said = error.strerror or printable(str(error))
+            return f"error: {said}{': ' * bool(name)}{name}; {hint}"
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch is not imported here
-        return "error: out of memory; give a smaller --rows or --block-questions", 1
-    if (
-        isinstance(error, ModuleNotFoundError)
-        and error.name
-        and not error.name.startswith("sert_min")
-    ):
-        if error.name == "fcntl":
-            return "error: this needs Linux or macOS; on Windows, run it inside WSL", 1
-        return (f"error: this Python has no package {error.name}; `{sys.executable} -m pip install -r "
-                "requirements.txt` installs it (a venv is best: README, Start)"), 1  # fmt: skip
-    if isinstance(error, OSError):
-        where = f": {printable(str(error.filename))}" if error.filename else ""  # none in writes
-        hint = HINTS.get(error.errno, "check that disk or folder, then repeat the same command")
-        return f"error: {error.strerror or printable(str(error))}{where}; {hint}", 1
+        return "error: out of memory; give a smaller --rows or --block-questions"
     return None
 
 
@@ -61,7 +62,7 @@ def stop_at_once(*_) -> None:
     """What Ctrl-C does: imports may swallow a KeyboardInterrupt, and torch's C++ code aborts at one.
     Nothing is lost, since every command survives a kill."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"\ninterrupted; repeat the same command to continue\n")
+        os.write(2, f"{INTERRUPTED}\n".encode())
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(130)
@@ -87,17 +88,14 @@ def run_script(main, args) -> None:
         if told is None:
             raise
         let_go_of_stdout()
-        sys.exit(told[0] if told[1] == 1 and told[0] else exit_after(*told))
+        if told == INTERRUPTED:
+            print(told, file=sys.stderr)
+            sys.exit(130)
+        sys.exit(told or 1)
     finally:
         if sys.stderr is not stderr:
             stderr.write(sys.stderr.getvalue())
             sys.stderr = stderr
-
-
-def exit_after(text: str, status: int) -> int:
-    """Print `text`, if there is any, on stderr; returns the status."""
-    print(text, end="\n" * bool(text), file=sys.stderr)
-    return status
 
 
 def let_go_of_stdout() -> None:

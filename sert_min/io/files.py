@@ -52,20 +52,23 @@ def there(path: Path | str) -> Path:
     return path
 
 
-def read_jsonl(path: Path | str, form: dict | None = None) -> Iterator[dict]:
-    """Yield the records of a JSONL file, line by line, so that memory stays flat. A line that is no
-    JSON object, or lacks a key of `form` ({key: type or tuple of types}), is an error that names
-    its number."""
+def read_lines(path: Path | str, fix: str) -> Iterator[tuple[int, dict]]:
+    """(line number, record) of a JSONL file, one by one, so that memory stays flat. A line that is no
+    JSON object is an error."""
     with open(there(path), "rb") as f:
         for number, line in enumerate(f, 1):
-            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
-                continue
-            where = f"{path} line {number}"
-            record = parse_json(line, where, "remove that line or make the file again")
-            for key, kind in (form or {}).items():
-                wrong = f"{where}: {key} is missing or of a wrong kind; make the file again"
-                need(isinstance(record.get(key), kind), wrong)
-            yield record
+            if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                yield number, parse_json(line, f"{path} line {number}", fix)
+
+
+def read_jsonl(path: Path | str, form: dict | None = None) -> Iterator[dict]:
+    """The records of a JSONL file. One that lacks a key of `form` ({key: type or tuple of types}) is
+    an error, too."""
+    for number, record in read_lines(path, "remove that line or make the file again"):
+        for key, kind in (form or {}).items():
+            wrong = f"{key} is missing or of a wrong kind; make the file again"
+            need(isinstance(record.get(key), kind), f"{path} line {number}: {wrong}")
+        yield record
 
 
 def read_json(path: Path | str) -> dict:
