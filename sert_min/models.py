@@ -62,7 +62,6 @@ UNFIT = "the weights do not fit config.json"
 
 
 def read_config(folder: Path) -> GPT2Config | LlamaConfig:
-    """The config of a folder."""
     raw, where = read_raw_config(folder), f"{folder}/config.json"
     return (gpt2_config if raw["model_type"] == "gpt2" else llama_config)(raw, where)
 
@@ -119,11 +118,8 @@ def check(where: str, config: dict, **fine: bool) -> None:
 
 def are_sizes(config: dict, names) -> dict[str, bool]:
     """Is each value a whole number of a possible size? Layers are built one by one."""
-
-    def is_size(name: str, n) -> bool:
-        return type(n) is int and 0 < n < (1000 if "layer" in name else 2**24)
-
-    return {name: is_size(name, config.get(name)) for name in names}
+    most = {name: 1000 if "layer" in name else 2**24 for name in names}
+    return {k: type(config.get(k)) is int and 0 < config[k] < top for k, top in most.items()}
 
 
 def is_positive(x) -> bool:
@@ -176,11 +172,9 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2 | Llama:
         wanted[name].copy_(t)
         missing.discard(name)
     need(not missing, f"{folder}: tensor {min(missing, default='')} is missing; {UNFIT}")
-    need(
-        head is None or torch.equal(head.float(), model.wte.weight),
-        f"{folder}: lm_head.weight is not the token embedding, though config.json ties them; set "
-        "tie_word_embeddings to false there",
-    )
+    tied = head is None or torch.equal(head.float(), model.wte.weight)
+    need(tied, f"{folder}: lm_head.weight is not the token embedding, though config.json ties them; "
+         "set tie_word_embeddings to false there")  # fmt: skip
     return model.cast_(dtype).to(device).eval()
 
 

@@ -27,10 +27,7 @@ from sert_min.questions import LETTERS, Question, choices_of, with_choices
 FIELDS = ("question", "answer", "choices", "id", "split")
 YES_NO = {"yes": "yes", "no": "no", "true": "yes", "false": "no"}
 SPLITS = ("train", "test")
-
-
-def is_file(name: str) -> bool:
-    return name.lower().endswith((".jsonl", ".csv"))
+ENDINGS = (".jsonl", ".csv")
 
 
 def open_file(name: str, fields: str | None, test_file: str | None) -> tuple[str, Callable, str]:
@@ -101,11 +98,11 @@ def read_questions(file: str, fields: dict[str, str], task: str) -> list[tuple[s
         try:
             q = make_question(row, task, f"{Path(file).name} line {line}", yes_no)
             for what in ("question " + repr(q.text), f"id {q.id!r}"):
-                if line != seen.setdefault(what, line):
-                    raise ValueError(f"the {what[:80]} stands in line {seen[what]} already")
+                told = f"the {what[:80]} stands in line {seen.setdefault(what, line)} already"
+                need(seen[what] == line, told, ValueError)
             split = str(row.get("split") or "").strip().lower()
-            if split not in ("", *SPLITS):
-                raise ValueError(f"split {split!r} is neither train nor test")
+            fits = split in ("", *SPLITS)
+            need(fits, f"split {split!r} is neither train nor test", ValueError)
         except ValueError as e:
             raise SertError(f"{file} line {line}: {e}") from None
         out.append((split, q))
@@ -146,30 +143,24 @@ def make_question(
     if `yes_no` says so (None: if its answer is yes, no, true or false), else its answer is free. A
     row that can't be understood is a ValueError."""
     text, answer = row.get("question"), row.get("answer")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError("it has no question; --fields question=NAME names the field that holds it")
-    if not isinstance(answer, str | int | float) or not str(answer).strip():
-        raise ValueError("it has no answer; --fields answer=NAME names the field that holds it")
-    said, choices = str(answer).strip(), read_choices(row.get("choices"))
-    name, free, text = row.get("id"), False, text.strip()
-    name = "" if name is None else str(name).strip()
-    if {c.lower() for c in choices} == {"yes", "no"} or (
-        not choices and (said.lower() in YES_NO if yes_no is None else yes_no)
-    ):
+    for name, value, kinds in (("question", text, str), ("answer", answer, str | int | float)):
+        told = f"it has no {name}; --fields {name}=NAME names the field that holds it"
+        need(isinstance(value, kinds) and str(value).strip(), told, ValueError)
+    said, choices, text = str(answer).strip(), read_choices(row.get("choices")), text.strip()
+    yes_no = said.lower() in YES_NO if yes_no is None else yes_no
+    yes_no = {c.lower() for c in choices} == {"yes", "no"} or (yes_no and not choices)
+    free = not (choices or yes_no)
+    if yes_no:
         if choices and (bare := said.strip("()").upper()) in ("A", "B"):
             said = choices["AB".index(bare)]
-        if said.lower() not in YES_NO:
-            raise ValueError(f"answer {said!r} is neither yes nor no")
+        need(said.lower() in YES_NO, f"answer {said!r} is neither yes nor no", ValueError)
         said, choices = YES_NO[said.lower()], ()
     elif choices:
         said = letter_of(answer, choices)
         text = with_choices(text, choices)
-        if choices_of(text) != choices:
-            raise ValueError(
-                "its text reads like another list of options; leave `(A) ..` out of it"
-            )
-    else:
-        free = True
+        told = "its text reads like another list of options; leave `(A) ..` out of it"
+        need(choices_of(text) == choices, told, ValueError)
+    name = "" if row.get("id") is None else str(row["id"]).strip()
     name = name or hashlib.sha256(text.encode()).hexdigest()[:12]
     return Question(task, name, text, said, choices, free=free, where=where)
 
@@ -182,11 +173,10 @@ def read_choices(choices) -> tuple[str, ...]:
         except ValueError:
             raise ValueError("its choices begin with [ but are no JSON list") from None
         choices = [] if choices == [""] else choices
-    if not isinstance(choices or [], list):
-        raise ValueError("its choices are not a list of texts")
+    need(isinstance(choices or [], list), "its choices are not a list of texts", ValueError)
     texts = tuple(str(c).strip() if isinstance(c, str | int | float) else "" for c in choices or [])
-    if texts and not 2 <= len(texts) <= len(LETTERS):
-        raise ValueError(f"it has {len(texts)} choices; 2 to {len(LETTERS)} are possible")
+    n, most = len(texts), len(LETTERS)
+    need(not n or 2 <= n <= most, f"it has {n} choices; 2 to {most} are possible", ValueError)
     if not all(texts):
         raise ValueError(f"option ({LETTERS[texts.index('')]}) is empty or no text")
     same = [t for t, n in Counter(" ".join(t.lower().split()) for t in texts).items() if n > 1]
@@ -209,8 +199,7 @@ def letter_of(answer, choices: tuple[str, ...]) -> str:
     if len(found) > 1:
         raise ValueError(f"answer {said!r} is the letter of one option and the text of another; "
                          f"write ({by_letter[0]}) or ({by_text[0]}): {shown}")  # fmt: skip
-    if not found:
-        raise ValueError(f"answer {said!r} is none of the options {shown}")
+    need(found, f"answer {said!r} is none of the options {shown}", ValueError)
     return found.pop()
 
 

@@ -117,7 +117,6 @@ TASKS = {
 
 
 def get(name: str) -> Task:
-    """The row of a task."""
     known = f"choose one of {', '.join(TASKS)}, or give a file of questions (.jsonl or .csv)"
     need(name in TASKS, f"unknown task {name!r}; {known}")
     return TASKS[name]
@@ -125,7 +124,7 @@ def get(name: str) -> Task:
 
 def open_task(name: str, fields: str | None = None, test_file: str | None = None) -> str:
     """The name of a task that `--task` names. A file of questions is read, and becomes a task."""
-    if name in TASKS or not own.is_file(name):
+    if name in TASKS or not name.lower().endswith(own.ENDINGS):
         need(not (fields or test_file), "--fields and --test-file need a file as --task")
         return get(name) and name
     label, read, words = own.open_file(name, fields, test_file)
@@ -162,11 +161,8 @@ def load(name: str, split: str, data_dir: Path | str | None = None) -> list[Ques
     except (KeyError, TypeError, ValueError, IndexError) as e:
         raise SertError(f"the {name} file is not in the expected form ({e!r}); get it again") from e
     size = task.sizes[split] if task.sizes else len(questions)
-    need(
-        len(questions) == size,
-        f"{name} {split} has {len(questions)} questions instead of {size}; "
-        "use the data files and the numpy of requirements.txt",
-    )
+    need(len(questions) == size, f"{name} {split} has {len(questions)} questions instead of {size}; "
+         "use the data files and the numpy of requirements.txt")  # fmt: skip
     return questions
 
 

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,9 +69,8 @@ class Collection:
                         told = f"{path} line {number} is damaged; remove that line"
                         raise SertError(told) from None
         urls = self.e.base_url, self.e.also_url or self.e.base_url
-        self.alike = [  # whose replies may serve as well
-            replace(self.e, base_url=url, max_tokens=cap) for url in urls for cap in self.caps
-        ]
+        pairs = product(urls, self.caps)  # whose replies may serve as well
+        self.alike = [replace(self.e, base_url=url, max_tokens=cap) for url, cap in pairs]
         return self
 
     def note(self, note: dict) -> None:
@@ -92,7 +91,6 @@ class Collection:
             self.caps.add(bound[1])
 
     def add(self, ask: Ask, reply: dict) -> None:
-        """Store a reply."""
         names = {"key": ask.key(self.e), "task": ask.task, "id": ask.id, "sample": ask.sample}
         record = {**names, **reply, "time": round(time.time(), 3)}
         append_durable(self.folder / "responses.jsonl", to_line(record))

@@ -35,10 +35,8 @@ OURS = {"model", "messages", "prompt", "n", "best_of", "stream", "max_tokens",
 
 
 def number(text: str) -> float | None:
-    """A number, None for "none", or NaN (which is refused later) for any other text."""
-    with contextlib.suppress(ValueError):
-        return None if text == "none" else float(text)
-    return math.nan
+    """A number, or None for "none"."""
+    return None if text == "none" else float(text)
 
 
 def extra_body(text: str) -> dict:

@@ -14,10 +14,10 @@ class SertError(Exception):
     """A problem that the user can mend. The message is one line and names the fix."""
 
 
-def need(ok, message: str) -> None:
-    """Raise SertError(message) unless `ok`."""
+def need(ok, message: str, kind: type[Exception] = SertError) -> None:
+    """Raise `kind`(message) unless `ok`."""
     if not ok:
-        raise SertError(message)
+        raise kind(message)
 
 
 HINTS = dict.fromkeys(

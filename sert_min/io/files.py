@@ -131,14 +131,15 @@ def check_place(path: Path | str, folder: bool) -> None:
     part.rmdir()
 
 
-def write_atomic(path: Path | str, chunks: str | Iterable[str]) -> None:
-    """Replace `path` by the text, all or nothing, durably. The folder's lock keeps other writers
+def write_atomic(path: Path | str, content: bytes | str | Iterable[str]) -> None:
+    """Replace `path` by the content, all or nothing, durably. The folder's lock keeps other writers
     away; what a killed writer left under the temporary name is overwritten by the next."""
     path = Path(os.path.realpath(path))  # a link stays one
     part = beside(path, "tmp")
     try:
-        with open(part, "w", encoding="utf-8") as f:
-            f.writelines([chunks] if isinstance(chunks, str) else chunks)
+        with open(part, "wb") as f:
+            chunks = [content] if isinstance(content, bytes | str) else content
+            f.writelines(c if isinstance(c, bytes) else c.encode() for c in chunks)
             f.flush()
             sync(f.fileno())
         os.replace(part, path)

