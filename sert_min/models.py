@@ -147,8 +147,7 @@ def hub_tensors(model: GPT2 | Llama) -> dict[str, Tensor]:
 
 
 def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2 | Llama:
-    """Read a model from a Hugging Face folder. Every name and shape is checked, and every number
-    must be finite."""
+    """The model of a Hugging Face folder. All names and shapes are checked, and NaN is refused."""
     config = read_config(folder)
     kind = GPT2 if isinstance(config, GPT2Config) else Llama
     with torch.device("meta"):  # initial values are not needed, and drawing them takes seconds

@@ -110,8 +110,7 @@ def read_questions(file: str, fields: dict[str, str], task: str) -> list[tuple[s
 
 
 def read_rows(file: str, fields: dict[str, str]) -> Iterator[tuple[int, dict]]:
-    """(line, row under our field names) of a JSONL or CSV file; lines without any text are passed
-    over."""
+    """(line, row under our field names) of a JSONL or CSV file; empty lines are passed over."""
     names = {name: fields.get(name, name) for name in FIELDS}
     is_table = file.lower().endswith(".csv")
     rows = read_table(file, names) if is_table else read_lines(file, f"mend that line of {file}")

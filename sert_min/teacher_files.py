@@ -60,8 +60,8 @@ def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, O
 
 
 def read_rows(rows: Iterable[dict], questions: list[Question], source: str):
-    """Join rows to questions by id (or row number) if the text agrees, else by text. Of two outputs
-    for one question the first holds."""
+    """Join rows to questions by id (or row number) if the text agrees, else by text; the first of a
+    question holds."""
     by_id = {q.id: q for q in questions}
     by_text = {stem(q.text): q for q in reversed(questions)}
     found, left = {}, Counter()

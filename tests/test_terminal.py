@@ -90,7 +90,7 @@ def test_last_lines(error, words):
 @pytest.mark.parametrize("rank, problem, waits", [
     ("0", SertError("bad"), []), ("1", SertError("bad"), [20]), ("1", RuntimeError("lost"), [20]),
     ("0", RuntimeError("lost"), [1]), ("0", SystemExit(2), []), ("1", SystemExit(2), [20]),
-    (None, RuntimeError("a bug"), []),
+    ("0", BrokenPipeError(), []), (None, RuntimeError("a bug"), []),
 ])  # fmt: skip
 def test_processes_wait_for_the_one_that_speaks(rank, problem, waits, monkeypatch):
     """Guards a second message under torchrun, also where another broke the connection."""

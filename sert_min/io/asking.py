@@ -42,16 +42,15 @@ KNOWN = (None, REFUSED, *WHOLE, *CUT)  # a reply with another finish reason may 
 
 
 class Collection:
-    """`load` reads it: the replies in a folder by key (responses.jsonl), and what they cost, open bills included
-    (sent.jsonl). Only one process at a time may write. What lies in `others`, the folders that
-    earlier versions used, counts as well."""
+    """The replies in a folder by key (responses.jsonl), and what they cost, open bills included
+    (sent.jsonl); `load` reads them. What `others`, folders of earlier versions, hold counts as well.
+    Only one process at a time may write."""
 
     def __init__(self, folder: Path, e: Endpoint, *others: Path):
         self.folder, self.e, self.others = folder, e, others
 
     def load(self) -> "Collection":
-        """Read the files without touching them: another process may be writing. A torn last line is
-        left out (the next append sets it aside)."""
+        """Read the files, which another process may be writing; a torn last line is left out."""
         self.replies: dict[str, dict] = {}
         self.unanswered: dict[str, list] = {}  # key -> [tokens in, tokens out] at most, of each
         self.tokens_in = self.tokens_out = 0
@@ -97,8 +96,7 @@ class Collection:
         self.count(record)
 
     def count(self, record: dict) -> None:
-        """Know a reply (of two with one key the first, or a later one if that may be cut) and its
-        bill."""
+        """Know a reply and its bill. Of two with one key the first holds, unless it may be cut."""
         if not isinstance(record["text"], str):
             raise TypeError("a reply without text")
         if self.replies.setdefault(record["key"], record).get("finish") not in KNOWN:
@@ -154,8 +152,7 @@ class Collection:
 
 
 class Readable(NamedTuple):
-    """What makes a reply useful. Asking stops early if most of the first replies are not, because
-    every further one costs."""
+    """What makes a reply useful. Asking, which costs, stops if most of the first replies are not."""
 
     test: Callable[[Ask, list[dict]], bool]  # of an ask and its replies (two with a follow-up)
     what: str  # "hold all four scores"
@@ -165,8 +162,7 @@ class Readable(NamedTuple):
 def ask_all(collection: Collection, asks: Iterable[Ask], readable: Readable | None = None) -> None:
     """Ask for what a collection lacks, `e.concurrency` requests at a time. Stops at the caps of `e`
     (an open bill counts in full), at an error that no retry repairs, when most of the last asks
-    failed, when most replies are of no use, and at a signal. Replies to requests in flight are kept
-    whatever happens."""
+    failed, when most replies are of no use, and at a signal; replies in flight are always kept."""
     folder, who = collection.folder, collection.e.who
     with lock_folder(folder, ".lock-responses"):
         there, asks = len(collection.load().replies), collection.unique(asks)
@@ -235,9 +231,8 @@ class Job:
 
 
 class Asking:
-    """Asks at work. One thread decides and writes everything; each attempt is made by a thread of
-    its own, which hands over what came of it. Those are daemons, so a server that hangs cannot keep
-    the process from ending."""
+    """Asks at work. One thread decides and writes everything; each attempt has a thread of its own,
+    a daemon, so that a server that hangs cannot keep the process from ending."""
 
     def __init__(self, collection: Collection, bar: Bar, asks: list, readable: Readable | None):
         self.collection, self.e, self.bar = collection, collection.e, bar
@@ -299,8 +294,7 @@ class Asking:
 
     def go_on(self) -> bool:
         """Let all requests leave that may; is there anything to wait for? A job that is out of time
-        is given up, because a server that sends a byte now and then never runs into the timeout; a
-        reply that comes after all is kept."""
+        is given up (a byte now and then never runs into the timeout), but a late reply is kept."""
         now, self.capped = time.monotonic(), ""
         for job in self.jobs[: self.e.concurrency]:
             if now > job.end:

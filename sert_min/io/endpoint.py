@@ -129,8 +129,7 @@ class Endpoint:
         return f".{self.host()}".endswith(".openai.com")
 
     def token_limit(self, cap: int | None = None) -> dict[str, int]:
-        """The parameter that caps a reply. Newer OpenAI models refuse the old name, and most local
-        servers know no other."""
+        """What caps a reply: newer OpenAI models refuse max_tokens, most servers know nothing else."""
         name = self.token_parameter
         if name == "auto":
             name = "max_completion_tokens" if self.is_openai() else "max_tokens"
@@ -226,9 +225,8 @@ class Refused(SertError):
 
 
 def make_client(e: Endpoint):
-    """An openai client with the key in OPENAI_API_KEY. The key never travels unencrypted to another
-    machine unless `insecure` allows it, and never through a redirect. Requests to this machine
-    bypass a proxy, which could not reach it."""
+    """An openai client with the key in OPENAI_API_KEY, which never follows a redirect, nor travels
+    unencrypted to another machine unless `insecure` is set. To this machine no proxy is used."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     ok = key.isascii() and key.isprintable()
     need(ok, "OPENAI_API_KEY holds characters that no key has; set it again")
@@ -359,14 +357,12 @@ def model_names(client) -> str:
 
 
 def hide_key(text: str) -> str:
-    """`text` without key and secret headers, which a server may send back. A dummy like "ollama" is
-    no secret."""
+    """`text` without key and secret headers, which servers may send back; "ollama" is no secret."""
     for value in (os.environ.get(name, "").strip() for name in SECRETS):
         text = text.replace(value, "[key]") if len(value) >= 12 else text
     return text
 
 
 def server_text(text, limit: int = 200) -> str | None:
-    """Text of a server for terminal and records: short, without control characters and the key;
-    None if it is no text."""
+    """A server's text, short, without control characters and the key; None if it is no text."""
     return printable(hide_key(text))[:limit] if isinstance(text, str) else None

@@ -34,8 +34,7 @@ INTERRUPTED = "\ninterrupted; repeat the same command to continue"
 
 
 def last_line(error: BaseException) -> str | None:
-    """The one line to print of an error that a user can meet, perhaps none (""); None for others, which
-    are faults of the program."""
+    """The one line, or "", to print of an error that a user can meet; None: a fault of ours."""
     match error:
         case SertError():
             return f"error: {printable(str(error))}"
@@ -83,7 +82,8 @@ def run_script(main, args) -> None:
         let_go_of_stdout()
     except BaseException as error:
         told = last_line(error)
-        if rank and (rank != "0" or not (told or isinstance(error, SystemExit))):
+        lost = told is None and not isinstance(error, SystemExit)
+        if rank and (rank != "0" or lost):
             time.sleep(20 if rank != "0" else 1)  # longer than process 0 may be behind
         if told is None:
             raise
@@ -99,8 +99,7 @@ def run_script(main, args) -> None:
 
 
 def let_go_of_stdout() -> None:
-    """Write out what stdout holds. If nobody reads it any more, the rest goes nowhere: the interpreter
-    would complain at its end."""
+    """Write out what stdout holds; if nobody reads on, drop it, or Python's end would complain."""
     try:
         sys.stdout.flush()
     except (BrokenPipeError, ValueError):

@@ -53,8 +53,7 @@ def there(path: Path | str) -> Path:
 
 
 def read_lines(path: Path | str, fix: str) -> Iterator[tuple[int, dict]]:
-    """(line number, record) of a JSONL file, one by one, so that memory stays flat. A line that is no
-    JSON object is an error."""
+    """(number, record) of each line of a JSONL file; one that is no JSON object is an error."""
     with open(there(path), "rb") as f:
         for number, line in enumerate(f, 1):
             if line.strip(b"\xef\xbb\xbf \t\r\n"):
@@ -62,8 +61,7 @@ def read_lines(path: Path | str, fix: str) -> Iterator[tuple[int, dict]]:
 
 
 def read_jsonl(path: Path | str, form: dict | None = None) -> Iterator[dict]:
-    """The records of a JSONL file. One that lacks a key of `form` ({key: type or tuple of types}) is
-    an error, too."""
+    """The records, one by one. To lack a key of `form`, {key: type or types}, is an error, too."""
     for number, record in read_lines(path, "remove that line or make the file again"):
         for key, kind in (form or {}).items():
             wrong = f"{key} is missing or of a wrong kind; make the file again"
@@ -149,8 +147,7 @@ def write_atomic(path: Path | str, content: bytes | str | Iterable[str]) -> None
 
 
 def append_durable(path: Path | str, text: str) -> None:
-    """Append whole lines and wait until they are on the disk. If that fails (a full disk, say), the
-    file is cut back to what it held before."""
+    """Append whole lines, durably, or (on a full disk, say) leave the file as it was."""
     set_torn_tail_aside(path)
     with open(path, "ab", buffering=0) as f:
         before = f.tell()
@@ -252,8 +249,7 @@ def clean_name(text: str) -> str:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """A folder and all folders in it, linked ones as well: each once, by its own name if it has one
-    there."""
+    """A folder and all in it, also linked ones: each once, by its own name if it has one there."""
     found: dict[str, str] = {}
     for links in (False, True):
         for at, folders, _ in os.walk(folder, followlinks=links):

@@ -44,9 +44,8 @@ TOKENIZER = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_ma
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: `micro`, `smollm2`, a local folder, a named student or a hub id.
-    Hub files are downloaded once into the Hugging Face cache (HF_HUB_OFFLINE, HF_ENDPOINT hold).
-    """
+    """The folder of a model: `micro`, `smollm2`, a local folder, a named student or a hub id, which
+    is downloaded once into the Hugging Face cache (HF_HUB_OFFLINE, HF_ENDPOINT hold)."""
     if name == "micro":
         return MICRO
     if name == "smollm2":
@@ -179,8 +178,7 @@ def read_raw_config(folder: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors file(s) of a model folder. An index may hold plain names only, so that no path
-    leaves the folder."""
+    """The safetensors file(s) of a model folder. An index can't name a file outside of it."""
     whole, index = folder / "model.safetensors", folder / INDEX
     if whole.exists():
         return [whole]
@@ -201,8 +199,7 @@ def weights_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in weight_files(folder):
         with open(file, "rb") as f:
-            while chunk := f.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(f, lambda: digest)  # goes on with it
     return digest.hexdigest()
 
 
@@ -212,8 +209,7 @@ def read_sert(folder: Path) -> dict:
 
 
 def model_label(name: str, folder: Path) -> str:
-    """The MODEL part of output folders: the root parent's name, with 8 hex digits of the weights'
-    hash for local folders."""
+    """The MODEL in output folders: the root parent's name, of a local folder with a hash."""
     local = is_local(name)
     if name == "smollm2":
         return smollm2.LABEL
@@ -245,8 +241,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def write_folder(
     folder: Path, tensors: dict[str, Tensor], texts: dict[str, dict], source: Path | None = None
 ) -> None:
-    """Write a model folder, all or nothing: weights, JSON files by name, and copies of the tokenizer
-    files of `source`."""
+    """Write a model folder, all or nothing: weights, JSON files, `source`'s tokenizer files."""
     with files.atomic_folder(folder) as part:
         weights = part / "model.safetensors"
         try:

@@ -71,8 +71,7 @@ def process_0_first(f: Callable):
 
 
 def sum_up(total: Tensor, parameters: list[Tensor]) -> None:
-    """Replace `total` and all gradients by their sums over the processes. A process without examples
-    adds zeros."""
+    """Sum `total` and all gradients over the processes. One without examples adds zeros."""
     if WORLD == 1:
         return
     for p in parameters:

