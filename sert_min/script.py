@@ -107,12 +107,9 @@ class Blocks(NamedTuple):
 
     def _records(self, path: Path) -> list[dict]:
         """The records of a block file; [] if it is missing or damaged."""
-        try:
-            records = [json.loads(line) for line in path.read_bytes().splitlines()]
-            [(r["id"], r["question"]) for r in records]
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-            return []
-        return records
+        with contextlib.suppress(SertError):
+            return list(read_jsonl(path, {"id": str, "question": str}))
+        return []
 
     def read(self, i: int) -> list[dict] | None:
         """The records of block i; None if its file is missing, damaged, or of other questions."""

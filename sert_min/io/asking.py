@@ -84,8 +84,7 @@ class Collection:
             del bounds[-1:]
         else:
             bound = endpoint.tokens_of(dict(zip(USAGE, note["at_most"])))
-            if None in bound:
-                raise ValueError("a note without two numbers of tokens")
+            need(None not in bound, "a note without two numbers of tokens", ValueError)
             bounds.append(bound)
             self.caps.add(bound[1])
 
@@ -97,8 +96,7 @@ class Collection:
 
     def count(self, record: dict) -> None:
         """Know a reply and its bill. Of two with one key the first holds, unless it may be cut."""
-        if not isinstance(record["text"], str):
-            raise TypeError("a reply without text")
+        need(isinstance(record["text"], str), "a reply without text", TypeError)
         if self.replies.setdefault(record["key"], record).get("finish") not in KNOWN:
             self.replies[record["key"]] = record
         n_in, n_out = endpoint.tokens_of(record.get("usage"))
