@@ -98,11 +98,11 @@ def read_questions(file: str, fields: dict[str, str], task: str) -> list[tuple[s
         try:
             q = make_question(row, task, f"{Path(file).name} line {line}", yes_no)
             for what in ("question " + repr(q.text), f"id {q.id!r}"):
-                told = f"the {what[:80]} stands in line {seen.setdefault(what, line)} already"
-                need(seen[what] == line, told, ValueError)
+                first = seen.setdefault(what, line)
+                need(first == line, f"the {what[:80]} stands in line {first} already", ValueError)
             split = str(row.get("split") or "").strip().lower()
-            fits = split in ("", *SPLITS)
-            need(fits, f"split {split!r} is neither train nor test", ValueError)
+            known = ("", *SPLITS)
+            need(split in known, f"split {split!r} is neither train nor test", ValueError)
         except ValueError as e:
             raise SertError(f"{file} line {line}: {e}") from None
         out.append((split, q))

@@ -47,10 +47,9 @@ def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, O
     try:
         if path.is_dir() or path.suffix == ".json":
             found, left = read_step_by_step(path, questions)
-        elif path.suffix == ".log":
-            found, left = read_rows(log_entries(path.read_bytes()), questions, path.name)
         else:
-            found, left = read_rows(read_jsonl(path), questions, path.name)
+            rows = log_entries(path.read_bytes()) if path.suffix == ".log" else read_jsonl(path)
+            found, left = read_rows(rows, questions, path.name)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         why = f"{type(e).__name__}: {str(e)[:80]}"
         raise SertError(f"--teacher-file {path} is in none of the known forms ({why}); `python "

@@ -35,8 +35,10 @@ OURS = {"model", "messages", "prompt", "n", "best_of", "stream", "max_tokens",
 
 
 def number(text: str) -> float | None:
-    """A number, or None for "none"."""
-    return None if text == "none" else float(text)
+    """A number, None for "none", or NaN (which is refused later) for any other text."""
+    with contextlib.suppress(ValueError):
+        return None if text == "none" else float(text)
+    return math.nan
 
 
 def extra_body(text: str) -> dict:
@@ -122,7 +124,6 @@ class Endpoint:
         return urlsplit(self.url()).hostname or ""
 
     def is_local(self) -> bool:
-        """Is the server on this machine?"""
         return self.host() in ("localhost", "127.0.0.1", "::1")
 
     def is_openai(self) -> bool:

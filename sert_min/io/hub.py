@@ -209,7 +209,7 @@ def read_sert(folder: Path) -> dict:
 
 
 def model_label(name: str, folder: Path) -> str:
-    """The MODEL in output folders: the root parent's name, of a local folder with a hash."""
+    """The MODEL in output folders: the root parent's name, a local folder's with a hash behind."""
     local = is_local(name)
     if name == "smollm2":
         return smollm2.LABEL

@@ -62,11 +62,10 @@ def largest(number: int) -> int:
 
 def process_0_first(f: Callable):
     """Call f() on process 0, then on the others, which find the disk as process 0 left it."""
-    result = f() if RANK == 0 else None
-    largest(0)
-    if RANK > 0:
-        result = f()
-    largest(0)
+    for mine in (RANK == 0, RANK > 0):
+        if mine:
+            result = f()
+        largest(0)
     return result
 
 
