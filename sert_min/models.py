@@ -112,8 +112,7 @@ def llama_config(raw: dict, where: str) -> LlamaConfig:
 def check(where: str, config: dict, **fine: bool) -> None:
     """Refuse the first entry of config.json that is not fine, by its name."""
     for name, ok in fine.items():
-        value = config.get(name)
-        need(ok, f"{where}: {name} {value!r} is not supported; choose another model")
+        need(ok, f"{where}: {name} {config.get(name)!r} is not supported; choose another model")
 
 
 def are_sizes(config: dict, names) -> dict[str, bool]:
@@ -166,8 +165,7 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2 | Llama:
         shape = list(wanted[name].shape)
         fits = list(t.shape) == shape
         need(fits, f"{where} has shape {list(t.shape)}, config.json needs {shape}; {UNFIT}")
-        finite = t.isfinite().all()
-        need(finite, f"{where} holds NaN or infinite weights; use another checkpoint")
+        need(t.isfinite().all(), f"{where} holds NaN or infinite weights; use another checkpoint")
         wanted[name].copy_(t)
         missing.discard(name)
     need(not missing, f"{folder}: tensor {min(missing, default='')} is missing; {UNFIT}")

@@ -101,8 +101,7 @@ def read_questions(file: str, fields: dict[str, str], task: str) -> list[tuple[s
                 first = seen.setdefault(what, line)
                 need(first == line, f"the {what[:80]} stands in line {first} already", ValueError)
             split = str(row.get("split") or "").strip().lower()
-            known = ("", *SPLITS)
-            need(split in known, f"split {split!r} is neither train nor test", ValueError)
+            need(split in ("", *SPLITS), f"split {split!r} is neither train nor test", ValueError)
         except ValueError as e:
             raise SertError(f"{file} line {line}: {e}") from None
         out.append((split, q))

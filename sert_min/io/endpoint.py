@@ -60,8 +60,7 @@ def extra_header(text: str) -> tuple[str, str]:
     name, variable = form.groups()
     value = os.environ.get(variable, "")
     need(value, f"--extra-header {text}: the variable {variable} is not set")
-    fits = value.isascii() and value.isprintable()
-    need(fits, f"{variable} holds characters that no header has")
+    need(value.isascii() and value.isprintable(), f"{variable} holds characters that no header has")
     SECRETS.add(variable)
     return name, variable
 
@@ -190,16 +189,13 @@ class Ask:
         body = {"model": e.model, **e.token_limit(self.max_tokens)}
         system = {"role": "system", "content": e.system_prompt}
         messages = [system] * bool(e.system_prompt) + list(self.messages)
-        if e.completions:
-            body["prompt"] = "\n".join(m["content"] for m in messages)
-        else:
-            body["messages"] = messages
+        text = "\n".join(m["content"] for m in messages)
+        body |= {"prompt": text} if e.completions else {"messages": messages}
         return body if e.temperature is None else body | {"temperature": e.temperature}
 
     def key(self, e: Endpoint) -> str:
         """SHA-256 over everything that shapes the reply."""
-        body = self.body(e) | (e.extra_body or {})
-        content = [e.url(), body, self.task, self.id, self.sample]
+        content = [e.url(), self.body(e) | (e.extra_body or {}), self.task, self.id, self.sample]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def most_tokens(self, e: Endpoint) -> tuple[int, int]:

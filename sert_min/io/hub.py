@@ -60,8 +60,7 @@ def find_model(name: str) -> Path:
 def is_local(name: str) -> bool:
     """Does a name mean a folder here? A folder without a model does not hide a named student."""
     known = {*HUB, *(repo for repo, _ in HUB.values())}
-    models = ("config.json", "last")
-    holds = any((Path(name) / model).exists() for model in models)
+    holds = any((Path(name) / model).exists() for model in ("config.json", "last"))
     return Path(name).is_dir() and (holds or name not in known)
 
 
