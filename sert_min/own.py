@@ -89,8 +89,11 @@ def split_by_hash(q: Question) -> str:
 
 
 def read_questions(file: str, fields: dict[str, str], task: str) -> list[tuple[str, Question]]:
-    """(split or "", question) of every row. An error names the row's line."""
-    rows, out, seen = list(read_rows(file, fields)), [], {}
+    """(split or "", question) of every row, whose fields are renamed. An error names its line."""
+    names, out, seen = {name: fields.get(name, name) for name in FIELDS}, [], {}
+    is_table, fix = file.lower().endswith(".csv"), f"mend that line of {file}"
+    found = read_table(file, names["question"]) if is_table else read_lines(file, fix)
+    rows = [(line, {ours: row.get(name) for ours, name in names.items()}) for line, row in found]
     need(rows, f"{file} has no questions; write one a row")
     answers = {str(row.get("answer")).strip().lower() for _, row in rows}
     yes_no = not any(row.get("choices") for _, row in rows) and answers <= set(YES_NO)
@@ -108,21 +111,12 @@ def read_questions(file: str, fields: dict[str, str], task: str) -> list[tuple[s
     return out
 
 
-def read_rows(file: str, fields: dict[str, str]) -> Iterator[tuple[int, dict]]:
-    """(line, row under our field names) of a JSONL or CSV file; empty lines are passed over."""
-    names = {name: fields.get(name, name) for name in FIELDS}
-    is_table = file.lower().endswith(".csv")
-    rows = read_table(file, names) if is_table else read_lines(file, f"mend that line of {file}")
-    for line, row in rows:
-        yield line, {ours: row.get(theirs) for ours, theirs in names.items()}
-
-
-def read_table(file: str, names: dict[str, str]) -> Iterator[tuple[int, dict]]:
-    """(line, row) of a CSV file whose header holds the name of the question."""
+def read_table(file: str, question: str) -> Iterator[tuple[int, dict]]:
+    """(line, row) of a CSV file with a column `question`; empty rows are passed over."""
     try:
         with open(there(file), encoding="utf-8-sig", newline="") as f:
             reader, line = csv.DictReader(f, strict=True), 2
-            need(names["question"] in (reader.fieldnames or ()), f"{file}: its header is "
+            need(question in (reader.fieldnames or ()), f"{file}: its header is "
                  f"{reader.fieldnames}; separate columns by commas, or give --fields")  # fmt: skip
             for row in reader:
                 wrong = None in row or None in row.values()

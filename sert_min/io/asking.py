@@ -122,10 +122,6 @@ class Collection:
             now = now.then and now.then(now, record["text"])
         return records, now
 
-    def unique(self, asks: Iterable[Ask]) -> list[Ask]:
-        """The asks, equal ones once."""
-        return list({ask.key(self.e): ask for ask in asks}.values())
-
     def open_bills(self) -> list:
         """[tokens in, tokens out] at most, of each request whose bill is not known."""
         return list(chain.from_iterable(self.unanswered.values()))
@@ -163,7 +159,8 @@ def ask_all(collection: Collection, asks: Iterable[Ask], readable: Readable | No
     failed, when most replies are of no use, and at a signal; replies in flight are always kept."""
     folder, who = collection.folder, collection.e.who
     with lock_folder(folder, ".lock-responses"):
-        there, asks = len(collection.load().replies), collection.unique(asks)
+        there = len(collection.load().replies)
+        asks = list({ask.key(collection.e): ask for ask in asks}.values())  # equal ones once
         todo = [now for ask in asks if (now := collection.walk(ask)[1])]
         again = [a for a in asks if (collection.find(a) or {}).get("finish") not in KNOWN]
         if there and todo and len(todo) == len(asks):
@@ -183,7 +180,7 @@ def ask_all(collection: Collection, asks: Iterable[Ask], readable: Readable | No
 def print_plan(what: str, collection: Collection, asks: Iterable[Ask]) -> None:
     """Print what asking would send and cost at most. Sends and writes nothing."""
     there, bounds, e = 0, [], collection.load().e
-    for ask in collection.unique(asks):
+    for ask in {ask.key(e): ask for ask in asks}.values():  # equal ones once
         records, now = collection.walk(ask)
         there += len(records)
         while now:
