@@ -15,7 +15,7 @@ from sert_min.finetune import TrainSettings, encode_example
 from sert_min.generate import SampleSettings
 from sert_min.gpt2 import GPT2
 from sert_min.io.errors import need
-from sert_min.io.files import check_settings
+from sert_min.io.files import check_settings, lock_folder
 from sert_min.io.hub import find_model, weights_hash
 from sert_min.io.machine import pick_device
 from sert_min.models import load_model, save_model
@@ -100,11 +100,11 @@ def fit(
     need(longest <= context, f"{told}; leave that pair out")
     data = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
     about = {"data": data, "weights": weights_hash(tokenizer.folder), **asdict(s)}
-    out.mkdir(parents=True, exist_ok=True)
-    check_settings(out / "settings.json", about, "choose another folder")
     names = [str(i) for i in range(len(pairs))]
-    finetune.fit(model.train(), examples, names, out, s)
-    save_model(model.eval(), out / "last", tokenizer.folder, {"method": "sert", "data": data})
+    with lock_folder(out):
+        check_settings(out / "settings.json", about, "choose another folder")
+        finetune.fit(model.train(), examples, names, out, s)
+        save_model(model.eval(), out / "last", tokenizer.folder, {"method": "sert", "data": data})
 
 
 def greedy_answers(model: GPT2, tokenizer: Tokenizer, questions: list[Question]) -> list[dict]:

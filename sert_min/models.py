@@ -62,7 +62,6 @@ UNFIT = "the weights do not fit config.json"
 
 
 def read_config(folder: Path) -> GPT2Config | LlamaConfig:
-    """The config of a folder."""
     raw, where = read_raw_config(folder), f"{folder}/config.json"
     return (gpt2_config if raw["model_type"] == "gpt2" else llama_config)(raw, where)
 
@@ -113,17 +112,13 @@ def llama_config(raw: dict, where: str) -> LlamaConfig:
 def check(where: str, config: dict, **fine: bool) -> None:
     """Refuse the first entry of config.json that is not fine, by its name."""
     for name, ok in fine.items():
-        value = config.get(name)
-        need(ok, f"{where}: {name} {value!r} is not supported; choose another model")
+        need(ok, f"{where}: {name} {config.get(name)!r} is not supported; choose another model")
 
 
 def are_sizes(config: dict, names) -> dict[str, bool]:
     """Is each value a whole number of a possible size? Layers are built one by one."""
-
-    def is_size(name: str, n) -> bool:
-        return type(n) is int and 0 < n < (1000 if "layer" in name else 2**24)
-
-    return {name: is_size(name, config.get(name)) for name in names}
+    most = {name: 1000 if "layer" in name else 2**24 for name in names}
+    return {k: type(config.get(k)) is int and 0 < config[k] < top for k, top in most.items()}
 
 
 def is_positive(x) -> bool:
@@ -151,8 +146,7 @@ def hub_tensors(model: GPT2 | Llama) -> dict[str, Tensor]:
 
 
 def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2 | Llama:
-    """Read a model from a Hugging Face folder. Every name and shape is checked, and every number
-    must be finite."""
+    """The model of a Hugging Face folder. All names and shapes are checked, and NaN is refused."""
     config = read_config(folder)
     kind = GPT2 if isinstance(config, GPT2Config) else Llama
     with torch.device("meta"):  # initial values are not needed, and drawing them takes seconds
@@ -171,16 +165,13 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> GPT2 | Llama:
         shape = list(wanted[name].shape)
         fits = list(t.shape) == shape
         need(fits, f"{where} has shape {list(t.shape)}, config.json needs {shape}; {UNFIT}")
-        finite = t.isfinite().all()
-        need(finite, f"{where} holds NaN or infinite weights; use another checkpoint")
+        need(t.isfinite().all(), f"{where} holds NaN or infinite weights; use another checkpoint")
         wanted[name].copy_(t)
         missing.discard(name)
     need(not missing, f"{folder}: tensor {min(missing, default='')} is missing; {UNFIT}")
-    need(
-        head is None or torch.equal(head.float(), model.wte.weight),
-        f"{folder}: lm_head.weight is not the token embedding, though config.json ties them; set "
-        "tie_word_embeddings to false there",
-    )
+    tied = head is None or torch.equal(head.float(), model.wte.weight)
+    need(tied, f"{folder}: lm_head.weight is not the token embedding, though config.json ties them; "
+         "set tie_word_embeddings to false there")  # fmt: skip
     return model.cast_(dtype).to(device).eval()
 
 

@@ -20,17 +20,14 @@ from pathlib import Path
 
 from sert_min.answers import number_in
 from sert_min.io.errors import SertError, need
-from sert_min.io.files import clean_name, parse_json, there
+from sert_min.io.files import clean_name, read_lines, there
 from sert_min.io.parallel import RANK
 from sert_min.questions import LETTERS, Question, choices_of, with_choices
 
 FIELDS = ("question", "answer", "choices", "id", "split")
 YES_NO = {"yes": "yes", "no": "no", "true": "yes", "false": "no"}
 SPLITS = ("train", "test")
-
-
-def is_file(name: str) -> bool:
-    return name.lower().endswith((".jsonl", ".csv"))
+ENDINGS = (".jsonl", ".csv")
 
 
 def open_file(name: str, fields: str | None, test_file: str | None) -> tuple[str, Callable, str]:
@@ -92,8 +89,11 @@ def split_by_hash(q: Question) -> str:
 
 
 def read_questions(file: str, fields: dict[str, str], task: str) -> list[tuple[str, Question]]:
-    """(split or "", question) of every row. An error names the row's line."""
-    rows, out, seen = list(read_rows(file, fields)), [], {}
+    """(split or "", question) of every row, whose fields are renamed. An error names its line."""
+    names, out, seen = {name: fields.get(name, name) for name in FIELDS}, [], {}
+    is_table, fix = file.lower().endswith(".csv"), f"mend that line of {file}"
+    found = read_table(file, names["question"]) if is_table else read_lines(file, fix)
+    rows = [(line, {ours: row.get(name) for ours, name in names.items()}) for line, row in found]
     need(rows, f"{file} has no questions; write one a row")
     answers = {str(row.get("answer")).strip().lower() for _, row in rows}
     yes_no = not any(row.get("choices") for _, row in rows) and answers <= set(YES_NO)
@@ -101,39 +101,29 @@ def read_questions(file: str, fields: dict[str, str], task: str) -> list[tuple[s
         try:
             q = make_question(row, task, f"{Path(file).name} line {line}", yes_no)
             for what in ("question " + repr(q.text), f"id {q.id!r}"):
-                if line != seen.setdefault(what, line):
-                    raise ValueError(f"the {what[:80]} stands in line {seen[what]} already")
+                first = seen.setdefault(what, line)
+                need(first == line, f"the {what[:80]} stands in line {first} already", ValueError)
             split = str(row.get("split") or "").strip().lower()
-            if split not in ("", *SPLITS):
-                raise ValueError(f"split {split!r} is neither train nor test")
+            need(split in ("", *SPLITS), f"split {split!r} is neither train nor test", ValueError)
         except ValueError as e:
             raise SertError(f"{file} line {line}: {e}") from None
         out.append((split, q))
     return out
 
 
-def read_rows(file: str, fields: dict[str, str]) -> Iterator[tuple[int, dict]]:
-    """(line, row under our field names) of a JSONL or CSV file; lines without any text are passed
-    over."""
-    fix, names = f"mend that line of {file}", {name: fields.get(name, name) for name in FIELDS}
+def read_table(file: str, question: str) -> Iterator[tuple[int, dict]]:
+    """(line, row) of a CSV file with a column `question`; empty rows are passed over."""
     try:
-        if file.lower().endswith(".csv"):
-            with open(there(file), encoding="utf-8-sig", newline="") as f:
-                reader, line = csv.DictReader(f, strict=True), 2
-                need(names["question"] in (reader.fieldnames or ()), f"{file}: its header is "
-                     f"{reader.fieldnames}; separate columns by commas, or give --fields")  # fmt: skip
-                for row in reader:
-                    wrong = None in row or None in row.values()
-                    need(not wrong, f"{file} line {line}: its cells are not those of the header")
-                    if any(cell.strip() for cell in row.values()):
-                        yield line, {ours: row.get(theirs) for ours, theirs in names.items()}
-                    line = reader.line_num + 1
-        else:
-            for line, text in enumerate(there(file).read_bytes().split(b"\n"), 1):
-                text = text.removeprefix(b"\xef\xbb\xbf").strip()
-                if text:
-                    row = parse_json(text, f"{file} line {line}", fix)
-                    yield line, {ours: row.get(theirs) for ours, theirs in names.items()}
+        with open(there(file), encoding="utf-8-sig", newline="") as f:
+            reader, line = csv.DictReader(f, strict=True), 2
+            need(question in (reader.fieldnames or ()), f"{file}: its header is "
+                 f"{reader.fieldnames}; separate columns by commas, or give --fields")  # fmt: skip
+            for row in reader:
+                wrong = None in row or None in row.values()
+                need(not wrong, f"{file} line {line}: its cells are not those of the header")
+                if any(cell.strip() for cell in row.values()):
+                    yield line, row
+                line = reader.line_num + 1
     except (csv.Error, UnicodeDecodeError) as e:
         raise SertError(f"{file} can't be read ({e}); save it as a table in UTF-8") from None
 
@@ -145,30 +135,24 @@ def make_question(
     if `yes_no` says so (None: if its answer is yes, no, true or false), else its answer is free. A
     row that can't be understood is a ValueError."""
     text, answer = row.get("question"), row.get("answer")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError("it has no question; --fields question=NAME names the field that holds it")
-    if not isinstance(answer, str | int | float) or not str(answer).strip():
-        raise ValueError("it has no answer; --fields answer=NAME names the field that holds it")
-    said, choices = str(answer).strip(), read_choices(row.get("choices"))
-    name, free, text = row.get("id"), False, text.strip()
-    name = "" if name is None else str(name).strip()
-    if {c.lower() for c in choices} == {"yes", "no"} or (
-        not choices and (said.lower() in YES_NO if yes_no is None else yes_no)
-    ):
+    for name, value, kinds in (("question", text, str), ("answer", answer, str | int | float)):
+        told = f"it has no {name}; --fields {name}=NAME names the field that holds it"
+        need(isinstance(value, kinds) and str(value).strip(), told, ValueError)
+    said, choices, text = str(answer).strip(), read_choices(row.get("choices")), text.strip()
+    yes_no = said.lower() in YES_NO if yes_no is None else yes_no
+    yes_no = {c.lower() for c in choices} == {"yes", "no"} or (yes_no and not choices)
+    free = not (choices or yes_no)
+    if yes_no:
         if choices and (bare := said.strip("()").upper()) in ("A", "B"):
             said = choices["AB".index(bare)]
-        if said.lower() not in YES_NO:
-            raise ValueError(f"answer {said!r} is neither yes nor no")
+        need(said.lower() in YES_NO, f"answer {said!r} is neither yes nor no", ValueError)
         said, choices = YES_NO[said.lower()], ()
     elif choices:
         said = letter_of(answer, choices)
         text = with_choices(text, choices)
-        if choices_of(text) != choices:
-            raise ValueError(
-                "its text reads like another list of options; leave `(A) ..` out of it"
-            )
-    else:
-        free = True
+        told = "its text reads like another list of options; leave `(A) ..` out of it"
+        need(choices_of(text) == choices, told, ValueError)
+    name = "" if row.get("id") is None else str(row["id"]).strip()
     name = name or hashlib.sha256(text.encode()).hexdigest()[:12]
     return Question(task, name, text, said, choices, free=free, where=where)
 
@@ -181,11 +165,10 @@ def read_choices(choices) -> tuple[str, ...]:
         except ValueError:
             raise ValueError("its choices begin with [ but are no JSON list") from None
         choices = [] if choices == [""] else choices
-    if not isinstance(choices or [], list):
-        raise ValueError("its choices are not a list of texts")
+    need(isinstance(choices or [], list), "its choices are not a list of texts", ValueError)
     texts = tuple(str(c).strip() if isinstance(c, str | int | float) else "" for c in choices or [])
-    if texts and not 2 <= len(texts) <= len(LETTERS):
-        raise ValueError(f"it has {len(texts)} choices; 2 to {len(LETTERS)} are possible")
+    n, most = len(texts), len(LETTERS)
+    need(not n or 2 <= n <= most, f"it has {n} choices; 2 to {most} are possible", ValueError)
     if not all(texts):
         raise ValueError(f"option ({LETTERS[texts.index('')]}) is empty or no text")
     same = [t for t, n in Counter(" ".join(t.lower().split()) for t in texts).items() if n > 1]
@@ -208,8 +191,7 @@ def letter_of(answer, choices: tuple[str, ...]) -> str:
     if len(found) > 1:
         raise ValueError(f"answer {said!r} is the letter of one option and the text of another; "
                          f"write ({by_letter[0]}) or ({by_text[0]}): {shown}")  # fmt: skip
-    if not found:
-        raise ValueError(f"answer {said!r} is none of the options {shown}")
+    need(found, f"answer {said!r} is none of the options {shown}", ValueError)
     return found.pop()
 
 
@@ -217,10 +199,6 @@ def kind(q: Question) -> str:
     """What kind of answer a question asks for, in words."""
     if q.choices:
         return f"with {len(q.choices)} options"
-    return (
-        "yes/no"
-        if not q.free
-        else "free text"
-        if number_in(q.answer, alone=True) is None
-        else "number"
-    )
+    if not q.free:
+        return "yes/no"
+    return "free text" if number_in(q.answer, alone=True) is None else "number"

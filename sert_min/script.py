@@ -11,26 +11,22 @@ from typing import NamedTuple
 from sert_min import __version__, filters, tasks
 from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_json, read_jsonl, to_line, write_atomic
-from sert_min.io.hub import commit_of, find_model, model_label, read_sert
+from sert_min.io.hub import find_model, model_label, read_sert
 from sert_min.io.parallel import WORLD
 from sert_min.questions import Question
 
 TASK = ("--task", "--fields", "--test-file", "--data-dir")  # what names the questions
+# fmt: off
 FLAGS: dict[str, dict] = {
-    "--task": dict(
-        default=tasks.DEFAULT,
-        metavar="TASK",
-        help=f"{', '.join(tasks.TASKS)}, or a file of "
-        "your questions, .jsonl or .csv (docs/usage.md); default: %(default)s",
-    ),
-    "--fields": dict(
-        metavar="OURS=THEIRS,..", help="names of the file's fields: question=prompt,.."
-    ),
+    "--task": dict(default=tasks.DEFAULT, metavar="TASK",
+                   help=f"{', '.join(tasks.TASKS)}, or a file of your questions, .jsonl or .csv "
+                        "(docs/usage.md); default: %(default)s"),
+    "--fields": dict(metavar="OURS=THEIRS,..",
+                     help="names of the file's fields: question=prompt,.."),
     "--test-file": dict(help="the test questions of a file (default: its split field, or a fifth)"),
     "--data-dir": dict(help="read the datasets here instead of downloading them"),
-    "--model": dict(
-        help="student: a name (gpt2, smollm2, ..), folder or hub id (default: the task's)"
-    ),
+    "--model": dict(help="student: a name (gpt2, smollm2, ..), folder or hub id (default: the "
+                         "task's)"),
     "--out-dir": dict(help="where results go"),
     "--limit": dict(type=int, help="only the first N questions (default: all)"),
     "--seed": dict(type=int, default=0, help="default: %(default)s"),
@@ -38,6 +34,7 @@ FLAGS: dict[str, dict] = {
     "--dtype": dict(choices=("auto", "fp32", "bf16"), default="auto", help="of matrix products"),
     "--dry-run": dict(action="store_true", help="print a prompt and the plan, then stop"),
 }
+# fmt: on
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -102,7 +99,6 @@ class Blocks(NamedTuple):
         return range(-(-len(self.questions) // self.size))
 
     def block(self, i: int) -> list[Question]:
-        """The questions of block i."""
         return self.questions[i * self.size : (i + 1) * self.size]
 
     def path(self, i: int) -> Path:
@@ -111,12 +107,9 @@ class Blocks(NamedTuple):
 
     def _records(self, path: Path) -> list[dict]:
         """The records of a block file; [] if it is missing or damaged."""
-        try:
-            records = [json.loads(line) for line in path.read_bytes().splitlines()]
-            [(r["id"], r["question"]) for r in records]
-        except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
-            return []
-        return records
+        with contextlib.suppress(SertError):
+            return list(read_jsonl(path, {"id": str, "question": str}))
+        return []
 
     def read(self, i: int) -> list[dict] | None:
         """The records of block i; None if its file is missing, damaged, or of other questions."""
@@ -162,7 +155,8 @@ class Student(NamedTuple):
     @property
     def commit(self) -> str | None:
         """The hub commit that it, or the student that it was trained from, was downloaded from."""
-        return self.sert.get("commit") or commit_of(self.folder)
+        cached = self.folder.parent.name == "snapshots"  # in huggingface_hub's cache
+        return self.sert.get("commit") or (self.folder.name if cached else None)
 
     @property
     def suffix(self) -> str:

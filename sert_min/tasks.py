@@ -42,9 +42,8 @@ FILES = {  # DataFile(under --data-dir, at the source, SHA-256)
 }  # fmt: skip
 # What flags that are left out stand for [SERT §III-A]; the rules' limits stand in filters.RULES.
 PAPER = {"max_new_tokens": 128, "early_reject": True, "epochs": 20, "batch_size": 8, "lr": 3e-4}
-STUDENTS = {  # what a student wants instead, by its label; the rules stay the paper's (docs/choices.md)
-    smollm2.LABEL: {"epochs": 2, "batch_size": 4, "lr": 1e-4},
-}
+# What a student wants instead, by its label; the rules stay the paper's (docs/choices.md).
+STUDENTS = {smollm2.LABEL: {"epochs": 2, "batch_size": 4, "lr": 1e-4}}
 
 
 class Task(NamedTuple):
@@ -85,8 +84,7 @@ def read_strategy_qa(split: str, data_dir: Path | None) -> list[Question]:
     n_train, questions = round(0.7 * len(rows)), []
     for i in sorted(order[:n_train] if split == "train" else order[n_train:]):
         scores = rows[i]["target_scores"]
-        if sorted(scores.values()) != [0, 1]:
-            raise ValueError(f"target_scores of row {i}")
+        need(sorted(scores.values()) == [0, 1], f"target_scores of row {i}", ValueError)
         answer = "yes" if scores["Yes"] else "no"
         questions.append(Question("strategy_qa", str(i), rows[i]["input"].strip(), answer))
     return questions
@@ -117,7 +115,6 @@ TASKS = {
 
 
 def get(name: str) -> Task:
-    """The row of a task."""
     known = f"choose one of {', '.join(TASKS)}, or give a file of questions (.jsonl or .csv)"
     need(name in TASKS, f"unknown task {name!r}; {known}")
     return TASKS[name]
@@ -125,7 +122,7 @@ def get(name: str) -> Task:
 
 def open_task(name: str, fields: str | None = None, test_file: str | None = None) -> str:
     """The name of a task that `--task` names. A file of questions is read, and becomes a task."""
-    if name in TASKS or not own.is_file(name):
+    if name in TASKS or not name.lower().endswith(own.ENDINGS):
         need(not (fields or test_file), "--fields and --test-file need a file as --task")
         return get(name) and name
     label, read, words = own.open_file(name, fields, test_file)
@@ -162,18 +159,14 @@ def load(name: str, split: str, data_dir: Path | str | None = None) -> list[Ques
     except (KeyError, TypeError, ValueError, IndexError) as e:
         raise SertError(f"the {name} file is not in the expected form ({e!r}); get it again") from e
     size = task.sizes[split] if task.sizes else len(questions)
-    need(
-        len(questions) == size,
-        f"{name} {split} has {len(questions)} questions instead of {size}; "
-        "use the data files and the numpy of requirements.txt",
-    )
+    need(len(questions) == size, f"{name} {split} has {len(questions)} questions instead of {size}; "
+         "use the data files and the numpy of requirements.txt")  # fmt: skip
     return questions
 
 
 def holdout_split(questions: list[Question]) -> tuple[list[Question], list[Question]]:
     """(rest, validation) of a whole train split: the tenth whose texts have the lowest hashes, in
-    the given order. No seed is involved; equal texts fall on one side. Limit after this, not
-    before."""
+    the given order. No seed is involved; equal texts fall on one side. Limit after this."""
     by_hash = sorted(questions, key=lambda q: hashlib.sha256(q.text.encode()).digest())
     held = {q.text for q in by_hash[: round(len(questions) / 10)]}
     return [q for q in questions if q.text not in held], [q for q in questions if q.text in held]

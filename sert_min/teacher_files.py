@@ -1,13 +1,12 @@
 """Files of teacher outputs: those that other people have published, and our own."""
 
-import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from sert_min.io.download import DATA_URL, cache, download, save_checked
+from sert_min.io.download import DATA_URL, cache, download, save
 from sert_min.io.errors import SertError, need
 from sert_min.io.files import read_jsonl
 from sert_min.questions import Question, stem
@@ -27,7 +26,7 @@ def davinci_log(task: str) -> Path:
         found = len(log_entries(data := download(DAVINCI)))
         need(found == ENTRIES, f"{DAVINCI} has {found} entries instead of {ENTRIES}; repeat (a cut "
              "download?), or get the file elsewhere and give its path")  # fmt: skip
-        save_checked(path, data, hashlib.sha256(data).hexdigest(), DAVINCI)
+        save(path, data)
     return path
 
 
@@ -48,10 +47,9 @@ def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, O
     try:
         if path.is_dir() or path.suffix == ".json":
             found, left = read_step_by_step(path, questions)
-        elif path.suffix == ".log":
-            found, left = read_rows(log_entries(path.read_bytes()), questions, path.name)
         else:
-            found, left = read_rows(read_jsonl(path), questions, path.name)
+            rows = log_entries(path.read_bytes()) if path.suffix == ".log" else read_jsonl(path)
+            found, left = read_rows(rows, questions, path.name)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         why = f"{type(e).__name__}: {str(e)[:80]}"
         raise SertError(f"--teacher-file {path} is in none of the known forms ({why}); `python "
@@ -61,8 +59,8 @@ def read_teacher_file(name: str, questions: list[Question]) -> tuple[dict[str, O
 
 
 def read_rows(rows: Iterable[dict], questions: list[Question], source: str):
-    """Join rows to questions by id (or row number) if the text agrees, else by text. Of two outputs
-    for one question the first holds."""
+    """Join rows to questions by id (or row number) if the text agrees, else by text; the first of a
+    question holds."""
     by_id = {q.id: q for q in questions}
     by_text = {stem(q.text): q for q in reversed(questions)}
     found, left = {}, Counter()
@@ -79,8 +77,8 @@ def read_rows(rows: Iterable[dict], questions: list[Question], source: str):
             answer = row["teacher_answer"]
             completion, finish = f"{q.write(answer)}." if answer else "", "stop"
         said = row["rationale"]  # null: the teacher said nothing
-        if not isinstance(said, str | None) or not isinstance(completion, str | None):
-            raise ValueError("rationale or teacher_completion is no text")
+        texts = isinstance(said, str | None) and isinstance(completion, str | None)
+        need(texts, "rationale or teacher_completion is no text", ValueError)
         found[q.id] = Output(said or "", completion, finish, source)
     return found, left
 
@@ -118,8 +116,7 @@ def read_step_by_step(path: Path, questions: list[Question]):
     named = []  # does an answer name an option of its question?
     for file in sorted(path.glob("train_CoT_*.json")) if path.is_dir() else [path]:
         outputs = json.loads(file.read_bytes())
-        if not isinstance(outputs, list):
-            raise ValueError(f"{file.name} is no list")
+        need(isinstance(outputs, list), f"{file.name} is no list", ValueError)
         first = 1000 * int(file.stem.rpartition("_")[2])
         belongs = questions[first : first + 1000]
         left["other questions"] += max(0, len(outputs) - len(belongs))
@@ -129,6 +126,6 @@ def read_step_by_step(path: Path, questions: list[Question]):
             found[q.id] = Output(rationale.strip(), completion, None, file.name)
             if completion and q.choices:
                 named.append(any(choice.lower() in completion.lower() for choice in q.choices))
-    if named.count(False) > len(named) / 2:
-        raise ValueError(f"{named.count(False)} answers name no option of their question")
+    n = named.count(False)
+    need(n <= len(named) / 2, f"{n} answers name no option of their question", ValueError)
     return found, left

@@ -18,7 +18,6 @@ ANSWER_TOKENS = 64  # of the reply to the second request of --two-step
 
 
 def add_flags(group) -> None:
-    """Add the flags of a teacher to a group of a parser."""
     # fmt: off
     group.add_argument("--teacher-file", help="existing rationales: davinci (a public log), a .log "
                        "of zero_shot_cot, distilling-step-by-step's folder, or .jsonl (docs/usage.md)")
@@ -117,17 +116,15 @@ def ask(
     earlier version; `stop_early` ends a collection of replies that can't be read."""
     teacher.replies.others += (out,)
     asks, by_id = [a for q in questions for a in teacher.asks(q)], {q.id: q for q in questions}
-    ways = [
-        "--teacher-suffix ' End with: So the answer is ..' asks for all replies again",
-        "" if teacher.two_step else "--two-step only adds a request for the answer",
-        "a larger --teacher-max-tokens asks for those again that were cut off",
-        "--go-on keeps those with a right answer, --keep all all of them",
-    ]
-    readable = asking.Readable(
-        lambda ask, replies: teacher_answer(teacher.output(replies), by_id[ask.id]) is not None,
-        "state an answer that can be read",
-        "; ".join(filter(None, ways)),
-    )
+    advice = "--teacher-suffix ' End with: So the answer is ..' asks for all replies again; "
+    advice += "" if teacher.two_step else "--two-step only adds a request for the answer; "
+    advice += "a larger --teacher-max-tokens asks for those again that were cut off; "
+    advice += "--go-on keeps those with a right answer, --keep all all of them"
+
+    def test(ask: Ask, replies: list[dict]) -> bool:
+        return teacher_answer(teacher.output(replies), by_id[ask.id]) is not None
+
+    readable = asking.Readable(test, "state an answer that can be read", advice)
     asking.ask_all(teacher.replies, asks, readable if stop_early else None)
     outputs: dict[str, list[Output]] = {}
     for ask in asks:

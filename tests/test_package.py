@@ -14,6 +14,7 @@ from conftest import ROOT
 
 import sert_min
 from sert_min.io.errors import SertError
+from sert_min.io.files import lock_folder
 
 LINES = re.search(r"(?m)^    import sert_min.*(?:\n    .+)+", sert_min.__doc__)[0]
 
@@ -45,8 +46,8 @@ def test_the_lines_of_the_docstring(tmp_path):
 
 
 def test_names_and_refusals(tmp_path, monkeypatch):
-    """Guards __all__, a folder whose state belongs to another training or model, and errors that
-    would come late."""
+    """Guards __all__, a folder whose state belongs to another training or model or is being written,
+    and errors that would come late."""
     assert all(getattr(sert_min, name) for name in sert_min.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = sert_min.nothing
@@ -66,6 +67,8 @@ def test_names_and_refusals(tmp_path, monkeypatch):
         with pytest.raises(SertError, match=message):
             sert_min.fit(model, *given, short)
     assert not Path("new").exists()
+    with lock_folder("s"), pytest.raises(SertError, match="another process is writing"):
+        sert_min.fit(model, tokenizer, [("Question: a", " b")], "s", short)
     with pytest.raises(SertError, match="rules are limits by name: patterns, min_tokens"):
         sert_min.sample_paths(model, tokenizer, [], rules={"min_perplexty": 3})
 

@@ -80,17 +80,17 @@ def test_an_early_interrupt_is_one_line(seconds, tmp_path):
     (BrokenPipeError(32, "Broken pipe"), ""),
 ])  # fmt: skip
 def test_last_lines(error, words):
-    line, status = last_line(error)
-    assert words in line and bool(words) == bool(line) and line.isprintable() and status == 1
+    line = last_line(error)
+    assert words in line and bool(words) == bool(line) and line.isprintable()
     for fault in (ValueError("a fault"), ModuleNotFoundError(name="sert_min.x")):
         assert last_line(fault) is None  # a traceback is of use
-    assert last_line(KeyboardInterrupt())[1] == 130
+    assert "interrupted" in last_line(KeyboardInterrupt())
 
 
 @pytest.mark.parametrize("rank, problem, waits", [
     ("0", SertError("bad"), []), ("1", SertError("bad"), [20]), ("1", RuntimeError("lost"), [20]),
     ("0", RuntimeError("lost"), [1]), ("0", SystemExit(2), []), ("1", SystemExit(2), [20]),
-    (None, RuntimeError("a bug"), []),
+    ("0", BrokenPipeError(), []), (None, RuntimeError("a bug"), []),
 ])  # fmt: skip
 def test_processes_wait_for_the_one_that_speaks(rank, problem, waits, monkeypatch):
     """Guards a second message under torchrun, also where another broke the connection."""

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,16 +42,15 @@ KNOWN = (None, REFUSED, *WHOLE, *CUT)  # a reply with another finish reason may 
 
 
 class Collection:
-    """`load` reads it: the replies in a folder by key (responses.jsonl), and what they cost, open bills included
-    (sent.jsonl). Only one process at a time may write. What lies in `others`, the folders that
-    earlier versions used, counts as well."""
+    """The replies in a folder by key (responses.jsonl), and what they cost, open bills included
+    (sent.jsonl); `load` reads them. What `others`, folders of earlier versions, hold counts as well.
+    Only one process at a time may write."""
 
     def __init__(self, folder: Path, e: Endpoint, *others: Path):
         self.folder, self.e, self.others = folder, e, others
 
     def load(self) -> "Collection":
-        """Read the files without touching them: another process may be writing. A torn last line is
-        left out (the next append sets it aside)."""
+        """Read the files, which another process may be writing; a torn last line is left out."""
         self.replies: dict[str, dict] = {}
         self.unanswered: dict[str, list] = {}  # key -> [tokens in, tokens out] at most, of each
         self.tokens_in = self.tokens_out = 0
@@ -69,9 +68,8 @@ class Collection:
                         told = f"{path} line {number} is damaged; remove that line"
                         raise SertError(told) from None
         urls = self.e.base_url, self.e.also_url or self.e.base_url
-        self.alike = [  # whose replies may serve as well
-            replace(self.e, base_url=url, max_tokens=cap) for url in urls for cap in self.caps
-        ]
+        pairs = product(urls, self.caps)  # whose replies may serve as well
+        self.alike = [replace(self.e, base_url=url, max_tokens=cap) for url, cap in pairs]
         return self
 
     def note(self, note: dict) -> None:
@@ -86,23 +84,19 @@ class Collection:
             del bounds[-1:]
         else:
             bound = endpoint.tokens_of(dict(zip(USAGE, note["at_most"])))
-            if None in bound:
-                raise ValueError("a note without two numbers of tokens")
+            need(None not in bound, "a note without two numbers of tokens", ValueError)
             bounds.append(bound)
             self.caps.add(bound[1])
 
     def add(self, ask: Ask, reply: dict) -> None:
-        """Store a reply."""
         names = {"key": ask.key(self.e), "task": ask.task, "id": ask.id, "sample": ask.sample}
         record = {**names, **reply, "time": round(time.time(), 3)}
         append_durable(self.folder / "responses.jsonl", to_line(record))
         self.count(record)
 
     def count(self, record: dict) -> None:
-        """Know a reply (of two with one key the first, or a later one if that may be cut) and its
-        bill."""
-        if not isinstance(record["text"], str):
-            raise TypeError("a reply without text")
+        """Know a reply and its bill. Of two with one key the first holds, unless it may be cut."""
+        need(isinstance(record["text"], str), "a reply without text", TypeError)
         if self.replies.setdefault(record["key"], record).get("finish") not in KNOWN:
             self.replies[record["key"]] = record
         n_in, n_out = endpoint.tokens_of(record.get("usage"))
@@ -128,10 +122,6 @@ class Collection:
             now = now.then and now.then(now, record["text"])
         return records, now
 
-    def unique(self, asks: Iterable[Ask]) -> list[Ask]:
-        """The asks, equal ones once."""
-        return list({ask.key(self.e): ask for ask in asks}.values())
-
     def open_bills(self) -> list:
         """[tokens in, tokens out] at most, of each request whose bill is not known."""
         return list(chain.from_iterable(self.unanswered.values()))
@@ -156,8 +146,7 @@ class Collection:
 
 
 class Readable(NamedTuple):
-    """What makes a reply useful. Asking stops early if most of the first replies are not, because
-    every further one costs."""
+    """What makes a reply useful. Asking, which costs, stops if most of the first replies are not."""
 
     test: Callable[[Ask, list[dict]], bool]  # of an ask and its replies (two with a follow-up)
     what: str  # "hold all four scores"
@@ -167,11 +156,11 @@ class Readable(NamedTuple):
 def ask_all(collection: Collection, asks: Iterable[Ask], readable: Readable | None = None) -> None:
     """Ask for what a collection lacks, `e.concurrency` requests at a time. Stops at the caps of `e`
     (an open bill counts in full), at an error that no retry repairs, when most of the last asks
-    failed, when most replies are of no use, and at a signal. Replies to requests in flight are kept
-    whatever happens."""
+    failed, when most replies are of no use, and at a signal; replies in flight are always kept."""
     folder, who = collection.folder, collection.e.who
     with lock_folder(folder, ".lock-responses"):
-        there, asks = len(collection.load().replies), collection.unique(asks)
+        there = len(collection.load().replies)
+        asks = list({ask.key(collection.e): ask for ask in asks}.values())  # equal ones once
         todo = [now for ask in asks if (now := collection.walk(ask)[1])]
         again = [a for a in asks if (collection.find(a) or {}).get("finish") not in KNOWN]
         if there and todo and len(todo) == len(asks):
@@ -191,7 +180,7 @@ def ask_all(collection: Collection, asks: Iterable[Ask], readable: Readable | No
 def print_plan(what: str, collection: Collection, asks: Iterable[Ask]) -> None:
     """Print what asking would send and cost at most. Sends and writes nothing."""
     there, bounds, e = 0, [], collection.load().e
-    for ask in collection.unique(asks):
+    for ask in {ask.key(e): ask for ask in asks}.values():  # equal ones once
         records, now = collection.walk(ask)
         there += len(records)
         while now:
@@ -237,9 +226,8 @@ class Job:
 
 
 class Asking:
-    """Asks at work. One thread decides and writes everything; each attempt is made by a thread of
-    its own, which hands over what came of it. Those are daemons, so a server that hangs cannot keep
-    the process from ending."""
+    """Asks at work. One thread decides and writes everything; each attempt has a thread of its own,
+    a daemon, so that a server that hangs cannot keep the process from ending."""
 
     def __init__(self, collection: Collection, bar: Bar, asks: list, readable: Readable | None):
         self.collection, self.e, self.bar = collection, collection.e, bar
@@ -301,8 +289,7 @@ class Asking:
 
     def go_on(self) -> bool:
         """Let all requests leave that may; is there anything to wait for? A job that is out of time
-        is given up, because a server that sends a byte now and then never runs into the timeout; a
-        reply that comes after all is kept."""
+        is given up (a byte now and then never runs into the timeout), but a late reply is kept."""
         now, self.capped = time.monotonic(), ""
         for job in self.jobs[: self.e.concurrency]:
             if now > job.end:

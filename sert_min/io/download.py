@@ -1,6 +1,5 @@
 """Downloads of data files, checked against their SHA-256 and cached."""
 
-import contextlib
 import hashlib
 import http.client
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sert_min.io.errors import SertError, need
-from sert_min.io.files import sha256_file
+from sert_min.io.files import lock_folder, sha256_file, write_atomic
 
 DATA_URL = (  # of the authors of zero-shot CoT; SERT_DATA_URL names another place
     "https://raw.githubusercontent.com/kojima-takeshi188/zero_shot_cot/"
@@ -45,14 +44,16 @@ def data_file(file: DataFile, data_dir: Path | None = None) -> Path:
     path = (data_dir or cache()) / file.local
     found = sha256_file(path) if path.is_file() else "none"
     if data_dir:
-        need(
-            found == file.sha256,
-            f"{path} is missing or another file (SHA-256 {found}, expected {file.sha256}); check "
-            "--data-dir, or leave it out to download the right one",
-        )
+        need(found == file.sha256, f"{path} is missing or another file (SHA-256 {found}, expected "
+             f"{file.sha256}); check --data-dir, or leave it out to download the right one")  # fmt: skip
     elif found != file.sha256:
         url = f"{os.environ.get('SERT_DATA_URL') or DATA_URL}/{file.remote}"
-        save_checked(path, download(url), file.sha256, url)
+        data = download(url)
+        found = hashlib.sha256(data).hexdigest()
+        need(found == file.sha256, f"{url} gave {len(data):,} bytes with SHA-256 {found}, expected "
+             f"{file.sha256}; repeat (a cut download, or a login page?), or get the files elsewhere "
+             "and give --data-dir")  # fmt: skip
+        save(path, data)
     return path
 
 
@@ -69,23 +70,11 @@ def download(url: str) -> bytes:
         raise SertError(f"could not download {url} ({reason}); {way_out}") from None
 
 
-def save_checked(path: Path, data: bytes, sha256: str, url: str) -> None:
-    """Write `data` at `path`, whole, if its hash is right; else nothing is kept."""
-    found = hashlib.sha256(data).hexdigest()
-    need(
-        found == sha256,
-        f"{url} gave {len(data):,} bytes with SHA-256 {found}, expected {sha256}; "
-        "repeat (a cut download, or a login page?), or get the files elsewhere and give --data-dir",
-    )
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # several runs may download at once
+def save(path: Path, data: bytes) -> None:
+    """Write what was downloaded; several runs may do so at once."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, path)
+        with lock_folder(path.parent, ".lock-download", wait=True):
+            write_atomic(path, data)
     except OSError as e:
-        raise SertError(
-            f"could not write {path} ({e.strerror}); free space or name a folder with SERT_CACHE"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):  # an unusable folder has its own error, above
-            part.unlink(missing_ok=True)
+        fix = "free space or name a folder with SERT_CACHE"
+        raise SertError(f"could not write {path} ({e.strerror}); {fix}") from None

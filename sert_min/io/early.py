@@ -14,8 +14,9 @@ from sert_min.io.errors import last_line, let_go_of_stdout, stop_at_once  # noqa
 
 def show(kind, error, traceback) -> None:
     if (told := last_line(error)) is None:
-        return sys.__excepthook__(kind, error, traceback)
-    return print(told[0], end="\n" * bool(told[0]), file=sys.stderr)
+        sys.__excepthook__(kind, error, traceback)
+    elif told:
+        print(told, file=sys.stderr)
 
 
 if Path(getattr(sys.modules["__main__"], "__file__", "")).parent == Path(__file__).parents[2]:

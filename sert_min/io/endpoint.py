@@ -60,8 +60,7 @@ def extra_header(text: str) -> tuple[str, str]:
     name, variable = form.groups()
     value = os.environ.get(variable, "")
     need(value, f"--extra-header {text}: the variable {variable} is not set")
-    fits = value.isascii() and value.isprintable()
-    need(fits, f"{variable} holds characters that no header has")
+    need(value.isascii() and value.isprintable(), f"{variable} holds characters that no header has")
     SECRETS.add(variable)
     return name, variable
 
@@ -124,15 +123,13 @@ class Endpoint:
         return urlsplit(self.url()).hostname or ""
 
     def is_local(self) -> bool:
-        """Is the server on this machine?"""
         return self.host() in ("localhost", "127.0.0.1", "::1")
 
     def is_openai(self) -> bool:
         return f".{self.host()}".endswith(".openai.com")
 
     def token_limit(self, cap: int | None = None) -> dict[str, int]:
-        """The parameter that caps a reply. Newer OpenAI models refuse the old name, and most local
-        servers know no other."""
+        """What caps a reply: newer OpenAI models refuse max_tokens, most servers know nothing else."""
         name = self.token_parameter
         if name == "auto":
             name = "max_completion_tokens" if self.is_openai() else "max_tokens"
@@ -192,16 +189,13 @@ class Ask:
         body = {"model": e.model, **e.token_limit(self.max_tokens)}
         system = {"role": "system", "content": e.system_prompt}
         messages = [system] * bool(e.system_prompt) + list(self.messages)
-        if e.completions:
-            body["prompt"] = "\n".join(m["content"] for m in messages)
-        else:
-            body["messages"] = messages
+        text = "\n".join(m["content"] for m in messages)
+        body |= {"prompt": text} if e.completions else {"messages": messages}
         return body if e.temperature is None else body | {"temperature": e.temperature}
 
     def key(self, e: Endpoint) -> str:
         """SHA-256 over everything that shapes the reply."""
-        body = self.body(e) | (e.extra_body or {})
-        content = [e.url(), body, self.task, self.id, self.sample]
+        content = [e.url(), self.body(e) | (e.extra_body or {}), self.task, self.id, self.sample]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def most_tokens(self, e: Endpoint) -> tuple[int, int]:
@@ -228,9 +222,8 @@ class Refused(SertError):
 
 
 def make_client(e: Endpoint):
-    """An openai client with the key in OPENAI_API_KEY. The key never travels unencrypted to another
-    machine unless `insecure` allows it, and never through a redirect. Requests to this machine
-    bypass a proxy, which could not reach it."""
+    """An openai client with the key in OPENAI_API_KEY, which never follows a redirect, nor travels
+    unencrypted to another machine unless `insecure` is set. To this machine no proxy is used."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     ok = key.isascii() and key.isprintable()
     need(ok, "OPENAI_API_KEY holds characters that no key has; set it again")
@@ -361,14 +354,12 @@ def model_names(client) -> str:
 
 
 def hide_key(text: str) -> str:
-    """`text` without key and secret headers, which a server may send back. A dummy like "ollama" is
-    no secret."""
+    """`text` without key and secret headers, which servers may send back; "ollama" is no secret."""
     for value in (os.environ.get(name, "").strip() for name in SECRETS):
         text = text.replace(value, "[key]") if len(value) >= 12 else text
     return text
 
 
 def server_text(text, limit: int = 200) -> str | None:
-    """Text of a server for terminal and records: short, without control characters and the key;
-    None if it is no text."""
+    """A server's text, short, without control characters and the key; None if it is no text."""
     return printable(hide_key(text))[:limit] if isinstance(text, str) else None

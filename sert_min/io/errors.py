@@ -14,10 +14,10 @@ class SertError(Exception):
     """A problem that the user can mend. The message is one line and names the fix."""
 
 
-def need(ok, message: str) -> None:
-    """Raise SertError(message) unless `ok`."""
+def need(ok, message: str, kind: type[Exception] = SertError) -> None:
+    """Raise `kind`(message) unless `ok`."""
     if not ok:
-        raise SertError(message)
+        raise kind(message)
 
 
 HINTS = dict.fromkeys(
@@ -30,30 +30,30 @@ HINTS[errno.ENAMETOOLONG] = "choose a shorter name"
 HINTS[errno.EMFILE] = "raise the limit of open files (ulimit -n), then repeat the same command"
 
 
-def last_line(error: BaseException) -> tuple[str, int] | None:
-    """(the one line to print, the exit status) of an error that a user can meet; None for others,
-    which are faults of the program."""
-    if isinstance(error, SertError):
-        return f"error: {printable(str(error))}", 1
-    if isinstance(error, KeyboardInterrupt):
-        return "\ninterrupted; repeat the same command to continue", 130
-    if isinstance(error, BrokenPipeError):  # `sample.py | head`: nobody reads on
-        return "", 1
+INTERRUPTED = "\ninterrupted; repeat the same command to continue"
+
+
+def last_line(error: BaseException) -> str | None:
+    """The one line, or "", to print of an error that a user can meet; None: a fault of ours."""
+    match error:
+        case SertError():
+            return f"error: {printable(str(error))}"
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case BrokenPipeError():  # `sample.py | head`: nobody reads on
+            return ""
+        case ModuleNotFoundError(name="fcntl"):
+            return "error: this needs Linux or macOS; on Windows, run it inside WSL"
+        case ModuleNotFoundError(name=str(name)) if not name.startswith("sert_min"):
+            return (f"error: this Python has no package {name}; `{sys.executable} -m pip install -r "
+                    "requirements.txt` installs it (a venv is best: README, Start)")  # fmt: skip
+        case OSError():
+            name = printable(str(error.filename or ""))  # none in writes
+            hint = HINTS.get(error.errno, "check that disk or folder, then repeat the same command")
+            said = error.strerror or printable(str(error))
+            return f"error: {said}{': ' * bool(name)}{name}; {hint}"
     if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch is not imported here
-        return "error: out of memory; give a smaller --rows or --block-questions", 1
-    if (
-        isinstance(error, ModuleNotFoundError)
-        and error.name
-        and not error.name.startswith("sert_min")
-    ):
-        if error.name == "fcntl":
-            return "error: this needs Linux or macOS; on Windows, run it inside WSL", 1
-        return (f"error: this Python has no package {error.name}; `{sys.executable} -m pip install -r "
-                "requirements.txt` installs it (a venv is best: README, Start)"), 1  # fmt: skip
-    if isinstance(error, OSError):
-        where = f": {printable(str(error.filename))}" if error.filename else ""  # none in writes
-        hint = HINTS.get(error.errno, "check that disk or folder, then repeat the same command")
-        return f"error: {error.strerror or printable(str(error))}{where}; {hint}", 1
+        return "error: out of memory; give a smaller --rows or --block-questions"
     return None
 
 
@@ -61,7 +61,7 @@ def stop_at_once(*_) -> None:
     """What Ctrl-C does: imports may swallow a KeyboardInterrupt, and torch's C++ code aborts at one.
     Nothing is lost, since every command survives a kill."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"\ninterrupted; repeat the same command to continue\n")
+        os.write(2, f"{INTERRUPTED}\n".encode())
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     os._exit(130)
@@ -82,27 +82,24 @@ def run_script(main, args) -> None:
         let_go_of_stdout()
     except BaseException as error:
         told = last_line(error)
-        if rank and (rank != "0" or not (told or isinstance(error, SystemExit))):
+        lost = told is None and not isinstance(error, SystemExit)
+        if rank and (rank != "0" or lost):
             time.sleep(20 if rank != "0" else 1)  # longer than process 0 may be behind
         if told is None:
             raise
         let_go_of_stdout()
-        sys.exit(told[0] if told[1] == 1 and told[0] else exit_after(*told))
+        if told == INTERRUPTED:
+            print(told, file=sys.stderr)
+            sys.exit(130)
+        sys.exit(told or 1)
     finally:
         if sys.stderr is not stderr:
             stderr.write(sys.stderr.getvalue())
             sys.stderr = stderr
 
 
-def exit_after(text: str, status: int) -> int:
-    """Print `text`, if there is any, on stderr; returns the status."""
-    print(text, end="\n" * bool(text), file=sys.stderr)
-    return status
-
-
 def let_go_of_stdout() -> None:
-    """Write out what stdout holds. If nobody reads it any more, the rest goes nowhere: the interpreter
-    would complain at its end."""
+    """Write out what stdout holds; if nobody reads on, drop it, or Python's end would complain."""
     try:
         sys.stdout.flush()
     except (BrokenPipeError, ValueError):

@@ -52,20 +52,21 @@ def there(path: Path | str) -> Path:
     return path
 
 
-def read_jsonl(path: Path | str, form: dict | None = None) -> Iterator[dict]:
-    """Yield the records of a JSONL file, line by line, so that memory stays flat. A line that is no
-    JSON object, or lacks a key of `form` ({key: type or tuple of types}), is an error that names
-    its number."""
+def read_lines(path: Path | str, fix: str) -> Iterator[tuple[int, dict]]:
+    """(number, record) of each line of a JSONL file; one that is no JSON object is an error."""
     with open(there(path), "rb") as f:
         for number, line in enumerate(f, 1):
-            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
-                continue
-            where = f"{path} line {number}"
-            record = parse_json(line, where, "remove that line or make the file again")
-            for key, kind in (form or {}).items():
-                wrong = f"{where}: {key} is missing or of a wrong kind; make the file again"
-                need(isinstance(record.get(key), kind), wrong)
-            yield record
+            if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                yield number, parse_json(line, f"{path} line {number}", fix)
+
+
+def read_jsonl(path: Path | str, form: dict | None = None) -> Iterator[dict]:
+    """The records, one by one. To lack a key of `form`, {key: type or types}, is an error, too."""
+    for number, record in read_lines(path, "remove that line or make the file again"):
+        for key, kind in (form or {}).items():
+            wrong = f"{key} is missing or of a wrong kind; make the file again"
+            need(isinstance(record.get(key), kind), f"{path} line {number}: {wrong}")
+        yield record
 
 
 def read_json(path: Path | str) -> dict:
@@ -128,14 +129,15 @@ def check_place(path: Path | str, folder: bool) -> None:
     part.rmdir()
 
 
-def write_atomic(path: Path | str, chunks: str | Iterable[str]) -> None:
-    """Replace `path` by the text, all or nothing, durably. The folder's lock keeps other writers
+def write_atomic(path: Path | str, content: bytes | str | Iterable[str]) -> None:
+    """Replace `path` by the content, all or nothing, durably. The folder's lock keeps other writers
     away; what a killed writer left under the temporary name is overwritten by the next."""
     path = Path(os.path.realpath(path))  # a link stays one
     part = beside(path, "tmp")
     try:
-        with open(part, "w", encoding="utf-8") as f:
-            f.writelines([chunks] if isinstance(chunks, str) else chunks)
+        with open(part, "wb") as f:
+            chunks = [content] if isinstance(content, bytes | str) else content
+            f.writelines(c if isinstance(c, bytes) else c.encode() for c in chunks)
             f.flush()
             sync(f.fileno())
         os.replace(part, path)
@@ -145,8 +147,7 @@ def write_atomic(path: Path | str, chunks: str | Iterable[str]) -> None:
 
 
 def append_durable(path: Path | str, text: str) -> None:
-    """Append whole lines and wait until they are on the disk. If that fails (a full disk, say), the
-    file is cut back to what it held before."""
+    """Append whole lines, durably, or (on a full disk, say) leave the file as it was."""
     set_torn_tail_aside(path)
     with open(path, "ab", buffering=0) as f:
         before = f.tell()
@@ -248,8 +249,7 @@ def clean_name(text: str) -> str:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """A folder and all folders in it, linked ones as well: each once, by its own name if it has one
-    there."""
+    """A folder and all in it, also linked ones: each once, by its own name if it has one there."""
     found: dict[str, str] = {}
     for links in (False, True):
         for at, folders, _ in os.walk(folder, followlinks=links):

@@ -15,10 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sert_min.io import smollm2
+from sert_min.io import files, smollm2
 from sert_min.io.download import cache, home
 from sert_min.io.errors import SertError, need
-from sert_min.io.files import atomic_folder, clean_name, lock_folder, read_json, warn_once
 
 # Named students: hub id and the commit that they are pinned to (None: whatever `main` is).
 HUB = {
@@ -45,9 +44,8 @@ TOKENIZER = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_ma
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: `micro`, `smollm2`, a local folder, a named student or a hub id.
-    Hub files are downloaded once into the Hugging Face cache (HF_HUB_OFFLINE, HF_ENDPOINT hold).
-    """
+    """The folder of a model: `micro`, `smollm2`, a local folder, a named student or a hub id, which
+    is downloaded once into the Hugging Face cache (HF_HUB_OFFLINE, HF_ENDPOINT hold)."""
     if name == "micro":
         return MICRO
     if name == "smollm2":
@@ -62,10 +60,8 @@ def find_model(name: str) -> Path:
 def is_local(name: str) -> bool:
     """Does a name mean a folder here? A folder without a model does not hide a named student."""
     known = {*HUB, *(repo for repo, _ in HUB.values())}
-    models = ("config.json", "last")
-    return Path(name).is_dir() and (
-        name not in known or any((Path(name) / m).exists() for m in models)
-    )
+    holds = any((Path(name) / model).exists() for model in ("config.json", "last"))
+    return Path(name).is_dir() and (holds or name not in known)
 
 
 def local_folder(folder: Path) -> Path:
@@ -86,7 +82,7 @@ def local_folder(folder: Path) -> Path:
 def smollm2_folder() -> Path:
     """The folder of SmolLM2 in the cache, made at the first call."""
     folder = cache() / f"{smollm2.LABEL}-{smollm2.SHA256[:8]}"
-    with lock_folder(cache(), ".lock-smollm2", wait=True):
+    with files.lock_folder(cache(), ".lock-smollm2", wait=True):
         if not folder.exists():
             tensors, texts = smollm2.convert()
             print(f"converting SmolLM2's weights, once, to {folder}")
@@ -99,9 +95,8 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
     is the commit. What the cache holds of a known commit is not asked for again."""
     if not os.environ.get("HF_HOME"):
         home()
-    from huggingface_hub import errors, hf_hub_download, snapshot_download  # late: half a second
+    from huggingface_hub import hf_hub_download, snapshot_download  # late: half a second
 
-    unknown = errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError
     try:
         offline = not is_reachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
         at = {"revision": revision, "local_files_only": offline}
@@ -113,51 +108,50 @@ def download_model(name: str, repo: str, revision: str | None) -> Path:
     except SertError:
         raise
     except Exception as e:  # also of requests, httpx or httpx2, by the hub client's version
-        status, reason = http_status(e), (str(e) or type(e).__name__).splitlines()[0][:120]
-        local = isinstance(e, errors.LocalEntryNotFoundError)
-        if status in ANSWERS:
-            why = ANSWERS[status]
-        elif isinstance(e, unknown):
-            known = ", ".join(HUB)
-            why = f"is no folder and not on the hub (or private); choose {known}, a hub id, or a folder"
-        elif isinstance(e, errors.FileMetadataError) or isinstance(
-            e.__cause__, errors.FileMetadataError
-        ):
-            why = ("can't be downloaded: what answers is not the hub (a login page of this network?); "
-                   "log in to the network, or check HF_ENDPOINT")  # fmt: skip
-        elif status >= 400 and (local or not isinstance(e, errors.EntryNotFoundError)):
-            why = f"can't be downloaded: the hub answers {status}; try again later, or check HF_ENDPOINT"
-        elif local:
-            why = ("is not in the local cache and the hub can't be reached; check the network and "
-                   "HF_ENDPOINT, unset HF_HUB_OFFLINE, or give --model a folder")  # fmt: skip
-        elif isinstance(e, errors.EntryNotFoundError):
-            why = "has no config.json on the hub; is it a whole model (no adapter)?"
-        else:
-            disk = isinstance(e, OSError) and e.filename  # not an error of the network
-            fix = "set HF_HOME to a writable folder" if disk else "try again"
-            why = f"can't be downloaded ({reason}); {fix}"
-    raise SertError(f"model {name} {why}")
+        raise SertError(f"model {name} {why_not(e)}") from None
+
+
+def why_not(e: Exception) -> str:
+    """What an error of the hub client means, and what to do."""
+    from huggingface_hub import errors
+
+    unknown = errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError
+    status, local = http_status(e), isinstance(e, errors.LocalEntryNotFoundError)
+    page = any(isinstance(one, errors.FileMetadataError) for one in (e, e.__cause__))
+    disk = isinstance(e, OSError) and e.filename  # not an error of the network
+    reason = (str(e) or type(e).__name__).splitlines()[0][:120]
+    rows = (
+        (status == 401, "is not on the hub, or needs a token; check the name, or set HF_TOKEN"),
+        (status == 403, "is not open to you; accept its terms on the hub and set HF_TOKEN"),
+        (status == 429, "can't be downloaded now: the hub has had too many requests from here; wait "
+         "some minutes, or set HF_TOKEN"),
+        (isinstance(e, unknown), "is no folder and not on the hub (or private); choose "
+         f"{', '.join(HUB)}, a hub id, or a folder"),
+        (page, "can't be downloaded: what answers is not the hub (a login page of this network?); "
+         "log in to the network, or check HF_ENDPOINT"),
+        (isinstance(e, errors.EntryNotFoundError) and not local,
+         "has no config.json on the hub; is it a whole model (no adapter)?"),
+        (status >= 400, f"can't be downloaded: the hub answers {status}; try again later, or check "
+         "HF_ENDPOINT"),
+        (local, "is not in the local cache and the hub can't be reached; check the network and "
+         "HF_ENDPOINT, unset HF_HUB_OFFLINE, or give --model a folder"),
+        (disk, f"can't be downloaded ({reason}); set HF_HOME to a writable folder"),
+        (True, f"can't be downloaded ({reason}); try again"),
+    )  # fmt: skip
+    return next(why for holds, why in rows if holds)
 
 
 def is_reachable(url: str) -> bool:
     """Does anything listen at `url`? The hub client would try six times. A proxy is trusted."""
-    if {urlsplit(url).scheme, "all"} & getproxies().keys():
+    at = urlsplit(url)
+    if {at.scheme, "all"} & getproxies().keys():
         return True
     try:
-        at = urlsplit(url)
         port = at.port or (80 if at.scheme == "http" else 443)
         socket.create_connection((at.hostname, port), timeout=10).close()
     except (OSError, ValueError):
         return False
     return True
-
-
-ANSWERS = {
-    401: "is not on the hub, or needs a token; check the name, or set HF_TOKEN",
-    403: "is not open to you; accept its terms on the hub and set HF_TOKEN",
-    429: "can't be downloaded now: the hub has had too many requests from here; wait some minutes, or "
-         "set HF_TOKEN",
-}  # fmt: skip
 
 
 def http_status(error: BaseException | None) -> int:
@@ -170,14 +164,9 @@ def http_status(error: BaseException | None) -> int:
     return 0
 
 
-def commit_of(folder: Path) -> str | None:
-    """The commit that a folder in the Hugging Face cache was downloaded from."""
-    return folder.name if folder.parent.name == "snapshots" else None
-
-
 def read_raw_config(folder: Path) -> dict:
     """The JSON of config.json, if it is of an architecture that is known here."""
-    raw = read_json(folder / "config.json")
+    raw = files.read_json(folder / "config.json")
     if not raw.get("model_type"):  # older files
         named = re.search(CLASSES, repr(raw.get("architectures")))
         raw["model_type"] = named[1].lower() if named else None
@@ -187,27 +176,21 @@ def read_raw_config(folder: Path) -> dict:
     return raw
 
 
-def shard_names(index: Path) -> list[str]:
-    """The file names in a safetensors index; plain names only, so that no path leaves the folder."""
-    shards = read_json(index).get("weight_map")
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors file(s) of a model folder. An index can't name a file outside of it."""
+    whole, index = folder / "model.safetensors", folder / INDEX
+    if whole.exists():
+        return [whole]
+    need(index.exists(), f"{folder} has no model.safetensors: repeat a download that was cut; pickle "
+         "files are refused, convert them with transformers' save_pretrained")  # fmt: skip
+    shards = files.read_json(index).get("weight_map")
     names = {str(n) for n in shards.values()} if isinstance(shards, dict) else set()
     plain = names and all(re.fullmatch(r"[\w.-]+\.safetensors", n) for n in names)
     need(plain, f"{index} has no usable weight_map; download the model again")
-    return sorted(names)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors file(s) of a model folder."""
-    whole, index = folder / "model.safetensors", folder / INDEX
-    need(
-        whole.exists() or index.exists(),
-        f"{folder} has no model.safetensors: repeat a download that was cut; pickle files are "
-        "refused, convert them with transformers' save_pretrained",
-    )
-    files = [whole] if whole.exists() else [folder / name for name in shard_names(index)]
-    for file in files:
+    found = [folder / name for name in sorted(names)]
+    for file in found:
         need(file.exists(), f"{file} is missing; download the model again")
-    return files
+    return found
 
 
 def weights_hash(folder: Path) -> str:
@@ -215,29 +198,27 @@ def weights_hash(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in weight_files(folder):
         with open(file, "rb") as f:
-            while chunk := f.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(f, lambda: digest)  # goes on with it
     return digest.hexdigest()
 
 
 def read_sert(folder: Path) -> dict:
     """What a checkpoint of ours says of itself (method, parents, prompt suffix, ..); {} for others."""
-    return read_json(folder / "sert.json") if (folder / "sert.json").exists() else {}
+    return files.stored_settings(folder / "sert.json")
 
 
 def model_label(name: str, folder: Path) -> str:
-    """The MODEL part of output folders: the root parent's name, with 8 hex digits of the weights'
-    hash for local folders."""
+    """The MODEL in output folders: the root parent's name, a local folder's with a hash behind."""
     local = is_local(name)
     if name == "smollm2":
         return smollm2.LABEL
     if name == "micro" or (name in HUB and not local):
         return name
     if root := read_sert(folder).get("root"):
-        label = clean_name(str(root))
+        label = files.clean_name(str(root))
         return label if label.strip(".") else "model"  # not `..`: it becomes a folder
     if local:
-        return f"{clean_name(Path(name).resolve().name)}-{weights_hash(folder)[:8]}"
+        return f"{files.clean_name(Path(name).resolve().name)}-{weights_hash(folder)[:8]}"
     return name.replace("/", "--")
 
 
@@ -252,17 +233,15 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 for name in f.keys():  # noqa: SIM118 (not iterable)
                     yield name, f.get_tensor(name)
         except (SafetensorError, OSError) as e:
-            raise SertError(
-                f"{file} is not a whole safetensors file ({str(e)[:80]}); download it again"
-            ) from None
+            told = f"{file} is not a whole safetensors file ({str(e)[:80]}); download it again"
+            raise SertError(told) from None
 
 
 def write_folder(
     folder: Path, tensors: dict[str, Tensor], texts: dict[str, dict], source: Path | None = None
 ) -> None:
-    """Write a model folder, all or nothing: weights, JSON files by name, and copies of the tokenizer
-    files of `source`."""
-    with atomic_folder(folder) as part:
+    """Write a model folder, all or nothing: weights, JSON files, `source`'s tokenizer files."""
+    with files.atomic_folder(folder) as part:
         weights = part / "model.safetensors"
         try:
             save_file(tensors, weights, metadata={"format": "pt"})
@@ -273,7 +252,7 @@ def write_folder(
         try:  # safetensors makes the file readable for its owner alone
             shutil.copymode(part / "config.json", weights)
         except OSError:
-            warn_once("can't set file modes: the weights may be readable for their owner alone")
+            files.warn_once("knows no file modes: perhaps only their owner can read the weights")
         for file in TOKENIZER:
             if source and (source / file).exists():
                 shutil.copyfile(source / file, part / file)

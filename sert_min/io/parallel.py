@@ -41,10 +41,9 @@ def start() -> None:
         store = torch.distributed.PrefixStore(f"life {life}", store)
     # torchrun notices a process that died. A long wait for process 0 (a teacher's replies, validation)
     # is no failure.
-    backend, wait = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(days=7)
-    torch.distributed.init_process_group(
-        backend, store=store, rank=RANK, world_size=WORLD, timeout=wait
-    )
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    about = dict(store=store, rank=RANK, world_size=WORLD, timeout=timedelta(days=7))
+    torch.distributed.init_process_group(backend, **about)
 
 
 def end() -> None:
@@ -63,17 +62,15 @@ def largest(number: int) -> int:
 
 def process_0_first(f: Callable):
     """Call f() on process 0, then on the others, which find the disk as process 0 left it."""
-    result = f() if RANK == 0 else None
-    largest(0)
-    if RANK > 0:
-        result = f()
-    largest(0)
+    for mine in (RANK == 0, RANK > 0):
+        if mine:
+            result = f()
+        largest(0)
     return result
 
 
 def sum_up(total: Tensor, parameters: list[Tensor]) -> None:
-    """Replace `total` and all gradients by their sums over the processes. A process without examples
-    adds zeros."""
+    """Sum `total` and all gradients over the processes. One without examples adds zeros."""
     if WORLD == 1:
         return
     for p in parameters:

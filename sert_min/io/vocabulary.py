@@ -57,16 +57,14 @@ def read_vocabulary(folder: Path, ends: list) -> Vocabulary:
         vocab, merges = read_optional(paths[0]), paths[1].read_text("utf-8-sig")
         merged = merge([m for m in merges.split("\n") if m and not m.startswith("#version")])
         added, pattern, nfc, start = read_added(folder, told), PATTERN, False, ()
-        if not alphabet.keys() <= vocab.keys():
-            raise ValueError("a byte has no token")
+        need(alphabet.keys() <= vocab.keys(), "a byte has no token", ValueError)
     added = [t for t in added if t["content"]]
-    if any(vocab.get(t["content"], t["id"]) != t["id"] for t in added):
-        raise ValueError("one token has two ids")
+    same = all(vocab.get(t["content"], t["id"]) == t["id"] for t in added)
+    need(same, "one token has two ids", ValueError)
     vocab |= {t["content"]: t["id"] for t in added}
-    if not all(type(i) is int and 0 <= i < 2**24 for i in vocab.values()):
-        raise ValueError("an id is not a small whole number")
-    if len(set(vocab.values())) < len(vocab):
-        raise ValueError("two tokens have one id")
+    small = all(type(i) is int and 0 <= i < 2**24 for i in vocab.values())
+    need(small, "an id is not a small whole number", ValueError)
+    need(len(set(vocab.values())) == len(vocab), "two tokens have one id", ValueError)
     # Merge priority: single bytes in the alphabet's order, then what merges make.
     tokens = {bytes(alphabet[c] for c in token): token for token in (*alphabet, *merged)}
     ranks = {as_bytes: rank for rank, as_bytes in enumerate(tokens)}
@@ -107,8 +105,7 @@ def read_added(folder: Path, told: dict) -> list[dict]:
 
 
 def read_tokenizer_json(path: Path) -> tuple:
-    """(id of each token, the tokens added to them, tokens that merges make by priority, pattern, nfc,
-    start) of tokenizer.json."""
+    """(token ids, added tokens, what merges make by priority, pattern, nfc, start) of the file."""
     raw = json.loads(path.read_text("utf-8-sig"))
     model, normalizer = raw["model"], (raw.get("normalizer") or {}).get("type")
     pattern, start = split_pattern(raw.get("pre_tokenizer") or {}), start_tokens(raw)
@@ -119,11 +116,8 @@ def read_tokenizer_json(path: Path) -> tuple:
         ("post_processor", raw.get("post_processor"), start is not None),
         *((f"model.{name}", model.get(name), not model.get(name)) for name in OFF),
     ):
-        need(
-            fine,
-            f"{path}: {name} {str(value)[:60]!r} is not supported; choose a model with the "
-            "byte-level BPE of GPT-2, SmolLM2, Qwen2 or Llama 3",
-        )
+        need(fine, f"{path}: {name} {str(value)[:60]!r} is not supported; choose a model with the "
+             "byte-level BPE of GPT-2, SmolLM2, Qwen2 or Llama 3")  # fmt: skip
     vocab, added = model["vocab"], raw.get("added_tokens", [])
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     if not model.get("ignore_merges"):
@@ -132,8 +126,7 @@ def read_tokenizer_json(path: Path) -> tuple:
         by_id = sorted(vocab.keys() - {t["content"] for t in added}, key=vocab.__getitem__)
         merged = [token for token in by_id if len(token) > 1]
         made = [vocab[m.replace(" ", "")] for m in merges]
-        if made != sorted(made):
-            raise ValueError("the merges are not in the order of the ids")
+        need(made == sorted(made), "the merges are not in the order of the ids", ValueError)
     return vocab, added, merged, pattern, normalizer == "NFC", start
 
 
@@ -172,8 +165,7 @@ def merge(merges: list[str]) -> list[str]:
     merge. The two agree if every token, split by the merges, ends in its own pair. BPE training gives
     only such lists; lists that were edited by hand may not be."""
     pairs = [tuple(m.split(" ")) for m in merges]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ValueError("a merge line is not a pair")
+    need(all(len(pair) == 2 for pair in pairs), "a merge line is not a pair", ValueError)
     rank = {pair: i for i, pair in enumerate(pairs)}
     for left, right in pairs:
         parts = list(left + right)
@@ -183,6 +175,6 @@ def merge(merges: list[str]) -> list[str]:
             if ranks[i] == len(rank):
                 break
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if parts != [left, right]:
-            raise ValueError(f"the other merges never lead to the merge {left} {right}")
+        told = f"the other merges never lead to the merge {left} {right}"
+        need(parts == [left, right], told, ValueError)
     return [left + right for left, right in pairs]
