@@ -121,7 +121,8 @@ def read_table(file: str, question: str) -> Iterator[tuple[int, dict]]:
             for row in reader:
                 wrong = None in row or None in row.values()
                 need(not wrong, f"{file} line {line}: its cells are not those of the header")
-                if any(cell.strip() for cell in row.values()):
+                row = {name: cell.strip() for name, cell in row.items()}
+                if any(row.values()):
                     yield line, row
                 line = reader.line_num + 1
     except (csv.Error, UnicodeDecodeError) as e:

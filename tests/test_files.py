@@ -214,7 +214,9 @@ def test_a_second_process_is_refused(flock, tmp_path, monkeypatch):
     os.close(hold)
     try:
         assert os.read(held, 1) == b"!"
-        said = "another process is writing.*--out-dir" + ".*delete .*.lock-holder" * (not flock)
+        said = "another process is writing.*another folder" + ".*delete .*.lock-holder" * (
+            not flock
+        )
         with pytest.raises(SertError, match=said) as e, files.lock_folder(tmp_path / "out"):
             pass
         one_line(e)

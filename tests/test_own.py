@@ -61,6 +61,9 @@ def test_jsonl_and_csv_give_the_same_questions():
     with open("q.csv", "a") as f:
         f.write(",,\n")  # as spreadsheets end their tables
     assert own.read_splits("q.csv", {})[0] == a
+    with open("blank.csv", "w") as f:
+        f.write("question,choices,answer\nHow many?, ,12\n")
+    assert own.read_questions("blank.csv", {}, "t")[0][1].free
     longer = read("q.jsonl", [*ROWS, {"question": "New?", "answer": "1"}])
     assert all(longer[split][: len(a[split])] == a[split] for split in a)
     everything = sorted(a["train"] + a["test"], key=lambda q: int(q.where[13:]))

@@ -146,7 +146,7 @@ class Collection:
 
 
 class Readable(NamedTuple):
-    """What makes a reply useful. Asking, which costs, stops if most of the first replies are not."""
+    """What makes a reply useful. Asking stops if most of the first ones are not: each costs money."""
 
     test: Callable[[Ask, list[dict]], bool]  # of an ask and its replies (two with a follow-up)
     what: str  # "hold all four scores"
@@ -289,7 +289,8 @@ class Asking:
 
     def go_on(self) -> bool:
         """Let all requests leave that may; is there anything to wait for? A job that is out of time
-        is given up (a byte now and then never runs into the timeout), but a late reply is kept."""
+        is given up, because a server that sends a byte now and then never runs into the timeout. Its
+        reply is kept if it comes after all."""
         now, self.capped = time.monotonic(), ""
         for job in self.jobs[: self.e.concurrency]:
             if now > job.end:

@@ -34,7 +34,7 @@ INTERRUPTED = "\ninterrupted; repeat the same command to continue"
 
 
 def last_line(error: BaseException) -> str | None:
-    """The one line, or "", to print of an error that a user can meet; None: a fault of ours."""
+    """The one line, or "", to print of an error that a user can meet; None for a fault of ours."""
     match error:
         case SertError():
             return f"error: {printable(str(error))}"

@@ -61,7 +61,7 @@ def read_lines(path: Path | str, fix: str) -> Iterator[tuple[int, dict]]:
 
 
 def read_jsonl(path: Path | str, form: dict | None = None) -> Iterator[dict]:
-    """The records, one by one. To lack a key of `form`, {key: type or types}, is an error, too."""
+    """Yield the records one by one. One that lacks a key of `form`, {key: type or types}, is an error."""
     for number, record in read_lines(path, "remove that line or make the file again"):
         for key, kind in (form or {}).items():
             wrong = f"{key} is missing or of a wrong kind; make the file again"
@@ -224,7 +224,7 @@ def lock_folder(folder: Path | str, name: str = ".lock", wait: bool = False) -> 
     """Hold `folder` (made if missing) for this process; a second process is refused, or waits. The
     lock dies with its holder. Where the file system knows no locks, a file with the holder's host and
     process number serves."""
-    taken = f"another process is writing to {folder}; wait for it or choose another --out-dir"
+    taken = f"another process is writing to {folder}; wait for it or choose another folder"
     folder = Path(os.path.realpath(folder))  # what a link leads to may not be there yet
     folder.mkdir(parents=True, exist_ok=True)
     holder = folder / f"{name}-holder"
@@ -249,7 +249,7 @@ def clean_name(text: str) -> str:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """A folder and all in it, also linked ones: each once, by its own name if it has one there."""
+    """A folder and all folders in it, linked ones as well: each once, by its own name if it is there."""
     found: dict[str, str] = {}
     for links in (False, True):
         for at, folders, _ in os.walk(folder, followlinks=links):
