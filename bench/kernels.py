@@ -1,10 +1,10 @@
 """Time of one sampling step's kernels on a GPU: ours against what people use, and the hardware.
 
 From logits: sample_score.py against PyTorch's chain (softmax, top-k, cumsum, multinomial, gather) and
-a chain as vLLM's sampler has it, both as they are and compiled. From hidden states: the fused head and
-what a caller gets, against the bare product of cuBLAS, and against that product followed by the
-one-pass kernel or the compiled chains. Attention of one layer over shared prompts: against its
-definition, and against PyTorch's attention over keys where each row has a copy of its prompt's.
+a chain as vLLM's sampler has it, both as they are and compiled. From hidden states: the sampler's head
+against the bare product of cuBLAS, and against that product followed by the compiled chains. Attention
+of one layer over shared prompts: against PyTorch's attention over keys where each row has a copy of its
+prompt's.
 
 Inputs take turns, so that no candidate reads them from a warm cache; times are the GPU's, without the
 host's launches; every candidate of sampling gives tokens and log-probs. The same run checks results
@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from bench.common import DEVICE, TOP_K, TOP_P, finish, gpu_medians, machine, parser
 from sert_min import kernels
 from sert_min.kernels import attention
-from sert_min.kernels.fast import head_sample_score
 
 V, C, HEADS = 50257, 768, 12  # GPT-2's vocabulary, width and number of heads
 ROWS = 25, 250, 1000
@@ -104,28 +103,22 @@ def from_logits(B: int, runs: int, bandwidth: float) -> dict:
 def head_times(h, w, runs: int) -> dict[str, float]:
     """Seconds of each way from hidden states h to tokens and log-probs, with the head w."""
     nxt = rotate(lambda: F.pad(w, (0, 0, 0, -V % 64)), w.nbytes)  # a multiple of 64 is quick
-    product, draw = kernels.fp32_product, kernels.head_sample_and_score
-    blocks = head_sample_score.tiles(len(h), V, w.dtype)
+    product = kernels.fp32_product
     candidates = {
+        "ours": lambda: kernels.head_sample_and_score(h, nxt(), n_vocab=V, **GIVEN),
         "bare product": lambda: product(h, nxt()),
         "bare product, not padded": lambda: product(h, nxt()[:V]),
-        "fused": lambda: draw(h, nxt()[:V], blocks=blocks, **GIVEN),
-        "ours": lambda: draw(h, nxt(), n_vocab=V, **GIVEN),
     }
-    for name, chain in {"one pass": one_pass, **compiled_chains()}.items():
+    for name, chain in compiled_chains().items():
         candidates[f"product + {name}"] = lambda f=chain: f(product(h, nxt())[:, :V])
     return gpu_medians(candidates, runs)
 
 
 def from_hidden(B: int, runs: int) -> dict:
-    """Hidden state to token and log-prob, with a plain bf16 head, at fp32's precision, and in fp32."""
+    """Hidden state to token and log-prob, with a plain bf16 head, and at fp32's precision."""
     x, weight = torch.randn(B, C, device="cuda"), torch.randn(V, C, device="cuda") * 0.05
     pieces = kernels.bf16_pieces(x, weight=False), kernels.bf16_pieces(weight, weight=True)
-    heads = {
-        "bf16": (x.bfloat16(), weight.bfloat16()),
-        "3 bf16 pieces": pieces,
-        "fp32": (x, weight),
-    }
+    heads = {"bf16": (x.bfloat16(), weight.bfloat16()), "3 bf16 pieces": pieces}
     times = {name: microseconds(head_times(h, w, runs)) for name, (h, w) in heads.items()}
     exact = (x.double() @ weight.double().T).float()
     found = errors(kernels.head_sample_and_score(*pieces, **GIVEN), exact)
@@ -153,7 +146,6 @@ def from_prompts(G: int, t: int, runs: int, bandwidth: float) -> dict:
     nxt = rotate(lambda: attention_inputs(G, t), 4 * floor)
     candidates = {
         "ours": lambda: kernels.shared_attention(*nxt()[0]),
-        "definition": lambda: attention.shared_attention(*nxt()[0]),
         "attention over copies": lambda: F.scaled_dot_product_attention(*nxt()[1], scale=1.0),
     }
     times = gpu_medians(candidates, runs)
@@ -175,11 +167,10 @@ def main(argv=None) -> None:
     bandwidth = 2 * a.nbytes / gpu_medians({"copy": lambda: b.copy_(a)}, 20)["copy"]
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s (reads and writes)")
     result = {"machine": machine(), "copy_bandwidth": bandwidth, "rows": []}
-    cells = []
-    for B in ROWS:
-        cells += [partial(from_hidden, B, runs), partial(from_logits, B, runs, bandwidth)]
-    for G, t in itertools.product((8, 40), (16, 64, 128)):
-        cells.append(partial(from_prompts, G, t, runs, bandwidth))
+    cells = [partial(from_hidden, B, runs) for B in ROWS]
+    cells += [partial(from_logits, B, runs, bandwidth) for B in ROWS]
+    shapes = itertools.product((8, 40), (16, 64, 128))
+    cells += [partial(from_prompts, G, t, runs, bandwidth) for G, t in shapes]
     for cell in cells:
         result["rows"].append(cell())
         print(result["rows"][-1], flush=True)
