@@ -1,8 +1,7 @@
 """Training: tokens per second, ours against transformers, and against what the hardware allows.
 
 Batches of 8 examples with the lengths of real CommonsenseQA examples and random ids, random weights of
-a GPT-2 shape, Adam at 3e-4, gradient norm clipped at 1, the loss on the completion alone: the same
-weights, batches, dtype and loss for both.
+a GPT-2 shape, Adam at 3e-4, gradient norm clipped at 1, the loss on the completion alone.
     ours            sert_min/finetune.py, train_step
     transformers    its model and the step of its Trainer, without the Trainer's logging (it
                     needs `accelerate`): padded batch, labels -100 where there is no loss, autocast
