@@ -97,13 +97,11 @@ def print_floors(name: str, m: Machine) -> None:
     print(f"  {'ms a step':<12}" + "".join(f"{n:>16,} rows" for n in ROWS) + "   break-even")
     steps = {n: sampling_step("gpt2", n, 64, 32, m) for n in ROWS}
     for part, (ops, moved) in steps[ROWS[0]].items():
-        print(f"  {part:<12}", end="")
-        for step in steps.values():
-            binds = (
-                "arithmetic" if m.seconds(*step[part]) > step[part][1] / m.bandwidth else "bytes"
-            )
-            print(f"{m.seconds(*step[part]) * 1e3:>10.3g} {binds:<10}", end="")
         even = ROWS[0] * moved * m.ops / (ops * m.bandwidth)  # its bytes do not grow with the rows
+        print(f"  {part:<12}", end="")
+        for ops, moved in (step[part] for step in steps.values()):
+            binds = "arithmetic" if ops / m.ops > moved / m.bandwidth else "bytes"
+            print(f"{m.seconds(ops, moved) * 1e3:>10.3g} {binds:<10}", end="")
         print("  at no number of rows" if part == "attention" else f"{even:>8,.0f} rows")
     train = training_step("gpt2", 8 * 85, 8 * 36, 85, m)
     each = ", ".join(f"{k} {m.seconds(*v) * 1e3:.3g}" for k, v in train.items())
@@ -113,9 +111,7 @@ def print_floors(name: str, m: Machine) -> None:
 # --- Table II -------------------------------------------------------------------------------------
 
 
-def cell(
-    task: str, size: str, method: str, limit: int | None
-) -> tuple[tuple[int, int, int], float]:
+def cell(task: str, size: str, method: str, limit: int | None) -> tuple[tuple, float]:
     """(tokens sampled, trained on, decoded greedily) of one cell, and its floor in seconds: sampling
     at 1,000 rows, training at batch 8, greedy decoding at 256 rows. SERT+RD starts from SERT's."""
     train, test, prompt, rationale, kept, words = TASKS[task]
@@ -125,13 +121,10 @@ def cell(
     sampled = train * PATHS * PATH if method == "sert" else 0
     trained = EPOCHS * length * (train if method in ("finetune", "sert") else kept)
     decoded = test * (ANSWER if method == "finetune" else words * 4 // 3)
-    seconds = (
-        sampled / 1000 * H200.total(sampling_step(size, 1000, prompt, 43, H200))
-        + trained
-        / (8 * length)
-        * H200.total(training_step(size, 8 * length, 4 * length, length, H200))
-        + decoded / 256 * H200.total(sampling_step(size, 256, prompt, 64, H200, share=1))
-    )
+    n, loss = 8 * length, 4 * length  # tokens of a batch, and those with a loss
+    seconds = sampled / 1000 * H200.total(sampling_step(size, 1000, prompt, 43, H200))
+    seconds += trained / n * H200.total(training_step(size, n, loss, length, H200))
+    seconds += decoded / 256 * H200.total(sampling_step(size, 256, prompt, 64, H200, share=1))
     return (sampled, trained, decoded), seconds
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before bench/ itself
@@ -55,10 +56,7 @@ def run_part(name: str, part: Path, quick: bool, seconds: float) -> dict:
     elif name in TESTS:
         lines, how = run([*PYTEST, *TESTS[name]], seconds)
         line = r"^(?:\S+::|\[gw).* (PASSED|FAILED|ERROR|SKIPPED)\b"  # of one process, of several
-        found = [m for x in lines for m in re.findall(line, x)]
-        failed = [x.split()[1] for x in lines if re.match(r"(FAILED|ERROR) \S+::", x)]
-        figures = {k.lower(): found.count(k) for k in sorted(set(found))} | how
-        figures |= {"names": sorted(set(failed))} if failed else {}
+        figures = {**Counter(m.lower() for x in lines for m in re.findall(line, x)), **how}
     else:
         flags = ["--quick"] if quick else []
         _, how = run([f"bench/{name}.py", "--out", str(part), *flags], seconds)

@@ -8,14 +8,12 @@ the page is written; tests/test_example.py writes it again and compares.
 
 import contextlib
 import io
-import os
 import re
 import sys
 import tempfile
 import textwrap
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
@@ -133,8 +131,8 @@ def sampling(run, q, path) -> str:
 
 
 def filtering(run, records, path) -> str:
-    rows, funnel = [], io.StringIO()
-    with contextlib.redirect_stdout(funnel):
+    rows = []
+    with contextlib.redirect_stdout(io.StringIO()) as funnel:
         console.print_funnel({"rules": run.limits, "counts": filters.Funnel(records).counts()})
     for r in records:
         name, n = f"{r['branch']}.{r['sample']}", r["path_end"] - r["path_start"]
@@ -235,7 +233,6 @@ def distillation(run, q) -> str:
 
 
 def write_page(path: Path) -> None:
-    torch.set_num_threads(1)
     flags = ["--device", "cpu", "--dtype", "fp32", "--out-dir", str(path.parent / "no-such-run")]
     run, records = sample.prepare(sample.parse_args(flags)), []
     for questions in map(run.blocks.block, range(BLOCKS)):

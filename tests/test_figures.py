@@ -26,8 +26,10 @@ def test_bins_close_at_ten():
 def test_shares_count_questions_not_outputs():
     """Guards shares of outputs in place of shares of questions with at least one (Fig. 1)."""
     some = [scored(1, 9), scored(1, 9.5), scored(1, 1), scored(2, 3), scored(3, None)]
-    assert question_shares(some, figures.score_bin, 5) == [1 / 3, 1 / 3, 0, 0, 1 / 3]
-    groups = token_groups([scored(1, 9, 0), scored(1, 1, 4), scored(2, 9, 4)], [scored(1, 5)], [])
+    assert question_shares(some, "fig1") == [1 / 3, 1 / 3, 0, 0, 1 / 3]
+    groups = token_groups(
+        "fig1", [scored(1, 9, 0), scored(1, 1, 4), scored(2, 9, 4)], [scored(1, 5)], []
+    )
     assert list(groups) == ["Token 0", "Token 4", "Token All", "Raw"]
     assert groups["Token 0"] == [0, 0, 0, 0, 1.0]
     assert groups["Token 4"] == [0.5, 0, 0, 0, 0.5] and groups["Token All"] == [0.5, 0, 0, 0, 1]
@@ -48,7 +50,7 @@ def test_kinds_of_paths():
     paths = [scored(i % 2, None, i % 5, v) for i, v in enumerate(verdicts)]
     kinds = [figures.KINDS[figures.kind_bin(r)] for r in paths]
     assert kinds == ["options", "short", "repetitive", *["reasoning"] * 4]
-    groups = token_groups(paths, [], [], figures.kind_bin, len(figures.KINDS))
+    groups = token_groups("kinds", paths, [], [])
     assert groups["Token All"] == [0, 0.5, 0, 0.5, 0.5, 1]
     assert groups["Token 1"] == [0, 0, 0, 0.5, 0, 0.5]
 

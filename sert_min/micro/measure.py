@@ -22,7 +22,6 @@ from sert_min.tokenizer import load_tokenizer
 
 KINDS = ("direct", "imitative", "options", "reasoning", "other")
 SETTINGS = SampleSettings(max_new_tokens=world.PRESET["max_new_tokens"])
-FORMS = {"yes_no": False, "five": True}  # has it choices?
 CHECKS = ("facts", "relation", "verdict", "gold")
 
 
@@ -34,12 +33,8 @@ def behaviour(question, text):
 
 def sampled(model, tokenizer, questions, settings):
     """25 path records with verdicts per question, as sample.py makes them."""
-    records, limits = [], filters.limits(world.PRESET)
-    for i in range(0, len(questions), 32):
-        block = questions[i : i + 32]
-        paths = sample_paths(model, tokenizer, block, settings)
-        records += filters.path_records(paths, block, tokenizer, limits)
-    return records
+    paths = sample_paths(model, tokenizer, questions, settings)
+    return filters.path_records(paths, questions, tokenizer, filters.limits(world.PRESET))
 
 
 def answered(model, tokenizer, questions, cap=SETTINGS.max_new_tokens):
@@ -77,8 +72,10 @@ def report(folder, n=200):
         line(name, {k: [c[k] for c in found] for k in CHECKS})
 
     def by_form(name, records, key):
-        right = [(r[key] == r["answer"], bool(by_id[r["id"]].choices)) for r in records]
-        line(name, {k: [ok for ok, f in right if f == five] for k, five in FORMS.items()})
+        right = {"yes_no": [], "five": []}
+        for r in records:
+            right["five" if by_id[r["id"]].choices else "yes_no"].append(r[key] == r["answer"])
+        line(name, right)
 
     print(f"world seed {seed}, {len(test)} test questions (never in the corpus)")
     outputs = answered(model, tokenizer, test)

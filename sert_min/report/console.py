@@ -45,8 +45,7 @@ def print_funnel(funnel: Mapping) -> None:
     """How many paths each rule saw and dropped; `funnel` is what funnel.json holds."""
     c, limits = funnel["counts"], funnel["rules"]
     print(f"\n{'rule':<22}{'saw':>9}{'dropped':>9}{'share':>8}   limit")
-    # A file of an earlier version lacks newer rules.
-    for rule in [rule for rule in filters.RULES if rule.name in c["seen"]]:
+    for rule in [r for r in filters.RULES if r.name in c["seen"]]:  # older files lack newer rules
         saw, dropped = c["seen"][rule.name], c["dropped"][rule.name]
         text = f"{rule.name:<22}{saw:>9,}{dropped:>9,}{dropped / max(saw, 1):>8.1%}"
         print(f"{text}   {filters.words(rule, limits[rule.flag])}")

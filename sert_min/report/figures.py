@@ -5,7 +5,7 @@ Importing this file imports matplotlib, which takes a second: scripts do so only
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections import defaultdict
 from itertools import cycle, product
 from pathlib import Path
 
@@ -82,18 +82,13 @@ BINS = ("0–2", "2–4", "4–6", "6–8", "8–10")  # [0,2) [2,4) [4,6) [6,8)
 KINDS = ("imitative", "options", "direct", "short", "repetitive", "reasoning")
 
 
-def bin_of(score: float) -> int:
-    """Which of the five bins a score from 0 to 10 falls into.
+def bin_of(score: float | None) -> int | None:
+    """Which of the five bins a score from 0 to 10 falls into; None if it is missing.
 
-    >>> [bin_of(x) for x in (0, 1.99, 2, 8, 10)]
-    [0, 0, 1, 4, 4]
+    >>> [bin_of(x) for x in (0, 1.99, 2, 8, 10, None)]
+    [0, 0, 1, 4, 4, None]
     """
-    return min(int(score // 2), 4)
-
-
-def score_bin(r: dict) -> int | None:
-    """The bin of a path's mean score; None if a score is missing."""
-    return None if r["mean"] is None else bin_of(r["mean"])
+    return None if score is None else min(int(score // 2), 4)
 
 
 def kind_bin(r: dict) -> int:
@@ -104,25 +99,25 @@ def kind_bin(r: dict) -> int:
     return KINDS.index(name if name in KINDS else "reasoning")
 
 
-TOKEN_FIGURES = {  # figure -> (bin of a path, bins, what they tell apart, what the axis says)
-    "fig1": (score_bin, BINS, "output of a quality", "mean of the four judge scores"),
-    "kinds": (kind_bin, KINDS, "path of a kind", "kind of path, by its form"),
+TOKEN_FIGURES = {  # figure -> (bins, what they tell apart, what the axis says)
+    "fig1": (BINS, "output of a quality", "mean of the four judge scores"),
+    "kinds": (KINDS, "path of a kind", "kind of path, by its form"),
 }
 
 
-def question_shares(paths: Iterable[dict], bin_of_path: Callable, n_bins: int) -> list[float]:
-    """Per bin the share of questions with at least one path in it; None is no bin."""
-    bins: dict[str, set[int]] = {}
+def question_shares(paths: list[dict], figure: str) -> list[float]:
+    """Per bin of a figure the share of questions with at least one path in it; None is no bin."""
+    n_bins, bins = len(TOKEN_FIGURES[figure][0]), defaultdict(set)
     for r in paths:
-        bins.setdefault(r["id"], set()).add(bin_of_path(r))
-    return [sum(b in found for found in bins.values()) / max(1, len(bins)) for b in range(n_bins)]
+        bins[r["id"]].add(kind_bin(r) if figure == "kinds" else bin_of(r["mean"]))
+    return [sum(b in found for found in bins.values()) / len(bins) for b in range(n_bins)]
 
 
-def token_groups(paths: list, raw: list, raw_sert: list, bin_of_path=score_bin, n_bins=5) -> dict:
+def token_groups(figure: str, paths: list, raw: list, raw_sert: list) -> dict[str, list[float]]:
     """The eight bars of each bin: name -> shares per bin; samples that are missing have no bar."""
     groups = {f"Token {b}": [r for r in paths if r["branch"] == b] for b in range(5)}
     groups |= {"Token All": paths, "Raw": raw, "Raw SERT": raw_sert}
-    return {n: question_shares(some, bin_of_path, n_bins) for n, some in groups.items() if some}
+    return {name: question_shares(some, figure) for name, some in groups.items() if some}
 
 
 def ablation(scored: list[dict]) -> dict[str, list[dict]]:
@@ -139,13 +134,12 @@ def ablation(scored: list[dict]) -> dict[str, list[dict]]:
 
 def ablation_numbers(curves: dict[str, list[dict]]) -> dict:
     """Fig. 4's numbers: criterion -> curve -> mean, n and share per bin of the scores, if any."""
-    numbers: dict[str, dict] = {}
+    numbers: dict[str, dict] = defaultdict(dict)
     for key, (name, some) in product(KEYS, curves.items()):
         if values := [r["scores"][key] for r in some if r["scores"][key] is not None]:
             n, bins = len(values), list(map(bin_of, values))
             shares = [round(bins.count(b) / n, 4) for b in range(5)]
-            mean = round(sum(values) / n, 4)
-            numbers.setdefault(key, {})[name] = {"mean": mean, "n": n, "shares": shares}
+            numbers[key][name] = {"mean": round(sum(values) / n, 4), "n": n, "shares": shares}
     return numbers
 
 
@@ -175,7 +169,7 @@ def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
     then draw them; print what is missing for the others."""
     where = {what: folders.format(split=split) for what, folders in WHERE.items()}
     pictures: dict[str, tuple] = {}  # name -> (its numbers, the function that draws it, arguments)
-    criteria: dict[str, dict] = {}  # task -> model -> method -> criterion -> (mean, low, high)
+    criteria = defaultdict(dict)  # task -> model -> method -> criterion -> (mean, low, high)
     for model in folders_in(top):
         if not any((model / k).is_dir() for k in (f"paths-{split}", "rd", "sert")):
             continue
@@ -187,25 +181,21 @@ def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
         sampled = [all_paths(model, where[what]) for what in ("paths", "raw", "raw sert")]
         for figure, some in (("kinds", sampled), ("fig1", judged)):
             if some[0] and (some[1] or figure == "kinds"):
-                bin_of_path, bins, *_ = TOKEN_FIGURES[figure]
-                groups = token_groups(*some, bin_of_path, len(bins))
+                groups = token_groups(figure, *some)
                 about = f"{title}, {len({r['id'] for r in some[0]})} questions"
                 pictures[f"{figure}-{ending}"] = groups, plot_tokens, (about, groups, figure)
         if found["paths"]:
             numbers = ablation_numbers(curves := ablation(found["paths"]))
             pictures[f"fig4-{ending}"] = numbers, plot_ablation, (title, numbers, curves)
         if found["sert-rd"] and found["rd"]:
-            both = {method: summary(found[method], 0) for method in ("sert-rd", "rd")}
-            criteria.setdefault(task, {})[name] = both
+            criteria[task][name] = {m: summary(found[m], 0) for m in ("sert-rd", "rd")}
         if missing := [folders for what, folders in where.items() if not found[what]]:
             print(f"{model}: no judged {', '.join(missing)}; what needs them is left out")
     for task, by_model in criteria.items():
         order = sorted(by_model, key=lambda m: ([*SIZES, m].index(m), m))  # other models come last
         by_model = {model: by_model[model] for model in order}
-        means = {
-            model: {m: {k: round(of[k][0], 4) for k in KEYS} for m, of in both.items()}
-            for model, both in by_model.items()
-        }
+        means = {name: {m: {k: round(of[k][0], 4) for k in KEYS} for m, of in both.items()}
+                 for name, both in by_model.items()}  # fmt: skip
         pictures[f"fig3-{task}"] = means, plot_criteria, (task, by_model)
     need(pictures, f"nothing under {top} is sampled or judged; run sample.py --split {split}, "
          "evaluate.py --paths on its paths.jsonl and evaluate.py on SERT+RD and RD checkpoints "
@@ -220,7 +210,7 @@ def draw_figures(top: Path, out: Path, split: str, judge: str | None) -> None:
 
 def plot_tokens(png: Path, title: str, groups: dict[str, list[float]], figure: str) -> None:
     """Fig. 1, or the kinds of paths: a bar per group and bin, as high as the share of questions."""
-    _, bins, thing, what = TOKEN_FIGURES[figure]
+    bins, thing, what = TOKEN_FIGURES[figure]
     fig, ax = plt.subplots(figsize=(11, 4.6))
     width = 0.86 / 8
     for name, shares in groups.items():

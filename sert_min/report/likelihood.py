@@ -32,6 +32,9 @@ from sert_min.questions import Question
 ROWS = 16  # questions that are scored together
 
 
+Weighed = list[tuple[float, int]]  # of each answer: its log-prob, and how many tokens it has
+
+
 class Tree(NamedTuple):
     """One question's row: a context of `start` tokens and its options behind it."""
 
@@ -39,35 +42,25 @@ class Tree(NamedTuple):
     positions: list[int]
     option: list[int]  # which option a token belongs to; -1 for the context
     start: int
-    told: list[tuple]  # of each token of an option: (index that predicts it, id, option)
 
 
-def make_tree(
-    tokenizer, question: Question, text: str, suffix: str, most: int, by_text: bool = False
-) -> Tree:
+def make_tree(tokenizer, q: Question, text: str, suffix: str, most: int, by_text=False) -> Tree:
     """The row of an output `text`. The end of the reasoning is cut off so that no option ends
     behind `most` tokens. Context and options are tokenised apart: each starts a word."""
-    prompt = tokenizer.encode_prompt(question_prompt(question, suffix))
+    prompt = tokenizer.encode_prompt(question_prompt(q, suffix))
     reasoning = strip_answer_sentence(text)[0]
     path = tokenizer.encode(" " + reasoning) if reasoning else []
     lead = tokenizer.encode(" So the answer is") if by_text else []
-    sentences = [answer_sentence(question, answer) for answer in question.answers]
-    options = [tokenizer.encode(f" {t}") for t in (question.choices if by_text else sentences)]
+    endings = q.choices if by_text else [answer_sentence(q, answer) for answer in q.answers]
+    options = [tokenizer.encode(f" {ending}") for ending in endings]
     n = len(prompt + lead) + max(map(len, options))
-    need(n <= most, f"{question.name} has {n} tokens with its longest answer, the model's context is "
-         f"{most}; leave it out")  # fmt: skip
-    path = path[: max(0, most - len(prompt + lead) - max(map(len, options)))]
-    ids = prompt + path + lead
-    start = len(ids)
-    positions, option, told = list(range(start)), [-1] * start, []
-    for i, tokens in enumerate(options):
-        # The context's last token predicts the option's first, which predicts the second, ..
-        before = [start - 1, *range(len(ids), len(ids) + len(tokens) - 1)]
-        told += zip(before, tokens, [i] * len(tokens))
-        ids += tokens
-        positions += range(start, start + len(tokens))
-        option += [i] * len(tokens)
-    return Tree(ids, positions, option, start, told)
+    need(n <= most, f"{q.name} has {n} tokens with its longest answer, the model's context is {most}; "
+         "leave it out")  # fmt: skip
+    context = prompt + path[: most - n] + lead
+    start = len(context)
+    positions = [*range(start), *(start + i for tokens in options for i in range(len(tokens)))]
+    option = [-1] * start + [i for i, tokens in enumerate(options) for _ in tokens]
+    return Tree(context + sum(options, []), positions, option, start)
 
 
 def padded(rows: list[list[int]], fill: int = 0) -> Tensor:
@@ -86,7 +79,7 @@ def tree_mask(option: Tensor) -> Tensor:
 @torch.inference_mode()
 def answer_logprobs(
     model: GPT2, tokenizer, questions: list[Question], texts: list[str], suffix="", by_text=False
-) -> list[list[tuple[float, int]]]:
+) -> list[Weighed]:
     """Per question and answer (log-prob with 4 decimals, tokens) of the answer's sentence behind
     the question's output in `texts`; with `by_text` of its option's text behind ` So the answer
     is`. A log-prob that is not finite is an error."""
@@ -106,10 +99,12 @@ def answer_logprobs(
             return out.transpose(1, 2)
 
         hidden = model(ids, positions, attend)  # [B, T, C]
-        told = [(row, *t) for row, tree in enumerate(trees) for t in tree.told]
+        # an option's first token is predicted by the context's last, another one by that before it
+        told = [(row, t.start - 1 if t.positions[i] == t.start else i - 1, t.ids[i], t.option[i])
+                for row, t in enumerate(trees) for i in range(t.start, len(t.ids))]  # fmt: skip
         rows, at, targets = torch.tensor(told, device=device).T[:3]
         logprobs = score(hidden[rows, at], weight, targets).tolist()
-        sums = [[(0.0, 0) for _ in q.answers] for q, _ in some]  # of log-probs, and of tokens
+        sums = [[(0.0, 0)] * len(q.answers) for q, _ in some]  # of log-probs, and of tokens
         for (row, _, _, option), logprob in zip(told, logprobs):
             total, n = sums[row][option]
             sums[row][option] = total + logprob, n + 1
@@ -134,9 +129,7 @@ def weigh_answers(
     return [{"sentences": f, "options": options.get(i, [])} for i, f in enumerate(found)]
 
 
-def likelihood_record(
-    question: Question, sentences: list[tuple[float, int]], options: list[tuple[float, int]]
-) -> dict:
+def likelihood_record(question: Question, sentences: Weighed, options: Weighed) -> dict:
     """One line of likelihood.jsonl from the log-probs of the answers' sentences and of the options'
     texts (an empty list for yes/no questions); ties go to the first answer."""
 

@@ -102,9 +102,9 @@ def difference(a: list[dict[str, float]], b: list[dict[str, float]]) -> tuple | 
     ids = set(a[0]).intersection(*a, *b)
     if not ids:
         return None
-    x, y = ([math.fsum(seed[id] for seed in some) / len(some) for id in ids] for some in (a, b))
+    x, y = ([statistics.fmean(seed[id] for seed in some) for id in ids] for some in (a, b))
     mean, low, _ = mean_interval([u - v for u, v in zip(x, y)])
-    by_seed = ([math.fsum(seed[id] for id in ids) / len(ids) for seed in some] for some in (a, b))
+    by_seed = ([statistics.fmean(seed[id] for id in ids) for seed in some] for some in (a, b))
     of_seeds = sum(statistics.variance(some) / len(some) for some in by_seed if len(some) > 1)
     half = math.hypot(mean - low, 1.959964 * math.sqrt(of_seeds))
     return mean, mean - half, mean + half
