@@ -66,6 +66,12 @@ def refuses(message: str, call, *args, **more) -> str:
     return one_line(error)
 
 
+def read_from(table):
+    """A test of each text of a table {question: {answer: texts}}: (question, text, answer)."""
+    cases = [(q, t, a) for q, by in table.items() for a, texts in by.items() for t in texts]
+    return pytest.mark.parametrize("question, text, answer", cases)
+
+
 def start(script, *words) -> None:
     """Run one of the scripts with these words as its command line."""
     script.main(script.parse_args(list(map(str, words))))
