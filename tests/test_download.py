@@ -86,11 +86,8 @@ class Hub:
         folder, commit = self.repos.get(repo, (None, None))
         status, headers, body = 404, {"X-Repo-Commit": commit or ""}, b""
         if self.status:  # 200: a login page in place of the hub
-            status, headers, body = (
-                self.status,
-                {"Content-Type": "text/html"},
-                b"<html>log in</html>",
-            )
+            status, body = self.status, b"<html>log in</html>"
+            headers = {"Content-Type": "text/html"}
         elif commit is None:
             headers = {"X-Error-Code": "RepoNotFound"}
         elif revision not in ("main", commit):

@@ -10,10 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refuses
 
 import sert_min
-from sert_min.io.errors import SertError
 
 LINES = re.search(r"(?m)^    import sert_min.*(?:\n    .+)+", sert_min.__doc__)[0]
 
@@ -31,10 +30,10 @@ def run_lines(folder: Path, path: Path, code: str) -> str:
 def quick() -> str:
     """The docstring's lines with the embedded student and looser rules."""
     lines = re.sub(r"(?m)^    ", "", LINES).replace('"gpt2"', '"micro"')
-    rules = (
-        "questions, sm.SampleSettings(max_new_tokens=8), {'min_tokens': 1, 'min_perplexity': 0})"
+    rules = "sm.SampleSettings(max_new_tokens=8), {'min_tokens': 1, 'min_perplexity': 0}"
+    lines = lines.replace(
+        "tokenizer, questions)  # with", f"tokenizer, questions, {rules})  # with"
     )
-    lines = lines.replace("tokenizer, questions)  # with", f"tokenizer, {rules}  # with")
     return lines.replace('"out/student")', '"out/student", sm.TrainSettings(max_steps=1))')
 
 
@@ -63,11 +62,10 @@ def test_names_and_refusals(tmp_path, monkeypatch):
         ("no path passed", tokenizer, [], "new"),
         ("the model's context is 256; leave", tokenizer, long, "new"),
     ):
-        with pytest.raises(SertError, match=message):
-            sert_min.fit(model, *given, short)
+        refuses(message, sert_min.fit, model, *given, short)
     assert not Path("new").exists()
-    with pytest.raises(SertError, match="rules are limits by name: patterns, min_tokens"):
-        sert_min.sample_paths(model, tokenizer, [], rules={"min_perplexty": 3})
+    told, bad = "rules are limits by name: patterns, min_tokens", {"min_perplexty": 3}
+    refuses(told, sert_min.sample_paths, model, tokenizer, [], rules=bad)
 
 
 @pytest.mark.slow
@@ -84,7 +82,4 @@ def test_installed_beside_the_other_kernels(tmp_path):
     for order in ("kernels, transformers, sert_min", "sert_min.kernels, transformers, kernels"):
         told = run_lines(tmp_path, site, f"import {order}\nfrom transformers import GPT2LMHeadModel\n"
                          "import sert_min.kernels as ours\nprint(kernels.__file__, ours.__file__)")  # fmt: skip
-        assert told.split() == [
-            str(site / "kernels/__init__.py"),
-            str(site / "sert_min/kernels/__init__.py"),
-        ]
+        assert told == f"{site}/kernels/__init__.py {site}/sert_min/kernels/__init__.py\n"
