@@ -192,15 +192,8 @@ def test_answer_logprobs_equal_whole_sequences(model):
             assert value == pytest.approx(alone, abs=2e-3)
     tree = make_tree(tokenizer, questions[1], "word " * 400, "", 128)  # cut to the context
     assert max(tree.positions) == 127 and tree.option.count(-1) == tree.start
-    refuses(
-        "tokens with its longest answer, .* context is 20",
-        make_tree,
-        tokenizer,
-        questions[1],
-        "",
-        "",
-        20,
-    )
+    told = "tokens with its longest answer, .* context is 20"
+    refuses(told, make_tree, tokenizer, questions[1], "", "", 20)
 
 
 def test_letters_and_texts_are_told_apart():
@@ -241,20 +234,15 @@ def test_predictions_need_only_text_and_answer(capsys):
         refuses(f"p.jsonl line 2: .*{message}", run, "--predictions", "p.jsonl")
 
 
-BAD_FLAGS = {
-    "--limit 0": "--limit must be at least 1",
-    "--judge-model m --max-cost 1": "--max-cost needs --price-in",
-    "--judge-model m --judge-temperature warm": "--judge-temperature",
-    "--judge-model m --base-url ftp://x": "no http",
-    "--table nowhere": "nowhere: no such folder",
-    "--table .": "no metrics.json under",
-    "--model ./nowhere": "no such folder",
-    "--model micro micro --out-dir o": "--out-dir takes",
-    "--task strategy_qa --paths x": "--paths needs --judge-model",
-}
-
-
-@pytest.mark.parametrize("words, message", BAD_FLAGS.items())
+@pytest.mark.parametrize("words, message", [
+    ("--limit 0", "--limit must be at least 1"),
+    ("--judge-model m --max-cost 1", "--max-cost needs --price-in"),
+    ("--judge-model m --judge-temperature warm", "--judge-temperature"),
+    ("--table nowhere", "nowhere: no such folder"), ("--table .", "no metrics.json under"),
+    ("--model ./nowhere", "no such folder"),
+    ("--model micro micro --out-dir o", "--out-dir takes"),
+    ("--task strategy_qa --paths x", "--paths needs --judge-model"),
+])  # fmt: skip
 def test_bad_input_is_one_line(words, message):
     refuses(message, run, *words.split())
     assert not Path("o").exists()
