@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import pretend_bf16
 from test_reference import golden_rows
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, normalize
 from torch.nn.functional import linear as exact_linear
 
 from sert_min.io.machine import resolve_machine
@@ -19,8 +19,7 @@ from sert_min.kernels.fast.largest import largest
 def head_like_gpt2(V: int, C: int = 256, B: int = 40, seed: int = 0):
     """Hidden states [B, C] and a weight [V, C]: logits near -100, spread by 4, as GPT-2's."""
     g = torch.Generator().manual_seed(seed)
-    common = torch.randn(C, generator=g)
-    common /= common.norm()
+    common = normalize(torch.randn(C, generator=g), dim=0)
     weight = 0.25 * torch.randn(V, C, generator=g) + 10 * common
     hidden = torch.randn(B, C, generator=g) - 10 * common
     return hidden, weight
@@ -60,7 +59,7 @@ def test_linear_is_a_product_with_fp32_sums(shape, bias, dtype, has_bf16, monkey
     lambda x, w, b, *_: gelu(exact_linear(x, w, b), approximate="tanh").double(),
     lambda x, w, b, *_: exact_linear(x, w, b) * float("nan"),
 ])  # fmt: skip
-def test_pytorch_serves_where_onednn_is_wrong(operator, monkeypatch):
+def test_pytorch_serves_where_onednn_is_wrong(operator, monkeypatch, request):
     """Guards a private operator that another PyTorch changed; a run says who multiplied."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
@@ -68,14 +67,12 @@ def test_pytorch_serves_where_onednn_is_wrong(operator, monkeypatch):
     before = resolve_machine("cpu", "fp32", {}, 10)[1]
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", operator)
     cpu.onednn_is_right.cache_clear()
-    try:
-        x, w, b = torch.randn(4, 300), torch.randn(5000, 300), torch.randn(5000)
-        with torch.no_grad():
-            assert torch.equal(cpu.linear(x, w, b), exact_linear(x, w, b))
-        after = resolve_machine("cpu", "fp32", {}, 10)[1]
-    finally:
-        cpu.onednn_is_right.cache_clear()
-    assert after == {**before, "cpu": before["cpu"] + " without oneDNN"}
+    request.addfinalizer(cpu.onednn_is_right.cache_clear)
+    x, w, b = torch.randn(4, 300), torch.randn(5000, 300), torch.randn(5000)
+    with torch.no_grad():
+        assert torch.equal(cpu.linear(x, w, b), exact_linear(x, w, b))
+    told = {**before, "cpu": before["cpu"] + " without oneDNN"}
+    assert resolve_machine("cpu", "fp32", {}, 10)[1] == told
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -177,9 +174,8 @@ def test_blocks_change_nothing(V):
 @pytest.mark.parametrize("real", [False, True])
 def test_bf16_head_is_as_good_as_fp32(real):
     """Guards the point of screening, on logits near -100 (where rounded ones are off by 0.25)."""
-    hidden, weight = (
-        (torch.eye(5), golden_rows().T.contiguous()) if real else head_like_gpt2(20_000)
-    )
+    gpt2 = (torch.eye(5), golden_rows().T.contiguous()) if real else None
+    hidden, weight = gpt2 or head_like_gpt2(20_000)
     wanted = hidden.double() @ weight.double().T
     assert wanted.amax(1).mean() < -70
     wanted = wanted.log_softmax(-1)
@@ -217,8 +213,7 @@ def test_rows_that_screening_can_not_tell_apart_are_computed_in_full(monkeypatch
     hidden[2] *= 1e-3
     full, exact_blocks = [], cpu.blocks
     monkeypatch.setattr(cpu, "blocks", lambda h, w: full.append(len(h)) or exact_blocks(h, w))
-    head = cpu.prepare(weight, hidden, 64)
-    ids = cpu.screen(hidden, head, torch.full((6,), 10))[3]
+    ids = cpu.screen(hidden, cpu.prepare(weight, hidden, 64), torch.full((6,), 10))[3]
     assert full == [1]
     assert torch.equal(ids[2, :10], (hidden @ weight.T).topk(10).indices[2])
 

@@ -33,8 +33,7 @@ CONFIGS = {
 
 def hf_model(name: str):
     kind, config = CONFIGS[name]
-    model = transformers.AutoModelForCausalLM.from_config(kind(**SMALL | config))
-    return make_loud(model, 0.2)
+    return make_loud(transformers.AutoModelForCausalLM.from_config(kind(**SMALL | config)), 0.2)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -76,8 +75,7 @@ def test_logprobs_of_sampled_tokens_equal_a_plain_forward(folder):
     """Guards decoding with K < H: grouped heads, turned keys, refilled slots, pieces of keys."""
     model, (prompts, names) = load_model(folder), make_prompts(3)
     model.config = replace(model.config, n_positions=128)
-    s = SampleSettings(max_new_tokens=36, rows=20)
-    got = sample_block(model, Words(), prompts, names, s)
+    got = sample_block(model, Words(), prompts, names, SampleSettings(max_new_tokens=36, rows=20))
     assert {row.finish for row in got} == {"eos", "length"}
     assert logprob_error(model, prompts, got, n_vocab=61).abs().max() < 1e-4
     other = [p[1:] or [(p[0] + 1) % 60] for p in prompts]

@@ -22,8 +22,7 @@ from sert_min.tokenizer import load_tokenizer
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def here(empty_folder, monkeypatch):
     questions = [Question("strategy_qa", f"q{i}", f"Is {i} even?", "yes") for i in range(3)]
     monkeypatch.setattr(tasks, "load", lambda *_, **__: questions)
 
@@ -39,12 +38,9 @@ def broken_model(folder):
 
 
 @pytest.mark.parametrize("place, said", [
-    ("wpe.weight", "first in wpe"),
-    ("h.1.attn.c_proj.bias", "first in h.1.attn"),
-    ("h.0.mlp.c_fc.bias", "first in h.0.mlp"),
-    ("ln_f.bias", "first in ln_f"),
-    ("wte.weight", "first in the head"),
-    (None, "not when run again"),
+    ("wpe.weight", "first in wpe"), ("h.1.attn.c_proj.bias", "first in h.1.attn"),
+    ("h.0.mlp.c_fc.bias", "first in h.0.mlp"), ("ln_f.bias", "first in ln_f"),
+    ("wte.weight", "first in the head"), (None, "not when run again"),
 ])  # fmt: skip
 def test_the_first_broken_layer_is_named(place, said, tmp_path):
     """Guards the blame of a later place, or of a sound model."""

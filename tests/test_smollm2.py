@@ -37,8 +37,7 @@ def small(tmp_path_factory):
     shapes = {
         "attn_norm": (C,), "ffn_norm": (C,), "attn_q": (H * D, C), "attn_k": (K * D, C),
         "attn_v": (K * D, C), "attn_output": (C, H * D), "ffn_gate": (F, C), "ffn_up": (F, C),
-        "ffn_down": (C, F),
-    }  # fmt: skip
+        "ffn_down": (C, F)}  # fmt: skip
     shapes = {f"blk.{i}.{name}.weight": s for i in range(LAYERS) for name, s in shapes.items()}
     rows = len(TOKENS) - len(TOKENS) % 32 + 32
     shapes |= {"token_embd.weight": (rows, C), "output_norm.weight": (C,)}
@@ -150,10 +149,9 @@ def test_the_whole_method_on_the_real_model(tmp_path):
     """Guards runs/smollm2.sh: a second run does nothing, the table has a row of each student."""
     few = {"QUESTIONS": "6", "TEST": "2", "FIGURE_QUESTIONS": "1", "METHODS": "sert star"}
     env = {**os.environ, "PYTHON": sys.executable, "DATA_DIR": str(shared("data")), **few}
+    how = {"cwd": tmp_path, "env": {**env, "FLAGS": "--dtype fp32"}, "text": True}
     command = ["bash", str(ROOT / "runs/smollm2.sh")]
-    env["FLAGS"] = "--dtype fp32"
-    how = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True, "check": True}
-    first, second = (subprocess.run(command, **how).stdout for _ in range(2))
+    first, second = (subprocess.check_output(command, **how) for _ in range(2))
     assert first.count(" s\n") == 9 and second.count("done before\n") == 9
     assert all(f"{smollm2.LABEL} {name} " in second for name in ("base", "SERT", "STaR"))
     assert (tmp_path / f"out/figures/kinds-strategy_qa-{smollm2.LABEL}.png").exists()
