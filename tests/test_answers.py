@@ -249,8 +249,7 @@ MARKS = (
     ("<think>", "</think>"), ("<THINK>", "</THINK>"), ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"), ("<thoughts>", "</thoughts>"), ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"), ("◁think▷", "◁/think▷"), ("analysis", "assistantfinal"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-)  # fmt: skip
+    ("<|START_THINKING|>", "<|END_THINKING|>"))  # fmt: skip
 THOUGHT = {  # Each text on the right says the key once its thinking is dropped.
     "It is wet.": [
         "It is wet.", "It is wet. <think> Or is it?", HARMONY + "<|message|>It is wet.<|return|>",

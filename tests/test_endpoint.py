@@ -30,8 +30,7 @@ def at(server, **more):
 
 
 def run(folder, server, n=1, e=None, readable=None, **more):
-    """(collection, what it lacks) of asking the endpoint `e`, or else that at `server`, with the
-    fields `more`, for what is missing in `folder`."""
+    """(collection, what it lacks) of asking `e`, or else the server, for what `folder` lacks."""
     collection = Collection(folder, replace(e or at(server), **more))
     ask_all(collection, asks(n), readable)
     return collection, collection.lacks
@@ -291,8 +290,7 @@ def test_which_servers_need_a_key_and_a_proxy(tmp_path, monkeypatch):
 
 
 def stopped(folder, server, requests, number, **more) -> int:
-    """How a forked process ends that gets a signal once it has sent so many requests (an import of
-    torch for each would take minutes)."""
+    """How a fork ends (no import of torch per kill) that gets a signal after so many requests."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -332,7 +330,7 @@ def test_a_signal_at_the_last_reply_stops_as_well(tmp_path, monkeypatch):
 def test_a_hanging_request_does_not_hold_up_a_signal(tmp_path, monkeypatch):
     monkeypatch.setattr(asking, "DRAIN", 0.3)
     with FakeServer(ok(), hang(20)) as server:
-        assert stopped(tmp_path, server, 2, signal.SIGTERM, concurrency=2) == 143
+        assert stopped(tmp_path, server, 2, signal.SIGTERM, concurrency=2, timeout=30) == 143
         assert server.served <= 1  # the second request still hangs
         assert len(stored(tmp_path).open_bills()) in (1, 2)
 
@@ -387,16 +385,14 @@ def test_concurrency_adapts_to_a_serial_server(tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     (["--concurrency", "0"], "--concurrency must be above 0"),
-    (["--timeout", "nan"], "--timeout must be above 0"),
+    (["--timeout", "nan"], "--timeout must be"), (["--price-in", "-1"], "--price-in must be"),
     (["--max-cost", "1"], "needs --price-in"),
     (["--max-cost", "nan", "--price-in", "1", "--price-out", "1"], "--max-cost must be"),
-    (["--price-in", "-1"], "--price-in must be"),
     (["--teacher-temperature", "inf"], "--teacher-temperature must be"),
     (["--base-url", "https://me:pw@host/v1"], "must not hold a password"),
     (["--extra-body", "[1]"], "no JSON object"), (["--extra-body", "{"], "no JSON object"),
     (["--extra-body", '{"n": 2, "stream": true}'], "must not set n, stream"),
-    (["--extra-header", "X-Key"], "NAME=VARIABLE"),
-    (["--extra-header", "X-Key=NOT_THERE"], "NOT_THERE is not set"),
+    (["--extra-header", "X-Key"], "NAME=VARIABLE"), (["--extra-header", "X=NO"], "NO is not set"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(words, message):
     refuses(message, from_words, *words)

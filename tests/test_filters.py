@@ -18,6 +18,8 @@ from sert_min.tokenizer import load_tokenizer
 CHOICES = ("bank", "library", "department store", "mall", "new york")
 FIVE = Question("commonsense_qa", "q", "Where is a revolving door of use?", "A", CHOICES)
 YES_NO = Question("strategy_qa", "7", "Would a pear sink in water?", "no")
+OPEN = {"patterns": (), "min_tokens": 0, "max_rep2": 1.0, "min_perplexity": 0.0}
+ALL = {"patterns": patterns.PATTERN_KINDS}
 
 LABELLED = {  # question -> the verdict on a finished path -> such paths
     FIVE: {
@@ -92,8 +94,7 @@ PIECES = st.sampled_from(
     ["bank", "library", "department store", "department", " store", "mall", "new york", "yes", "no",
      "(A)", "(b)", "(C", ")", "A.", "B)", "Question", ":", "Answer:", "Question:", "the", " a ", " ",
      "\n", ", ", ". ", ".", "!", " or ", " and ", "/", "-", '"', "’", "is", "é", "—", "s", "1.",
-     "The answer is ", "options are "]
-)  # fmt: skip
+     "The answer is ", "options are "])  # fmt: skip
 TEXTS = st.lists(PIECES, max_size=14).map("".join) | st.text(max_size=60)
 OTHER = ("bus stop", "bus", "library", "stop", "yes (A)")
 EMPTY = Question("x", "s", "", "A", ("",) * 5)
@@ -157,10 +158,6 @@ def test_rep2_and_perplexity_by_hand():
     assert filters.perplexity([]) is None and math.isfinite(filters.perplexity([-1e6]))
 
 
-OPEN = {"patterns": (), "min_tokens": 0, "max_rep2": 1.0, "min_perplexity": 0.0}
-ALL = {"patterns": patterns.PATTERN_KINDS}
-
-
 def verdict(words, finish="eos", start=0, logprobs=None, question=FIVE, **limits):
     """What the rules say of a path whose tokens are `words`; rules without a limit here are off."""
     tokens, ids = [w.encode() for w in words], [words.index(w) for w in words]
@@ -215,8 +212,7 @@ def test_a_path_is_trimmed_but_patterns_see_all_of_it(finish, last):
 
 
 def test_rejected_paths():
-    """Guards `direct` or an end-of-text boundary on a path that was stopped, and looser patterns that
-    would pass half a path."""
+    """Guards `direct` or an end-of-text boundary on a stopped path, and patterns that pass it."""
     words, two = [" bank,", " library,", " mall", " x"], {"patterns": ("options", "direct")}
     assert verdict(words, "rejected", **two)["verdict"] == "pattern:options"
     refuses("--no-early-reject", verdict, words, "rejected", patterns=("imitative",))
