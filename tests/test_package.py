@@ -21,19 +21,15 @@ def run_lines(folder: Path, path: Path, code: str) -> str:
     """What `code` prints in a Python of its own that finds packages in `path`, started in `folder`."""
     rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(3)]
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    environment = os.environ | {"PYTHONPATH": str(path)}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=folder, env=environment, check=True, text=True,
-                          capture_output=True).stdout  # fmt: skip
+    how = {"cwd": folder, "env": {**os.environ, "PYTHONPATH": str(path)}, "text": True}
+    return subprocess.check_output([sys.executable, "-c", code], **how)
 
 
 def quick() -> str:
     """The docstring's lines with the embedded student and looser rules."""
     lines = re.sub(r"(?m)^    ", "", LINES).replace('"gpt2"', '"micro"')
     rules = "sm.SampleSettings(max_new_tokens=8), {'min_tokens': 1, 'min_perplexity': 0}"
-    lines = lines.replace(
-        "tokenizer, questions)  # with", f"tokenizer, questions, {rules})  # with"
-    )
+    lines = lines.replace("er, questions)  # with", f"er, questions, {rules})  # with")
     return lines.replace('"out/student")', '"out/student", sm.TrainSettings(max_steps=1))')
 
 
@@ -43,18 +39,16 @@ def test_the_lines_of_the_docstring(tmp_path):
     assert "'extracted'" in said and (tmp_path / "out/student/last/model.safetensors").exists()
 
 
-def test_names_and_refusals(tmp_path, monkeypatch):
-    """Guards __all__, a folder whose state belongs to another training or model, and errors that
-    would come late."""
+def test_names_and_refusals(empty_folder):
+    """Guards __all__, a folder of another training or model, and errors that would come late."""
     assert all(getattr(sert_min, name) for name in sert_min.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = sert_min.nothing
-    monkeypatch.chdir(tmp_path)
     model, tokenizer = sert_min.open_student("micro")
     short = sert_min.TrainSettings(max_steps=1)
     sert_min.fit(model, tokenizer, [("Question: a", " b")], "s", short)
     other = copy.copy(tokenizer)
-    other.folder = tmp_path / "s/last"
+    other.folder = Path("s/last")
     long = [("Question: a", " b" * 300)]
     for message, *given in (
         ("holds a run with other settings", tokenizer, [("Question: a", " c")], "s"),

@@ -49,7 +49,7 @@ def pair(request, tmp_path_factory):
         vocab = raw["model"]["vocab"]
         made = sorted((t for t in vocab if len(t) > 1), key=vocab.get)
         splits = [[t[:i], t[i:]] for t in made for i in range(1, len(t))]
-        merges = [pair for pair in splits if pair[0] in vocab and pair[1] in vocab]
+        merges = [pair for pair in splits if {*pair} <= vocab.keys()]
         raw["model"] |= {"ignore_merges": True, "merges": merges}
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         raw["added_tokens"] = [dict(id=len(vocab) + i, content=t, special=True, **plain)
