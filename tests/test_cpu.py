@@ -21,8 +21,7 @@ def head_like_gpt2(V: int, C: int = 256, B: int = 40, seed: int = 0):
     g = torch.Generator().manual_seed(seed)
     common = normalize(torch.randn(C, generator=g), dim=0)
     weight = 0.25 * torch.randn(V, C, generator=g) + 10 * common
-    hidden = torch.randn(B, C, generator=g) - 10 * common
-    return hidden, weight
+    return torch.randn(B, C, generator=g) - 10 * common, weight
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 CPU")
@@ -110,11 +109,10 @@ def test_own_attention_is_that_of_the_definition(dtype, chunks, n, slots, group)
     q = torch.randn(n, 3, H * group, D, generator=g).to(dtype)[:, 1]  # a part of q, k, v
     w = torch.rand(n, H * group, 7 + chunks * C, generator=g).to(dtype)[..., 7:]
     assert cpu.in_rows(keys.mT) and cpu.in_rows(values)  # else the definition runs twice
-    found = cpu.own_scores(q, keys), cpu.own_sum(w, values)
     exact = attention.own_scores(q.double(), keys.double())
     exact = exact, attention.own_sum(w.double(), values.double())
     off = 1e-5 if dtype is torch.float32 else 0.13  # of bf16 numbers up to 32
-    for x, y in zip(found, exact):
+    for x, y in zip((cpu.own_scores(q, keys), cpu.own_sum(w, values)), exact):
         assert x.dtype is dtype and x.shape == y.shape and (x - y).abs().max() < off
 
 
@@ -154,8 +152,7 @@ def test_largest_is_topk(V, k):
 @pytest.mark.parametrize("V", [reference.BLOCK - 1, reference.BLOCK, 2 * reference.BLOCK + 3])
 def test_blocks_change_nothing(V):
     """Guards ids off by a block, partial sums, ties of two blocks, and blocks without mass."""
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, V, generator=g) * 4 - 100
+    logits = torch.randn(6, V, generator=torch.Generator().manual_seed(0)) * 4 - 100
     best, lse, values, ids = reference.summary(lambda i, j: logits[:, i:j], V, 10)
     wanted, wanted_ids = logits.topk(10)
     assert torch.equal(values, wanted) and torch.equal(ids, wanted_ids)

@@ -147,8 +147,7 @@ def test_missing_rows_and_training_on_what_is_there(student, capsys):
         broken.clear()
         run(student, server, "--max-steps", 1, "--allow-missing")
         assert trained.read_bytes() == before and len(server.bodies) == requests
-        told = "a student of other rationales; choose another --out-dir"
-        refuses(told, run, student, server, "--max-steps", 1)
+        refuses("of other rationales; .*another --out-dir", run, student, server, "--max-steps", 1)
 
 
 def test_two_step(student):
@@ -207,8 +206,7 @@ def test_several_samples_and_shots(student, capsys):
     assert reasons == ["ok", "ok", "enough of this question"]
     refuses("above 1 needs a --teacher-temperature", run, student, server, *more[:5])
     Path("shots.jsonl").write_text(to_line(row | {"question": QUESTIONS[0].text.upper()}))
-    told = "example 1 is a question of this task"
-    refuses(told, run, student, server, *more, "--shots", "shots.jsonl")
+    refuses("1 is a question of this task", run, student, server, *more, "--shots", "shots.jsonl")
     said = capsys.readouterr().out
     assert (
         "kept: ok" in said and "dropped: answer wrong" in said and "teacher's answer: yes" in said
@@ -222,8 +220,7 @@ def test_bad_flags_are_refused_before_anything_is_sent(student):
         refuses("above 0", run, student, server, "--concurrency", 0)
         assert server.bodies == []
     refuses("--teacher-model NAME.*--teacher-file FILE", run, student, None)
-    told = "--max-cost needs --teacher-model"
-    refuses(told, run, student, None, "--teacher-file", "x", "--max-cost", "1")
+    refuses("needs --teacher-model", run, student, None, "--teacher-file", "x", "--max-cost", "1")
 
 
 def test_rationales_that_do_not_fit_the_student_are_counted(student):

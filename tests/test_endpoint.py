@@ -19,6 +19,7 @@ from sert_min.io.asking import Collection, Readable, ask_all
 from sert_min.io.endpoint import Ask, Endpoint, make_client
 
 pytestmark = pytest.mark.usefixtures("keyed")
+OTHER = "https://example.org/v1"
 
 
 def asks(n=1):
@@ -253,9 +254,6 @@ def test_what_is_sent(tmp_path):
     assert c == {"model": "m", "messages": [message], "max_completion_tokens": 512}
     assert Endpoint("m").token_limit() == {"max_completion_tokens": 512}  # api.openai.com
     assert list(Endpoint("m", "https://evilopenai.com/v1").token_limit()) == ["max_tokens"]
-
-
-OTHER = "https://example.org/v1"
 
 
 @pytest.mark.parametrize("url, variable, value, message", [

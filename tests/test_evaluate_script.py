@@ -321,9 +321,8 @@ def paper(folder: Path, model: Path, *words, **variables) -> subprocess.Popen:
         "DATA_DIR": str(shared("data")), "TEACHER_FILE_STRATEGY_QA": str(teacher),
         "SAMPLE_FLAGS": "--patterns none --min-tokens 2 --min-perplexity 0 --max-rep2 1 "
                         "--max-new-tokens 8",
-        "TRAIN_FLAGS": "--epochs 2 --save-seconds 0.5",
-        "EVALUATE_FLAGS": "--max-new-tokens 12 --block-questions 2", "PYTHON": sys.executable,
-        **variables}  # fmt: skip
+        "TRAIN_FLAGS": "--epochs 2 --save-seconds 0.5", "PYTHON": sys.executable,
+        "EVALUATE_FLAGS": "--max-new-tokens 12 --block-questions 2", **variables}  # fmt: skip
     folder.mkdir(exist_ok=True)
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(["bash", str(ROOT / "runs/paper.sh"), *words], cwd=folder,

@@ -1,5 +1,4 @@
-"""The filter rules: labelled strings, hand-computed numbers, and the properties that early
-rejection stands on. Each test names the bug it guards."""
+"""The filter rules: labelled strings, numbers by hand, and what early rejection stands on."""
 
 import argparse
 import math

@@ -44,8 +44,7 @@ def tries(n: int):
 
 def holds(work, *allowed, seconds: int = 20):
     """`work()` returns, or raises SertError or one of `allowed`, within `seconds` of CPU time."""
-    ring = mock.Mock(side_effect=TimeoutError(f"more than {seconds} s"))
-    signal.signal(signal.SIGVTALRM, ring)
+    signal.signal(signal.SIGVTALRM, mock.Mock(side_effect=TimeoutError(f"more than {seconds} s")))
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         work()
@@ -237,6 +236,7 @@ STATING = ["so ", "Answer: ", "(A)", "\\boxed{", "}", " is the best choice", "op
            " and ", "Wait, ", "Q: ", " is correct", "<think>", "</think>", "the answer to it ", "depends",
            "：", "(B) or (C)", "\x1b[0m"]  # fmt: skip
 PARTS = st.lists(st.one_of(st.sampled_from(PIECES + STATING), st.text(max_size=6)), max_size=25)
+LISTS = "." + "a)" * 24 + " x bank, mall "  # each `a)` may be a label, or an article and a bracket
 
 
 @tries(600)
@@ -258,9 +258,6 @@ def test_texts_of_any_content(text, q):
     taught = {q.id: [rationales.Output(text, None, "length", "m")]}
     ((record,), _) = rationales.rationale_records([q], taught, "right")
     assert record["rationale"].isprintable() and json.dumps(record)
-
-
-LISTS = "." + "a)" * 24 + " x bank, mall "  # each `a)` may be a label, or an article and a bracket
 
 
 @pytest.mark.parametrize("piece", [*PIECES, '"', " ", "A.", "the ", LISTS])

@@ -199,8 +199,7 @@ def test_the_four_scripts(model, capsys):
     assert [r["kept"] for r in kept] == [True] * len(questions)
     run(evaluate, "q.jsonl", model, "--max-new-tokens", "4")
     assert list(a.glob("*/base/metrics.json"))
-    told = "questions have numbers or free texts"
-    refuses(told, run, evaluate, "q.jsonl", model, "--by", "likelihood")
+    refuses("have numbers or free texts", run, evaluate, "q.jsonl", model, "--by", "likelihood")
     (predictions,) = a.glob("*/base/predictions.jsonl")
     run(evaluate, "q.jsonl", model, "--predictions", predictions, "--out-dir", "again")
     assert Path("again/predictions.jsonl").read_bytes() == predictions.read_bytes()

@@ -49,12 +49,11 @@ def test_names_and_refusals(empty_folder):
     sert_min.fit(model, tokenizer, [("Question: a", " b")], "s", short)
     other = copy.copy(tokenizer)
     other.folder = Path("s/last")
-    long = [("Question: a", " b" * 300)]
     for message, *given in (
         ("holds a run with other settings", tokenizer, [("Question: a", " c")], "s"),
         ("holds a run with other settings .*weights", other, [("Question: a", " b")], "s"),
         ("no path passed", tokenizer, [], "new"),
-        ("the model's context is 256; leave", tokenizer, long, "new"),
+        ("the model's context is 256; leave", tokenizer, [("Question: a", " b" * 300)], "new"),
     ):
         refuses(message, sert_min.fit, model, *given, short)
     assert not Path("new").exists()

@@ -23,6 +23,9 @@ from sert_min.tokenizer import load_tokenizer
 
 ATTACK = 'x</script><img src=q onerror="window.hacked=1"><script>window.hacked=1</script>'
 LIMITS = filters.limits({"min_tokens": 8, "max_rep2": 0.9, "min_perplexity": 1.05})
+TRIED = [{}, {"min_tokens": 40}, {"max_rep2": 0.11}, {"min_perplexity": 5.5}, {"answer": "consistent"},
+         {"answer": "right", "min_tokens": 2}, {"min_tokens": 0, "max_rep2": 1, "min_perplexity": 0},
+         {"min_tokens": 14, "max_rep2": 0.35, "min_perplexity": 5.05, "answer": "right"}]  # fmt: skip
 
 
 def write_run(folder: Path, tokenizer, questions: dict, draw) -> Path:
@@ -305,11 +308,6 @@ def answers(name, branch, sample):
     parts = ["the town", "we see", "an ant", "he went"][: 1 + (branch + sample) % 4]
     words = " ".join(parts * (1 + sample % 3))
     return f"{words} there {said[(branch + 2 * sample + len(name)) % 4]}", "eos"
-
-
-TRIED = [{}, {"min_tokens": 40}, {"max_rep2": 0.11}, {"min_perplexity": 5.5}, {"answer": "consistent"},
-         {"answer": "right", "min_tokens": 2}, {"min_tokens": 0, "max_rep2": 1, "min_perplexity": 0},
-         {"min_tokens": 14, "max_rep2": 0.35, "min_perplexity": 5.05, "answer": "right"}]  # fmt: skip
 
 
 def test_the_sliders_filter_as_filters_py_does(browser, write, tokenizer, monkeypatch):

@@ -11,9 +11,19 @@ from sert_min.kernels import head_sample_and_score, reference, sample_and_score
 
 WORD = 0xFFFFFFFF
 NEAR = 1e-9  # the reference adds up in float64; fp32 kernels need 1e-6
+KNOWN = [  # counter, key, output: Random123's kat_vectors, "philox4x32 10"
+    ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]  # fmt: skip
 INF = float("inf")
 TIED, EQUAL = [1.0, 5.0, 5.0, 5.0, 0.0], [0.5] * 1000
 BORDER = [0.0] * 5000 + [9.0, 9.0] + [1.0] * 500  # two stand out, then 500 equals
+LEVELS = {
+    "B": (0, 1, 3, 24), "V": (1, 7, 1000, 50257), "k": (0, 1, 5, 10, "V", "more"),
+    "p": (1e-9, 0.5, 0.95, 1.0), "t": (0.0, 0.5, 1.0, 2.0),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "layout": ("plain", "columns", "rows"), "settings": ("numbers", "tensors")}  # fmt: skip
 
 
 def philox_ints(key: tuple, counter: tuple) -> tuple:
@@ -84,13 +94,6 @@ def golden_rows() -> torch.Tensor:
     return torch.from_numpy(np.load(shared("golden", "gpt2_logits.npz"))["logits"])
 
 
-KNOWN = [  # counter, key, output: Random123's kat_vectors, "philox4x32 10"
-    ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-]  # fmt: skip
-
-
 def test_philox_and_uniform_equal_integers():
     """Guards lost high bits, sign extension, a uniform of 1 or off the 2^-24 grid."""
     for known in KNOWN:
@@ -104,13 +107,6 @@ def test_philox_and_uniform_equal_integers():
         assert [*rows] == [philox_of(seed, *row) for row in zip(streams, positions)]
         wanted = [uniform_ints(seed, *row) for row in zip(streams, positions)]
         assert reference.uniform(seed, *given).tolist() == wanted
-
-
-LEVELS = {
-    "B": (0, 1, 3, 24), "V": (1, 7, 1000, 50257), "k": (0, 1, 5, 10, "V", "more"),
-    "p": (1e-9, 0.5, 0.95, 1.0), "t": (0.0, 0.5, 1.0, 2.0),
-    "dtype": (torch.float32, torch.bfloat16, torch.float16),
-    "layout": ("plain", "columns", "rows"), "settings": ("numbers", "tensors")}  # fmt: skip
 
 
 def make_logits(B: int, V: int, case: dict, g: torch.Generator) -> torch.Tensor:

@@ -63,8 +63,7 @@ def test_sentences():
     """Guards a sentence that no file bears out, or that goes on after a new run."""
     sqa, csqa = (FUNNEL[task]["counts"]["seen"]["perplexity"] for task in TASKS)
     drops = FUNNEL["strategy_qa"]["counts"]["dropped"]["perplexity"]
-    wrong = [TEXTS[t]["state another answer"] for t in TASKS]
-    texts = [TEXTS[t]["texts"] for t in TASKS]
+    wrong, texts = ([TEXTS[t][key] for t in TASKS] for key in ("state another answer", "texts"))
 
     def of(method: str, metric: str) -> str:
         return " % and ".join(f"{ours(task, method)[metric][0]:.1f}" for task in TASKS)

@@ -116,8 +116,7 @@ def test_a_damaged_block_is_made_again(model, tmp_path, sampled, damage):
     elif damage == "line lost":
         block.write_text(rest)
     else:
-        changed = json.loads(first) | {damage.split()[1]: "another"}
-        block.write_text(sample.to_line(changed) + rest)
+        block.write_text(sample.to_line(json.loads(first) | {damage.split()[1]: "another"}) + rest)
     sampled.clear()
     run(model, tmp_path)
     assert sampled == [2] and block.read_text() == whole and derived(tmp_path) == before
@@ -151,8 +150,7 @@ def test_refilter_works_on_another_machine_and_on_a_part(model, tmp_path, sample
     refuses(told, run, model, a, "--limit", "1", "--refilter")
     shutil.rmtree(a / "blocks")
     refuses("of these questions; run without --refilter", run, model, a, "--refilter")
-    told = "holds no samples; run without --refilter"
-    refuses(told, run, model, tmp_path / "new", "--refilter")
+    refuses("no samples; run without --refilter", run, model, tmp_path / "new", "--refilter")
     assert not (tmp_path / "new").exists()
     assert derived(a) == before  # what was there is not emptied
 
@@ -231,8 +229,7 @@ def test_a_new_rule_is_one_entry(model, tmp_path, monkeypatch, capsys):
     dropped = [r for r in records if r["verdict"] == "stops"]
     assert dropped and all(r["text"].count(".") > 1 for r in dropped)
     assert read_json(tmp_path / "funnel.json")["counts"]["dropped"]["stops"] == len(dropped)
-    told = "--max-stops must be from 0 to 100, not -1"
-    refuses(told, run, model, tmp_path, *flags, "--max-stops", "-1")
+    refuses("--max-stops must be from 0 to 100", run, model, tmp_path, *flags, "--max-stops", "-1")
 
 
 def test_two_processes_give_the_same_bytes(model, tmp_path):

