@@ -386,8 +386,7 @@ def test_deep_link(browser, file):
 
 def test_phone_width_has_no_sideways_scrolling(browser, file):
     metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    device = "Emulation.setDeviceMetricsOverride"
-    browser.post("/goog/cdp/execute", cmd=device, params=metrics)
+    browser.post("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=metrics)
     browser.open(file, "#q0")
     assert browser.js("return document.documentElement.scrollWidth") <= 390
     browser.click("#openlist")

@@ -57,6 +57,7 @@ def test_ids_equal_transformers(tmp_path, step):
 def test_any_text_makes_the_round_trip_and_any_ids_decode(tokenizer, text, ids):
     """Guards tiktoken's KeyError and OverflowError; a lone surrogate comes back as U+FFFD."""
     assert isinstance(tokenizer.decode(ids), str)
+    assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"
     back = tokenizer.decode(tokenizer.encode(text))
     assert back == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
