@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for the processes that tes
 os.environ["HF_HUB_OFFLINE"] = "1"  # transformers would ask the hub about local folders
 
 import json
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -20,20 +21,20 @@ from sert_min.io.errors import SertError
 from sert_min.io.vocabulary import END, byte_alphabet
 from sert_min.kernels.fast import cpu
 from sert_min.models import save_model
+from sert_min.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # real data; not part of the repository
 KEY = "sk-test-0123456789abcdefKEY"
+NO_RULES = ["--patterns", "none", "--min-tokens", "1", "--min-perplexity", "0", "--max-rep2", "1"]
 MERGES = ["h e", "e s", "Ġ t", "Ġt he", "Ġ y", "Ġy es", "Ġ n", "Ġn o", "a n", "an s", "w e", "we r"]
 
 torch.set_num_threads(1)
 sys.orig_argv[0] = "python"  # Commands that are printed begin with this word.
 # No time limits, which a busy machine breaks. The same examples in every run, so that a commit is
 # green or not; FUZZ=10 (times as many, test_fuzz.py) draws new ones.
-slow, same = [hypothesis.HealthCheck.too_slow], "FUZZ" not in os.environ
-hypothesis.settings.register_profile(
-    "x", deadline=None, suppress_health_check=slow, derandomize=same
-)
+how = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("x", **how, derandomize="FUZZ" not in os.environ)
 hypothesis.settings.load_profile("x")
 
 
@@ -52,18 +53,18 @@ def pretend_bf16(monkeypatch, has: bool) -> None:
     monkeypatch.setattr(cpu, "has_bf16", lambda: has)
 
 
-def one_line(error: pytest.ExceptionInfo) -> str:
-    """The message of an error, which has to be one line."""
-    text = str(error.value)
-    assert text and "\n" not in text
-    return text
-
-
 def refuses(message: str, call, *args, **more) -> str:
     """The error, one line, that `call(*args, **more)` ends with; it matches the regex `message`."""
     with pytest.raises(SertError, match=message) as error:
         call(*args, **more)
-    return one_line(error)
+    assert str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def read_from(table):
+    """A test of each text of a table {question: {answer: texts}}: (question, text, answer)."""
+    cases = [(q, t, a) for q, by in table.items() for a, texts in by.items() for t in texts]
+    return pytest.mark.parametrize("question, text, answer", cases)
 
 
 def start(script, *words) -> None:
@@ -92,9 +93,21 @@ def make_tiny_model(folder: Path, seed: int = 0, **config) -> Path:
     return folder
 
 
+def make_checkpoint(model: Path, folder: Path, **about) -> Path:
+    """A copy of a model folder that says so much about itself, as a student's does."""
+    shutil.copytree(model, folder)
+    (folder / "sert.json").write_text(json.dumps(about))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model_folder) -> Tokenizer:
+    return load_tokenizer(tiny_model_folder)
 
 
 @pytest.fixture(scope="session")

@@ -56,9 +56,8 @@ def main() -> None:
     p.add_argument("questions", nargs="?", type=int, default=10_000)
     n = p.parse_args().questions
     torch.set_num_threads(1)
-    real = tasks.load
 
-    def many(*args, **more) -> list:
+    def many(*args, real=tasks.load, **more) -> list:
         """n questions with ids of their own."""
         cycle = enumerate(itertools.islice(itertools.cycle(real(*args, **more)), n))
         return [replace(q, id=f"{q.id}-{i:05d}") for i, q in cycle]

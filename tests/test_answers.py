@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from conftest import shared
+from conftest import read_from, shared
 
 from sert_min import answers, tasks
 from sert_min.answers import extract_answer, stated_answer, strip_answer_sentence
@@ -18,12 +18,6 @@ FIVE = Question("commonsense_qa", "q", "Where? Answer choices: (A) bank, ..", "C
 MALL = replace(FIVE, answer="B", choices=("home", "mall", "bus stop", "the sky", "relax"))
 DOUBLE = replace(FIVE, answer="E", choices=("bank", "mall", "Bank", "park", "zoo"))
 YES_NO = Question("strategy_qa", "7", "Would a pear sink in water?", "no")
-
-
-def read_from(table):
-    """A test of each text of a table: (question, text, answer)."""
-    cases = [(q, t, a) for q, by in table.items() for a, texts in by.items() for t in texts]
-    return pytest.mark.parametrize("question, text, answer", cases)
 
 
 STRICT = {  # right behind `the answer is`
@@ -255,8 +249,7 @@ MARKS = (
     ("<think>", "</think>"), ("<THINK>", "</THINK>"), ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"), ("<thoughts>", "</thoughts>"), ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"), ("◁think▷", "◁/think▷"), ("analysis", "assistantfinal"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-)  # fmt: skip
+    ("<|START_THINKING|>", "<|END_THINKING|>"))  # fmt: skip
 THOUGHT = {  # Each text on the right says the key once its thinking is dropped.
     "It is wet.": [
         "It is wet.", "It is wet. <think> Or is it?", HARMONY + "<|message|>It is wet.<|return|>",

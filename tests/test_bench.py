@@ -34,10 +34,10 @@ def test_both_sides_take_the_same_steps(tmp_path):
     """Guards a race between two different losses or optimisers (a mask or a shift that is off)."""
     model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=16)).init_weights_(0)
     save_model(model, tmp_path / "model", tmp_path, {})
-    sides = (training.ours, training.transformers_step)
-    steps = [make(tmp_path / "model", False) for make in sides]
+    sides = training.ours, training.transformers_step
+    ours, theirs = (make(tmp_path / "model", False) for make in sides)
     for batch in training.make_batches(4, 3, paths=True):
-        assert abs(float(steps[0](batch)) - float(steps[1](batch))) < 1e-4
+        assert abs(float(ours(batch)) - float(theirs(batch))) < 1e-4
 
 
 def test_chains_draw_what_they_should():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import pretend_bf16
 from test_reference import golden_rows
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, normalize
 from torch.nn.functional import linear as exact_linear
 
 from sert_min.io.machine import resolve_machine
@@ -19,11 +19,9 @@ from sert_min.kernels.fast.largest import largest
 def head_like_gpt2(V: int, C: int = 256, B: int = 40, seed: int = 0):
     """Hidden states [B, C] and a weight [V, C]: logits near -100, spread by 4, as GPT-2's."""
     g = torch.Generator().manual_seed(seed)
-    common = torch.randn(C, generator=g)
-    common /= common.norm()
+    common = normalize(torch.randn(C, generator=g), dim=0)
     weight = 0.25 * torch.randn(V, C, generator=g) + 10 * common
-    hidden = torch.randn(B, C, generator=g) - 10 * common
-    return hidden, weight
+    return torch.randn(B, C, generator=g) - 10 * common, weight
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86 CPU")
@@ -60,7 +58,7 @@ def test_linear_is_a_product_with_fp32_sums(shape, bias, dtype, has_bf16, monkey
     lambda x, w, b, *_: gelu(exact_linear(x, w, b), approximate="tanh").double(),
     lambda x, w, b, *_: exact_linear(x, w, b) * float("nan"),
 ])  # fmt: skip
-def test_pytorch_serves_where_onednn_is_wrong(operator, monkeypatch):
+def test_pytorch_serves_where_onednn_is_wrong(operator, monkeypatch, request):
     """Guards a private operator that another PyTorch changed; a run says who multiplied."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
@@ -68,14 +66,12 @@ def test_pytorch_serves_where_onednn_is_wrong(operator, monkeypatch):
     before = resolve_machine("cpu", "fp32", {}, 10)[1]
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", operator)
     cpu.onednn_is_right.cache_clear()
-    try:
-        x, w, b = torch.randn(4, 300), torch.randn(5000, 300), torch.randn(5000)
-        with torch.no_grad():
-            assert torch.equal(cpu.linear(x, w, b), exact_linear(x, w, b))
-        after = resolve_machine("cpu", "fp32", {}, 10)[1]
-    finally:
-        cpu.onednn_is_right.cache_clear()
-    assert after == {**before, "cpu": before["cpu"] + " without oneDNN"}
+    request.addfinalizer(cpu.onednn_is_right.cache_clear)
+    x, w, b = torch.randn(4, 300), torch.randn(5000, 300), torch.randn(5000)
+    with torch.no_grad():
+        assert torch.equal(cpu.linear(x, w, b), exact_linear(x, w, b))
+    told = {**before, "cpu": before["cpu"] + " without oneDNN"}
+    assert resolve_machine("cpu", "fp32", {}, 10)[1] == told
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -113,11 +109,10 @@ def test_own_attention_is_that_of_the_definition(dtype, chunks, n, slots, group)
     q = torch.randn(n, 3, H * group, D, generator=g).to(dtype)[:, 1]  # a part of q, k, v
     w = torch.rand(n, H * group, 7 + chunks * C, generator=g).to(dtype)[..., 7:]
     assert cpu.in_rows(keys.mT) and cpu.in_rows(values)  # else the definition runs twice
-    found = cpu.own_scores(q, keys), cpu.own_sum(w, values)
     exact = attention.own_scores(q.double(), keys.double())
     exact = exact, attention.own_sum(w.double(), values.double())
     off = 1e-5 if dtype is torch.float32 else 0.13  # of bf16 numbers up to 32
-    for x, y in zip(found, exact):
+    for x, y in zip((cpu.own_scores(q, keys), cpu.own_sum(w, values)), exact):
         assert x.dtype is dtype and x.shape == y.shape and (x - y).abs().max() < off
 
 
@@ -157,8 +152,7 @@ def test_largest_is_topk(V, k):
 @pytest.mark.parametrize("V", [reference.BLOCK - 1, reference.BLOCK, 2 * reference.BLOCK + 3])
 def test_blocks_change_nothing(V):
     """Guards ids off by a block, partial sums, ties of two blocks, and blocks without mass."""
-    g = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, V, generator=g) * 4 - 100
+    logits = torch.randn(6, V, generator=torch.Generator().manual_seed(0)) * 4 - 100
     best, lse, values, ids = reference.summary(lambda i, j: logits[:, i:j], V, 10)
     wanted, wanted_ids = logits.topk(10)
     assert torch.equal(values, wanted) and torch.equal(ids, wanted_ids)
@@ -177,9 +171,8 @@ def test_blocks_change_nothing(V):
 @pytest.mark.parametrize("real", [False, True])
 def test_bf16_head_is_as_good_as_fp32(real):
     """Guards the point of screening, on logits near -100 (where rounded ones are off by 0.25)."""
-    hidden, weight = (
-        (torch.eye(5), golden_rows().T.contiguous()) if real else head_like_gpt2(20_000)
-    )
+    gpt2 = (torch.eye(5), golden_rows().T.contiguous()) if real else None
+    hidden, weight = gpt2 or head_like_gpt2(20_000)
     wanted = hidden.double() @ weight.double().T
     assert wanted.amax(1).mean() < -70
     wanted = wanted.log_softmax(-1)
@@ -217,8 +210,7 @@ def test_rows_that_screening_can_not_tell_apart_are_computed_in_full(monkeypatch
     hidden[2] *= 1e-3
     full, exact_blocks = [], cpu.blocks
     monkeypatch.setattr(cpu, "blocks", lambda h, w: full.append(len(h)) or exact_blocks(h, w))
-    head = cpu.prepare(weight, hidden, 64)
-    ids = cpu.screen(hidden, head, torch.full((6,), 10))[3]
+    ids = cpu.screen(hidden, cpu.prepare(weight, hidden, 64), torch.full((6,), 10))[3]
     assert full == [1]
     assert torch.equal(ids[2, :10], (hidden @ weight.T).topk(10).indices[2])
 

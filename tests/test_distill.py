@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import KEY, ROOT, refuses, shared, start
+from conftest import KEY, ROOT, make_checkpoint, refuses, shared, start
 from fake_server import FakeServer, error, ok
 
 import distill
 from sert_min import prompts, tasks
 from sert_min.finetune import encode_example
-from sert_min.io.files import read_jsonl
-from sert_min.models import load_model, read_config, save_model
+from sert_min.io.files import read_jsonl, to_line
+from sert_min.models import read_config
 from sert_min.questions import Question
 from sert_min.script import Student
 from sert_min.tokenizer import load_tokenizer
@@ -25,17 +25,16 @@ GOLD = ("yes", "no") * 15
 QUESTIONS = [Question("strategy_qa", str(10 * i), f"Is {i} even?", a) for i, a in enumerate(GOLD)]
 
 
-# A teacher that answers in the second request only.
 def answers_apart(body):
+    """A teacher that answers in the second request only."""
     return ok("(no)" if TRIGGER in str(body) else " Reasoning. Is it?")
 
 
 @pytest.fixture
 def student(tiny_model_folder, monkeypatch):
     """The student; there are 30 questions instead of a dataset."""
-    real = tasks.load
 
-    def load(task, split, data_dir=None):
+    def load(task, split, data_dir=None, real=tasks.load):
         return QUESTIONS if task == "strategy_qa" and not data_dir else real(task, split, data_dir)
 
     monkeypatch.setattr(tasks, "load", load)
@@ -107,7 +106,7 @@ def test_dry_run_asks_nothing_and_writes_nothing(student, capsys, monkeypatch):
     assert "plan: 60 teacher requests (0 replies are there)" in said and "USD" in said
     assert f"{30 * (512 + 64):,} out" in said and not Path("out").exists()
     line = {"question": "Is 0 even?", "rationale": "It is. So the answer is yes."}
-    Path("t.jsonl").write_text(json.dumps(line) + "\n")
+    Path("t.jsonl").write_text(to_line(line))
     run(student, None, "--teacher-file", "t.jsonl", "--dry-run")
     assert "1 rationales for 30 questions" in capsys.readouterr().out
     assert not Path("out").exists()
@@ -148,8 +147,7 @@ def test_missing_rows_and_training_on_what_is_there(student, capsys):
         broken.clear()
         run(student, server, "--max-steps", 1, "--allow-missing")
         assert trained.read_bytes() == before and len(server.bodies) == requests
-        told = "a student of other rationales; choose another --out-dir"
-        refuses(told, run, student, server, "--max-steps", 1)
+        refuses("of other rationales; .*another --out-dir", run, student, server, "--max-steps", 1)
 
 
 def test_two_step(student):
@@ -193,7 +191,7 @@ def test_unreadable_answers_stop_after_20(student):
 def test_several_samples_and_shots(student, capsys):
     """All right replies of a question are kept, or --per-question of them; examples are sent first."""
     row = {"question": "Is 900 even?", "rationale": "900 is twice 450.", "answer": "yes"}
-    Path("shots.jsonl").write_text(json.dumps(row) + "\n")
+    Path("shots.jsonl").write_text(to_line(row))
     more = "--collect-only", "--limit", 2, "--teacher-samples", 3, "--teacher-temperature", 0.7
     with FakeServer(ok(YES)) as server:
         run(student, server, *more, "--shots", "shots.jsonl")
@@ -207,12 +205,12 @@ def test_several_samples_and_shots(student, capsys):
     reasons = [r["reason"] for r in rows if r["answer"] == "yes"]
     assert reasons == ["ok", "ok", "enough of this question"]
     refuses("above 1 needs a --teacher-temperature", run, student, server, *more[:5])
-    Path("shots.jsonl").write_text(json.dumps(row | {"question": QUESTIONS[0].text.upper()}) + "\n")
-    told = "example 1 is a question of this task"
-    refuses(told, run, student, server, *more, "--shots", "shots.jsonl")
+    Path("shots.jsonl").write_text(to_line(row | {"question": QUESTIONS[0].text.upper()}))
+    refuses("1 is a question of this task", run, student, server, *more, "--shots", "shots.jsonl")
     said = capsys.readouterr().out
-    for words in ("kept: ok", "dropped: answer wrong", "teacher's answer: yes"):
-        assert words in said
+    assert (
+        "kept: ok" in said and "dropped: answer wrong" in said and "teacher's answer: yes" in said
+    )
 
 
 def test_bad_flags_are_refused_before_anything_is_sent(student):
@@ -222,8 +220,7 @@ def test_bad_flags_are_refused_before_anything_is_sent(student):
         refuses("above 0", run, student, server, "--concurrency", 0)
         assert server.bodies == []
     refuses("--teacher-model NAME.*--teacher-file FILE", run, student, None)
-    told = "--max-cost needs --teacher-model"
-    refuses(told, run, student, None, "--teacher-file", "x", "--max-cost", "1")
+    refuses("needs --teacher-model", run, student, None, "--teacher-file", "x", "--max-cost", "1")
 
 
 def test_rationales_that_do_not_fit_the_student_are_counted(student):
@@ -234,13 +231,10 @@ def test_rationales_that_do_not_fit_the_student_are_counted(student):
 
 
 def test_what_fits_counts_as_training_does(tiny_model_folder, monkeypatch):
-    """Guards a text that is one token too long behind a start token (Llama 3's), which would end the
-    training instead of being left out."""
+    """Guards a text one token too long behind a start token (Llama 3's): it ends the training."""
     q, tokenizer = tasks.load("micro", "train")[0], load_tokenizer(tiny_model_folder)
-    ids = encode_example(tokenizer, *prompts.rd_pair(q, "We think."))[0]
-    student = Student("tiny", tiny_model_folder, "tiny", {})
-    config = read_config(tiny_model_folder)
-    config.n_positions = len(ids)
+    student, config = Student("tiny", tiny_model_folder, "tiny", {}), read_config(tiny_model_folder)
+    config.n_positions = len(encode_example(tokenizer, *prompts.rd_pair(q, "We think."))[0])
     monkeypatch.setattr(distill, "load_tokenizer", lambda folder: tokenizer)
     monkeypatch.setattr(distill, "read_config", lambda folder: config)
     assert distill.fits_in(student)(q, "We think.")
@@ -258,20 +252,15 @@ def test_the_sert_checkpoint_is_the_default_student(student, monkeypatch, capsys
         assert "starting from the raw student" in capsys.readouterr().out
         (label,) = [p.name for p in Path("out/strategy_qa").iterdir() if "teacher" not in p.name]
         sert = Path(f"out/strategy_qa/{label}/sert/seed0/last")
-        make_checkpoint(student, sert, label, "sert")
+        make_checkpoint(student, sert, root=label, method="sert")
         run(None, server, *more)
         assert "starting from the SERT checkpoint" in capsys.readouterr().out
         run(sert, server, *more)
         assert len(server.bodies) == 4
-        make_checkpoint(student, Path("finetuned/last"), label, "finetune")
+        make_checkpoint(student, Path("finetuned/last"), root=label, method="finetune")
         refuses("trained by finetune already.*--out-dir", run, "finetuned", server, "--limit", 4)
     found = {str(p.relative_to(sert.parents[2])) for p in Path("out").rglob("rationales.jsonl")}
     assert found == {"rd/seed0/rationales.jsonl", "sert-rd/seed0/rationales.jsonl"}
-
-
-def make_checkpoint(student, folder, label, method):
-    folder.parent.mkdir(parents=True)
-    save_model(load_model(student), folder, student, {"method": method, "root": label})
 
 
 def test_micro_teacher_is_offline_and_right(student):
@@ -283,9 +272,8 @@ def test_micro_teacher_is_offline_and_right(student):
 
 def test_real_davinci_rationales_train(model):
     """Real questions and rationales through the whole script; a real context holds them all."""
-    file = shared("data", "teacher", "strategy_qa.train.text-davinci-002.jsonl")
     more = ["--data-dir", shared("data"), "--max-steps", 2, "--batch-size", 2, "--out-dir", "run"]
-    more += ["--teacher-file", file]
+    more += ["--teacher-file", shared("data/teacher/strategy_qa.train.text-davinci-002.jsonl")]
     run(model, None, *more)
     refuses("of other rationales", run, model, None, *more, "--keep", "all")
     assert sum(r["kept"] for r in records("run")) == 874

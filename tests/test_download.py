@@ -86,11 +86,8 @@ class Hub:
         folder, commit = self.repos.get(repo, (None, None))
         status, headers, body = 404, {"X-Repo-Commit": commit or ""}, b""
         if self.status:  # 200: a login page in place of the hub
-            status, headers, body = (
-                self.status,
-                {"Content-Type": "text/html"},
-                b"<html>log in</html>",
-            )
+            status, body = self.status, b"<html>log in</html>"
+            headers = {"Content-Type": "text/html"}
         elif commit is None:
             headers = {"X-Error-Code": "RepoNotFound"}
         elif revision not in ("main", commit):
@@ -101,10 +98,10 @@ class Hub:
         elif how == "resolve":
             headers["X-Error-Code"] = "EntryNotFound"
         else:  # older clients ask for the revision, newer ones for the tree
-            siblings = [{"rfilename": f.name} for f in folder.iterdir()]
-            tree = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
-                    for f in folder.iterdir()]  # fmt: skip
-            about = {"id": repo, "sha": commit, "siblings": siblings} if how == "revision" else tree
+            about = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name,
+                      "rfilename": f.name} for f in folder.iterdir()]  # fmt: skip
+            if how == "revision":
+                about = {"id": repo, "sha": commit, "siblings": about}
             status, body = 200, json.dumps(about).encode()
             headers["Content-Type"] = "application/json"
         announced, cut = len(body), request.command == "GET" and name == SHORT and self.cut
@@ -243,8 +240,7 @@ def test_truncated_download_is_not_kept(cut, hub, load, tiny_model_folder, tmp_p
     """Guards half a file that the next run takes for whole; then the next run mends it."""
     hub.repos[HUB["gpt2"][0]] = tiny_model_folder, HUB["gpt2"][1]
     hub.cut = cut
-    error = load("gpt2")["error"]
-    assert "can't be downloaded" in error and "try again" in error
+    assert re.search("can't be downloaded.*try again", load("gpt2")["error"])
     assert not list(tmp_path.rglob(f"snapshots/*/{SHORT}"))
     assert "is not in the local cache" in load("gpt2", HF_HUB_OFFLINE="1")["error"]
     hub.cut = None

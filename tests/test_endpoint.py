@@ -19,6 +19,7 @@ from sert_min.io.asking import Collection, Readable, ask_all
 from sert_min.io.endpoint import Ask, Endpoint, make_client
 
 pytestmark = pytest.mark.usefixtures("keyed")
+OTHER = "https://example.org/v1"
 
 
 def asks(n=1):
@@ -30,8 +31,7 @@ def at(server, **more):
 
 
 def run(folder, server, n=1, e=None, readable=None, **more):
-    """(collection, what it lacks) of asking the endpoint `e`, or else that at `server`, with the
-    fields `more`, for what is missing in `folder`."""
+    """(collection, what it lacks) of asking `e`, or else the server, for what `folder` lacks."""
     collection = Collection(folder, replace(e or at(server), **more))
     ask_all(collection, asks(n), readable)
     return collection, collection.lacks
@@ -48,7 +48,6 @@ OLD_NAME = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' ins
 MODELS = "--teacher-model or --base-url (no such model; it has qwen, llama)"
 PARTS = [{"type": "text", "text": "Ice "}, {"type": "image"}, {"type": "text", "text": "is cold."}]
 ONLY_THINKS = ok(message={"content": None, "reasoning_content": "Is it?"})
-# fmt: off
 TABLE = [
     ("429, Retry-After", [error(429, "slow", retry_after="0.3"), ok()], 2, "reply", "stop"),
     ("429 without Retry-After", [error(429, "slow")] * 6 + [ok()], 7, "reply", "stop"),
@@ -82,15 +81,14 @@ TABLE = [
     ("lone surrogate", [ok("a \ud800 b")], 1, "reply", "a ? b"),
     ("strange usage", [ok(usage={"prompt_tokens": "many", "completion_tokens": -1})], 1, "reply", "null"),
     ("usage null, finish a number", [ok(finish=3, usage=None, model=7)], 1, "reply", "null"),
-]
-# fmt: on
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("steps, requests, outcome, word", [r[1:] for r in TABLE], ids=[r[0] for r in TABLE])  # fmt: skip
-def test_what_the_server_does(steps, requests, outcome, word, tmp_path):
+@pytest.mark.parametrize("name, steps, requests, outcome, word", TABLE, ids=[r[0] for r in TABLE])
+def test_what_the_server_does(name, steps, requests, outcome, word, tmp_path):
     with FakeServer(*steps) as server:
         server.models = ["qwen", "llama"]
-        e = at(server, concurrency=4, timeout=0.3 if "hang" in repr(steps) else 5.0)
+        e = at(server, concurrency=4, timeout=0.3 if "hang" in name else 5.0)
         if outcome == "stop":
             refuses(re.escape(word), run, tmp_path, server, 5, e)
             assert not (tmp_path / "responses.jsonl").exists()
@@ -232,14 +230,11 @@ def from_words(*words, who="teacher"):
     return endpoint.from_flags(parser.parse_args([*base, *words]), who)
 
 
-BOUGHT = [
+@pytest.mark.parametrize("who, more, key", [
     ("teacher", "", "e678dbf9e2b9382c52832a65"),
     ("teacher", "--teacher-temperature 0.7 --completions", "1d207c1ab5b17c4448a3d0cf"),
     ("judge", "", "e88ab58802c4d882d071e050"),
-]
-
-
-@pytest.mark.parametrize("who, more, key", BOUGHT)
+])  # fmt: skip
 def test_keys_stay_what_they_were(who, more, key):
     """Replies that were bought before a change of this program must not be bought again."""
     message = {"role": "user", "content": "Question: Is it é?\nAnswer:"}
@@ -261,8 +256,7 @@ def test_what_is_sent(tmp_path):
     assert list(Endpoint("m", "https://evilopenai.com/v1").token_limit()) == ["max_tokens"]
 
 
-OTHER = "https://example.org/v1"
-NO_CLIENT = [  # address, a variable of the environment and its value, what is said
+@pytest.mark.parametrize("url, variable, value, message", [
     ("http://192.168.1.4:8000/v1", "", "", "unencrypted.*--insecure"),
     ("https://user:secret@example.com/v1", "", "", "must not hold a password"),
     ("https://example.com/v1?key=secret", "", "", "must not hold a password"),
@@ -273,10 +267,7 @@ NO_CLIENT = [  # address, a variable of the environment and its value, what is s
     (None, "OPENAI_API_KEY", "", "OPENAI_API_KEY is not set"),
     # httpx puts a header that it can't send into its message: "Illegal header value b'Bearer sk-..'"
     (OTHER, "OPENAI_API_KEY", "sk-a\nb-secret", "no key has"),
-]
-
-
-@pytest.mark.parametrize("url, variable, value, message", NO_CLIENT)
+])  # fmt: skip
 def test_what_makes_no_client(url, variable, value, message, monkeypatch):
     if variable:
         monkeypatch.setenv(variable, value)
@@ -296,29 +287,27 @@ def test_which_servers_need_a_key_and_a_proxy(tmp_path, monkeypatch):
         assert run(tmp_path, server, 2)[1] == [] and server.auths[0] == f"Bearer {KEY}"
 
 
-def in_child(folder, server, n, e) -> int:
-    """Collect in a forked process (an import of torch per kill would take minutes); its pid."""
+def stopped(folder, server, requests, number, **more) -> int:
+    """How a fork ends (no import of torch per kill) that gets a signal after so many requests."""
     pid = os.fork()
     if pid == 0:
         try:
-            run(folder, server, n, e)
-            os._exit(0)
+            run(folder, server, 50, **more)
         except SystemExit as stop:
             os._exit(stop.code)
         finally:
             os._exit(99)
-    return pid
+    while len(server.bodies) < requests:
+        time.sleep(0.01)
+    os.kill(pid, number)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_keeps_what_is_in_flight(number, tmp_path, capfd):
     """SIGTERM just killed the process, with paid requests in flight."""
     with FakeServer(ok(), delay=0.3) as server:
-        pid = in_child(tmp_path, server, 50, at(server, concurrency=4))
-        while len(server.bodies) < 5:
-            time.sleep(0.01)
-        os.kill(pid, number)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + number
+        assert stopped(tmp_path, server, 5, number, concurrency=4) == 128 + number
         there = stored(tmp_path)
         assert len(there.replies) == len(server.bodies) >= 5 and there.open_bills() == []
     said = capfd.readouterr().out
@@ -339,11 +328,7 @@ def test_a_signal_at_the_last_reply_stops_as_well(tmp_path, monkeypatch):
 def test_a_hanging_request_does_not_hold_up_a_signal(tmp_path, monkeypatch):
     monkeypatch.setattr(asking, "DRAIN", 0.3)
     with FakeServer(ok(), hang(20)) as server:
-        pid = in_child(tmp_path, server, 5, at(server, concurrency=2))
-        while len(server.bodies) < 2:
-            time.sleep(0.01)
-        os.kill(pid, signal.SIGTERM)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
+        assert stopped(tmp_path, server, 2, signal.SIGTERM, concurrency=2, timeout=30) == 143
         assert server.served <= 1  # the second request still hangs
         assert len(stored(tmp_path).open_bills()) in (1, 2)
 
@@ -386,28 +371,26 @@ def test_concurrency_adapts_to_a_serial_server(tmp_path):
     """8 requests at a time against a server that serves one got 2 replies for 60 requests."""
     turn = threading.Lock()
 
-    def serial(handler):
+    def serial(body):
         with turn:
             time.sleep(0.1)
-        ok()(handler)
+        return ok()
 
-    with FakeServer(serial) as server:
+    with FakeServer(answer=serial) as server:
         collection, failures = run(tmp_path, server, 20, timeout=0.35, concurrency=16)
         assert failures == [] and len(collection.replies) == 20 and len(server.bodies) < 40
 
 
 @pytest.mark.parametrize("words, message", [
     (["--concurrency", "0"], "--concurrency must be above 0"),
-    (["--timeout", "nan"], "--timeout must be above 0"),
+    (["--timeout", "nan"], "--timeout must be"), (["--price-in", "-1"], "--price-in must be"),
     (["--max-cost", "1"], "needs --price-in"),
     (["--max-cost", "nan", "--price-in", "1", "--price-out", "1"], "--max-cost must be"),
-    (["--price-in", "-1"], "--price-in must be"),
     (["--teacher-temperature", "inf"], "--teacher-temperature must be"),
     (["--base-url", "https://me:pw@host/v1"], "must not hold a password"),
     (["--extra-body", "[1]"], "no JSON object"), (["--extra-body", "{"], "no JSON object"),
     (["--extra-body", '{"n": 2, "stream": true}'], "must not set n, stream"),
-    (["--extra-header", "X-Key"], "NAME=VARIABLE"),
-    (["--extra-header", "X-Key=NOT_THERE"], "NOT_THERE is not set"),
+    (["--extra-header", "X-Key"], "NAME=VARIABLE"), (["--extra-header", "X=NO"], "NO is not set"),
 ])  # fmt: skip
 def test_bad_flags_are_refused(words, message):
     refuses(message, from_words, *words)

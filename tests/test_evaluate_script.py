@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_tiny_model, refuses, shared, start
+from conftest import ROOT, make_checkpoint, make_tiny_model, refuses, shared, start
 
 import evaluate
 from sert_min import tasks
@@ -42,10 +42,8 @@ def run_blocks(model, limit, folder, *more) -> None:
 
 def as_checkpoint(model: Path, folder: str, **sert) -> Path:
     """A run folder whose last/ is `model` under another name."""
-    last = shutil.copytree(model, Path(folder, "last"))
     about = {"method": "sert", "root": "gpt2", "task": "micro", "seed": 0, "prompt_suffix": ""}
-    (last / "sert.json").write_text(json.dumps({**about, **sert}))
-    return last.parent
+    return make_checkpoint(model, Path(folder, "last"), **{**about, **sert}).parent
 
 
 def derived(folder) -> dict[str, bytes]:
@@ -137,8 +135,7 @@ def test_other_settings_and_weights_are_kept_apart(model, tmp_path, capsys):
 def test_where_results_go(model):
     """Guards a prompt of another form than in training, and results that slip into the table."""
     think = " Let's think step by step."
-    about = {"method": "rd", "seed": 3, "prompt_suffix": think}
-    seed = as_checkpoint(model, "out/micro/gpt2/rd/seed3", **about)
+    seed = as_checkpoint(model, "out/micro/gpt2/rd/seed3", method="rd", seed=3, prompt_suffix=think)
 
     def cell(name, task="micro", split="test", suffix=None):
         return evaluate.cell_of(str(name), task, split, suffix)
@@ -176,31 +173,23 @@ def test_answer_logprobs_equal_whole_sequences(model):
     assert [r["sentences"] for r in weighed] == found
     assert [r["options"] for r in weighed] == [by_text[0], []]
     sentences = [[answer_sentence(q, a) for a in q.answers] for q in questions]
-    for q, reasoning, tails, values in (
-        (questions[0], " He swims.", sentences[0], found[0]),
-        (questions[1], "", sentences[1], found[1]),
-        (questions[0], " He swims. So the answer is", options, by_text[0]),
-    ):
+    told = ((questions[0], " He swims.", sentences[0], found[0]),
+            (questions[1], "", sentences[1], found[1]),
+            (questions[0], " He swims. So the answer is", options, by_text[0]))  # fmt: skip
+    for q, reasoning, tails, values in told:
         context = tokenizer.encode(question_prompt(q, " Hm.")) + tokenizer.encode(reasoning)
         for tail, (value, n) in zip(tails, values, strict=True):
             sentence = tokenizer.encode(" " + tail)
             assert n == len(sentence)
-            ids = torch.tensor([context + sentence])
             with torch.inference_mode():
-                lp = loaded.logits(loaded(ids))[0].log_softmax(-1)
+                hidden = loaded(torch.tensor([context + sentence]))
+                lp = loaded.logits(hidden)[0].log_softmax(-1)
             alone = sum(lp[len(context) - 1 + i, t].item() for i, t in enumerate(sentence))
             assert value == pytest.approx(alone, abs=2e-3)
     tree = make_tree(tokenizer, questions[1], "word " * 400, "", 128)  # cut to the context
     assert max(tree.positions) == 127 and tree.option.count(-1) == tree.start
-    refuses(
-        "tokens with its longest answer, .* context is 20",
-        make_tree,
-        tokenizer,
-        questions[1],
-        "",
-        "",
-        20,
-    )
+    told = "tokens with its longest answer, .* context is 20"
+    refuses(told, make_tree, tokenizer, questions[1], "", "", 20)
 
 
 def test_letters_and_texts_are_told_apart():
@@ -230,31 +219,23 @@ def test_predictions_need_only_text_and_answer(capsys):
     run("--predictions", "p.jsonl")
     assert "50.00 %" in capsys.readouterr().out
     own = {"question": "Q? Answer choices: (A) sea, (B) a, (b) mall, (C) sky", "answer": "C"}
-    q = question_of(own, "commonsense_qa", dict)
-    assert q.choices == ("sea", "a, (b) mall", "sky")
-    for row, message in (
-        ({"text": "x"}, "answer None is no letter, yes or no"),
-        ({"answer": "yes"}, "neither text nor rationale"),
-        ({"answer": "A", "text": "x", "question": "Where?"}, "shows no options"),
-    ):
+    assert question_of(own, "commonsense_qa", dict).choices == ("sea", "a, (b) mall", "sky")
+    for row, message in (({"text": "x"}, "answer None is no letter, yes or no"),
+                         ({"answer": "yes"}, "neither text nor rationale"),
+                         ({**rows[0], "question": "Where?"}, "shows no options")):  # fmt: skip
         write_atomic("p.jsonl", map(to_line, [rows[0], row]))
         refuses(f"p.jsonl line 2: .*{message}", run, "--predictions", "p.jsonl")
 
 
-BAD_FLAGS = {
-    "--limit 0": "--limit must be at least 1",
-    "--judge-model m --max-cost 1": "--max-cost needs --price-in",
-    "--judge-model m --judge-temperature warm": "--judge-temperature",
-    "--judge-model m --base-url ftp://x": "no http",
-    "--table nowhere": "nowhere: no such folder",
-    "--table .": "no metrics.json under",
-    "--model ./nowhere": "no such folder",
-    "--model micro micro --out-dir o": "--out-dir takes",
-    "--task strategy_qa --paths x": "--paths needs --judge-model",
-}
-
-
-@pytest.mark.parametrize("words, message", BAD_FLAGS.items())
+@pytest.mark.parametrize("words, message", [
+    ("--limit 0", "--limit must be at least 1"),
+    ("--judge-model m --max-cost 1", "--max-cost needs --price-in"),
+    ("--judge-model m --judge-temperature warm", "--judge-temperature"),
+    ("--table nowhere", "nowhere: no such folder"), ("--table .", "no metrics.json under"),
+    ("--model ./nowhere", "no such folder"),
+    ("--model micro micro --out-dir o", "--out-dir takes"),
+    ("--task strategy_qa --paths x", "--paths needs --judge-model"),
+])  # fmt: skip
 def test_bad_input_is_one_line(words, message):
     refuses(message, run, *words.split())
     assert not Path("o").exists()
@@ -340,10 +321,8 @@ def paper(folder: Path, model: Path, *words, **variables) -> subprocess.Popen:
         "DATA_DIR": str(shared("data")), "TEACHER_FILE_STRATEGY_QA": str(teacher),
         "SAMPLE_FLAGS": "--patterns none --min-tokens 2 --min-perplexity 0 --max-rep2 1 "
                         "--max-new-tokens 8",
-        "TRAIN_FLAGS": "--epochs 2 --save-seconds 0.5",
-        "EVALUATE_FLAGS": "--max-new-tokens 12 --block-questions 2", "PYTHON": sys.executable,
-        **variables,
-    }  # fmt: skip
+        "TRAIN_FLAGS": "--epochs 2 --save-seconds 0.5", "PYTHON": sys.executable,
+        "EVALUATE_FLAGS": "--max-new-tokens 12 --block-questions 2", **variables}  # fmt: skip
     folder.mkdir(exist_ok=True)
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(["bash", str(ROOT / "runs/paper.sh"), *words], cwd=folder,

@@ -1,10 +1,11 @@
 """report/figures.py: the numbers behind Figures 1, 3 and 4, and pictures that are drawn."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
+from conftest import refuses
 
-from sert_min.io.errors import SertError
 from sert_min.io.files import to_line, write_atomic
 from sert_min.report import figures
 from sert_min.report.figures import ablation, bin_of, question_shares, token_groups
@@ -38,16 +39,8 @@ def test_shares_count_questions_not_outputs():
 def test_kinds_of_paths():
     """Guards a path that only the perplexity or the answer rule drops, which reasons by form, and
     shares of paths in place of shares of questions."""
-    verdicts = [
-        "pattern:options",
-        "length",
-        "repetition",
-        "perplexity",
-        "answer",
-        "kept",
-        "selected",
-    ]
-    paths = [scored(i % 2, None, i % 5, v) for i, v in enumerate(verdicts)]
+    verdicts = "pattern:options length repetition perplexity answer kept selected"
+    paths = [scored(i % 2, None, i % 5, v) for i, v in enumerate(verdicts.split())]
     kinds = [figures.KINDS[figures.kind_bin(r)] for r in paths]
     assert kinds == ["options", "short", "repetitive", *["reasoning"] * 4]
     groups = token_groups("kinds", paths, [], [])
@@ -57,9 +50,8 @@ def test_kinds_of_paths():
 
 def test_ablation_is_nested_and_follows_the_verdicts():
     """Guards a curve that leaves out an earlier rule."""
-    verdicts = ["pattern:direct", "pattern:options", "length", "repetition", "perplexity", "kept",
-                "selected"]  # fmt: skip
-    curves = ablation([scored(i, i, verdict=v) for i, v in enumerate(verdicts)])
+    verdicts = "pattern:direct pattern:options length repetition perplexity kept selected"
+    curves = ablation([scored(i, i, verdict=v) for i, v in enumerate(verdicts.split())])
     assert list(curves) == ["raw", *(f"+ {rule.name}" for rule in figures.RULES if rule.paper)]
     assert [len(c) for c in curves.values()] == [7, 5, 4, 3, 2]
     assert list(ablation([scored(1, 1)])) == list(curves)  # also of rules that drop nothing
@@ -91,13 +83,10 @@ def make_runs(folder, early=()):
 def test_figures_are_drawn_and_numbered(tmp_path, capsys):
     make_runs(tmp_path / "micro/m")
     figures.draw_figures(tmp_path / "micro", tmp_path / "f", "test", None)
-    names = sorted(p.name for p in (tmp_path / "f").iterdir())
-    drawn = [name for name in names if name.endswith(".png")]
-    assert drawn == [
-        f"{name}.png" for name in ("fig1-micro-m", "fig3-micro", "fig4-micro-m", "kinds-micro-m")
-    ]
-    for name in drawn:
-        assert (tmp_path / "f" / name).read_bytes()[:4] == b"\x89PNG"
+    names = sorted(p.stem for p in (tmp_path / "f").glob("*.png"))
+    assert names == ["fig1-micro-m", "fig3-micro", "fig4-micro-m", "kinds-micro-m"]
+    for name in names:
+        assert (tmp_path / "f" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     numbers = json.loads((tmp_path / "f/figures.json").read_text())
     assert len(numbers["fig1-micro-m"]) == 8 and numbers["fig1-micro-m"]["Raw SERT"][4] == 1
     assert numbers["fig4-micro-m"]["coherence"]["+ perplexity"]["n"] == 12
@@ -116,10 +105,7 @@ def test_a_failed_picture_loses_no_result_and_more_rules_have_styles(tmp_path, m
     assert len(json.loads(numbers)[f"fig4-{tmp_path.name}-m"]["relevance"]) == 9
     (tmp_path / "f/figures.json").unlink()
 
-    def fail(*_):
-        raise RuntimeError("no fonts here")
-
-    monkeypatch.setattr(figures, "plot_tokens", fail)
+    monkeypatch.setattr(figures, "plot_tokens", Mock(side_effect=RuntimeError("no fonts here")))
     with pytest.raises(RuntimeError):
         figures.draw_figures(tmp_path, tmp_path / "f", "test", None)
     assert (tmp_path / "f/figures.json").read_bytes() == numbers
@@ -133,6 +119,5 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path):
     write_atomic(tmp_path / "two/paths-test/seed0/scores-other.jsonl", "")
     for name, message in (("none", "nothing under .* is sampled"), ("early", "--no-early-reject"),
                           ("two", "--judge-model")):  # fmt: skip
-        with pytest.raises(SertError, match=message):
-            figures.draw_figures(tmp_path / name, tmp_path / "f", "test", None)
+        refuses(message, figures.draw_figures, tmp_path / name, tmp_path / "f", "test", None)
     figures.draw_figures(tmp_path / "two", tmp_path / "f", "test", "program")

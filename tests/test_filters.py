@@ -1,15 +1,14 @@
-"""The filter rules: labelled strings, hand-computed numbers, and the properties that early
-rejection stands on. Each test names the bug it guards."""
+"""The filter rules: labelled strings, numbers by hand, and what early rejection stands on."""
 
 import argparse
 import math
 
 import pytest
+from conftest import read_from, refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sert_min import filters, patterns
-from sert_min.io.errors import SertError
 from sert_min.patterns import broken_kinds, earliest, pattern_break, pattern_breaks
 from sert_min.questions import Question
 from sert_min.report import console
@@ -18,65 +17,52 @@ from sert_min.tokenizer import load_tokenizer
 CHOICES = ("bank", "library", "department store", "mall", "new york")
 FIVE = Question("commonsense_qa", "q", "Where is a revolving door of use?", "A", CHOICES)
 YES_NO = Question("strategy_qa", "7", "Would a pear sink in water?", "no")
+OPEN = {"patterns": (), "min_tokens": 0, "max_rep2": 1.0, "min_perplexity": 0.0}
+ALL = {"patterns": patterns.PATTERN_KINDS}
 
-# (question, a sampled text, the verdict on it as a finished path)
-LABELLED = [
-    # Figure 2 of the paper, in wording of our own: imitative, options, direct, reasoning
-    (FIVE, " The bank.\n\nQuestion: Where do people keep money?\nAnswer: In a bank.", "imitative"),
-    (FIVE, " (A) bank, (B) library, (C) department store, (D) mall, (E) new york", "options"),
-    (FIVE, " The answer is a library.", "direct"),
-    (FIVE, " People carry money in and out, and the guards watch the door. So a bank.", None),
-    # imitative
-    (YES_NO, " No.\n\nQuestion: Would a stone sink?", "imitative"),
-    (YES_NO, " My Answer: no, since it floats.", "imitative"),
-    (YES_NO, " The question is how dense it is. The answer depends on water.", None),
-    (FIVE, " Questions: none. It keeps the heat in, which a bank wants.", None),
-    # options by label
-    (FIVE, " (B) or (C)", "options"),
-    (FIVE, " (a) bank\n(b) library\n", "options"),
-    (FIVE, " (A) a school, (B) a church, (C) a park. I would choose the church.", "options"),
-    (FIVE, " A. bank\nB. library\nC. mall", "options"),
-    (FIVE, " 1. bank 2. library", "options"),
-    (YES_NO, " (A) sinks, (B) floats", "options"),
-    (FIVE, " (B) library (B) library (B) library", None),
-    (FIVE, " (A) is safe. People bring money there every day of the week. (B) is not.", None),
-    # options by text
-    (FIVE, " bank, library, department store, mall, new york", "options"),
-    (FIVE, " bank library mall", "options"),
-    (FIVE, " It could be a bank, a library or a mall, and we must choose.", "options"),
-    (FIVE, " The options are bank and library. The first fits.", "options"),
-    (FIVE, ' "bank", "library", "mall"', "options"),
-    (FIVE, " Department  Store / New York / Mall", "options"),
-    (FIVE, " Bank. Library. Mall. New York.", "options"),
-    (FIVE, " There is a door in every bank or library where people come and go.", None),
-    (FIVE, " A library is quiet. A bank is not. A mall is too large for such a door.", None),
-    (FIVE, " The bank, the bank, the bank.", None),
-    (FIVE, " A riverbank, library or mallard.", None),
-    (YES_NO, " Yes/No. It floats.", "options"),
-    (YES_NO, ' It is a simple "yes" or "no" thing.', "options"),
-    (YES_NO, " Yes, no doubt, since it is light and a light thing floats.", None),
-    # direct
-    (YES_NO, " No", "direct"),
-    (YES_NO, ' So the answer is probably "no".', "direct"),
-    (FIVE, " (B)", "direct"),
-    (FIVE, " D: mall", "direct"),
-    (FIVE, " New York", "direct"),
-    (FIVE, " The best answer is option C.", "direct"),
-    (YES_NO, " No. It is less dense than water.", None),
-    (FIVE, " A bank is a place where people keep money", None),
-    (FIVE, " The answer is (B) because it is quiet there.", None),
-    (YES_NO, " North", None),
-    (FIVE, "", None),
-    # several kinds: the earliest decides
-    (FIVE, " bank, library, mall\nQuestion: What?", "options"),
-    (FIVE, " Question: bank, library, mall", "imitative"),
-]
+LABELLED = {  # question -> the verdict on a finished path -> such paths
+    FIVE: {
+        "imitative": [" The bank.\n\nQuestion: Where do people keep money?\nAnswer: In a bank.",
+                      " Question: bank, library, mall"],  # of several kinds the earliest decides
+        "options": [" (A) bank, (B) library, (C) department store, (D) mall, (E) new york",
+                    " bank, library, mall\nQuestion: What?",  # of several kinds the earliest
+                    # by label
+                    " (B) or (C)", " (a) bank\n(b) library\n", " A. bank\nB. library\nC. mall",
+                    " (A) a school, (B) a church, (C) a park. I would choose the church.",
+                    " 1. bank 2. library",
+                    # by text
+                    " bank, library, department store, mall, new york", " bank library mall",
+                    " It could be a bank, a library or a mall, and we must choose.",
+                    " The options are bank and library. The first fits.",
+                    ' "bank", "library", "mall"', " Department  Store / New York / Mall",
+                    " Bank. Library. Mall. New York."],
+        "direct": [" The answer is a library.", " (B)", " D: mall", " New York",
+                   " The best answer is option C."],
+        None: [" People carry money in and out, and the guards watch the door. So a bank.",
+               " Questions: none. It keeps the heat in, which a bank wants.",
+               " (B) library (B) library (B) library", " A riverbank, library or mallard.",
+               " (A) is safe. People bring money there every day of the week. (B) is not.",
+               " There is a door in every bank or library where people come and go.",
+               " A library is quiet. A bank is not. A mall is too large for such a door.",
+               " The bank, the bank, the bank.", " A bank is a place where people keep money",
+               " The answer is (B) because it is quiet there.", ""],
+    },
+    YES_NO: {
+        "imitative": [" No.\n\nQuestion: Would a stone sink?", " My Answer: no, since it floats."],
+        "options": [" (A) sinks, (B) floats", " Yes/No. It floats.",
+                    ' It is a simple "yes" or "no" thing.'],
+        "direct": [" No", ' So the answer is probably "no".'],
+        None: [" The question is how dense it is. The answer depends on water.", " North",
+               " Yes, no doubt, since it is light and a light thing floats.",
+               " No. It is less dense than water."],
+    },
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("question", "text", "kind"), LABELLED)
-def test_labelled_strings(question, text, kind):
+@read_from(LABELLED)
+def test_labelled_strings(question, text, answer):
     """Guards the definitions: prose that names options must stay, lists must go."""
-    assert pattern_break(text, question) == kind
+    assert pattern_break(text, question) == answer
 
 
 def test_a_text_at_the_end_is_not_yet_a_word():
@@ -107,8 +93,7 @@ PIECES = st.sampled_from(
     ["bank", "library", "department store", "department", " store", "mall", "new york", "yes", "no",
      "(A)", "(b)", "(C", ")", "A.", "B)", "Question", ":", "Answer:", "Question:", "the", " a ", " ",
      "\n", ", ", ". ", ".", "!", " or ", " and ", "/", "-", '"', "’", "is", "é", "—", "s", "1.",
-     "The answer is ", "options are "]
-)  # fmt: skip
+     "The answer is ", "options are "])  # fmt: skip
 TEXTS = st.lists(PIECES, max_size=14).map("".join) | st.text(max_size=60)
 OTHER = ("bus stop", "bus", "library", "stop", "yes (A)")
 EMPTY = Question("x", "s", "", "A", ("",) * 5)
@@ -172,10 +157,6 @@ def test_rep2_and_perplexity_by_hand():
     assert filters.perplexity([]) is None and math.isfinite(filters.perplexity([-1e6]))
 
 
-OPEN = {"patterns": (), "min_tokens": 0, "max_rep2": 1.0, "min_perplexity": 0.0}
-ALL = {"patterns": patterns.PATTERN_KINDS}
-
-
 def verdict(words, finish="eos", start=0, logprobs=None, question=FIVE, **limits):
     """What the rules say of a path whose tokens are `words`; rules without a limit here are off."""
     tokens, ids = [w.encode() for w in words], [words.index(w) for w in words]
@@ -230,14 +211,11 @@ def test_a_path_is_trimmed_but_patterns_see_all_of_it(finish, last):
 
 
 def test_rejected_paths():
-    """Guards `direct` or an end-of-text boundary on a path that was stopped, and looser patterns that
-    would pass half a path."""
+    """Guards `direct` or an end-of-text boundary on a stopped path, and patterns that pass it."""
     words, two = [" bank,", " library,", " mall", " x"], {"patterns": ("options", "direct")}
     assert verdict(words, "rejected", **two)["verdict"] == "pattern:options"
-    with pytest.raises(SertError, match="--no-early-reject"):
-        verdict(words, "rejected", patterns=("imitative",))
-    with pytest.raises(SertError):
-        verdict([" No."], "rejected", question=YES_NO, **two)
+    refuses("--no-early-reject", verdict, words, "rejected", patterns=("imitative",))
+    refuses("--no-early-reject", verdict, [" No."], "rejected", question=YES_NO, **two)
     assert verdict([" No."], question=YES_NO, **two)["verdict"] == "pattern:direct"
 
 
@@ -264,8 +242,7 @@ def test_an_empty_path_never_passes(words, finish):
 )  # fmt: skip
 def test_limits_are_checked(flag, wrong):
     """Guards a limit that silently passes everything (NaN compares false, a kind is misspelt)."""
-    with pytest.raises(SertError, match=f"--{flag.replace('_', '-')}"):
-        filters.limits({}, {flag: wrong})
+    refuses(f"--{flag.replace('_', '-')}", filters.limits, {}, {flag: wrong})
 
 
 def test_limits_are_flags_before_preset_before_paper():
@@ -279,8 +256,8 @@ def test_limits_are_flags_before_preset_before_paper():
     assert got == default | want | {"min_perplexity": 5.0, "answer": "any"}
     paper = {**ALL, "min_tokens": 25, "max_rep2": 0.2, "min_perplexity": 5.0, "answer": "any"}
     assert filters.limits({}) == default | paper
-    with pytest.raises(SertError, match="--answer takes any, consistent, right, not 'gold'"):
-        filters.limits({}, {"answer": "gold"})
+    told = "--answer takes any, consistent, right, not 'gold'"
+    refuses(told, filters.limits, {}, {"answer": "gold"})
     assert filters.limits({}, {"patterns": "none"})["patterns"] == ()
 
 
@@ -291,15 +268,9 @@ def record(id, branch, sample, rep2, verdict="kept"):
 
 def test_select():
     """Guards ties, dropped paths being chosen, and a second run over selected records."""
-    records = [
-        record("1", 2, 0, 0.1),
-        record("1", 0, 3, 0.1),
-        record("1", 0, 1, 0.1),  # the branch goes first, then the sample
-        record("1", 0, 0, 0.0, "length"),
-        record("2", 0, 0, 0.3),
-        record("2", 4, 4, 0.2),
-        record("3", 0, 0, 0.0, "pattern:direct"),
-    ]
+    ties = [record("1", 2, 0, 0.1), record("1", 0, 3, 0.1), record("1", 0, 1, 0.1)]  # the last one
+    records = [*ties, record("1", 0, 0, 0.0, "length"), record("2", 0, 0, 0.3),
+               record("2", 4, 4, 0.2), record("3", 0, 0, 0.0, "pattern:direct")]  # fmt: skip
     got = filters.select(records)
     assert [i for i, r in enumerate(got) if r["verdict"] == "selected"] == [2, 5]
     assert [got[i]["verdict"] for i in (0, 3, 6)] == ["kept", "length", "pattern:direct"]
@@ -308,9 +279,8 @@ def test_select():
 
 def test_the_funnel_adds_up(capsys, monkeypatch, tmp_path):
     """Guards a funnel whose steps do not add up, and a verdict that no rule gives."""
-    verdicts = ["selected", "kept", "pattern:options", "pattern:direct", "length", "repetition",
-                "perplexity", "answer"]  # fmt: skip
-    records = [record(str(i // 2), 0, i, 0.0, v) for i, v in enumerate(verdicts)]
+    verdicts = "selected kept pattern:options pattern:direct length repetition perplexity answer"
+    records = [record(str(i // 2), 0, i, 0.0, v) for i, v in enumerate(verdicts.split())]
     c = filters.Funnel(records).counts()
     assert (c["paths"], c["passed"], c["selected"]) == (8, 2, 1)
     want = {"pattern": 8, "length": 6, "repetition": 5, "perplexity": 4, "answer": 3}
@@ -326,8 +296,7 @@ def test_the_funnel_adds_up(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(console, "measures", lambda records, rule: [5, 6, 7])
     console.print_hint(tmp_path, shares, early=True)  # length takes fewer than pattern, but all
     assert "length dropped 3 of the 3 paths" in capsys.readouterr().out
-    with pytest.raises(SertError, match="no verdict 'rude'"):
-        filters.Funnel([record("1", 0, 0, 0.0, "rude")]).counts()
+    refuses("no verdict 'rude'", filters.Funnel([record("1", 0, 0, 0.0, "rude")]).counts)
 
 
 @pytest.mark.parametrize("text, stated", [

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import refuses
 from safetensors.torch import save
 
 from sert_min import finetune
@@ -80,10 +81,9 @@ def test_loss_and_gradients_equal_transformers(config):
         for name, p in theirs.named_parameters():
             ours_of(name, p).copy_(mine[name.removeprefix("transformer.")])
     T = max(len(ids) for ids, _ in examples)
-    ids = torch.tensor([i + [0] * (T - len(i)) for i, _ in examples])
     # their labels are not shifted: put our target of position t at t + 1
     labels = torch.tensor([[IGNORE] + t + [IGNORE] * (T - len(t)) for _, t in examples])
-    ids = F.pad(ids, (0, 1))
+    ids = torch.tensor([i + [0] * (T + 1 - len(i)) for i, _ in examples])
     mask = torch.tensor([[1] * len(i) + [0] * (T + 1 - len(i)) for i, _ in examples])
     mask[[len(i) == T for i, _ in examples], T] = 1  # a full row still needs its last label
     their_loss = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
@@ -93,8 +93,7 @@ def test_loss_and_gradients_equal_transformers(config):
     loss.backward()
     assert abs(loss.item() / their_loss.item() - 1) < 1e-5
     for name, p in theirs.named_parameters():
-        ours = mine[name.removeprefix("transformer.")].grad
-        assert_close(ours, ours_of(name, p.grad), 1e-5)
+        assert_close(mine[name.removeprefix("transformer.")].grad, ours_of(name, p.grad), 1e-5)
 
 
 def test_head_loss_equals_cross_entropy():
@@ -104,11 +103,10 @@ def test_head_loss_equals_cross_entropy():
     hidden[0] *= 100  # logits hundreds of nats apart
     targets = torch.randint(0, 50, (7,), generator=g)
     targets[0] = (hidden[0] @ weight.T).argmin()
-    found = []
-    for plain in (True, False):
+    plain, found = lambda h, w, t: F.cross_entropy(h @ w.T, t, reduction="none"), []
+    for losses in (plain, finetune.HeadLoss.apply):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        losses = F.cross_entropy(h @ w.T, targets, reduction="none") if plain else None
-        loss = (losses if plain else finetune.HeadLoss.apply(h, w, targets)).sum()
+        loss = losses(h, w, targets).sum()
         (loss / 3).backward()
         found.append((loss.detach(), h.grad, w.grad))
     assert found[0][0] > 500
@@ -189,8 +187,8 @@ def test_non_finite_stops_before_the_update(tmp_path):
     model = random_model()
     model.h[1].mlp.c_fc.bias.data[3] = float("nan")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(SertError, match="epoch 1, questions (a, b|b, a): step 1: loss nan"):
-        run_fit(model, tmp_path, examples=random_examples()[:2], names=["a", "b"])
+    told = "epoch 1, questions (a, b|b, a): step 1: loss nan"
+    refuses(told, run_fit, model, tmp_path, examples=random_examples()[:2], names=["a", "b"])
     for name, v in model.state_dict().items():
         assert torch.equal(v, before[name]) or name == "h.1.mlp.c_fc.bias"
 
@@ -199,8 +197,7 @@ def test_non_finite_stops_before_the_update(tmp_path):
     ("epochs", 0), ("max_steps", 0), ("lr", 0.0), ("lr", float("nan")), ("seed", -1),
 ])  # fmt: skip
 def test_settings_without_meaning_are_refused_by_flag(flag, value):
-    with pytest.raises(SertError, match=f"--{flag.replace('_', '-')} must be"):
-        TrainSettings(**{flag: value}).check()
+    refuses(f"--{flag.replace('_', '-')} must be", TrainSettings(**{flag: value}).check)
 
 
 def run_fit(model, out, epochs=2, examples=None, names="abcde", max_steps=None) -> dict:
@@ -230,15 +227,12 @@ def test_states_that_do_not_fit_are_named(tmp_path):
     """Guards a silent start from step 0: of another model, damaged, without a step."""
     run_fit(random_model(), tmp_path)
     for other in ({"n_layer": 3}, {"n_embd": 64}, {"tie_word_embeddings": False}):
-        with pytest.raises(SertError, match="belongs to another model"):
-            run_fit(random_model(**other), tmp_path)
+        refuses("belongs to another model", run_fit, random_model(**other), tmp_path)
     file = tmp_path / "state" / "state.safetensors"
     for content in (file.read_bytes()[:-4], save({"model.x": torch.ones(1)})):
         file.write_bytes(content)
-        with pytest.raises(
-            SertError, match="state.safetensors is damaged .*remove .* to start again"
-        ):
-            run_fit(random_model(), tmp_path)
+        told = "state.safetensors is damaged .*remove .* to start again"
+        refuses(told, run_fit, random_model(), tmp_path)
 
 
 def test_kills_and_a_full_disk_keep_the_state_before(tmp_path):

@@ -44,11 +44,7 @@ def tries(n: int):
 
 def holds(work, *allowed, seconds: int = 20):
     """`work()` returns, or raises SertError or one of `allowed`, within `seconds` of CPU time."""
-
-    def ring(*_):
-        raise TimeoutError(f"more than {seconds} s")
-
-    signal.signal(signal.SIGVTALRM, ring)
+    signal.signal(signal.SIGVTALRM, mock.Mock(side_effect=TimeoutError(f"more than {seconds} s")))
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         work()
@@ -60,13 +56,10 @@ def holds(work, *allowed, seconds: int = 20):
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-STRANGE = st.one_of(
-    st.sampled_from([
-        None, True, -1, 0, 2**31, 2**63, 10**400, 0.5, 1e308, float("nan"), float("inf"), "", "x", "0",
-        "nan", "\x00", "\x1b[31m", "../../x", "a" * 2000, [], {}, [[]], {"": None}, [0] * 50, "\ud800",
-    ]),
-    st.text(max_size=8), st.integers(), st.floats(),
-)  # fmt: skip
+STRANGE = st.text(max_size=8) | st.integers() | st.floats() | st.sampled_from([
+    None, True, -1, 0, 2**31, 2**63, 10**400, 0.5, 1e308, float("nan"), float("inf"), "", "x", "0",
+    "nan", "\x00", "\x1b[31m", "../../x", "a" * 2000, [], {}, [[]], {"": None}, [0] * 50, "\ud800",
+])  # fmt: skip
 
 
 @st.composite
@@ -138,8 +131,8 @@ LOG = b"\n".join([b"*" * 25, b"1st data", b"Q: Is it so?", b"A: Let's think step
                   b"Therefore, the answer (Yes or No) is Yes.", b"pred_before : Yes.", b"*" * 25])  # fmt: skip
 TEXTS = [{**a, "finish": "eos", "text": "It is. So the answer is (C)."} for a in ABOUT] + ROWS
 RUN = {"device": "cpu", "dtype": "fp32", "threads": 1, "rows": 20, "early_reject": []}
-MESSAGE = {"finish_reason": "stop", "message": {"role": "assistant", "content": "So."}}
-BODY = {"model": "m", "usage": USAGE, "choices": [MESSAGE]}
+BODY = {"model": "m", "usage": USAGE, "choices": [
+    {"finish_reason": "stop", "message": {"role": "assistant", "content": "So."}}]}  # fmt: skip
 URL = "http://localhost:1/v1"
 
 
@@ -202,8 +195,8 @@ def test_model_files_of_any_content(model, name, data):
             file.write_bytes(as_bytes({"model": bpe, "pre_tokenizer": {"type": "ByteLevel"}}))
             vocab.unlink(), merges.unlink()
         content = file.read_bytes()
-        is_json = file.suffix == ".json"
-        file.write_bytes(data.draw(json_file(json.loads(content)) if is_json else garbled(content)))
+        kind = json_file(json.loads(content)) if file.suffix == ".json" else garbled(content)
+        file.write_bytes(data.draw(kind))
 
         def work():
             model_label(".", folder), read_config(folder), read_sert(folder)
@@ -221,8 +214,7 @@ def test_model_files_of_any_content(model, name, data):
 @given(data=st.data())
 def test_replies_of_any_content(data):
     """Guards a collection that ends because a server answers something else."""
-    body = data.draw(changed(BODY))
-    e = endpoint.Endpoint("m", completions=data.draw(st.booleans()))
+    body, e = data.draw(changed(BODY)), endpoint.Endpoint("m", completions=data.draw(st.booleans()))
     holds(lambda: json.dumps(endpoint.read_reply(body, e)), endpoint.Retry)
 
 
@@ -244,6 +236,7 @@ STATING = ["so ", "Answer: ", "(A)", "\\boxed{", "}", " is the best choice", "op
            " and ", "Wait, ", "Q: ", " is correct", "<think>", "</think>", "the answer to it ", "depends",
            "：", "(B) or (C)", "\x1b[0m"]  # fmt: skip
 PARTS = st.lists(st.one_of(st.sampled_from(PIECES + STATING), st.text(max_size=6)), max_size=25)
+LISTS = "." + "a)" * 24 + " x bank, mall "  # each `a)` may be a label, or an article and a bracket
 
 
 @tries(600)
@@ -267,13 +260,9 @@ def test_texts_of_any_content(text, q):
     assert record["rationale"].isprintable() and json.dumps(record)
 
 
-LISTS = "." + "a)" * 24 + " x bank, mall "  # each `a)` may be a label, or an article and a bracket
-
-
 @pytest.mark.parametrize("piece", [*PIECES, '"', " ", "A.", "the ", LISTS])
 def test_long_texts_are_quick(piece):
-    """Guards quadratic time, which takes many seconds for 100,000 characters of a looping teacher,
-    and an exponential one."""
+    """Guards quadratic time (a looping teacher's 100,000 characters), and an exponential one."""
     text, free = (piece * 100_000)[:100_000], Question("own", "3", "How many?", "30", free=True)
     for read, t in itertools.product(READERS, (text, "the answer is bank" + text)):
         holds(lambda read=read, t=t: [read(t, q) for q in (*QUESTIONS, free)], seconds=6)

@@ -13,19 +13,6 @@ from sert_min.tokenizer import load_tokenizer
 
 TEXTS = [(f"Question: Is {i} even?\nAnswer:", f" {i} is {2 * (i // 2)} + {i % 2}. So the answer is "
           f"{'no' if i % 2 else 'yes'}.") for i in range(9)]  # fmt: skip
-
-
-def model_and_tokenizer(folder):
-    """Weights eight times larger than at the start of a training, so that every part matters."""
-    n = write_tiny_tokenizer(folder, MERGES)
-    config = GPT2Config(vocab_size=n, n_positions=128, n_embd=32, n_layer=2, n_head=4)
-    model = GPT2(config).init_weights_(5)
-    for p in model.parameters():
-        if p.dim() == 2:
-            p.data *= 8
-    return model.eval(), load_tokenizer(folder)
-
-
 LOSSES = [6.01182, 4.78236, 4.0013, 3.34201, 2.94419]
 ROWS = [
     ([167, 167, 115, 80, 80, 80], [-3.38339, -3.1937, -4.24495, -3.50576, -3.6828, -3.71984]),
@@ -37,6 +24,17 @@ ROWS = [
     ([209, 31, 80, 80, 126, 126], [-3.95435, -4.26948, -3.32356, -2.19323, -3.21553, -3.28493]),
     ([209, 31, 175, 71, 126, 21], [-3.95435, -4.26948, -4.10017, -3.83424, -4.20967, -4.30803]),
 ]
+
+
+def model_and_tokenizer(folder):
+    """Weights eight times larger than at the start of a training, so that every part matters."""
+    n = write_tiny_tokenizer(folder, MERGES)
+    config = GPT2Config(vocab_size=n, n_positions=128, n_embd=32, n_layer=2, n_head=4)
+    model = GPT2(config).init_weights_(5)
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data *= 8
+    return model.eval(), load_tokenizer(folder)
 
 
 def test_losses_of_five_steps(tmp_path):

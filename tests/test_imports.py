@@ -5,20 +5,12 @@ from graphlib import TopologicalSorter
 
 from conftest import ROOT
 
-LAYERS = {
-    "io": 1,
-    "micro": 3,
-    "tasks": 4,
-    "script": 5,
-    "report": 5,
-    "api": 5,
-    "teachers": 5,
-}  # the method: 2
+LAYERS = {"io": 1, "micro": 3, "tasks": 4, "script": 5, "report": 5, "api": 5, "teachers": 5}
 
 
 def layer(name: str) -> int:
     top, part = f"{name}..".split(".")[:2]
-    return 0 if top == "kernels" else LAYERS.get(part, 2) if top == "sert_min" else 6
+    return 0 if top == "kernels" else LAYERS.get(part, 2) if top == "sert_min" else 6  # method: 2
 
 
 def test_imports_go_down_only():

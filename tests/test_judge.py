@@ -14,6 +14,15 @@ from sert_min.report.judge import CRITERIA, KEYS, judge_prompt, mean_score, pars
 
 pytestmark = pytest.mark.usefixtures("empty_folder", "keyed")
 REPLY = "\n".join(f"Score for {name}: {i}" for i, name in enumerate(CRITERIA, 5)) + "\nFine."
+READ = {  # what stands behind `Score for Coherence` -> the score
+    ": 7": 7, ":7.5": 7.5, ": 7,5": 7.5, ": 0": 0, ": 10.": 10, ":** 8": 8, "**: 8": 8, ": **8**": 8,
+    ": [8]": 8, ": <8>": 8, ": 8/10": 8, ": **8**/10": 8, ": 8 out of 10.": 8, ": 8 (out of 10)": 8,
+    " (0-10): 8": 8, " = 8": 8, " is 8": 8, ": 8 - it flows": 8, ": 8, because": 8,
+    "：8": 8, ": 8 -> good": 8}  # fmt: skip
+MISSING = (  # out of range, another scale, a range, no number
+    ": 11", ": -3", ": 85", ": 4/5", ": 4 (out of 5)", ": 7-8", ": 7 to 8", ": 7 or 8", ": 6 -> 8",
+    ": **6** → **8**", ": 8th", ": 1e1", ": N/A", ": <number>", ":", "",
+    f": {'9' * 500}", ": seven")  # fmt: skip
 
 
 def test_the_prompt_asks_what_the_paper_asks():
@@ -25,19 +34,6 @@ def test_the_prompt_asks_what_the_paper_asks():
     assert "between 0 and 10" in text and "summary" in text.splitlines()[-1]
     assert tuple(program.judge(world.questions("test")[0], "hm")) == KEYS
     assert set(parse_scores(text).values()) == {None}, "a judge that echoes the form gave no score"
-
-
-READ = {  # what stands behind `Score for Coherence` -> the score
-    ": 7": 7, ":7.5": 7.5, ": 7,5": 7.5, ": 0": 0, ": 10.": 10, ":** 8": 8, "**: 8": 8, ": **8**": 8,
-    ": [8]": 8, ": <8>": 8, ": 8/10": 8, ": **8**/10": 8, ": 8 out of 10.": 8, ": 8 (out of 10)": 8,
-    " (0-10): 8": 8, " = 8": 8, " is 8": 8, ": 8 - it flows": 8, ": 8, because": 8,
-    "：8": 8, ": 8 -> good": 8,
-}  # fmt: skip
-MISSING = (  # out of range, another scale, a range, no number
-    ": 11", ": -3", ": 85", ": 4/5", ": 4 (out of 5)", ": 7-8", ": 7 to 8", ": 7 or 8", ": 6 -> 8",
-    ": **6** → **8**", ": 8th",
-    ": 1e1", ": seven", ": N/A", ": <number>", ": " + "9" * 500, ":", "",
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("said, score", [*READ.items(), *((said, None) for said in MISSING)])

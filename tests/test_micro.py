@@ -36,9 +36,8 @@ def test_no_evaluation_question_or_composed_answer_in_the_corpus(documents):
     for document in documents:
         for line in document.split("\n"):
             words = re.findall(r"\w+", line)
-            relations = {relation_of[w] for w in words if w in relation_of}
             for p in words:
-                for name in relations:
+                for name in {relation_of[w] for w in words if w in relation_of}:
                     assert use.get((p, name), "corpus") == "corpus", line
                     seen += (p, name) in use
             assert not any(part.strip() in questions for part in re.split(r"[A-Z]\w+:", line)), line
@@ -85,8 +84,7 @@ def test_teacher_is_right_and_speaks_otherwise_than_the_corpus(documents):
         for sentence in re.split(r"(?<=\.) ", rationale):
             assert re.sub(r"[A-Z]\w+", "X", sentence) not in told
         assert patterns.pattern_break(rationale, q) is None
-        text = f"{rationale} {prompts.answer_sentence(q)}"
-        assert answers.extract_answer(text, q) == q.answer
+        assert answers.extract_answer(f"{rationale} {prompts.answer_sentence(q)}", q) == q.answer
 
 
 def scored(q, text):
@@ -133,8 +131,8 @@ def test_student_knows_its_facts_and_answers_directly(student):
     facts, questions = world.make_world(seed), world.questions("test", seed)[:40]
     asked = [Question("micro", p, world.ASK_HOME.format(p=p), facts.home[p])
              for p in world.PEOPLE[::10]]  # fmt: skip
-    known = [text.rstrip(" .").endswith(q.answer)
-             for q, (text, _) in zip(asked, greedy(*student, asked, "", 12))]  # fmt: skip
+    said = zip(asked, greedy(*student, asked, "", 12))
+    known = [text.rstrip(" .").endswith(q.answer) for q, (text, _) in said]
     assert sum(known) >= 0.95 * len(known)
     said = zip(questions, greedy(*student, questions, "", 48))
     assert sum(program.check_path(q, text)["stated"] > 0 for q, (text, _) in said) <= 2
@@ -145,8 +143,8 @@ def test_latent_paths_of_the_student_are_right(student):
     questions = world.questions("test", read_sert(MICRO)["settings"]["world_seed"])[:16]
     by_id = {q.id: q for q in questions}
     records = measure.sampled(*student, questions, replace(measure.SETTINGS, samples=2))
-    paths = [r for r in records
-             if measure.behaviour(by_id[r["id"]], r["text"]) == "reasoning"]  # fmt: skip
+    kinds = [measure.behaviour(by_id[r["id"]], r["text"]) for r in records]
+    paths = [r for r, kind in zip(records, kinds) if kind == "reasoning"]
     assert len({r["id"] for r in paths}) >= 14
     found = [program.check_path(by_id[r["id"]], r["text"]) for r in paths]
     checks = {k: sum(c[k] for c in found) / len(found) for k in measure.CHECKS}

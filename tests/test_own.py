@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import refuses, start
+from conftest import NO_RULES, refuses, start
 
 import distill
 import evaluate
@@ -27,8 +27,8 @@ ROWS = [
     {"question": "What is 500 + 500?", "answer": "1,000"},
     {"question": "What is 2 - 7?", "answer": "-5"},
     {"question": "Wo ist der Zoo?", "answer": "In Zürich, Schweiz"},
-    *({"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(20, 45)),
-]  # fmt: skip
+    *({"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(20, 45))]  # fmt: skip
+DRAW = ["--branches", "2", "--samples", "1", "--max-new-tokens", "8", "--block-questions", "8"]
 
 
 def write(name: str, rows: list[dict], coding="utf-8-sig") -> str:
@@ -101,38 +101,32 @@ CHOSEN = [  # choices, answer, what is said
     (["x", " "], "A", r"option \(B\) is empty"), (["x", "X "], "A", "two options are 'x'"),
     (["x"], "A", "1 choices; 2 to 26"), ([*map(str, range(27))], "A", "27 choices; 2 to 26"),
     ({"A": "x"}, "A", "not a list"), (["x, (B) z", "y"], "A", "another list of options"),
-    (["yes", "no"], "maybe", "neither yes nor no"),
-]  # fmt: skip
-REFUSED = [
+    (["yes", "no"], "maybe", "neither yes nor no")]  # fmt: skip
+
+
+@pytest.mark.parametrize("row, message", [
     *(({"question": "q", "choices": c, "answer": a}, message) for c, a, message in CHOSEN),
     ({"question": " ", "answer": "1"}, "no question"),
-    ({"prompt": "q", "answer": "1"}, "no question; --fields"),
     ({"question": "q", "answer": None}, "no answer"),
+    ({"prompt": "q", "answer": "1"}, "no question; --fields"),
     ({"question": "q", "answer": "1", "split": "dev"}, "'dev' is neither"),
     ({"question": "ok", "answer": "2"}, "question 'ok' stands in line 1"),
     ({"question": "q", "answer": "2", "id": "x"}, "id 'x' stands in line 1"),
-]
-
-
-@pytest.mark.parametrize("row, message", REFUSED)
+])  # fmt: skip
 def test_a_bad_row_is_named_by_its_line(row, message):
     first = {"question": "ok", "answer": "1", "id": "x", "split": "train"}
     first = {k: v for k, v in first.items() if k in row or k in ("question", "answer")}
     refuses(f"q.jsonl line 2: .*{message}", read, "q.jsonl", [first, row])
 
 
-FILES = [
+@pytest.mark.parametrize("name, content, message", [
     ("q.csv", b"question,answer\nx\n", "line 2: its cells"),
     ("q.csv", b'question,answer\n"a\nb",1\nx,1,2\n', "line 4: its cells"),
-    ("q.csv", b"question,answer\n\xff,1\n", "can't be read"),
+    ("q.csv", b"question,answer\n\xff,1\n", "can't be read"), ("q.jsonl", b"\n", "no questions"),
     ("q.jsonl", b'{"question": "x"', "line 1 is not JSON"),
-    ("q.jsonl", b"\n", "has no questions"),
     ("q.csv", b"text,answer\nx,1\n", "its header is .*--fields"),
     ("q.csv", b"question;answer\nx;1\n", "separate columns by commas"),
-]
-
-
-@pytest.mark.parametrize("name, content, message", FILES)
+])  # fmt: skip
 def test_a_bad_file_is_refused(name, content, message):
     Path(name).write_bytes(content)
     refuses(message, tasks.open_task, name)
@@ -156,8 +150,7 @@ FREE = {  # gold: (texts that state it, texts that do not)
     "The Eiffel Tower": (('the "eiffel tower".', "Eiffel Tower"), ("the tower", "Eiffel")),
     "St. Louis": (("St. Louis. It lies",), ("St. Paul. Louis",)),
     "World War 2": (("World War 2.",), ("2", "Part 2")),
-    "Café": (("cafe\u0301",), ("cafe",)),
-}  # fmt: skip
+    "Café": (("cafe\u0301",), ("cafe",))}  # fmt: skip
 
 
 @pytest.mark.parametrize("gold", FREE)
@@ -185,10 +178,6 @@ def test_answers_of_each_kind_are_graded():
     assert pattern_break("It is (Y) word Y or (Z) word Z, one of them.", q) == "options"
 
 
-RULES = ["--patterns", "none", "--min-tokens", "1", "--min-perplexity", "0", "--max-rep2", "1"]
-DRAW = ["--branches", "2", "--samples", "1", "--max-new-tokens", "8", "--block-questions", "8"]
-
-
 def run(script, file: str, model: Path, *more: str) -> Path:
     start(script, "--task", file, "--model", model, "--device", "cpu", *more)
     return Path("out") / own.task_label(file, {})
@@ -196,10 +185,9 @@ def run(script, file: str, model: Path, *more: str) -> Path:
 
 def test_the_four_scripts(model, capsys):
     """Guards a file's way through the program: sampling, training, a teacher's file, evaluation."""
-    a = run(sample, write("q.jsonl", ROWS), model, *DRAW, *RULES)
-    printed = capsys.readouterr().out
-    assert "next: python train.py --task q.jsonl --model" in printed
-    b = run(sample, write("q.csv", ROWS), model, *DRAW, *RULES)
+    a = run(sample, write("q.jsonl", ROWS), model, *DRAW, *NO_RULES)
+    assert "next: python train.py --task q.jsonl --model" in capsys.readouterr().out
+    b = run(sample, write("q.csv", ROWS), model, *DRAW, *NO_RULES)
     paths, other = (next(out.glob("*/*/*/paths.jsonl")) for out in (a, b))
     assert paths.read_bytes() == other.read_bytes()
     assert {r["task"] for r in read_jsonl(paths)} == {"q"}
@@ -214,8 +202,7 @@ def test_the_four_scripts(model, capsys):
     assert [r["kept"] for r in kept] == [True] * len(questions)
     run(evaluate, "q.jsonl", model, "--max-new-tokens", "4")
     assert list(a.glob("*/base/metrics.json"))
-    told = "questions have numbers or free texts"
-    refuses(told, run, evaluate, "q.jsonl", model, "--by", "likelihood")
+    refuses("have numbers or free texts", run, evaluate, "q.jsonl", model, "--by", "likelihood")
     (predictions,) = a.glob("*/base/predictions.jsonl")
     run(evaluate, "q.jsonl", model, "--predictions", predictions, "--out-dir", "again")
     assert Path("again/predictions.jsonl").read_bytes() == predictions.read_bytes()
@@ -246,16 +233,16 @@ def test_rows_are_appended_but_not_inserted(model, monkeypatch):
     made, real = [], sample.sample_paths
     monkeypatch.setattr(sample, "sample_paths", lambda *a: made.append(len(a[2])) or real(*a))
     n = len(read("q.jsonl", ROWS)["train"])
-    out = run(sample, "q.jsonl", model, *DRAW, *RULES)
+    out = run(sample, "q.jsonl", model, *DRAW, *NO_RULES)
     before = next(out.glob("*/*/*/paths.jsonl")).read_text().splitlines()
     new = [{"question": f"What is {i} - 1?", "answer": str(i - 1), "split": ""} for i in range(10)]
     more = len(read("q.jsonl", [*ROWS, *new])["train"])
     made.clear()
-    run(sample, "q.jsonl", model, *DRAW, *RULES)
+    run(sample, "q.jsonl", model, *DRAW, *NO_RULES)
     assert sum(made) == more - n // 8 * 8
     assert next(out.glob("*/*/*/paths.jsonl")).read_text().splitlines()[: len(before)] == before
     write("q.jsonl", [{"question": "First?", "answer": "1", "id": "new"}, *ROWS])
-    refuses("append new rows at the end", run, sample, "q.jsonl", model, *DRAW, *RULES)
+    refuses("append new rows at the end", run, sample, "q.jsonl", model, *DRAW, *NO_RULES)
 
 
 def test_dry_run_and_hint(model, capsys):
@@ -264,10 +251,10 @@ def test_dry_run_and_hint(model, capsys):
     run(sample, "q.jsonl", model, "--dry-run", *DRAW)
     told = capsys.readouterr().out
     assert "free text" in told and "with 26 options" in told and "longest prompt has" in told
-    run(sample, "q.jsonl", model, *DRAW, *RULES, "--min-perplexity", "1e9")
+    run(sample, "q.jsonl", model, *DRAW, *NO_RULES, "--min-perplexity", "1e9")
     told = capsys.readouterr().out
     assert "few paths passed: perplexity dropped" in told and "half below" in told
     assert "next:" not in told  # train.py could only refuse
     limit = told.rpartition("--refilter --min-perplexity ")[2].split()[0]
-    run(sample, "q.jsonl", model, *DRAW, *RULES, "--min-perplexity", limit, "--refilter")
+    run(sample, "q.jsonl", model, *DRAW, *NO_RULES, "--min-perplexity", limit, "--refilter")
     assert "few paths" not in capsys.readouterr().out

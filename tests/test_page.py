@@ -13,10 +13,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_tiny_tokenizer
+from conftest import ROOT, refuses, write_tiny_tokenizer
 
 from sert_min import filters
-from sert_min.io.errors import SertError
 from sert_min.io.files import read_jsonl, to_line
 from sert_min.questions import Question, choices_of
 from sert_min.report import page
@@ -24,13 +23,9 @@ from sert_min.tokenizer import load_tokenizer
 
 ATTACK = 'x</script><img src=q onerror="window.hacked=1"><script>window.hacked=1</script>'
 LIMITS = filters.limits({"min_tokens": 8, "max_rep2": 0.9, "min_perplexity": 1.05})
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page-tokenizer")
-    write_tiny_tokenizer(folder)
-    return load_tokenizer(folder)
+TRIED = [{}, {"min_tokens": 40}, {"max_rep2": 0.11}, {"min_perplexity": 5.5}, {"answer": "consistent"},
+         {"answer": "right", "min_tokens": 2}, {"min_tokens": 0, "max_rep2": 1, "min_perplexity": 0},
+         {"min_tokens": 14, "max_rep2": 0.35, "min_perplexity": 5.05, "answer": "right"}]  # fmt: skip
 
 
 def write_run(folder: Path, tokenizer, questions: dict, draw) -> Path:
@@ -52,8 +47,7 @@ def write_run(folder: Path, tokenizer, questions: dict, draw) -> Path:
     (folder / "paths.jsonl").write_text("".join(lines))
     settings = {"task": "strategy_qa", "model": "tiny", "branches": 5, "samples": 5}
     (folder / "settings.json").write_text(json.dumps(settings))
-    told = {"rules": LIMITS, "counts": funnel.counts()}
-    (folder / "funnel.json").write_text(json.dumps(told))
+    (folder / "funnel.json").write_text(json.dumps({"rules": LIMITS, "counts": funnel.counts()}))
     return folder
 
 
@@ -92,17 +86,16 @@ def test_page_holds_every_token_and_log_prob(write, tokenizer):
     a character is split over tokens or a text is dimmed behind path_end."""
     said = {0: "née 日本 the town", 1: "It is far. And then 日", 2: "\U0001f600" * 3}
     run, data = write({"q": "Is it?"}, lambda n, b, s: (said[b % 3], "length"))
-    records = list(read_jsonl(run / "paths.jsonl"))
-    assert len(data["questions"]) == 1
-    assert len(data["questions"][0]["paths"]) == len(records) == 25
-    for path, r in zip(data["questions"][0]["paths"], records):
+    records, (question,) = list(read_jsonl(run / "paths.jsonl")), data["questions"]
+    assert len(question["paths"]) == len(records) == 25
+    for path, r in zip(question["paths"], records):
         split = path[13] if len(path) > 13 else {}
         texts = [split.get(str(i), data["vocab"][n]) for i, n in enumerate(path[2])]
         assert "".join(texts[path[4] : path[5]]) == r["text"]
         assert "".join(texts) == tokenizer.decode(r["token_ids"])
         assert path[3] == [round(-1000 * x) for x in r["logprobs"]]
         assert path[9] == r["verdict"]
-    assert any(p[5] < len(p[2]) for p in data["questions"][0]["paths"])  # a cut path is there
+    assert any(p[5] < len(p[2]) for p in question["paths"])  # a cut path is there
 
 
 def test_embedded_json_cannot_leave_its_script(write):
@@ -143,13 +136,10 @@ def test_wrong_inputs_are_one_line(tmp_path, tokenizer):
     run = write_run(tmp_path / "run", tokenizer, {"q": "Is it?"}, lambda *_: ("the town", "eos"))
     (tmp_path / "wrong").mkdir()
     write_tiny_tokenizer(tmp_path / "wrong", [])
-    for folder, tok, message in (
-        (run, load_tokenizer(tmp_path / "wrong"), "this model's tokenizer lacks"),
-        (tmp_path / "none", tokenizer, "does not exist"),
-    ):
-        with pytest.raises(SertError, match=message):
-            page.write_page(folder, tmp_path / "p.html", tok)
-        assert not (tmp_path / "p.html").exists()
+    wrong, out = load_tokenizer(tmp_path / "wrong"), tmp_path / "p.html"
+    refuses("this model's tokenizer lacks", page.write_page, run, out, wrong)
+    refuses("does not exist", page.write_page, tmp_path / "none", out, tokenizer)
+    assert not out.exists()
 
 
 # --- what a reader sees: headless Chromium over the WebDriver protocol -----------------------------
@@ -158,26 +148,20 @@ def test_wrong_inputs_are_one_line(tmp_path, tokenizer):
 class Browser:
     """The few WebDriver commands that the tests need, over plain HTTP to chromedriver."""
 
-    FLAGS = (
-        "headless no-sandbox disable-gpu disable-quic no-first-run disable-sync window-size=1280,900 "
-        "disable-background-networking disable-component-update disable-dev-shm-usage"
-    )
+    LOGS = "browser", "performance"
+    FLAGS = "headless window-size=1280,900 disable-background-networking disable-component-update "
+    FLAGS += "no-sandbox disable-gpu disable-quic no-first-run disable-dev-shm-usage disable-sync"
 
     def __init__(self, folder: Path):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.url, quiet = f"http://127.0.0.1:{port}", subprocess.DEVNULL
-        self.driver = subprocess.Popen(
-            [shutil.which("chromedriver"), f"--port={port}"], stdout=quiet, stderr=quiet,
-            env={**os.environ, "HOME": str(folder)},
-        )  # fmt: skip
+        how = {"stdout": quiet, "stderr": quiet, "env": {**os.environ, "HOME": str(folder)}}
+        self.driver = subprocess.Popen([shutil.which("chromedriver"), f"--port={port}"], **how)
         args = [f"--{flag}" for flag in self.FLAGS.split()] + [f"--user-data-dir={folder / 'p'}"]
-        wanted = {
-            "browserName": "chrome",
-            "goog:chromeOptions": {"args": args, "binary": shutil.which("chromium")},
-            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
-        }
+        wanted = {"goog:chromeOptions": {"args": args, "binary": shutil.which("chromium")}}
+        wanted |= {"browserName": "chrome", "goog:loggingPrefs": dict.fromkeys(self.LOGS, "ALL")}
         try:
             for _ in range(200):
                 with contextlib.suppress(OSError):
@@ -224,11 +208,9 @@ class Browser:
 
     def click(self, css):
         """The left mouse button in the middle of an element."""
-        x, y = self.js(
-            "const e = document.querySelector(arguments[0]); e.scrollIntoView({ block: 'center' });"
-            "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]",
-            css,
-        )
+        js = "const e = document.querySelector(arguments[0]); e.scrollIntoView({block: 'center'});"
+        js += "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]"
+        x, y = self.js(js, css)
         move = {"type": "pointerMove", "x": round(x), "y": round(y), "duration": 0}
         steps = [move, {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}]
         self.post("/actions", actions=[{"type": "pointer", "id": "mouse", "actions": steps}])
@@ -267,12 +249,8 @@ def file(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("pages")
     questions = {f"q{i}": f"Is it number {i}?" for i in range(12)}
     questions["q3"] = ATTACK
-
-    def draw(name, branch, sample):
-        if name == "q3":
-            return ATTACK, "eos"
-        return ("Yes", "eos") if name == "q5" else plain(name, branch, sample)
-
+    same = {"q3": (ATTACK, "eos"), "q5": ("Yes", "eos")}
+    draw = lambda name, *at: same.get(name) or plain(name, *at)  # noqa: E731
     run = write_run(folder / "run", tokenizer, questions, draw)
     page.write_page(run, folder / "p.html", tokenizer)
     return folder / "p.html"
@@ -332,11 +310,6 @@ def answers(name, branch, sample):
     return f"{words} there {said[(branch + 2 * sample + len(name)) % 4]}", "eos"
 
 
-TRIED = [{}, {"min_tokens": 40}, {"max_rep2": 0.11}, {"min_perplexity": 5.5}, {"answer": "consistent"},
-         {"answer": "right", "min_tokens": 2}, {"min_tokens": 0, "max_rep2": 1, "min_perplexity": 0},
-         {"min_tokens": 14, "max_rep2": 0.35, "min_perplexity": 5.05, "answer": "right"}]  # fmt: skip
-
-
 def test_the_sliders_filter_as_filters_py_does(browser, write, tokenizer, monkeypatch):
     """Guards verdicts, the selection and the funnel of other limits, for all paths of a file; also
     with a new rule between the others, which has no slider."""
@@ -367,10 +340,8 @@ def test_the_sliders_filter_as_filters_py_does(browser, write, tokenizer, monkey
     assert verdicts == {"selected", "kept", "length", "ant", "repetition", "perplexity", "answer"}
     assert commands[0] == "" and commands[1] == "python sample.py --refilter --min-tokens 40"
     browser.js("limits.min_tokens = D.limits.min_tokens; refilter()")
-    assert (
-        "selected paths on this page" in browser.text("#note")
-        and browser.count(".stated.wrong") > 0
-    )
+    assert "selected paths on this page" in browser.text("#note")
+    assert browser.count(".stated.wrong") > 0
     browser.assert_quiet(run / "p.html")
 
 
@@ -385,8 +356,7 @@ def test_keyboard(browser, file):
                 break
             time.sleep(0.05)
         seen.append(current(browser))
-    numbers = "q1/17 q2/17 q1/17 q0/17 q0/18 q0/19 q0/20 q0/17 q0/1 q0/2"
-    assert seen == numbers.split()
+    assert " ".join(seen) == "q1/17 q2/17 q1/17 q0/17 q0/18 q0/19 q0/20 q0/17 q0/1 q0/2"
     browser.js("document.activeElement.blur()")
     for verdict in (None, "✕ lists the options"):
         browser.press("\ue007")  # Enter
@@ -416,8 +386,7 @@ def test_deep_link(browser, file):
 
 def test_phone_width_has_no_sideways_scrolling(browser, file):
     metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    device = "Emulation.setDeviceMetricsOverride"
-    browser.post("/goog/cdp/execute", cmd=device, params=metrics)
+    browser.post("/goog/cdp/execute", cmd="Emulation.setDeviceMetricsOverride", params=metrics)
     browser.open(file, "#q0")
     assert browser.js("return document.documentElement.scrollWidth") <= 390
     browser.click("#openlist")

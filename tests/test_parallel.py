@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_tiny_model
+from conftest import ROOT, make_tiny_model, start
 
 import train
 from sert_min.io.files import lock_folder, read_jsonl
@@ -47,7 +47,7 @@ def runs(tmp_path_factory):
 
 
 def run_one(out: str) -> None:
-    train.main(train.parse_args(f"{FLAGS} --report 0 --out-dir {out}".split()))
+    start(train, *FLAGS.split(), "--report", 0, "--out-dir", out)
 
 
 def run_two(out: str, number: int = 0, at: int = 0, restarts: int = 0):

@@ -4,10 +4,8 @@ from sert_min import prompts, tasks
 from sert_min.answers import extract_answer
 from sert_min.questions import LETTERS, Question
 
-FIVE = Question(
-    "commonsense_qa", "q", "Where? Answer choices: (A) bank, ..", "C",
-    ("bank", "bus", "bus stop", "the moon", "relax"),
-)  # fmt: skip
+PLACES = ("bank", "bus", "bus stop", "the moon", "relax")
+FIVE = Question("commonsense_qa", "q", "Where? Answer choices: (A) bank, ..", "C", PLACES)
 YES_NO = Question("strategy_qa", "7", "Would a pear sink in water?", "no")
 
 
@@ -18,10 +16,8 @@ def test_texts_of_every_method():
     assert prompts.question_prompt(YES_NO) == q
     assert prompts.finetune_pair(YES_NO) == (q, " So the answer is no.")
     assert prompts.sert_pair(YES_NO, "\n It floats. ") == (q, " It floats. So the answer is no.")
-    assert prompts.rd_pair(YES_NO, " It floats.\n") == (
-        q + " Let's think step by step.",
-        " It floats. So the answer is no.",
-    )
+    distilled = f"{q} Let's think step by step.", " It floats. So the answer is no."
+    assert prompts.rd_pair(YES_NO, " It floats.\n") == distilled
     assert prompts.sert_pair(FIVE, "x.")[1] == " x. So the answer is (C)."
 
 

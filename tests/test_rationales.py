@@ -16,6 +16,7 @@ YES = Question("strategy_qa", "42", "Is water wet?", "yes")
 NO = Question("strategy_qa", "7", "Do dogs fly?", "no")
 FIVE = ("home", "mall", "sea", "sky", "car")
 MALL = Question("commonsense_qa", "ab", with_choices("Where?", FIVE), "B", FIVE)
+UNKNOWN, NOTHING = "none of the known forms", "no output for any"
 
 
 def read_rows(path, rows, questions):
@@ -34,9 +35,7 @@ def test_rows_join_by_id_row_number_and_text(tmp_path):
     told = [(42, " Is water wet? ", "It is.", "Yes."), (9, "Do dogs fly?", "No wings.", "No."),
             (42, "Is water wet?", "Again.", "Yes."), (42, "Another one?", "x", "Yes.")]  # fmt: skip
     rows = [dict(zip(names, row)) for row in told]
-    rows += [
-        {"id": "ab", "question": "Where?", "rationale": "Shop.", "teacher_completion": "(b) mall."}
-    ]
+    rows.append({"id": "ab", **dict(zip(names[1:], ("Where?", "Shop.", "(b) mall.")))})
     found, left = read_rows(tmp_path / "t.jsonl", rows, [YES, NO, MALL])
     rationales = {i: o.rationale for i, o in found.items()}
     assert rationales == {"42": "It is.", "7": "No wings.", "ab": "Shop."}
@@ -90,12 +89,11 @@ def test_log_of_zero_shot_cot(tmp_path):
     assert [teacher_answer(found[q.id], q) for q in (YES, NO)] == ["yes", "no"]
 
 
-def test_davinci_by_name(tmp_path, monkeypatch):
+def test_davinci_by_name(empty_folder, tmp_path, monkeypatch):
     """Downloaded once, told whole by its number of entries; a cut download is not kept."""
     said = dict(rationale="R.", teacher_completion="Yes.", teacher_answer="yes", answer="yes")
     log, urls = log_of([{"question": f"q{i}?", **said} for i in range(2290)]).encode(), []
     monkeypatch.setenv("SERT_CACHE", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
     q = Question("strategy_qa", "3", "q3?", "yes")
     monkeypatch.setattr(teacher_files, "download", lambda url: urls.append(url) or log[:-3000])
     refuses("instead of 2290", read_teacher_file, "davinci", [q])
@@ -137,20 +135,14 @@ def test_distilling_step_by_step(tmp_path):
     refuses("name no option", read_teacher_file, str(tmp_path / "other"), questions)
 
 
-UNKNOWN, NOTHING = "none of the known forms", "no output for any"
-BAD_FILES = [
+@pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", '{"question": "Is water wet?"}', UNKNOWN),
     ("a.jsonl", '{"question": 5, "rationale": "x"}', UNKNOWN),
     ("a.jsonl", '{"question": "Is water wet?", "rationale": ["x"]}', UNKNOWN),
     ("a.jsonl", '{"question": "Is earth flat?", "rationale": "x"}', NOTHING),
-    ("a.jsonl", None, "does not exist"),
-    ("a.log", "nothing", NOTHING),
-    ("a_0.json", '{"a": 1}', UNKNOWN),
-    ("a.json", "[]", UNKNOWN),
-]
-
-
-@pytest.mark.parametrize("name, content, message", BAD_FILES)
+    ("a.jsonl", None, "does not exist"), ("a.log", "nothing", NOTHING),
+    ("a_0.json", '{"a": 1}', UNKNOWN), ("a.json", "[]", UNKNOWN),
+])  # fmt: skip
 def test_files_of_another_kind_are_refused(name, content, message, tmp_path):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -175,13 +167,11 @@ def test_davinci_counts():
 
 
 @pytest.mark.parametrize("text, finish, cleaned", [
-    ("It is wet. So the answer is yes.", "stop", "It is wet."),
+    ("It is wet. So the answer is yes.", "stop", "It is wet."), ("The answer is yes.", "stop", ""),
     *(("It is wet. It also", finish, "It is wet.") for finish in ("length", None, "MAX_TOKENS")),
     *(("It is wet. It also", finish, "It is wet. It also") for finish in ("stop", "end_turn")),
-    ("It is wet. So the answer is", "length", "It is wet."),
-    ("It is wet. So the answer is yes. And on", "length", "It is wet."),
+    *((f"It is wet. So the answer is{x}", "length", "It is wet.") for x in ("", " yes. And on")),
     ("no full sentence", "length", "no full sentence"),
-    ("So the answer is yes.", "stop", ""),
     ("  It\nis \n\n wet. ", "stop", "It is wet."),
     ("It \x1b[31mis\x1b[0m wet.\x07", "stop", "It [31mis [0m wet."),
     ("<think>\nIs it? No. </think>\n\nIt is wet.", "stop", "It is wet."),
@@ -203,23 +193,17 @@ def test_the_answer_of_a_reply(q, text, completion, answer):
 
 
 def test_every_drop_is_counted():
-    outputs = {
-        "42": Output("It is wet.", "Yes.", "stop", "t"),
-        "7": Output("They do.", "Yes.", "stop", "t"),
-        "ab": Output("", None, "content_filter", "t"),
-        "l": Output("long " * 999, "Yes.", "stop", "t"),
-        "m": Output("It depends.", "moot.", "stop", "t"),
-        "n": Output("No.", None, "stop", "t"),
-    }
+    told = {"42": ("It is wet.", "Yes."), "7": ("They do.", "Yes."), "l": ("long " * 999, "Yes."),
+            "m": ("It depends.", "moot."), "n": ("No.", None), "ab": ("", None)}  # fmt: skip
+    outputs = {name: Output(*said, "stop", "t") for name, said in told.items()}
     more = [Question("strategy_qa", i, f"{i}?", "yes") for i in ("l", "m", "n", "none")]
     questions = [YES, NO, MALL, *more]
     rows, counts = records(questions, outputs)
-    assert [r["reason"] for r in rows] == [
-        "ok", "answer wrong", "empty", "too long", "answer not readable", "bare answer"]  # fmt: skip
+    reasons = "ok, answer wrong, empty, too long, answer not readable, bare answer"
+    assert [r["reason"] for r in rows] == reasons.split(", ")
     assert counts["kept"] == counts["no output"] == counts["dropped: empty"] == 1
     assert sum(n for what, n in counts.items() if what.startswith(("kept", "dropped"))) == 6
     rows, counts = records(questions, outputs, keep="all")
     assert [r["kept"] for r in rows] == [True, True, False, False, True, False]
-    assert list(rows[0]) == [
-        "task", "id", "question", "rationale", "teacher_answer", "answer", "kept", "reason", "source"
-    ]  # fmt: skip
+    names = "task id question rationale teacher_answer answer kept reason source"
+    assert list(rows[0]) == names.split()

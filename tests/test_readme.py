@@ -18,8 +18,7 @@ RUNS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:\S*python3?|bash|torchrun|pytest) ")
 WRITTEN = {
     "paths.jsonl", "selected.jsonl", "paths.html", "sert.json", "rationales.jsonl", "metrics.json",
     "predictions.jsonl", "responses.jsonl", "sent.jsonl", "settings.json", "FILE.json",
-    "FILE.jsonl", "SCRIPT.py", "mine.jsonl",
-}  # fmt: skip
+    "FILE.jsonl", "SCRIPT.py", "mine.jsonl"}  # fmt: skip
 
 
 def commands(text: str) -> list[str]:
@@ -38,9 +37,8 @@ class Understood(Exception):
 
 def start_as_main(monkeypatch, start, script: str, *words) -> None:
     """Start a script as __main__ and let it go as far as its flags."""
-    real = argparse.ArgumentParser.parse_args
 
-    def parse(self, args=None, namespace=None):
+    def parse(self, args=None, namespace=None, real=argparse.ArgumentParser.parse_args):
         real(self, words, namespace)
         raise Understood
 

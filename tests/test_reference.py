@@ -11,6 +11,19 @@ from sert_min.kernels import head_sample_and_score, reference, sample_and_score
 
 WORD = 0xFFFFFFFF
 NEAR = 1e-9  # the reference adds up in float64; fp32 kernels need 1e-6
+KNOWN = [  # counter, key, output: Random123's kat_vectors, "philox4x32 10"
+    ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+]  # fmt: skip
+INF = float("inf")
+TIED, EQUAL = [1.0, 5.0, 5.0, 5.0, 0.0], [0.5] * 1000
+BORDER = [0.0] * 5000 + [9.0, 9.0] + [1.0] * 500  # two stand out, then 500 equals
+LEVELS = {
+    "B": (0, 1, 3, 24), "V": (1, 7, 1000, 50257), "k": (0, 1, 5, 10, "V", "more"),
+    "p": (1e-9, 0.5, 0.95, 1.0), "t": (0.0, 0.5, 1.0, 2.0),
+    "dtype": (torch.float32, torch.bfloat16, torch.float16),
+    "layout": ("plain", "columns", "rows"), "settings": ("numbers", "tensors")}  # fmt: skip
 
 
 def philox_ints(key: tuple, counter: tuple) -> tuple:
@@ -81,13 +94,6 @@ def golden_rows() -> torch.Tensor:
     return torch.from_numpy(np.load(shared("golden", "gpt2_logits.npz"))["logits"])
 
 
-KNOWN = [  # counter, key, output: Random123's kat_vectors, "philox4x32 10"
-    ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-]  # fmt: skip
-
-
 def test_philox_and_uniform_equal_integers():
     """Guards lost high bits, sign extension, a uniform of 1 or off the 2^-24 grid."""
     for known in KNOWN:
@@ -101,14 +107,6 @@ def test_philox_and_uniform_equal_integers():
         assert [*rows] == [philox_of(seed, *row) for row in zip(streams, positions)]
         wanted = [uniform_ints(seed, *row) for row in zip(streams, positions)]
         assert reference.uniform(seed, *given).tolist() == wanted
-
-
-LEVELS = {
-    "B": (0, 1, 3, 24), "V": (1, 7, 1000, 50257), "k": (0, 1, 5, 10, "V", "more"),
-    "p": (1e-9, 0.5, 0.95, 1.0), "t": (0.0, 0.5, 1.0, 2.0),
-    "dtype": (torch.float32, torch.bfloat16, torch.float16),
-    "layout": ("plain", "columns", "rows"), "settings": ("numbers", "tensors"),
-}  # fmt: skip
 
 
 def make_logits(B: int, V: int, case: dict, g: torch.Generator) -> torch.Tensor:
@@ -126,8 +124,7 @@ def test_tokens_equal_oracle():
     that leak between rows. Rows of bf16 and fp16 are full of ties. Draws near a border are counted."""
     g, r = torch.Generator().manual_seed(7), random.Random(7)
     cases = [{name: r.choice(values) for name, values in LEVELS.items()} for _ in range(60)]
-    rows = near = 0
-    worst = 0.0
+    rows, near, worst = 0, 0, 0.0
     for number, case in enumerate(cases):
         B, V = case["B"], case["V"]
         x = make_logits(B, V, case, g)
@@ -169,9 +166,7 @@ def test_draws_have_the_right_frequencies(batches):
         check_frequencies(row, k, p, t, seed, batches)
 
 
-def check_frequencies(
-    row, k: int, p: float, t: float, seed: int, batches: int, size=2000, **launch
-):
+def check_frequencies(row, k, p, t, seed: int, batches: int, size=2000, **launch):
     """Draws of one row in batches; half by stream, half by position."""
     counts = np.zeros(len(row), dtype=np.int64)
     launch |= {"top_k": k, "top_p": p, "temperature": t, "seed": seed}
@@ -185,11 +180,6 @@ def check_frequencies(
     assert counts[ids].sum() == size * batches, "a draw outside the kept set"
     print(f"chi-square p = {chi_square_p(counts[ids], probs):.4f}")
     assert chi_square_p(counts[ids], probs) > 0.001, (k, p, t)
-
-
-INF = float("inf")
-TIED, EQUAL = [1.0, 5.0, 5.0, 5.0, 0.0], [0.5] * 1000
-BORDER = [0.0] * 5000 + [9.0, 9.0] + [1.0] * 500  # two stand out, then 500 equals
 
 
 @pytest.mark.parametrize("row, settings, wanted", [
@@ -219,8 +209,7 @@ def test_which_tokens_come_up(row, settings, wanted):
     """In 1,000 draws (a kept token of probability 1/8 stays unseen with odds 1e-58)."""
     tokens, logprobs = sample_and_score(torch.tensor(row).expand(1000, -1), **settings)
     assert tokens.unique().tolist() == wanted
-    exact = torch.tensor(row).double().log_softmax(0)
-    assert (logprobs - exact[tokens]).abs().max() < 1e-5
+    assert (logprobs - torch.tensor(row).double().log_softmax(0)[tokens]).abs().max() < 1e-5
 
 
 def test_order_of_ids_decides_not_order_of_logits(monkeypatch):
@@ -258,8 +247,7 @@ def test_bad_arguments_are_refused():
     wrong = {
         "temperature": (-1.0, float("nan"), float("inf"), torch.ones(3)), "top_p": (-0.1, 1.1),
         "top_k": (-1, torch.ones(2, 2)), "position": (-1,), "backend": ("abacus",),
-        "streams": (torch.arange(3), torch.zeros(2)),
-    }  # fmt: skip
+        "streams": (torch.arange(3), torch.zeros(2))}  # fmt: skip
     calls = [(x, {name: value}) for name, values in wrong.items() for value in values]
     calls += [(y, {}) for y in (torch.zeros(5), torch.zeros(2, 0), x.long())]
     for logits, given in calls:

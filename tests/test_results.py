@@ -29,23 +29,25 @@ def table(task: str) -> str:
         for key in ("acc_likelihood", "acc_text", "reasoning", "contradictory"):
             if key != "acc_text" or task == "commonsense_qa":
                 cells.append(f"{m[key][0]:.1f}" if key in m else "")
-        cells += [
-            f"{m[key][0]:.{n}f}" if key in m else ""
-            for key, n in (("fmt", 2), ("len", 0), ("rep", 2))
-        ]
+        for key, n in (("fmt", 2), ("len", 0), ("rep", 2)):
+            cells.append(f"{m[key][0]:.{n}f}" if key in m else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def interval(task: str, a: str, b: str, metric: str) -> list[float]:
+    """(mean, low, high) of a paired difference."""
+    return next(r for r in TABLE[task]["differences"] if r["methods"] == [a, b])[metric]
+
+
 def difference(task: str, a: str, b: str, metric: str, digits: int = 1) -> str:
-    """A paired difference as the page writes it, and that its interval says what the page says."""
-    row = next(r for r in TABLE[task]["differences"] if r["methods"] == [a, b])
-    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*row[metric], d=digits)
+    """A paired difference as the page writes it."""
+    return "{:+.{d}f} [{:+.{d}f}, {:+.{d}f}]".format(*interval(task, a, b, metric), d=digits)
 
 
 def excludes_0(task: str, a: str, b: str, metric: str) -> bool:
-    row = next(r for r in TABLE[task]["differences"] if r["methods"] == [a, b])
-    return row[metric][1] > 0 or row[metric][2] < 0
+    _, low, high = interval(task, a, b, metric)
+    return low > 0 or high < 0
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -61,50 +63,40 @@ def test_sentences():
     """Guards a sentence that no file bears out, or that goes on after a new run."""
     sqa, csqa = (FUNNEL[task]["counts"]["seen"]["perplexity"] for task in TASKS)
     drops = FUNNEL["strategy_qa"]["counts"]["dropped"]["perplexity"]
-    greedy = {(t, m): ours(t, m)["reasoning"][0] for t in TASKS for m in ("base", "sert")}
-    wrong = [TEXTS[t]["state another answer"] for t in TASKS]
-    texts = [TEXTS[t]["texts"] for t in TASKS]
-    contradictory = {
-        (t, m): ours(t, m)["contradictory"][0] for t in TASKS for m in ("sert", "star")
-    }
-    dev = {
-        name: "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in m["acc"]))
-        for name, m in DEV.items()
-    }
+    wrong, texts = ([TEXTS[t][key] for t in TASKS] for key in ("state another answer", "texts"))
+
+    def of(method: str, metric: str) -> str:
+        return " % and ".join(f"{ours(task, method)[metric][0]:.1f}" for task in TASKS)
+
+    def gaps(a: str, b: str, metric: str = "acc", digits: int = 1) -> str:
+        return " and ".join(difference(task, a, b, metric, digits) for task in TASKS)
+
+    share = "{:.1f} [{:.1f}, {:.1f}]"
+    dev = {name: share.format(*(100 * x for x in m["acc"])) for name, m in DEV.items()}
+    usual = TEXTS["strategy_qa"]["median perplexity"]
     imitative = KINDS["kinds-strategy_qa-smollm2-135m-instruct-4bit"]["Raw SERT"][0]
     said = [
         f"{sqa:,} of 8,000 paths ({sqa / 80:.0f} %) on StrategyQA and {csqa:,} ({csqa / 80:.0f} %) on",
-        f"{greedy['strategy_qa', 'base']:.1f} % and {greedy['commonsense_qa', 'base']:.1f} % of the greedy",
-        f"{greedy['strategy_qa', 'sert']:.1f} % and {greedy['commonsense_qa', 'sert']:.1f} % after",
+        f"{of('base', 'reasoning')} % of the greedy", f"{of('sert', 'reasoning')} % after",
         f"drops {drops:,} of these {sqa:,} paths ({drops / sqa:.0%}".replace("%", " %"),
         f"{FUNNEL['strategy_qa']['counts']['without_path']} of 320 questions without a path",
         f"{wrong[0]} of the {texts[0]} training texts of StrategyQA and {wrong[1]} of the {texts[1]} of",
-        f"{contradictory['strategy_qa', 'sert']:.1f} % and {contradictory['commonsense_qa', 'sert']:.1f} % of SERT's",
-        f"{contradictory['strategy_qa', 'star']:.1f} % and {contradictory['commonsense_qa', 'star']:.1f} % of STaR's",
+        f"{of('sert', 'contradictory')} % of SERT's", f"{of('star', 'contradictory')} % of STaR's",
         f"SERT - Finetune {difference('strategy_qa', 'sert', 'finetune', 'acc')} points",
         f"by likelihood {difference('strategy_qa', 'sert', 'finetune', 'acc_likelihood')}",
-        f"SERT - STaR {difference('strategy_qa', 'sert', 'star', 'acc')} and {difference('commonsense_qa', 'sert', 'star', 'acc')}",
-        f"SERT+RD - RD {difference('strategy_qa', 'sert-rd', 'rd', 'acc')} and {difference('commonsense_qa', 'sert-rd', 'rd', 'acc')}",
-        f"Rep {difference('strategy_qa', 'sert-rd', 'rd', 'rep', 2)} and {difference('commonsense_qa', 'sert-rd', 'rd', 'rep', 2)}",
+        f"SERT - STaR {gaps('sert', 'star')}", f"SERT+RD - RD {gaps('sert-rd', 'rd')}",
+        f"Rep {gaps('sert-rd', 'rd', 'rep', 2)}",
         f"SERT+RD - SERT {difference('commonsense_qa', 'sert-rd', 'sert', 'acc')} points",
         f"20 epochs at 3e-4 in batches of 8 reach {dev['paper-settings']} %, the preset {dev['preset']} %",
-        "perplexity is {direct:.1f}, that of reasoning by form {reasoning:.1f}".format(
-            **{k: round(v, 1) for k, v in TEXTS["strategy_qa"]["median perplexity"].items()}
-        ),
+        f"perplexity is {usual['direct']:.1f}, that of reasoning by form {usual['reasoning']:.1f}",
         f"8,000 paths took {FUNNEL['strategy_qa']['timing']['seconds']} s",
-    ]
+    ]  # fmt: skip
     page = re.sub(r"\s+", " ", DOCS)
-    missing = [s for s in said if s not in page]
-    assert not missing, missing
+    assert not (missing := [s for s in said if s not in page]), missing
     assert excludes_0("strategy_qa", "sert", "finetune", "acc")  # "below"
-    assert not excludes_0(
-        "strategy_qa", "sert", "finetune", "acc_likelihood"
-    )  # "not by likelihood"
-    for task in TASKS:  # "no difference"
-        assert not any(
-            excludes_0(task, a, b, "acc") for a, b in (("sert", "star"), ("sert-rd", "rd"))
-        )
-        assert not excludes_0(task, "sert-rd", "rd", "rep")
+    assert not excludes_0("strategy_qa", "sert", "finetune", "acc_likelihood")
+    near = ("sert", "star", "acc"), ("sert-rd", "rd", "acc"), ("sert-rd", "rd", "rep")
+    assert not any(excludes_0(task, *some) for task in TASKS for some in near)  # "no difference"
     assert excludes_0("commonsense_qa", "sert-rd", "sert", "acc")  # "the teacher's rationales"
     assert imitative == 0  # "none imitates the prompt any more"
     low = {m: ours("strategy_qa", m)["acc"][1] for m in NAMES if m != "teacher"}

@@ -6,13 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from conftest import ROOT, make_tiny_model, one_line
+from conftest import ROOT, make_checkpoint, make_tiny_model, refuses, start
 
 import sample
 from sert_min import filters, script
-from sert_min.io.errors import SertError
 from sert_min.io.files import read_json, read_jsonl
 from sert_min.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ def arguments(model: Path, out: Path, *more: str) -> list[str]:
 
 
 def run(model: Path, out: Path, *more: str) -> list[dict]:
-    sample.main(sample.parse_args(arguments(model, out, *more)))
+    start(sample, *arguments(model, out, *more))
     return list(read_jsonl(out / "paths.jsonl"))
 
 
@@ -47,19 +47,13 @@ def derived(out: Path) -> dict:
 def sampled(monkeypatch) -> list:
     """The number of questions of each block that is sampled from here on."""
     made, real = [], sample.sample_paths
-
-    def counted(model, tokenizer, questions, *rest):
-        made.append(len(questions))
-        return real(model, tokenizer, questions, *rest)
-
-    monkeypatch.setattr(sample, "sample_paths", counted)
+    monkeypatch.setattr(sample, "sample_paths", lambda *a: made.append(len(a[2])) or real(*a))
     return made
 
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_records_and_selection(model, tmp_path, raw):
-    """Guards the record format that train.py, evaluate.py and other people's tools read, and the
-    baseline of Fig. 1: 25 plain samples and branch -1."""
+    """Guards the record format that other tools read, and Fig. 1's 25 plain samples, branch -1."""
     records = run(model, tmp_path, *["--raw"] * raw)
     assert [list(r) for r in records] == [FIELDS] * 6 * 25
     for r in records:
@@ -75,8 +69,7 @@ def test_records_and_selection(model, tmp_path, raw):
 
 
 def test_no_block_is_sampled_twice_and_limits_may_move(model, tmp_path, sampled):
-    """Guards against sampling twice, and against a short last block that survives a larger --limit:
-    the result is always that of a fresh run with the same flags."""
+    """Guards sampling twice, and a short last block under a larger --limit: as in a fresh run."""
     fresh = {}
     for n in ("3", "5"):
         run(model, tmp_path / n, "--limit", n)
@@ -89,8 +82,7 @@ def test_no_block_is_sampled_twice_and_limits_may_move(model, tmp_path, sampled)
 
 
 def test_other_thresholds_filter_the_stored_samples_anew(model, tmp_path, sampled):
-    """Guards against stale verdicts, and against sampling again for a threshold: the bytes are those
-    of a fresh run with these thresholds, and going back gives the first ones."""
+    """Guards stale verdicts and sampling again: the bytes are a fresh run's, there and back."""
     run(model, tmp_path / "a")
     run(model, tmp_path / "b", *STRICT)
     first, strict = derived(tmp_path / "a"), derived(tmp_path / "b")
@@ -102,22 +94,19 @@ def test_other_thresholds_filter_the_stored_samples_anew(model, tmp_path, sample
 
 
 def test_other_settings_are_refused_with_both_values(model, tmp_path):
-    """Guards against samples of two temperatures in one folder (lm-eval and inspect_ai had caches
-    that mixed them)."""
+    """Guards samples of two temperatures in one folder (caches of lm-eval mixed them)."""
     run(model, tmp_path)
     before = derived(tmp_path)
     for flag, old, new in (("--temperature", 1.0, "0.5"), ("--split", "train", "test")):
-        with pytest.raises(SertError, match=rf"{old} there, {new} now.*--out-dir"):
-            run(model, tmp_path, flag, new)
-        with pytest.raises(SertError, match=rf"{old} there, {new} now.*rules only"):
-            run(model, tmp_path, flag, new, "--refilter")
+        told = f"{old} there, {new} now.*"
+        refuses(f"{told}--out-dir", run, model, tmp_path, flag, new)
+        refuses(f"{told}rules only", run, model, tmp_path, flag, new, "--refilter")
     assert derived(tmp_path) == before
 
 
 @pytest.mark.parametrize("damage", ["torn line", "line lost", "another id", "another question"])
 def test_a_damaged_block_is_made_again(model, tmp_path, sampled, damage):
-    """Guards against a block file that is torn or belongs to other questions (data that changed under
-    the same ids): it alone is made again, to the same bytes."""
+    """Guards a block that is torn or of other questions: it alone is made again, same bytes."""
     run(model, tmp_path)
     before, block = derived(tmp_path), tmp_path / "blocks/000001-2.jsonl"
     whole = block.read_text()
@@ -127,18 +116,16 @@ def test_a_damaged_block_is_made_again(model, tmp_path, sampled, damage):
     elif damage == "line lost":
         block.write_text(rest)
     else:
-        changed = json.loads(first) | {damage.split()[1]: "another"}
-        block.write_text(sample.to_line(changed) + rest)
+        block.write_text(sample.to_line(json.loads(first) | {damage.split()[1]: "another"}) + rest)
     sampled.clear()
     run(model, tmp_path)
     assert sampled == [2] and block.read_text() == whole and derived(tmp_path) == before
 
 
 def test_an_unfinished_run_has_no_selection(model, tmp_path, monkeypatch):
-    """Guards against training on a part: what is derived of a smaller --limit goes away before the
-    first missing block is made."""
+    """Guards training on a part: what is derived goes away before a missing block is made."""
     run(model, tmp_path, "--limit", "2")
-    monkeypatch.setattr(sample, "sample_paths", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(sample, "sample_paths", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path, "--limit", "4")
     left = {path.name for path in tmp_path.iterdir()}
@@ -146,8 +133,7 @@ def test_an_unfinished_run_has_no_selection(model, tmp_path, monkeypatch):
 
 
 def test_refilter_works_on_another_machine_and_on_a_part(model, tmp_path, sampled, capsys):
-    """Guards samples of a GPU or of an older PyTorch that a laptop filters anew; blocks that are
-    missing are left out, and the counts are said."""
+    """Guards filtering a GPU's or older samples on a laptop; missing blocks are left out, told."""
     a = tmp_path / "a"
     run(model, tmp_path / "b", *STRICT)
     run(model, a)
@@ -160,13 +146,11 @@ def test_refilter_works_on_another_machine_and_on_a_part(model, tmp_path, sample
     assert len(run(model, a, "--refilter")) == 100 and not sampled
     assert "2 of 3 blocks are there" in capsys.readouterr().out
     before = derived(a)
-    with pytest.raises(SertError, match="of these questions; give the --limit"):
-        run(model, a, "--limit", "1", "--refilter")
+    told = "of these questions; give the --limit"
+    refuses(told, run, model, a, "--limit", "1", "--refilter")
     shutil.rmtree(a / "blocks")
-    with pytest.raises(SertError, match="of these questions; run without --refilter"):
-        run(model, a, "--refilter")
-    with pytest.raises(SertError, match="holds no samples; run without --refilter"):
-        run(model, tmp_path / "new", "--refilter")
+    refuses("of these questions; run without --refilter", run, model, a, "--refilter")
+    refuses("no samples; run without --refilter", run, model, tmp_path / "new", "--refilter")
     assert not (tmp_path / "new").exists()
     assert derived(a) == before  # what was there is not emptied
 
@@ -177,12 +161,12 @@ def test_early_rejection_is_a_setting_of_the_samples(tmp_path):
     full_out, out = tmp_path / "full", tmp_path / "early"
     full = run("micro", full_out, *MICRO, "imitative,options,direct")
     early = run("micro", out, *MICRO, "imitative,options", "--early-reject")
-    with pytest.raises(SertError, match="early rejection of imitative,options.*looser --patterns"):
-        run("micro", out, *MICRO, "options")
-    with pytest.raises(SertError, match=r"\['imitative', 'options'\] there, \[\] now"):
-        run("micro", out, *MICRO, "imitative,options", "--no-early-reject")
-    with pytest.raises(SertError, match=r"early_reject: \[\] there, \['imitative'\] now"):
-        run("micro", full_out, *MICRO, "imitative", "--early-reject")
+    told = "early rejection of imitative,options.*looser --patterns"
+    refuses(told, run, "micro", out, *MICRO, "options")
+    told = r"\['imitative', 'options'\] there, \[\] now"
+    refuses(told, run, "micro", out, *MICRO, "imitative,options", "--no-early-reject")
+    told = r"early_reject: \[\] there, \['imitative'\] now"
+    refuses(told, run, "micro", full_out, *MICRO, "imitative", "--early-reject")
     assert sum(r["finish"] == "rejected" for r in early) > 20
     assert run("micro", full_out, *MICRO, "imitative,options,direct") == full
     # No row is stopped for a direct answer: that rule may come and go.
@@ -192,8 +176,7 @@ def test_early_rejection_is_a_setting_of_the_samples(tmp_path):
 
 
 def make_older(out: Path) -> None:
-    """Turn a folder into one of the earlier version: full records in paths.jsonl, no blocks/, and the
-    rules in settings.json."""
+    """Make a folder the earlier version's: all in paths.jsonl, no blocks/, rules as settings."""
     older = read_json(out / "settings.json") | read_json(out / "funnel.json")["rules"]
     (out / "settings.json").write_text(json.dumps(older))
     (out / "funnel.json").unlink()
@@ -216,8 +199,7 @@ def test_an_older_folder_is_converted(model, tmp_path, sampled, flags):
 
 @pytest.mark.parametrize("torn, made", [(0, []), (40, [2])])
 def test_an_older_run_that_was_killed_goes_on(model, tmp_path, sampled, monkeypatch, torn, made):
-    """Guards finished blocks that were not merged yet (they lie beside paths.jsonl, with verdicts of
-    their time), and a torn last line."""
+    """Guards blocks beside an older paths.jsonl, with verdicts of their time, and its torn line."""
     run(model, tmp_path)
     before, paths = derived(tmp_path), tmp_path / "paths.jsonl"
     make_older(tmp_path)
@@ -228,9 +210,9 @@ def test_an_older_run_that_was_killed_goes_on(model, tmp_path, sampled, monkeypa
     old = rest.replace('"verdict":"kept"', '"verdict":"length"')
     (tmp_path / "blocks/000002-2.jsonl").write_text(old)
     sampled.clear()
-    with monkeypatch.context() as m, pytest.raises(SertError, match="once without torchrun"):
+    with monkeypatch.context() as m:
         m.setattr(script, "WORLD", 2)
-        run(model, tmp_path)
+        refuses("once without torchrun", run, model, tmp_path)
     run(model, tmp_path)
     assert derived(tmp_path) == before and sampled == made
 
@@ -239,8 +221,7 @@ def test_a_new_rule_is_one_entry(model, tmp_path, monkeypatch, capsys):
     """Guards the promise that flag, funnel, verdict and limit follow from an entry of RULES."""
     rule = filters.Rule(
         "stops", "max_stops", 1, filters.number(0, 100), lambda path: path.text.count("."),
-        lambda n, most: n > most, "at most {} full stops", "ours: 1",
-    )  # fmt: skip
+        lambda n, most: n > most, "at most {} full stops", "ours: 1")  # fmt: skip
     monkeypatch.setattr(filters, "RULES", (*filters.RULES, rule))
     flags = ["--model", "micro", "--limit", "2", "--min-tokens", "2", "--max-rep2", "1"]
     records = run(model, tmp_path, *flags, "--max-new-tokens", "30", "--max-stops", "1")
@@ -248,13 +229,11 @@ def test_a_new_rule_is_one_entry(model, tmp_path, monkeypatch, capsys):
     dropped = [r for r in records if r["verdict"] == "stops"]
     assert dropped and all(r["text"].count(".") > 1 for r in dropped)
     assert read_json(tmp_path / "funnel.json")["counts"]["dropped"]["stops"] == len(dropped)
-    with pytest.raises(SertError, match="--max-stops must be from 0 to 100, not -1"):
-        run(model, tmp_path, *flags, "--max-stops", "-1")
+    refuses("--max-stops must be from 0 to 100", run, model, tmp_path, *flags, "--max-stops", "-1")
 
 
 def test_two_processes_give_the_same_bytes(model, tmp_path):
-    """Guards a promise: which process makes a block does not show in any byte, and process 0 derives
-    nothing before all blocks are there."""
+    """Guards bytes that show which process made a block, and deriving before all are there."""
     run(model, tmp_path / "one")
     command = [sys.executable, str(ROOT / "sample.py"), *arguments(model, tmp_path / "two")]
     envs = [{**os.environ, "RANK": rank, "WORLD_SIZE": "2"} for rank in "10"]
@@ -262,50 +241,43 @@ def test_two_processes_give_the_same_bytes(model, tmp_path):
     assert derived(tmp_path / "two") == derived(tmp_path / "one")
 
 
-def test_a_trained_student_has_its_own_folder_and_prompt(model, tmp_path, monkeypatch, capsys):
+def test_a_trained_student_has_its_own_folder_and_prompt(model, empty_folder, monkeypatch, capsys):
     """Guards Raw SERT of Fig. 1, whose default folder was that of the raw student, which refused it;
     and a student of a teacher's rationales that is sampled without its `Let's think ..`."""
-    monkeypatch.chdir(tmp_path)
     student, texts, real = "out/micro/m/sert/seed0", [], Tokenizer.encode
-    shutil.copytree(model, f"{student}/last")
     about = {"method": "sert", "root": "m", "parents": ["m"], "prompt_suffix": " Let's think."}
-    Path(f"{student}/last/sert.json").write_text(json.dumps(about))
+    make_checkpoint(model, Path(student, "last"), **about)
     monkeypatch.setattr(Tokenizer, "encode", lambda self, t: texts.append(t) or real(self, t))
-    flags = f"--model {student} --limit 1 --max-new-tokens 2 --min-tokens 1 --min-perplexity 0"
-    sample.main(sample.parse_args(f"{flags} --patterns none".split()))
+    flags = ["--model", student, "--limit", 1, "--max-new-tokens", 2, *LOOSE, "--min-tokens", 1]
+    start(sample, *flags)
     told = capsys.readouterr().out
     assert "1 of 1 questions have a selected path" in told
     assert "next:" not in told  # its default folder is that of the student itself
-    sample.main(sample.parse_args(f"{flags} --split test --raw".split()))
+    start(sample, *flags, "--split", "test", "--raw")
     assert Path(f"{student}/paths-raw-test/paths.jsonl").exists()
     assert len(texts) > 1 and all(text.endswith("\nAnswer: Let's think.") for text in texts)
 
 
 @pytest.mark.parametrize("flag, value, message", [
-    ("--top-p", "0", "--top-p must be above 0"),
+    ("--top-p", "0", "--top-p must be above 0"), ("--seed", "-1", "--seed must be from 0"),
     ("--temperature", "nan", "--temperature must be from 0"),
     ("--branches", "999", "--branches 999 exceeds the vocabulary"),
-    ("--seed", "-1", "--seed must be from 0"),
     ("--max-new-tokens", "600", "exceeds the context of 512; lower --max-new-tokens"),
-    ("--model", "./nowhere", "no such folder"),
-    ("--html", "no/where.html", "its folder does not exist"),
+    ("--model", "./nowhere", "no such folder"), ("--html", "x/y.html", "its folder does not exist"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(model, tmp_path, flag, value, message):
     """Guards against tracebacks, and against half-made folders after a typo."""
-    with pytest.raises(SertError) as e:
-        run(model, tmp_path / "out", flag, value)
-    assert message in one_line(e)
+    refuses(message, run, model, tmp_path / "out", flag, value)
     assert not (tmp_path / "out/paths.jsonl").exists()
 
 
 def test_dry_run_and_prompt(model, tmp_path, capsys):
-    """Guards that --dry-run writes nothing and shows the very prompt, and that --prompt works on
-    text with a literal end-of-text in it."""
-    sample.main(sample.parse_args(arguments(model, tmp_path / "out", "--dry-run")))
+    """Guards a --dry-run that writes or hides the prompt, and a --prompt with end-of-text in it."""
+    start(sample, *arguments(model, tmp_path / "out", "--dry-run"))
     shown = capsys.readouterr().out
     assert "Question: " in shown and "\nAnswer:" in shown and "3 blocks" in shown
     flags = ["--prompt", "Say <|endoftext|> twice", "--samples", "3"]
-    sample.main(sample.parse_args(arguments(model, tmp_path / "out", *flags)))
+    start(sample, *arguments(model, tmp_path / "out", *flags))
     shown = capsys.readouterr().out
     assert shown.count("--- sample") == 3 and shown.count("Say <|endoftext|> twice") == 3
     assert not (tmp_path / "out").exists()

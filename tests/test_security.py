@@ -3,12 +3,11 @@ files are in test_gpt2.py, hostile text in a real browser in test_page.py."""
 
 import json
 import re
-import shutil
 import socket
 from pathlib import Path
 
 import pytest
-from conftest import KEY, ROOT, start
+from conftest import KEY, NO_RULES, ROOT, make_checkpoint, start
 from fake_server import FakeServer, error, ok, raw
 
 import distill
@@ -22,14 +21,12 @@ from sert_min.io.errors import run_script
 from sert_min.io.files import read_jsonl, to_line
 from sert_min.io.vocabulary import END
 from sert_min.prompts import question_prompt, rd_pair
-from sert_min.questions import Question
+from sert_min.questions import Question, with_choices
 from sert_min.report.likelihood import make_tree
 from sert_min.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("empty_folder", "keyed")
 EVIL = "\x1b[31m\x1b]0;owned\x07\x9b2J\r\u202e</script><img src=x onerror=alert(1)> ../../x "
-
-
 DANGER = re.compile(r"""^\s*(import|from)\ .*\b(c?pickle|dill|cloudpickle|joblib|marshal|shelve|builtins)\b
     |(?<![\w.])(eval|exec|compile|__import__)\(|\bos\.(system|popen)\b|\byaml\.load\(|shell=True
     |verify=False|_create_unverified|allow_pickle=True|trust_remote_code
@@ -42,19 +39,17 @@ GOOD = ["model.eval()", "re.compile('a')", "torch.load(f, weights_only=True)", "
 def test_no_program_file_runs_what_it_reads():
     """Guards pickles, shells, code from text and skipped certificates."""
     assert all(map(DANGER.search, BAD)) and not any(map(DANGER.search, GOOD))
-    files = [p for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & set(p.parts)]
+    files = [p for p in ROOT.rglob("*.py") if not {"tests", ".venv"} & {*p.relative_to(ROOT).parts}]
     assert len(files) > 20
     assert not {str(p): found[0] for p in files if (found := DANGER.search(p.read_text()))}
-
-
-QUESTIONS = [Question("strategy_qa", str(i), f"Is {i} even?", "yes") for i in range(6)]
 
 
 @pytest.fixture(autouse=True)
 def six_questions(monkeypatch):
     """Six questions for every task; no long wait for what is in flight."""
+    questions = [Question("strategy_qa", str(i), f"Is {i} even?", "yes") for i in range(6)]
     monkeypatch.setattr(asking, "DRAIN", 0.1)
-    monkeypatch.setattr(tasks, "load", lambda *_, **__: QUESTIONS)
+    monkeypatch.setattr(tasks, "load", lambda *_, **__: questions)
 
 
 def said_by(script, words, capfd) -> str:
@@ -106,14 +101,12 @@ def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
     """What is printed holds no control character, the page no live tag; what was paid for is stored
     whole; names of models, of a checkpoint's root and seed become one part of a folder's name."""
     choices = tuple(f"{EVIL}{i}" for i in range(5))
-    listed = ", ".join(f"({a}) {c}" for a, c in zip("ABCDE", choices))
-    text = f"{EVIL}? Answer choices: {listed}"
+    text = with_choices(f"{EVIL}?", choices)
     evil = [Question("commonsense_qa", f"{EVIL}{i}", text, "C", choices) for i in range(2)]
     monkeypatch.setattr(tasks, "load", lambda *_, **__: evil)
-    student = shutil.copytree(model, tmp_path / "evil")
     about = {"method": "sert", "root": "..", "seed": "/../../../../../escaped", "parents": [EVIL],
              "task": EVIL, "prompt_suffix": f" {EVIL}"}  # fmt: skip
-    (student / "sert.json").write_text(json.dumps(about))
+    student = make_checkpoint(model, tmp_path / "evil", **about)
     inside = Path("out/commonsense_qa")  # where results go without --out-dir
     told = []
 
@@ -122,9 +115,8 @@ def test_hostile_text_stays_text(model, tmp_path, capfd, monkeypatch):
         told.append(said_by(script, [*base, *words], capfd))
 
     short = ["--max-new-tokens", "4"]
-    loose = ["--patterns", "none", "--min-tokens", "1", "--max-rep2", "1", "--min-perplexity", "0"]
     run(sample, *short, "--dry-run")
-    run(sample, *short, *loose, "--html", "p.html", "--no-early-reject")
+    run(sample, *short, *NO_RULES, "--html", "p.html", "--no-early-reject")
     (paths,) = inside.rglob("selected.jsonl")
     run(train, "--max-steps", "1", "--report", "2", "--paths", paths, "--out-dir", "t")
     assert Path("t/last").is_dir(), told
@@ -160,7 +152,6 @@ def test_end_of_text_in_a_question_is_ordinary_text(model):
     q = Question("strategy_qa", "1", f"Is {END} the end? {END}", "yes")
     prompt = tokenizer.encode(question_prompt(q))
     ids, targets = encode_example(tokenizer, *rd_pair(q, f"It is {END}."), "all")
-    tree = make_tree(tokenizer, q, f"{END} it is.", "", 1000)
-    for some in (prompt, ids, tree.ids):
+    for some in (prompt, ids, make_tree(tokenizer, q, f"{END} it is.", "", 1000).ids):
         assert tokenizer.eot not in some and END in tokenizer.decode(some)
     assert targets.count(tokenizer.eot) == 1 and targets[-1] == tokenizer.eot

@@ -22,12 +22,8 @@ def test_ruff(words):
 def test_the_worked_examples_of_the_docstrings():
     """Guards examples that have gone stale."""
     files = [p for folder in ("sert_min", "kernels") for p in sorted((ROOT / folder).rglob("*.py"))]
-    names = [
-        ".".join(p.relative_to(ROOT).with_suffix("").parts)
-        for p in files
-        if ">>> " in p.read_text()
-    ]
-    assert len(names) >= 3
-    for name in names:
-        found = doctest.testmod(importlib.import_module(name))
-        assert found.attempted and not found.failed, name
+    files = [p.relative_to(ROOT).with_suffix("") for p in files if ">>> " in p.read_text()]
+    assert len(files) >= 3
+    for file in files:
+        found = doctest.testmod(importlib.import_module(".".join(file.parts)))
+        assert found.attempted and not found.failed, file

@@ -23,16 +23,13 @@ PROMPT = [*SAMPLE, "--model", "micro", "--prompt", "Zürich", "--max-new-tokens"
 
 def shell(command: list[str], how: str, folder) -> subprocess.CompletedProcess:
     """Run `command` with what bash makes of `how` behind it; the status is the command's own."""
-    script = f'"$@" {how}; exit ${{PIPESTATUS[0]}}'
-    command = ["bash", "-c", script, "-", *command]
+    command = ["bash", "-c", f'"$@" {how}; exit ${{PIPESTATUS[0]}}', "-", *command]
     return subprocess.run(command, cwd=folder, text=True, capture_output=True)
 
 
 @pytest.mark.parametrize("command, how, status, printed", [
     (SAMPLE, "| head -1", 1, "micro train"),
-    (SAMPLE, "2>&-", 0, "selected.jsonl"),
-    (SAMPLE, ">&-", 0, ""),
-    (SAMPLE, "<&- >&- 2>&-", 0, ""),
+    (SAMPLE, "2>&-", 0, "selected.jsonl"), (SAMPLE, ">&-", 0, ""), (SAMPLE, "<&- >&- 2>&-", 0, ""),
     (SAMPLE, ">/dev/full", 1, "error: No space left on device; free some space"),
     ([*SAMPLE, "--help"], "| true", 0, ""),
     (["env", "LC_ALL=C", "PYTHONUTF8=0", "PYTHONCOERCECLOCALE=0", *PROMPT], "", 0, "Zürich"),
@@ -71,13 +68,11 @@ def test_an_early_interrupt_is_one_line(seconds, tmp_path):
     (torch.OutOfMemoryError("CUDA out of memory"), "--rows"),
     (OSError(28, "No space left", "f"), "No space left: f; free some space"),
     (PermissionError(13, "Permission denied", "/.cache"), "SERT_CACHE"),
-    (MemoryError(), "out of memory"),
     (OSError(36, "File name too long", "f"), "choose a shorter name"),
-    (OSError(5, "Input/output error", "f"), "check that disk"),
+    (OSError(5, "Input/output error", "f"), "check that disk"), (MemoryError(), "out of memory"),
     (OSError("libcudart.so.12: cannot open"), "error: libcudart.so.12: cannot open; check"),
-    (ModuleNotFoundError("x", name="fcntl"), "WSL"),
+    (ModuleNotFoundError("x", name="fcntl"), "WSL"), (BrokenPipeError(32, "Broken pipe"), ""),
     (ModuleNotFoundError("x", name="tqdm"), "pip install -r requirements.txt"),
-    (BrokenPipeError(32, "Broken pipe"), ""),
 ])  # fmt: skip
 def test_last_lines(error, words):
     line = last_line(error)
