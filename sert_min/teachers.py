@@ -78,7 +78,8 @@ def from_flags(args) -> Teacher | None:
          f"{tasks.flags(args.task)} needs a teacher: --teacher-model NAME (any OpenAI-compatible "
          "endpoint, see --base-url) or --teacher-file FILE")  # fmt: skip
     if not model:
-        for flag in ("base_url", "max_requests", "max_cost", "two_step", "shots", "teacher_dir"):
+        for flag in ("base_url", "system_prompt", "extra_body", "extra_header", "max_requests",
+                     "max_cost", "teacher_suffix", "two_step", "shots", "teacher_dir"):  # fmt: skip
             need(not getattr(args, flag), f"--{flag.replace('_', '-')} needs --teacher-model")
         need(args.teacher_samples == 1, "--teacher-samples needs --teacher-model")
         return None

@@ -220,7 +220,8 @@ def test_bad_flags_are_refused_before_anything_is_sent(student):
         refuses("above 0", run, student, server, "--concurrency", 0)
         assert server.bodies == []
     refuses("--teacher-model NAME.*--teacher-file FILE", run, student, None)
-    refuses("needs --teacher-model", run, student, None, "--teacher-file", "x", "--max-cost", "1")
+    for flag in (["--max-cost", "1"], ["--system-prompt", "x"], ["--teacher-suffix", " x"]):
+        refuses("needs --teacher-model", run, student, None, "--teacher-file", "x", *flag)
 
 
 def test_rationales_that_do_not_fit_the_student_are_counted(student):

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, proxy_bypass
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -144,7 +144,7 @@ def why_not(e: Exception) -> str:
 def is_reachable(url: str) -> bool:
     """Does anything listen at `url`? The hub client would try six times. A proxy is trusted."""
     at = urlsplit(url)
-    if {at.scheme, "all"} & getproxies().keys():
+    if {at.scheme, "all"} & getproxies().keys() and not proxy_bypass(at.hostname or ""):
         return True
     try:
         port = at.port or (80 if at.scheme == "http" else 443)

@@ -215,13 +215,13 @@ def plot_tokens(png: Path, title: str, groups: dict[str, list[float]], figure: s
     width = 0.86 / 8
     for name, shares in groups.items():
         of = list(BARS).index(name)
-        gap = 0.02 if of >= 5 else 0  # sets the 25-sample bars apart from the 5-sample ones
+        gap = 0.02 if of >= 5 else 0  # sets the bars of all samples apart from those of a branch
         x = [b + (of - 3.5) * width + gap for b in range(len(bins))]
         bars = ax.bar(x, shares, width * 0.92, color=BARS[name], label=name)
         if of >= 5:
             ax.bar_label(bars, [f"{v:.2f}" if v else "" for v in shares], fontsize=6, padding=2)
     ax.set_xticks(range(len(bins)), bins)
-    ax.set_xlabel(f"{what} (Token 0 to 4: 5 samples per question each; the others: 25)")
+    ax.set_xlabel(f"{what} (Token 0 to 4: a question's samples of that branch; the others: all)")
     ax.set(ylabel="share of questions", ylim=(0, 1.08))
     title = f"Questions with at least one {thing}: {title}"
     save(fig, png, title, ncols=8, fontsize=9.5, columnspacing=1.5, handlelength=1.2)
