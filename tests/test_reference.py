@@ -246,7 +246,7 @@ def test_bad_arguments_are_refused():
     x = torch.zeros(2, 5)
     wrong = {
         "temperature": (-1.0, float("nan"), float("inf"), torch.ones(3)), "top_p": (-0.1, 1.1),
-        "top_k": (-1, torch.ones(2, 2)), "position": (-1,), "backend": ("abacus",),
+        "top_k": (-1, torch.ones(2, 2), torch.ones(2, 1)), "position": (-1,), "backend": ("abacus",),
         "streams": (torch.arange(3), torch.zeros(2))}  # fmt: skip
     calls = [(x, {name: value}) for name, values in wrong.items() for value in values]
     calls += [(y, {}) for y in (torch.zeros(5), torch.zeros(2, 0), x.long())]
