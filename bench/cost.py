@@ -6,7 +6,7 @@ A CPU's two numbers are measured here, a GPU's are its data sheet's. The floors 
 below them: no quantisation, no speculation.
 
     python bench/cost.py                     # the tables of docs/cost.md
-    python bench/cost.py --matrix            # what runs/paper.sh would do on an H200, cell by cell
+    python bench/cost.py --matrix            # the prediction alone: runs/paper.sh on an H200, cell by cell
 """
 
 import argparse

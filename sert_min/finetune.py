@@ -2,9 +2,9 @@
 
 A prompt and its completion are tokenised apart, as in sampling (together they could merge over the
 seam and give other ids), and exactly one end-of-text closes the completion. The loss covers the
-completion, or the whole text (`loss_on="all"`). Prompts and
-padding are masked by their position: GPT-2 has one special token, and a mask of that id would also
-hide the end-of-text that the student must learn.
+completion, or the whole text (`loss_on="all"`). Prompts and padding are masked by their position:
+GPT-2 has one special token, and a mask of that id would also hide the end-of-text that the student
+must learn.
 
 The examples of a batch stand one after another in one row of N tokens, so linear layers waste nothing
 on padding. Only attention puts them into a padded [B, T] grid and takes them out again, so that no

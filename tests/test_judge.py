@@ -14,7 +14,7 @@ from sert_min.report.judge import CRITERIA, KEYS, judge_prompt, mean_score, pars
 
 pytestmark = pytest.mark.usefixtures("empty_folder", "keyed")
 REPLY = "\n".join(f"Score for {name}: {i}" for i, name in enumerate(CRITERIA, 5)) + "\nFine."
-READ = {  # what stands behind `Score for Coherence` -> the score
+READ = {  # text behind `Score for Coherence` -> the score that is read
     ": 7": 7, ":7.5": 7.5, ": 7,5": 7.5, ": 0": 0, ": 10.": 10, ":** 8": 8, "**: 8": 8, ": **8**": 8,
     ": [8]": 8, ": <8>": 8, ": 8/10": 8, ": **8**/10": 8, ": 8 out of 10.": 8, ": 8 (out of 10)": 8,
     " (0-10): 8": 8, " = 8": 8, " is 8": 8, ": 8 - it flows": 8, ": 8, because": 8,

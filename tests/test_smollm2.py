@@ -100,7 +100,7 @@ def test_a_converted_file_means_the_same(small, wheel, monkeypatch, capsys):
             assert theirs(line)["input_ids"] == tokenizer.encode(line)
     assert (tokenizer.eot, tokenizer.ends) == (2, {0: "special", 1: "special", 2: "eos"})
     assert hub.model_label("smollm2", folder) == smollm2.LABEL
-    wheel.unlink()  # what is converted needs no wheel and is not converted again
+    wheel.unlink()  # a converted folder serves without the wheel, and is not converted again
     monkeypatch.setattr(gguf, "GGUFReader", None)
     assert hub.find_model("smollm2") == folder
     assert capsys.readouterr().out.count("converting") == 1
